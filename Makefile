@@ -1,0 +1,38 @@
+# make train     set everything up and train
+# make test      set everything up and run the tests
+#
+# ARGS go to train_gpt.py or pytest:    make train ARGS="--preset laptop --num-steps 100"
+# PYTHON is 3.11 or newer:              make train PYTHON=python3.13
+# ACCELERATOR is cuda12, cuda13, tpu or cpu; by default what the machine seems to have.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+ACCELERATOR ?= $(shell if [ -e /dev/nvidia0 ]; then echo cuda12; \
+	elif [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then echo tpu; else echo cpu; fi)
+INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable
+
+.PHONY: train test lint
+
+train: $(VENV)/ready-$(ACCELERATOR)
+	$(VENV)/bin/python train_gpt.py $(ARGS)
+
+test: $(VENV)/ready-dev
+	$(VENV)/bin/python -m pytest -n 2 $(ARGS)
+
+lint: $(VENV)/ready-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/ready-$(ACCELERATOR): $(VENV)/bin/python requirements.txt pyproject.toml
+	$(INSTALL) ".[$(ACCELERATOR)]"
+	touch $@
+
+$(VENV)/ready-dev: $(VENV)/ready-$(ACCELERATOR)
+	$(INSTALL) ".[$(ACCELERATOR),dev]"
+	touch $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,1 @@
+"""JAX/Flax NanoGPT: the parts that `train_gpt.py` is made of."""

@@ -1,0 +1,39 @@
+"""The weights of a run on disk: a plain nested dict of arrays, written by Orbax."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from nanogpt.config import ConfigError, GPTConfig
+from nanogpt.mesh import replicated
+from nanogpt.step import Params, graph_of, init_params
+
+
+def save_weights(run: Path, params: Params) -> None:
+    """Write `params` as `run/weights`, which appears whole or not at all."""
+    ocp.save(run.resolve() / "weights", params)
+
+
+def load_run(run: Path, mesh: Mesh) -> tuple[dict[str, Any], nnx.GraphDef, Params]:
+    """The hyperparameters of a finished run, its model, and its weights, whole on every device.
+
+    Raises ConfigError when the folder is not that of a finished run.
+    """
+    for part in ("config.json", "weights"):
+        if not (run / part).exists():
+            raise ConfigError(
+                f"{run} is not the folder of a finished run: it has no {part}; give one that "
+                "train_gpt.py made, such as runs/<name>."
+            )
+    hp = json.loads((run / "config.json").read_text())
+    config = GPTConfig(**hp["model"] | {"windows": tuple(hp["model"]["windows"])})
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    on_mesh = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), shapes
+    )
+    return hp, graph_of(config), ocp.load(run.resolve() / "weights", on_mesh)

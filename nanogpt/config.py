@@ -1,0 +1,79 @@
+"""The shape of a model. No JAX here, so that `--help` and wrong arguments answer at once."""
+
+from dataclasses import dataclass
+
+
+class ConfigError(ValueError):
+    """Settings that make no sense, alone or together; the message is a sentence for the user."""
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of the network. The defaults are the 12-layer, 768-wide model of the speedrun."""
+
+    vocab_size: int = 50257
+    """Token ids that the data may hold; tables are padded to a multiple of 128."""
+
+    num_layers: int = 12
+    """Transformer blocks, L."""
+
+    num_heads: int = 6
+    """Attention heads, N. The head size H is width / num_heads, a multiple of 4."""
+
+    width: int = 768
+    """Width of the residual stream, D."""
+
+    mlp_width: int = 3072
+    """Width of the hidden layer of each MLP, F."""
+
+    windows: tuple[int, ...] = ()
+    """Keys that a query sees, itself included, in each layer in turn; 0, or no entry, for all."""
+
+    value_embeddings: int = 3
+    """Token tables mixed into the values of the first, and again of the last, so many layers."""
+
+    bigram_buckets: int = 0
+    """Rows of the table that embeds hashed pairs of neighbouring tokens; 0 for no such table."""
+
+    attention_scale: float = 0.12
+    """What q·k is multiplied with before the softmax; q and k are normalised to length √H."""
+
+    rope_base: float = 1024.0
+    """The slowest rotary pair turns by 1 / rope_base radians per token."""
+
+    softcap: float = 15.0
+    """Logits are bounded smoothly to ± this; at most 40."""
+
+    def check(self) -> None:
+        """Raise ConfigError, in a sentence for the user, for a shape that cannot be built."""
+        for name in ("vocab_size", "num_layers", "num_heads", "width", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.width % (4 * self.num_heads):
+            raise ConfigError(
+                f"width must be a multiple of 4 * num_heads, which {self.width} is not of "
+                f"4 * {self.num_heads}: the head size must be a multiple of 4."
+            )
+        if not 0 <= 2 * self.value_embeddings <= self.num_layers:
+            raise ConfigError(
+                f"value_embeddings must be 0 to {self.num_layers // 2}, half of the "
+                f"{self.num_layers} layers, not {self.value_embeddings}."
+            )
+        if min(self.bigram_buckets, *self.windows, 0) < 0:
+            raise ConfigError("bigram_buckets and windows must not be negative.")
+        if not 0 < self.softcap <= 40:
+            raise ConfigError(f"softcap must lie above 0 and not above 40, not at {self.softcap}.")
+
+    @property
+    def head_size(self) -> int:
+        """H, the width of one attention head."""
+        return self.width // self.num_heads
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """V, the vocabulary rounded up to a multiple of 128 as matrix units like it (50304)."""
+        return -(-self.vocab_size // 128) * 128
+
+    def window(self, layer: int) -> int | None:
+        """How many keys a query of this layer sees, itself included; None for all before it."""
+        return (self.windows[layer % len(self.windows)] or None) if self.windows else None

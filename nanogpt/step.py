@@ -1,0 +1,121 @@
+"""One optimizer step, and one evaluation step, over all devices of a mesh.
+
+    batch [Ng, rows, T + 1]      Ng micro-batches; rows divided over the devices
+      each device:   for every micro-batch: gradients of its own rows, added up in float32
+      all devices:   one mean over the devices
+      each device:   the same optimizer update
+
+Devices talk once per optimizer step, however many micro-batches it has. Left to itself, the
+compiler would reduce the gradients of every micro-batch; inside `jax.shard_map` the program says
+when. This is what `jax.pmap` did for a single list of devices, in the form that also serves many
+hosts and sharded parameters.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from nanogpt.attention import Backend
+from nanogpt.config import GPTConfig
+from nanogpt.mesh import BATCH, ROWS, replicated
+from nanogpt.model import GPT
+
+Params = PyTree[Float[Array, "..."]]
+Metrics = dict[str, Float[Array, ""]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that training changes."""
+
+    step: Int[Array, ""]  # optimizer steps taken
+    params: Params  # float32, a nested dict
+    opt_state: optax.OptState
+
+
+def graph_of(config: GPTConfig, backend: Backend = "xla") -> nnx.GraphDef:
+    """The model without its arrays: `nnx.merge(graph, params)` is the model with them."""
+    return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, backend, rngs=nnx.Rngs(0))))
+
+
+def init_params(config: GPTConfig, key: Key[Array, ""]) -> Params:
+    """The arrays of a new model, float32, as a nested dict."""
+    return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key))))
+
+
+def init_state(
+    config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
+) -> TrainState:
+    """The state before the first step: the same for every device count, whole on each device."""
+
+    def init(key: Key[Array, ""]) -> TrainState:
+        params = init_params(config, key)
+        return TrainState(jnp.zeros([], jnp.int32), params, optimizer.init(params))
+
+    return jax.jit(init, out_shardings=replicated(mesh))(jax.random.key(seed))
+
+
+def make_train_step(
+    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, dtype: str
+) -> Callable[[TrainState, Int[Array, "Ng R T+1"]], tuple[TrainState, Metrics]]:
+    """Build `train_step(state, batch) -> (state, metrics)`, jitted; it consumes its state.
+
+    `dtype` is that of the forward and backward pass. Metrics are scalars: `loss`, the mean over
+    the batch in nats per token before the update, and `grad_norm`.
+    """
+
+    def loss_of(params: Params, rows: Int[Array, "R T+1"]) -> Float[Array, ""]:
+        return nnx.merge(graph, params).loss(rows[:, :-1], rows[:, 1:]).mean()
+
+    def loss_and_gradients(params: Params, batch: Int[Array, "Ng R T+1"]):
+        # Cast once, not once per micro-batch. "Varying" says that each device differentiates its
+        # own copy: without it the gradients would be summed over devices inside the loop.
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
+        params = jax.lax.pcast(params, "data", to="varying")
+
+        def accumulate(total, rows):
+            new = jax.value_and_grad(loss_of)(params, rows)
+            return jax.tree.map(lambda t, n: t + n.astype(jnp.float32), total, new), None
+
+        zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p)), (0.0, params))
+        zeros = jax.lax.pcast(zeros, "data", to="varying")
+        total, _ = jax.lax.scan(accumulate, zeros, batch.astype(jnp.int32))
+        mean = jax.tree.map(lambda t: t / len(batch), total)
+        return jax.lax.pmean(mean, "data")
+
+    over_devices = jax.shard_map(
+        loss_and_gradients, mesh=mesh, in_specs=(P(), BATCH), out_specs=P()
+    )
+
+    def train_step(state: TrainState, batch: Int[Array, "Ng R T+1"]):
+        loss, gradients = over_devices(state.params, batch)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(gradients)}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def make_eval_step(
+    graph: nnx.GraphDef, mesh: Mesh, dtype: str
+) -> Callable[[Params, Int[Array, "R T+1"]], Float[Array, ""]]:
+    """Build `eval_step(params, rows)`, jitted: the sum of the losses of all targets, in nats.
+
+    A negative token marks the end of the data: as a target it counts nothing.
+    """
+
+    def summed_loss(params: Params, rows: Int[Array, "R T+1"]) -> Float[Array, ""]:
+        params = jax.tree.map(lambda p: p.astype(dtype), params)
+        tokens = jnp.maximum(rows[:, :-1], 0)
+        return jax.lax.psum(nnx.merge(graph, params).loss(tokens, rows[:, 1:]).sum(), "data")
+
+    return jax.jit(jax.shard_map(summed_loss, mesh=mesh, in_specs=(P(), ROWS), out_specs=P()))

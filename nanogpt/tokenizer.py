@@ -1,0 +1,106 @@
+"""Text to token ids and back: raw bytes, or GPT-2's byte-pair encoding."""
+
+from collections.abc import Sequence
+from threading import Thread
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from jaxtyping import Integer, UInt16
+
+if TYPE_CHECKING:
+    import tiktoken
+
+DOWNLOAD_SECONDS = 60  # the longest wait for GPT-2's vocabulary, 1.5 MB
+
+
+class TokenizerError(Exception):
+    """A tokenizer that does not exist, or whose vocabulary cannot be had."""
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer offers; all ids fit uint16, the type the shards store."""
+
+    name: str
+    vocab_size: int  # ids run from 0 to vocab_size - 1
+    separator: int  # the id written before each document
+
+    def encode(self, text: str) -> UInt16[np.ndarray, "tokens"]:
+        """The ids of `text`; never a separator, whatever the text spells."""
+        ...
+
+    def decode(self, tokens: Integer[np.ndarray, "tokens"] | Sequence[int]) -> str:
+        """The text of `tokens`; separators and padding show as nothing, broken UTF-8 as U+FFFD."""
+        ...
+
+
+class ByteTokenizer:
+    """One token per UTF-8 byte. The separator is 0xFF, a byte that UTF-8 never uses."""
+
+    name = "bytes"
+    vocab_size = 256
+    separator = 0xFF
+
+    def encode(self, text: str) -> UInt16[np.ndarray, "tokens"]:
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
+
+    def decode(self, tokens: Integer[np.ndarray, "tokens"] | Sequence[int]) -> str:
+        ids = np.asarray(tokens, np.int64)
+        text = ids[ids < self.separator]
+        return text.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+
+class GPT2Tokenizer:
+    """GPT-2's byte-pair encoding, by tiktoken; <|endoftext|> separates documents.
+
+    Raises TokenizerError when the vocabulary is neither cached nor downloadable.
+    """
+
+    name = "gpt2"
+    vocab_size = 50257
+    separator = 50256
+
+    def __init__(self) -> None:
+        self._encoding = gpt2_encoding()
+
+    def encode(self, text: str) -> UInt16[np.ndarray, "tokens"]:
+        # encode_ordinary reads a literal "<|endoftext|>" in a document as plain text.
+        return np.array(self._encoding.encode_ordinary(text), np.uint16)
+
+    def decode(self, tokens: Integer[np.ndarray, "tokens"] | Sequence[int]) -> str:
+        ids = np.asarray(tokens, np.int64)
+        return self._encoding.decode(ids[ids < self.separator].tolist(), errors="replace")
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer called `name`, "bytes" or "gpt2"; TokenizerError for any other name."""
+    tokenizers = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
+    if name not in tokenizers:
+        raise TokenizerError(f"There is no tokenizer {name!r}; there are {', '.join(tokenizers)}.")
+    return tokenizers[name]()
+
+
+def gpt2_encoding() -> "tiktoken.Encoding":
+    """tiktoken's "gpt2" within DOWNLOAD_SECONDS; TokenizerError when that cannot be."""
+    outcome: list[tiktoken.Encoding | Exception] = []
+
+    def load() -> None:
+        try:
+            import tiktoken
+
+            outcome.append(tiktoken.get_encoding("gpt2"))
+        except Exception as error:  # no network, no cache, not installed: the advice is the same
+            outcome.append(error)
+
+    # tiktoken downloads without a timeout, and only a thread can be left waiting.
+    thread = Thread(target=load, daemon=True)
+    thread.start()
+    thread.join(DOWNLOAD_SECONDS)
+    result = outcome[0] if outcome else TimeoutError()
+    if isinstance(result, Exception):
+        raise TokenizerError(
+            "tiktoken could not load GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to a folder with"
+            " its two files, filled on a machine with network by `TIKTOKEN_CACHE_DIR=FOLDER"
+            " python -c 'import tiktoken; tiktoken.get_encoding(\"gpt2\")'`"
+            f" ({type(result).__name__})."
+        ) from result
+    return result

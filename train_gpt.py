@@ -1,0 +1,347 @@
+"""Train a GPT: `python3 train_gpt.py`, with no arguments.
+
+With an accelerator this trains the `speedrun` preset on FineWeb10B (`python3
+cached_fineweb10B.py` fetches it); without one, the `laptop` preset on Python source code, which
+needs no download and takes a few minutes. `--help` lists every setting.
+
+The file reads from top to bottom: the hyperparameters, the presets, then the training loop.
+"""
+
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+
+from nanogpt.config import ConfigError, GPTConfig
+from nanogpt.corpus import CorpusError, embedded_corpus
+from nanogpt.shards import ShardError, check_vocabulary, find_shards, read_shard
+from nanogpt.tokenizer import TokenizerError, load_tokenizer
+from nanogpt.tracking import Progress, Run, RunError
+
+if TYPE_CHECKING:
+    import jax
+    from flax import nnx
+
+    from nanogpt.step import Params
+
+# JAX, and what imports it, is imported by the functions below that need it, after the arguments
+# were read: `--help` and mistakes answer at once.
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Every setting of a run. The defaults are the `speedrun` preset."""
+
+    preset: Literal["auto", "speedrun", "laptop"] = "auto"
+    """Where the other settings start: auto is speedrun with an accelerator, else laptop."""
+
+    # Data
+    train_files: str | None = "fineweb10B/fineweb_train_*.bin"
+    """Glob of the training shards; None for the embedded corpus of Python code."""
+    val_files: str | None = "fineweb10B/fineweb_val_*.bin"
+    """Glob of the validation shards; None for the embedded corpus."""
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"
+    """What made the shards; decodes samples."""
+    shuffle: bool = False
+    """Visit the rows in random order from the first epoch on; later epochs always do."""
+
+    # Batch: Ng = total_batch_size / (batch_size * sequence_length * number of devices)
+    batch_size: int = 64
+    """Rows per device in one forward and backward pass."""
+    sequence_length: int = 1024
+    """Tokens per row, T."""
+    total_batch_size: int = 524_288
+    """Tokens per optimizer step, over all devices and accumulation steps."""
+
+    # Optimization
+    num_steps: int = 3000
+    """Optimizer steps."""
+    learning_rate: float = 0.05
+    """Rate of Muon, for the matrices of the blocks."""
+    embedding_learning_rate: float = 0.6
+    """Rate of Adam for the embedding tables."""
+    head_learning_rate: float = 0.008
+    """Rate of Adam for the head."""
+    scalar_learning_rate: float = 0.04
+    """Rate of Adam for mixing coefficients."""
+    cooldown_fraction: float = 0.4
+    """Share of the steps, the last ones, in which all rates fall linearly."""
+    final_learning_rate_factor: float = 0.1
+    """What the rates are multiplied with at the end of the cooldown."""
+    momentum: float = 0.95
+    """Muon's momentum, after its warm-up from 0.85."""
+    momentum_warmup_steps: int = 300
+    """Steps in which Muon's momentum rises."""
+    adam_betas: tuple[float, float] = (0.8, 0.95)
+    """Decay of Adam's means of the gradient and of its square."""
+    weight_decay: float = 0.0
+    """Of the matrices of the blocks: a step shrinks them by the rate times this."""
+
+    # Validation
+    val_loss_every: int = 125
+    """Steps between validations; the last step always validates. 0 for that one only."""
+    val_tokens: int = 10_485_760
+    """Tokens to validate on, the first ones of the validation shards."""
+
+    # Run
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """What the forward and backward passes compute in; weights are kept in float32."""
+    seed: int = 0
+    """Of the initial weights, of the order of the data and of the sample."""
+    run_name: str = ""
+    """Folder under runs/, which must be new; by default preset, date and time."""
+    sample_tokens: int = 256
+    """Tokens to write at the end, as a sample; 0 for none."""
+    sample_prompt: str = "The"
+    """What the sample continues."""
+
+    model: GPTConfig = field(default_factory=GPTConfig)
+    """The shape of the network."""
+
+    def check(self) -> None:
+        """Raise ConfigError, in a sentence for the user, for settings that make no sense."""
+        for name in ("batch_size", "sequence_length", "total_batch_size", "num_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        for name in ("val_loss_every", "sample_tokens", "seed", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}.")
+        for name in ("cooldown_fraction", "final_learning_rate_factor", "momentum"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} must lie between 0 and 1, not at {getattr(self, name)}.")
+        if self.val_tokens < 1:
+            raise ConfigError(f"val_tokens must be at least 1, not {self.val_tokens}.")
+        if (self.train_files is None) != (self.val_files is None):
+            raise ConfigError("train_files and val_files must both be globs, or both None.")
+        self.model.check()
+
+    def accumulation_steps(self, num_devices: int) -> int:
+        """Ng, forward and backward passes per optimizer step; ConfigError if not a whole number."""
+        per_pass = self.batch_size * self.sequence_length * num_devices
+        if self.total_batch_size % per_pass:
+            below = self.total_batch_size // per_pass * per_pass
+            nearest = [f"{size:,}" for size in (below, below + per_pass) if size]
+            raise ConfigError(
+                f"total_batch_size {self.total_batch_size:,} is not a multiple of batch_size * "
+                f"sequence_length * num_devices = {self.batch_size} * {self.sequence_length} * "
+                f"{num_devices} = {per_pass:,}: the nearest valid values are "
+                f"{' and '.join(nearest)}."
+            )
+        return self.total_batch_size // per_pass
+
+
+PRESETS = {
+    # GPT-2 small's size with the architecture and rates of the dense-attention speedrun.
+    "speedrun": Hyperparameters(preset="speedrun"),
+    # A small model of Python code for two CPU cores, sized in benchmarks/README.md.
+    "laptop": Hyperparameters(
+        preset="laptop",
+        train_files=None,
+        val_files=None,
+        tokenizer="bytes",
+        shuffle=True,
+        batch_size=16,
+        sequence_length=128,
+        total_batch_size=2048,
+        num_steps=700,
+        embedding_learning_rate=0.15,
+        cooldown_fraction=0.5,
+        final_learning_rate_factor=0.0,
+        momentum_warmup_steps=50,
+        val_loss_every=100,
+        val_tokens=262_144,
+        dtype="float32",
+        sample_tokens=600,
+        sample_prompt="def ",
+        model=GPTConfig(
+            vocab_size=256,
+            num_layers=4,
+            num_heads=3,
+            width=192,
+            mlp_width=768,
+            value_embeddings=2,
+            bigram_buckets=4096,
+        ),
+    ),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse the arguments, train, and return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    preset = tyro.cli(Hyperparameters, args=arguments).preset  # a misspelt argument ends here
+    try:
+        if preset == "auto":
+            preset = preset_for_hardware()
+        hp = tyro.cli(Hyperparameters, default=PRESETS[preset], args=arguments)
+        hp.check()
+        train(hp)
+    except (ConfigError, ShardError, CorpusError, TokenizerError, RunError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def preset_for_hardware() -> str:
+    """`speedrun` where JAX finds an accelerator, else `laptop`."""
+    if not (find_spec("jax_plugins") or find_spec("libtpu")):
+        return "laptop"  # known without loading JAX: it was installed for CPUs only
+    import jax
+
+    return "laptop" if jax.default_backend() == "cpu" else "speedrun"
+
+
+def train(hp: Hyperparameters) -> None:
+    """Train a model as `hp` says, into a new folder under runs/."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # JAX's own default is 0.75
+    import jax
+    import jax.numpy as jnp
+
+    from nanogpt.attention import choose_backend
+    from nanogpt.batches import Rows, ValidationRows, prefetch, train_batch
+    from nanogpt.checkpoint import save_weights
+    from nanogpt.hardware import flops_per_token, utilization
+    from nanogpt.mesh import BATCH, ROWS, make_mesh, put, shape_on
+    from nanogpt.optimizer import learning_rate_factor, make_optimizer
+    from nanogpt.step import graph_of, init_state, make_eval_step, make_train_step
+
+    # Devices, data, and the arithmetic of a batch: [Ng, R, T + 1], R rows over all devices.
+    mesh = make_mesh()
+    device = mesh.devices.flat[0]
+    Ng, R, T = hp.accumulation_steps(mesh.size), hp.batch_size * mesh.size, hp.sequence_length
+    train_files, val_files, data = find_data(hp)
+    rows = Rows(train_files, T, hp.seed, hp.shuffle)
+    val_rows = ValidationRows(val_files, T, hp.val_tokens)
+
+    # The model and its optimizer.
+    backend, attention = choose_backend(hp.dtype, hp.model.head_size)
+    graph = graph_of(hp.model, backend)
+    schedule = (hp.num_steps, hp.cooldown_fraction, hp.final_learning_rate_factor)
+    optimizer = make_optimizer(
+        schedule=partial(learning_rate_factor, *schedule),
+        learning_rate=hp.learning_rate,
+        embedding_learning_rate=hp.embedding_learning_rate,
+        head_learning_rate=hp.head_learning_rate,
+        scalar_learning_rate=hp.scalar_learning_rate,
+        momentum=hp.momentum,
+        momentum_warmup_steps=hp.momentum_warmup_steps,
+        adam_betas=hp.adam_betas,
+        weight_decay=hp.weight_decay,
+        newton_schulz_dtype=jnp.float32 if device.platform == "cpu" else jnp.bfloat16,
+        mesh=mesh,
+    )
+
+    with Run(Path("runs"), hp.run_name, hp.preset, asdict(hp)) as run:
+        run.say(
+            f"{hp.preset} preset | {data} | {mesh.size} x {device.device_kind} | "
+            f"Ng = {hp.total_batch_size:,} / ({hp.batch_size} * {T} * {mesh.size}) = {Ng}"
+        )
+        start = time.perf_counter()
+        state = init_state(hp.model, optimizer, mesh, hp.seed)
+        train_step, eval_step = compile_together(
+            make_train_step(graph, optimizer, mesh, hp.dtype).lower(
+                state, shape_on(mesh, BATCH, (Ng, R, T + 1))
+            ),
+            make_eval_step(graph, mesh, hp.dtype).lower(
+                state.params, shape_on(mesh, ROWS, (R, T + 1))
+            ),
+        )
+        run.table(
+            {
+                "run": str(run.folder),
+                "parameters": f"{sum(p.size for p in jax.tree.leaves(state.params)):,}",
+                "tokens": f"{hp.num_steps:,} steps x {hp.total_batch_size:,} "
+                f"= {hp.num_steps * hp.total_batch_size:,}; an epoch has {len(rows) * T:,}",
+                "attention": attention,
+                "dtype": hp.dtype,
+                "compiled in": f"{time.perf_counter() - start:.1f} s, in no time given below",
+            }
+        )
+
+        def read_batch(step: int) -> jax.Array:
+            position = (step - 1) * hp.total_batch_size
+            read = partial(train_batch, rows, position, (Ng, R))
+            return put(mesh, BATCH, (Ng, R, T + 1), read)
+
+        def validate() -> float:
+            sums = [
+                eval_step(state.params, put(mesh, ROWS, (R, T + 1), partial(val_rows, first, R)))
+                for first in range(0, len(val_rows), R)
+            ]
+            return sum(map(float, sums)) / hp.val_tokens
+
+        progress = Progress(
+            run,
+            hp.num_steps,
+            hp.total_batch_size,
+            learning_rate_factor=lambda step: float(learning_rate_factor(*schedule, step)),
+            utilization=lambda tokens_per_s: utilization(
+                tokens_per_s, flops_per_token(hp.model, T), device.device_kind, mesh.size
+            ),
+        )
+        for step, batch in enumerate(prefetch(read_batch, range(1, hp.num_steps + 1)), start=1):
+            state, metrics = train_step(state, batch)
+            progress.started(step, metrics)
+            if step == hp.num_steps or (hp.val_loss_every and step % hp.val_loss_every == 0):
+                progress.report(validate)
+
+        save_weights(run.folder, state.params)
+        run.say(f"weights and metrics are in {run.folder}")
+        if hp.sample_tokens:
+            run.say(sample(hp, graph, state.params))
+
+
+def find_data(hp: Hyperparameters) -> tuple[list[Path], list[Path], str]:
+    """Training shards, validation shards, and what they are, in words; every shard is checked."""
+    if hp.train_files is None:
+        corpus = embedded_corpus()
+        train_glob, val_glob = corpus.train_files, corpus.val_files
+        name = f"embedded corpus {corpus.fingerprint}"
+    else:
+        train_glob, val_glob = hp.train_files, hp.val_files
+        name = hp.train_files
+    train_files, val_files = find_shards(train_glob), find_shards(val_glob)
+    sizes = []
+    for file in train_files + val_files:
+        tokens = read_shard(file)
+        check_vocabulary(file, tokens, hp.model.vocab_size, sample=1_000_000)
+        sizes.append(len(tokens))
+    train_tokens = sum(sizes[: len(train_files)])
+    return train_files, val_files, f"{name}, {train_tokens:,} tokens"
+
+
+def compile_together(*lowered: "jax.stages.Lowered") -> "list[jax.stages.Compiled]":
+    """Compile several programs at once, each in a thread: before the clock starts."""
+    with ThreadPoolExecutor() as threads:
+        return list(threads.map(lambda program: program.compile(), lowered))
+
+
+def sample(hp: Hyperparameters, graph: "nnx.GraphDef", params: "Params") -> str:
+    """A continuation of `sample_prompt`, or why there is none."""
+    from nanogpt.generate import generate
+
+    try:
+        tokenizer = load_tokenizer(hp.tokenizer)
+    except TokenizerError as error:
+        return f"no sample: {error}"
+    prompt = [tokenizer.separator, *tokenizer.encode(hp.sample_prompt)]
+    tokens = generate(
+        graph,
+        params,
+        prompt,
+        num_tokens=hp.sample_tokens,
+        context=hp.sequence_length,
+        seed=hp.seed,
+    )
+    return f"sample:\n{hp.sample_prompt}{tokenizer.decode(tokens)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
