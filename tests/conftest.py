@@ -1,0 +1,25 @@
+"""What every test finds: eight virtual CPU devices, so that one machine can play many."""
+
+import os
+
+import pytest
+
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@pytest.fixture
+def tiny():
+    """A model small enough to differentiate in a test, with every trick on."""
+    from nanogpt.config import GPTConfig
+
+    return GPTConfig(
+        vocab_size=100,
+        num_layers=4,
+        num_heads=2,
+        width=32,
+        mlp_width=64,
+        windows=(8, 0),
+        value_embeddings=2,
+        bigram_buckets=64,
+    )
