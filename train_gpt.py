@@ -26,7 +26,6 @@ from nanogpt.tokenizer import TokenizerError, load_tokenizer
 from nanogpt.tracking import Progress, Run, RunError
 
 if TYPE_CHECKING:
-    import jax
     from flax import nnx
 
     from nanogpt.step import Params
@@ -208,9 +207,9 @@ def train(hp: Hyperparameters) -> None:
     from nanogpt.batches import Rows, ValidationRows, prefetch, train_batch
     from nanogpt.checkpoint import save_weights
     from nanogpt.hardware import flops_per_token, utilization
-    from nanogpt.mesh import BATCH, ROWS, make_mesh, put, shape_on
+    from nanogpt.mesh import BATCH, REPLICATED, ROWS, make_mesh, put, shapes_on
     from nanogpt.optimizer import learning_rate_factor, make_optimizer
-    from nanogpt.step import graph_of, init_state, make_eval_step, make_train_step
+    from nanogpt.step import graph_of, make_eval_step, make_init, make_train_step
 
     # Devices, data, and the arithmetic of a batch: [Ng, R, T + 1], R rows over all devices.
     mesh = make_mesh()
@@ -243,16 +242,22 @@ def train(hp: Hyperparameters) -> None:
             f"{hp.preset} preset | {data} | {mesh.size} x {device.device_kind} | "
             f"Ng = {hp.total_batch_size:,} / ({hp.batch_size} * {T} * {mesh.size}) = {Ng}"
         )
+        # Everything is compiled before the first step, at the same time.
         start = time.perf_counter()
-        state = init_state(hp.model, optimizer, mesh, hp.seed)
-        train_step, eval_step = compile_together(
-            make_train_step(graph, optimizer, mesh, hp.dtype).lower(
-                state, shape_on(mesh, BATCH, (Ng, R, T + 1))
-            ),
-            make_eval_step(graph, mesh, hp.dtype).lower(
-                state.params, shape_on(mesh, ROWS, (R, T + 1))
-            ),
-        )
+        init = make_init(hp.model, optimizer, mesh)
+        key = jax.random.key(hp.seed)
+        shapes = shapes_on(mesh, REPLICATED, jax.eval_shape(init, key))
+        batch = shapes_on(mesh, BATCH, jax.ShapeDtypeStruct((Ng, R, T + 1), jnp.int32))
+        val_batch = shapes_on(mesh, ROWS, jax.ShapeDtypeStruct((R, T + 1), jnp.int32))
+        with ThreadPoolExecutor() as threads:
+            train_step = threads.submit(
+                make_train_step(graph, optimizer, mesh, hp.dtype).lower(shapes, batch).compile
+            )
+            eval_step = threads.submit(
+                make_eval_step(graph, mesh, hp.dtype).lower(shapes.params, val_batch).compile
+            )
+            state = init(key)
+            train_step, eval_step = train_step.result(), eval_step.result()
         run.table(
             {
                 "run": str(run.folder),
@@ -315,12 +320,6 @@ def find_data(hp: Hyperparameters) -> tuple[list[Path], list[Path], str]:
         sizes.append(len(tokens))
     train_tokens = sum(sizes[: len(train_files)])
     return train_files, val_files, f"{name}, {train_tokens:,} tokens"
-
-
-def compile_together(*lowered: "jax.stages.Lowered") -> "list[jax.stages.Compiled]":
-    """Compile several programs at once, each in a thread: before the clock starts."""
-    with ThreadPoolExecutor() as threads:
-        return list(threads.map(lambda program: program.compile(), lowered))
 
 
 def sample(hp: Hyperparameters, graph: "nnx.GraphDef", params: "Params") -> str:

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from nanogpt.config import ConfigError, GPTConfig
-from nanogpt.mesh import replicated
+from nanogpt.mesh import REPLICATED, shapes_on
 from nanogpt.step import Params, graph_of, init_params
 
 
@@ -33,7 +33,5 @@ def load_run(run: Path, mesh: Mesh) -> tuple[dict[str, Any], nnx.GraphDef, Param
     hp = json.loads((run / "config.json").read_text())
     config = GPTConfig(**hp["model"] | {"windows": tuple(hp["model"]["windows"])})
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    on_mesh = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated(mesh)), shapes
-    )
-    return hp, graph_of(config), ocp.load(run.resolve() / "weights", on_mesh)
+    params = ocp.load(run.resolve() / "weights", shapes_on(mesh, REPLICATED, shapes))
+    return hp, graph_of(config), params

@@ -6,8 +6,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, PyTree
 
+REPLICATED = P()
 BATCH = P(None, "data")  # [micro-batch, row, token]: rows are divided over the devices
 ROWS = P("data")  # [row, token]
 
@@ -18,14 +19,10 @@ def make_mesh(num_devices: int | None = None) -> Mesh:
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
-    return NamedSharding(mesh, P())
-
-
-def shape_on(mesh: Mesh, spec: P, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-    """What `put` will return, to compile for it."""
-    return jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(mesh, spec))
+def shapes_on(mesh: Mesh, spec: P, arrays: PyTree) -> PyTree:
+    """The shapes and dtypes of arrays that will be on the mesh, to compile for or to load into."""
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arrays)
 
 
 def put(

@@ -18,13 +18,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from nanogpt.attention import Backend
 from nanogpt.config import GPTConfig
-from nanogpt.mesh import BATCH, ROWS, replicated
+from nanogpt.mesh import BATCH, REPLICATED, ROWS
 from nanogpt.model import GPT
 
 Params = PyTree[Float[Array, "..."]]
@@ -51,16 +50,16 @@ def init_params(config: GPTConfig, key: Key[Array, ""]) -> Params:
     return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key))))
 
 
-def init_state(
-    config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int
-) -> TrainState:
-    """The state before the first step: the same for every device count, whole on each device."""
+def make_init(
+    config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[Key[Array, ""]], TrainState]:
+    """Build `init(key)`, jitted: the state before the first step, whole on each device."""
 
     def init(key: Key[Array, ""]) -> TrainState:
         params = init_params(config, key)
         return TrainState(jnp.zeros([], jnp.int32), params, optimizer.init(params))
 
-    return jax.jit(init, out_shardings=replicated(mesh))(jax.random.key(seed))
+    return jax.jit(init, out_shardings=NamedSharding(mesh, REPLICATED))
 
 
 def make_train_step(
@@ -87,12 +86,12 @@ def make_train_step(
 
         zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p)), (0.0, params))
         zeros = jax.lax.pcast(zeros, "data", to="varying")
-        total, _ = jax.lax.scan(accumulate, zeros, batch.astype(jnp.int32))
+        total, _ = jax.lax.scan(accumulate, zeros, batch)
         mean = jax.tree.map(lambda t: t / len(batch), total)
         return jax.lax.pmean(mean, "data")
 
     over_devices = jax.shard_map(
-        loss_and_gradients, mesh=mesh, in_specs=(P(), BATCH), out_specs=P()
+        loss_and_gradients, mesh=mesh, in_specs=(REPLICATED, BATCH), out_specs=REPLICATED
     )
 
     def train_step(state: TrainState, batch: Int[Array, "Ng R T+1"]):
@@ -118,4 +117,6 @@ def make_eval_step(
         tokens = jnp.maximum(rows[:, :-1], 0)
         return jax.lax.psum(nnx.merge(graph, params).loss(tokens, rows[:, 1:]).sum(), "data")
 
-    return jax.jit(jax.shard_map(summed_loss, mesh=mesh, in_specs=(P(), ROWS), out_specs=P()))
+    return jax.jit(
+        jax.shard_map(summed_loss, mesh=mesh, in_specs=(REPLICATED, ROWS), out_specs=REPLICATED)
+    )
