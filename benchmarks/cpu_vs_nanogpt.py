@@ -1,7 +1,7 @@
 """Time to nanoGPT's loss on a CPU: this trainer against nanoGPT, same text, same machine, one run.
 
-    .venv/bin/python benchmarks/cpu_vs_nanogpt.py
-    .venv/bin/python benchmarks/cpu_vs_nanogpt.py --nanogpt CHECKOUT --torch-python PYTHON
+    .venv/bin/python -m benchmarks.cpu_vs_nanogpt
+    .venv/bin/python -m benchmarks.cpu_vs_nanogpt --nanogpt CHECKOUT --torch-python PYTHON
 
 nanoGPT's documented CPU configuration has 4 layers, 4 heads, width 128, context 64, batch 12, and
 takes 2,000 steps of AdamW. The first form trains that in plain JAX (`baseline_in_jax` below); the
@@ -31,12 +31,10 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from nanogpt.corpus import Corpus, embedded_corpus
+from nanogpt.shards import find_shards, read_shard
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-from nanogpt.corpus import Corpus, embedded_corpus  # noqa: E402
-from nanogpt.shards import find_shards, read_shard  # noqa: E402
-
 VAL_TOKENS = 262_144
 CONTEXT, BATCH, STEPS = 64, 12, 2000  # nanoGPT's
 OURS = (

@@ -34,16 +34,12 @@ def cross_entropy(
     return _forward(logits, targets, cap)[0]
 
 
-def _is_target(logits: Array, targets: Array) -> Array:
-    """Where the target stands, by comparison: fuses with its neighbours, as a gather would not."""
-    return jnp.arange(logits.shape[-1]) == targets[..., None]
-
-
 def _forward(logits, targets, cap):
-    capped = softcap(logits, cap)
-    log_normaliser = cap + jnp.log(jnp.sum(jnp.exp(capped - cap), axis=-1))
-    target_logit = jnp.sum(jnp.where(_is_target(logits, targets), capped, 0.0), axis=-1)
-    losses = jnp.where(targets >= 0, log_normaliser - target_logit, 0.0)
+    log_normaliser = cap + jnp.log(jnp.sum(jnp.exp(softcap(logits, cap) - cap), axis=-1))
+    # Only the target's logits are gathered. A second reduction over V would make the compiler keep
+    # what it shares with the first, the capped logits, in float32.
+    target_logit = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    losses = jnp.where(targets >= 0, log_normaliser - softcap(target_logit, cap), 0.0)
     return losses, (logits, targets, log_normaliser)
 
 
@@ -53,7 +49,9 @@ def _backward(cap, residuals, losses_gradient):
     logits = jax.lax.optimization_barrier(logits)
     tanh = jnp.tanh(logits.astype(jnp.float32) / cap)
     probabilities = jnp.exp(cap * tanh - log_normaliser[..., None])
-    gradient = (probabilities - _is_target(logits, targets)) * (1.0 - tanh**2)
+    # The target by comparison: that fuses into the same pass, as a scatter would not.
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    gradient = (probabilities - is_target) * (1.0 - tanh**2)
     scale = jnp.where(targets >= 0, losses_gradient, 0.0)[..., None]
     return (gradient * scale).astype(logits.dtype), None
 

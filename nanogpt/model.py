@@ -20,7 +20,7 @@ Around that stand the tricks of the speedrun, each one small function or a few l
     bigram embedding      a table of hashed token pairs    (modded-nanogpt, 2026-01-19)
     softcap               bounds the logits                (Gemma 2, arXiv:2408.00118)
 
-A model computes in the dtype of its parameters: cast those to bfloat16 and it runs in bfloat16.
+A model computes in the dtype of its matrices: `compute_copy` casts them, and tables stay float32.
 
 Shapes, here and everywhere: B batch, T sequence, D model width, N heads, H head size, F MLP width,
 V vocabulary (padded), L layers. Every array of `GPT.blocks` has a leading L axis.
@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from nanogpt.attention import Backend, attention
 from nanogpt.config import GPTConfig
@@ -76,6 +76,22 @@ def bigram_bucket(tokens: Int[Array, "B T"], buckets: int) -> Int[Array, "B T"]:
     mixed = tokens.astype(jnp.uint32) * np.uint32(0x9E3779B1)
     mixed ^= before.astype(jnp.uint32) * np.uint32(0x85EBCA77)
     return ((mixed ^ (mixed >> 15)) % np.uint32(buckets)).astype(jnp.int32)
+
+
+def is_table(path: tuple[jax.tree_util.DictKey, ...]) -> bool:
+    """Whether the parameter at this path of the nested dict is a table that tokens index."""
+    return path[-1].key.endswith("embed")
+
+
+def compute_copy(params: PyTree, dtype: str) -> PyTree:
+    """The parameters of a GPT, to compute with in `dtype`.
+
+    Tables stay float32: the gradient of a row is the sum over all tokens that share it, thousands
+    for a frequent one, and in bfloat16 such a sum stops growing after some hundreds.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: p if is_table(path) else p.astype(dtype), params
+    )
 
 
 class Attention(nnx.Module):
@@ -176,10 +192,10 @@ class GPT(nnx.Module):
     def features(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """What the head reads: the normalised residual stream after the last block."""
         L = self.config.num_layers
-        x = self.embed[...][tokens]
+        x = self.embed[tokens]
         if self.config.bigram_buckets:
-            x = x + self.bigram_embed[...][bigram_bucket(tokens, self.config.bigram_buckets)]
-        x = x0 = norm(x)
+            x = x + self.bigram_embed[bigram_bucket(tokens, self.config.bigram_buckets)]
+        x = x0 = norm(x).astype(self.head.dtype)
 
         value_embeddings = self.value_embeddings(tokens)
         first_half = []
@@ -195,7 +211,8 @@ class GPT(nnx.Module):
     def value_embeddings(self, tokens: Int[Array, "B T"]) -> list[Float[Array, "B T D"] | None]:
         """What each layer mixes into its values: tables 0, 1, 2, none, ..., none, 0, 1, 2."""
         count = self.config.value_embeddings
-        looked_up = [self.value_embed[table][tokens] for table in range(count)]
+        tables = jnp.split(self.value_embed[...], count) if count else []
+        looked_up = [table[0][tokens].astype(self.head.dtype) for table in tables]
         return looked_up + [None] * (self.config.num_layers - 2 * count) + looked_up
 
     def layers(self) -> list[Block]:

@@ -90,8 +90,10 @@ def _orthogonalize_by_shape(
     updates = list(leaves)
     for (inputs, outputs), indices in members.items():
         stacks = [leaves[i].reshape(-1, inputs, outputs) for i in indices]
-        batch = orthogonalize(_place(jnp.concatenate(stacks), mesh, "data"), dtype)
-        batch = max(1, outputs / inputs) ** 0.5 * _place(batch, mesh, None)
+        # Whole, then divided: else the compiler divides the momentum, too, and gathers it again.
+        batch = _place(_place(jnp.concatenate(stacks), mesh, None), mesh, "data")
+        batch = _place(orthogonalize(batch, dtype), mesh, None)
+        batch = max(1, outputs / inputs) ** 0.5 * batch
         ends = np.cumsum([len(stack) for stack in stacks])
         for i, update in zip(indices, jnp.split(batch, ends[:-1]), strict=True):
             updates[i] = update.reshape(leaves[i].shape)

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
+from nanogpt.model import is_table
 from nanogpt.muon import scale_by_muon
 
 
@@ -28,10 +29,9 @@ def learning_rate_factor(
 
 def group(path: tuple[jax.tree_util.DictKey, ...], parameter: Array) -> str:
     """The group of a parameter by its name and shape: muon, embedding, head or scalar."""
-    name = path[-1].key
-    if name == "head":
+    if path[-1].key == "head":
         return "head"
-    if name.endswith("embed"):
+    if is_table(path):
         return "embedding"
     return "muon" if parameter.ndim >= 3 else "scalar"  # matrices are stacked over the layers
 

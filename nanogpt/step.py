@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from nanogpt.attention import Backend
 from nanogpt.config import GPTConfig
 from nanogpt.mesh import BATCH, REPLICATED, ROWS
-from nanogpt.model import GPT
+from nanogpt.model import GPT, compute_copy
 
 Params = PyTree[Float[Array, "..."]]
 Metrics = dict[str, Float[Array, ""]]
@@ -77,7 +77,7 @@ def make_train_step(
     def loss_and_gradients(params: Params, batch: Int[Array, "Ng R T+1"]):
         # Cast once, not once per micro-batch. "Varying" says that each device differentiates its
         # own copy: without it the gradients would be summed over devices inside the loop.
-        params = jax.tree.map(lambda p: p.astype(dtype), params)
+        params = compute_copy(params, dtype)
         params = jax.lax.pcast(params, "data", to="varying")
 
         def accumulate(total, rows):
@@ -113,9 +113,9 @@ def make_eval_step(
     """
 
     def summed_loss(params: Params, rows: Int[Array, "R T+1"]) -> Float[Array, ""]:
-        params = jax.tree.map(lambda p: p.astype(dtype), params)
-        tokens = jnp.maximum(rows[:, :-1], 0)
-        return jax.lax.psum(nnx.merge(graph, params).loss(tokens, rows[:, 1:]).sum(), "data")
+        model = nnx.merge(graph, compute_copy(params, dtype))
+        losses = model.loss(jnp.maximum(rows[:, :-1], 0), rows[:, 1:])
+        return jax.lax.psum(losses.sum(), "data")
 
     return jax.jit(
         jax.shard_map(summed_loss, mesh=mesh, in_specs=(REPLICATED, ROWS), out_specs=REPLICATED)

@@ -31,7 +31,7 @@ class Run:
 
         Raises RunError when the name is taken, cannot be a folder's, or cannot be written.
         """
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = Console(highlight=False, emoji=False, soft_wrap=True)
         self.folder = _new_folder(parent, name, fallback)
         (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self._log = (self.folder / "log.txt").open("w", buffering=1)
