@@ -11,9 +11,10 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -106,17 +107,35 @@ class Hyperparameters:
 
     def check(self) -> None:
         """Raise ConfigError, in a sentence for the user, for settings that make no sense."""
-        for name in ("batch_size", "sequence_length", "total_batch_size", "num_steps"):
+        for name in (
+            "batch_size",
+            "sequence_length",
+            "total_batch_size",
+            "num_steps",
+            "val_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("val_loss_every", "sample_tokens", "seed", "weight_decay"):
+        for name in ("val_loss_every", "sample_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}.")
-        for name in ("cooldown_fraction", "final_learning_rate_factor", "momentum"):
+        for name in (
+            "learning_rate",
+            "embedding_learning_rate",
+            "head_learning_rate",
+            "scalar_learning_rate",
+            "weight_decay",
+        ):
+            if not 0 <= getattr(self, name) < inf:
+                raise ConfigError(f"{name} must be 0 or a positive number: {getattr(self, name)}.")
+        for name in ("cooldown_fraction", "final_learning_rate_factor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie between 0 and 1, not at {getattr(self, name)}.")
-        if self.val_tokens < 1:
-            raise ConfigError(f"val_tokens must be at least 1, not {self.val_tokens}.")
+        for decay in (self.momentum, *self.adam_betas):
+            if not 0 <= decay < 1:
+                raise ConfigError(f"momentum and adam_betas must be 0 or more, below 1: {decay}.")
+        if not 0 <= self.seed < 2**32:
+            raise ConfigError(f"seed must be 0 or more, below 2**32, not {self.seed}.")
         if (self.train_files is None) != (self.val_files is None):
             raise ConfigError("train_files and val_files must both be globs, or both None.")
         self.model.check()
@@ -126,12 +145,12 @@ class Hyperparameters:
         per_pass = self.batch_size * self.sequence_length * num_devices
         if self.total_batch_size % per_pass:
             below = self.total_batch_size // per_pass * per_pass
-            nearest = [f"{size:,}" for size in (below, below + per_pass) if size]
+            above = below + per_pass
+            nearest = f"{below:,} and {above:,}" if below else f"{above:,}"
             raise ConfigError(
                 f"total_batch_size {self.total_batch_size:,} is not a multiple of batch_size * "
                 f"sequence_length * num_devices = {self.batch_size} * {self.sequence_length} * "
-                f"{num_devices} = {per_pass:,}: the nearest valid values are "
-                f"{' and '.join(nearest)}."
+                f"{num_devices} = {per_pass:,}; nearest valid: {nearest}."
             )
         return self.total_batch_size // per_pass
 
@@ -180,11 +199,15 @@ def main(arguments: list[str] | None = None) -> int:
         if preset == "auto":
             preset = preset_for_hardware()
         hp = tyro.cli(Hyperparameters, default=PRESETS[preset], args=arguments)
+        hp = replace(hp, preset=preset)
         hp.check()
         train(hp)
     except (ConfigError, ShardError, CorpusError, TokenizerError, RunError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -249,7 +272,7 @@ def train(hp: Hyperparameters) -> None:
         shapes = shapes_on(mesh, REPLICATED, jax.eval_shape(init, key))
         batch = shapes_on(mesh, BATCH, jax.ShapeDtypeStruct((Ng, R, T + 1), jnp.int32))
         val_batch = shapes_on(mesh, ROWS, jax.ShapeDtypeStruct((R, T + 1), jnp.int32))
-        with ThreadPoolExecutor() as threads:
+        with run.console.status("compiling"), ThreadPoolExecutor() as threads:
             train_step = threads.submit(
                 make_train_step(graph, optimizer, mesh, hp.dtype).lower(shapes, batch).compile
             )
@@ -282,14 +305,13 @@ def train(hp: Hyperparameters) -> None:
             ]
             return sum(map(float, sums)) / hp.val_tokens
 
+        flops = flops_per_token(hp.model, T)
         progress = Progress(
             run,
             hp.num_steps,
             hp.total_batch_size,
-            learning_rate_factor=lambda step: float(learning_rate_factor(*schedule, step)),
-            utilization=lambda tokens_per_s: utilization(
-                tokens_per_s, flops_per_token(hp.model, T), device.device_kind, mesh.size
-            ),
+            learning_rate_factor=partial(learning_rate_factor, *schedule),
+            utilization=lambda rate: utilization(rate, flops, device.device_kind, mesh.size),
         )
         for step, batch in enumerate(prefetch(read_batch, range(1, hp.num_steps + 1)), start=1):
             state, metrics = train_step(state, batch)

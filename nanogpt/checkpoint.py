@@ -30,8 +30,20 @@ def load_run(run: Path, mesh: Mesh) -> tuple[dict[str, Any], nnx.GraphDef, Param
                 f"{run} is not the folder of a finished run: it has no {part}; give one that "
                 "train_gpt.py made, such as runs/<name>."
             )
-    hp = json.loads((run / "config.json").read_text())
-    config = GPTConfig(**hp["model"] | {"windows": tuple(hp["model"]["windows"])})
+    try:
+        hp = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        config = GPTConfig(**hp["model"] | {"windows": tuple(hp["model"]["windows"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{run / 'config.json'} is not what train_gpt.py wrote ({type(error).__name__}: "
+            f"{error}): restore it, or name another run."
+        ) from error
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    params = ocp.load(run.resolve() / "weights", shapes_on(mesh, REPLICATED, shapes))
+    try:
+        params = ocp.load(run.resolve() / "weights", shapes_on(mesh, REPLICATED, shapes))
+    except (ValueError, OSError) as error:
+        raise ConfigError(
+            f"{run / 'weights'} does not hold the weights of the model in config.json "
+            f"({type(error).__name__}): restore it, or name another run."
+        ) from error
     return hp, graph_of(config), params

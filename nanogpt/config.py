@@ -1,6 +1,7 @@
 """The shape of a model. No JAX here, so that `--help` and wrong arguments answer at once."""
 
 from dataclasses import dataclass
+from math import inf
 
 
 class ConfigError(ValueError):
@@ -54,13 +55,17 @@ class GPTConfig:
                 f"width must be a multiple of 4 * num_heads, which {self.width} is not of "
                 f"4 * {self.num_heads}: the head size must be a multiple of 4."
             )
-        if not 0 <= 2 * self.value_embeddings <= self.num_layers:
+        if not 0 <= self.value_embeddings <= self.num_layers:
             raise ConfigError(
-                f"value_embeddings must be 0 to {self.num_layers // 2}, half of the "
-                f"{self.num_layers} layers, not {self.value_embeddings}."
+                f"value_embeddings must be 0 to num_layers, {self.num_layers}, "
+                f"not {self.value_embeddings}."
             )
         if min(self.bigram_buckets, *self.windows, 0) < 0:
             raise ConfigError("bigram_buckets and windows must not be negative.")
+        if not 0 < self.attention_scale < inf:
+            raise ConfigError(f"attention_scale must be positive, not {self.attention_scale}.")
+        if not 1 <= self.rope_base < inf:
+            raise ConfigError(f"rope_base must be at least 1, not {self.rope_base}.")
         if not 0 < self.softcap <= 40:
             raise ConfigError(f"softcap must lie above 0 and not above 40, not at {self.softcap}.")
 

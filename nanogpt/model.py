@@ -210,10 +210,10 @@ class GPT(nnx.Module):
 
     def value_embeddings(self, tokens: Int[Array, "B T"]) -> list[Float[Array, "B T D"] | None]:
         """What each layer mixes into its values: tables 0, 1, 2, none, ..., none, 0, 1, 2."""
-        count = self.config.value_embeddings
+        L, count = self.config.num_layers, self.config.value_embeddings
         tables = jnp.split(self.value_embed[...], count) if count else []
         looked_up = [table[0][tokens].astype(self.head.dtype) for table in tables]
-        return looked_up + [None] * (self.config.num_layers - 2 * count) + looked_up
+        return (looked_up + [None] * (L - 2 * count) + looked_up[max(0, 2 * count - L) :])[:L]
 
     def layers(self) -> list[Block]:
         """The blocks one by one: the loop over them is unrolled, so each may differ from the next.

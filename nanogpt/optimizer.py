@@ -18,13 +18,15 @@ from nanogpt.muon import scale_by_muon
 
 def learning_rate_factor(
     num_steps: int, cooldown_fraction: float, final_factor: float, step: int | Array
-) -> Float[Array, ""]:
+) -> float | Float[Array, ""]:
     """What all rates are multiplied with after `step` steps: 1, then linearly to `final_factor`.
 
-    The descent takes the last `cooldown_fraction` of the `num_steps` steps.
+    The descent takes the last `cooldown_fraction` of the `num_steps` steps. For a plain integer
+    the result is a plain number, computed without the device.
     """
     remaining = (num_steps - step) / max(1.0, cooldown_fraction * num_steps)
-    return final_factor + (1 - final_factor) * jnp.clip(remaining, 0.0, 1.0)
+    clip = jnp.clip if isinstance(step, jax.Array) else lambda x, low, high: min(max(x, low), high)
+    return final_factor + (1 - final_factor) * clip(remaining, 0.0, 1.0)
 
 
 def group(path: tuple[jax.tree_util.DictKey, ...], parameter: Array) -> str:

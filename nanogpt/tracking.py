@@ -31,11 +31,13 @@ class Run:
 
         Raises RunError when the name is taken, cannot be a folder's, or cannot be written.
         """
-        self.console = Console(highlight=False, emoji=False, soft_wrap=True)
+        self.console = Console(highlight=False)
         self.folder = _new_folder(parent, name, fallback)
-        (self.folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        self._log = (self.folder / "log.txt").open("w", buffering=1)
-        self._metrics = (self.folder / "metrics.jsonl").open("w", buffering=1)
+        text = {"mode": "w", "encoding": "utf-8", "buffering": 1}  # a line is written when complete
+        with (self.folder / "config.json").open(**text) as file:
+            file.write(json.dumps(config, indent=2) + "\n")
+        self._log = (self.folder / "log.txt").open(**text)
+        self._metrics = (self.folder / "metrics.jsonl").open(**text)
 
     def __enter__(self) -> "Run":
         return self
@@ -50,8 +52,11 @@ class Run:
         self._metrics.close()
 
     def say(self, text: str, style: str = "") -> None:
-        """A line on the console, in colour on a terminal, and in log.txt."""
-        self.console.print(text, style=style, markup=False)
+        """A line on the console, with a style of rich's on a terminal, and in log.txt."""
+        if style and self.console.is_terminal:
+            self.console.print(text, style=style, markup=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
         self._log.write(text + "\n")
 
     def table(self, rows: dict[str, str]) -> None:

@@ -1,0 +1,81 @@
+"""The arithmetic of a model's shape, and the shapes that are refused."""
+
+import dataclasses
+
+import pytest
+
+from nanogpt.config import ConfigError, GPTConfig
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "padded"),
+    # 50304 is what nanoGPT and modded-nanogpt pad GPT-2's 50257 to.
+    [(50257, 50304), (1, 128), (128, 128), (129, 256), (256, 256)],
+)
+def test_the_vocabulary_is_padded_to_the_next_multiple_of_128(vocab_size, padded):
+    assert GPTConfig(vocab_size=vocab_size).padded_vocab_size == padded
+
+
+def test_the_default_is_the_shape_of_the_smallest_gpt2_with_heads_twice_as_wide():
+    config = GPTConfig()
+    config.check()
+    assert (config.num_layers, config.width, config.mlp_width) == (12, 768, 4 * 768)
+    assert config.head_size == 2 * 64
+
+
+@pytest.mark.parametrize(
+    ("windows", "per_layer"),
+    [
+        ((), [None] * 5),
+        ((0,), [None] * 5),
+        ((7,), [7] * 5),
+        ((8, 0), [8, None, 8, None, 8]),
+        ((1, 2, 3), [1, 2, 3, 1, 2]),
+    ],
+)
+def test_windows_repeat_over_the_layers_and_zero_means_all(windows, per_layer):
+    config = GPTConfig(windows=windows, num_layers=5)
+    assert [config.window(layer) for layer in range(5)] == per_layer
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"vocab_size": 0}, "vocab_size must be at least 1, not 0"),
+        ({"num_layers": 0}, "num_layers must be at least 1, not 0"),
+        ({"num_heads": -2}, "num_heads must be at least 1, not -2"),
+        ({"width": 0}, "width must be at least 1, not 0"),
+        ({"mlp_width": 0}, "mlp_width must be at least 1, not 0"),
+        ({"width": 36, "num_heads": 2}, r"width .* 36 .* 4 \* 2.*head size"),
+        ({"width": 100, "num_heads": 3}, r"width .* 100 .* 4 \* 3.*head size"),
+        ({"value_embeddings": 13}, "value_embeddings must be 0 to num_layers, 12, not 13"),
+        ({"value_embeddings": -1}, "value_embeddings must be 0 to num_layers, 12, not -1"),
+        ({"num_layers": 2, "value_embeddings": 3}, "0 to num_layers, 2, not 3"),
+        ({"bigram_buckets": -1}, "bigram_buckets"),
+        ({"windows": (4, -1)}, "windows"),
+        ({"softcap": 0.0}, "softcap .* above 0"),
+        ({"softcap": 40.5}, "softcap .* 40, not at 40.5"),
+        ({"softcap": float("nan")}, "softcap .* nan"),
+    ],
+)
+def test_a_shape_that_cannot_be_built_is_refused_in_one_sentence(change, complaint):
+    config = dataclasses.replace(GPTConfig(), **change)
+    with pytest.raises(ConfigError, match=complaint) as refusal:
+        config.check()
+    assert str(refusal.value).endswith(".")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"value_embeddings": 12},
+        {"value_embeddings": 0},
+        {"num_layers": 1, "value_embeddings": 1},
+        {"width": 24, "num_heads": 6},
+        {"softcap": 40.0},
+        {"windows": (0,), "bigram_buckets": 0},
+    ],
+)
+def test_a_shape_on_the_edge_of_what_can_be_built_is_accepted(change):
+    dataclasses.replace(GPTConfig(), **change).check()

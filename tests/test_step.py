@@ -1,0 +1,335 @@
+"""Training steps: the same on any number of devices, talking once, and learning what there is."""
+
+import re
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from nanogpt.config import GPTConfig
+from nanogpt.mesh import BATCH, REPLICATED, ROWS, make_mesh, put
+from nanogpt.optimizer import make_optimizer
+from nanogpt.step import (
+    TrainState,
+    graph_of,
+    init_params,
+    make_eval_step,
+    make_init,
+    make_train_step,
+)
+
+CONFIG = GPTConfig(
+    vocab_size=100,
+    num_layers=2,
+    num_heads=2,
+    width=16,
+    mlp_width=32,
+    windows=(8, 0),
+    value_embeddings=1,
+    bigram_buckets=64,
+)
+T, ROWS_PER_STEP, STEPS = 16, 8, 5
+
+
+def some_optimizer(schedule=lambda step: 1.0):
+    return make_optimizer(
+        schedule=schedule,
+        learning_rate=0.05,
+        embedding_learning_rate=0.15,
+        head_learning_rate=0.008,
+        scalar_learning_rate=0.04,
+        momentum=0.95,
+        momentum_warmup_steps=50,
+        adam_betas=(0.8, 0.95),
+        weight_decay=0.01,
+    )
+
+
+def some_rows(steps=STEPS, seed=0):
+    """Batches that can be learned: a token is followed by one of two."""
+    rng = np.random.default_rng(seed)
+    rows = rng.integers(0, CONFIG.vocab_size, (steps, ROWS_PER_STEP, T + 1), np.int32)
+    for t in range(T):
+        rows[..., t + 1] = (3 * rows[..., t] + rows[..., t + 1] % 2) % CONFIG.vocab_size
+    return rows
+
+
+def placed(mesh, spec, array):
+    return put(mesh, spec, array.shape, lambda index: array[index])
+
+
+@cache
+def first_params():
+    return jax.jit(lambda: init_params(CONFIG, jax.random.key(0)))()
+
+
+def train(devices=1, micro_batches=1, dtype="float32"):
+    """The metrics of every step, and every state."""
+    mesh, optimizer = make_mesh(devices), some_optimizer()
+    params = jax.tree.map(np.asarray, first_params())
+    state = TrainState(jnp.zeros([], jnp.int32), params, optimizer.init(params))
+    states = [jax.device_put(state, NamedSharding(mesh, REPLICATED))]
+    train_step = make_train_step(graph_of(CONFIG), optimizer, mesh, dtype)
+    metrics = []
+    for rows in some_rows():
+        batch = rows.reshape(micro_batches, -1, T + 1)
+        state, found = train_step(states[-1], placed(mesh, BATCH, batch))
+        states.append(state)
+        metrics.append((float(found["loss"]), float(found["grad_norm"])))
+    return np.array(metrics), states
+
+
+def train_plainly():
+    """The same steps on one device, as a textbook has them: no mesh, no accumulation."""
+    optimizer, graph = some_optimizer(), graph_of(CONFIG)
+
+    def loss_of(params, rows):
+        log_p = jax.nn.log_softmax(nnx.merge(graph, params)(rows[:, :-1]))
+        return -jnp.take_along_axis(log_p, rows[:, 1:, None], axis=-1).mean()
+
+    @jax.jit
+    def step(params, state, rows):
+        loss, gradients = jax.value_and_grad(loss_of)(params, rows)
+        updates, state = optimizer.update(gradients, state, params)
+        norm = sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients)) ** 0.5
+        return optax.apply_updates(params, updates), state, (loss, norm)
+
+    params = first_params()
+    state, metrics = optimizer.init(params), []
+    for rows in some_rows():
+        params, state, found = step(params, state, rows)
+        metrics.append([float(x) for x in found])
+    return np.array(metrics)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return train_plainly()
+
+
+@pytest.fixture(scope="module")
+def in_bfloat16():
+    return train(dtype="bfloat16", micro_batches=2)
+
+
+# One program on any number of devices
+
+
+@pytest.mark.parametrize(
+    ("devices", "micro_batches"), [(1, 1), (1, 4), (2, 2), (4, 1), (8, 1), (4, 2)]
+)
+def test_devices_and_micro_batches_change_neither_losses_nor_gradients(
+    plain, devices, micro_batches
+):
+    metrics, _ = train(devices, micro_batches)
+    np.testing.assert_allclose(metrics[:, 0], plain[:, 0], rtol=1e-5)
+    np.testing.assert_allclose(metrics[:, 1], plain[:, 1], rtol=1e-5)
+    assert metrics[0, 0] == pytest.approx(np.log(128), rel=1e-6)  # a new model knows nothing
+    assert np.ptp(metrics[:, 0]) > 0.1  # and the steps did something
+
+
+def test_the_first_state_is_the_same_to_the_bit_on_any_number_of_devices():
+    one, eight = (make_init(CONFIG, some_optimizer(), make_mesh(n)) for n in (1, 8))
+    other = one(jax.random.key(4))
+    one, eight = one(jax.random.key(3)), eight(jax.random.key(3))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
+        np.testing.assert_array_equal(a, b)
+        assert b.sharding == NamedSharding(make_mesh(8), REPLICATED)
+    assert np.any(np.asarray(one.params["embed"]) != np.asarray(other.params["embed"]))
+
+
+# One reduction per step
+
+COLLECTIVE = re.compile(
+    r"= (?P<type>.+?) (?P<op>all-reduce|all-gather|all-to-all|reduce-scatter|ragged-all-to-all"
+    r"|collective-permute|collective-broadcast)(-start)?\("
+)
+
+
+def computations(hlo):
+    """The lines of each computation of a compiled program, by name."""
+    found, lines = {}, None
+    for line in hlo.splitlines():
+        if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
+            lines = found[header[1]] = []
+        elif lines is not None:
+            lines.append(line)
+    return found
+
+
+def called_by(name, program):
+    """A computation and all that it calls, directly or not."""
+    reached, waiting = set(), [name]
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            calls = re.findall(r"\w+=\{?(%?[\w.\-]+(?:, ?%[\w.\-]+)*)", "\n".join(program[name]))
+            names = [called.strip(" %") for call in calls for called in call.split(",")]
+            waiting += [called for called in names if called in program]
+    return reached
+
+
+def collectives(compiled):
+    """(operation, number of elements) of each collective: those inside loops, those outside."""
+    program = computations(compiled.as_text())
+    everything = [line for lines in program.values() for line in lines]
+    loops = [re.search(r"body=%?([\w.\-]+)", line)[1] for line in everything if " while(" in line]
+    assert loops, "the accumulation loop is not there to be looked into"
+    inside = set().union(*(called_by(body, program) for body in loops))
+
+    def found_in(names):
+        return [
+            (
+                match["op"],
+                sum(
+                    int(np.prod([int(n) for n in dims.split(",") if n]))
+                    for dims in re.findall(r"\[([\d,]*)\]", match["type"])
+                ),
+            )
+            for name in names
+            for line in program[name]
+            if (match := COLLECTIVE.search(line))
+        ]
+
+    return found_in(inside), found_in(program.keys() - inside)
+
+
+def test_devices_reduce_each_gradient_once_per_step_and_not_in_the_accumulation_loop():
+    mesh, optimizer = make_mesh(4), some_optimizer()
+    state = make_init(CONFIG, optimizer, mesh)(jax.random.key(0))
+    batch = placed(mesh, BATCH, some_rows(1).reshape(2, 4, T + 1))
+    step = make_train_step(graph_of(CONFIG), optimizer, mesh, "float32")
+    inside, outside = collectives(step.lower(state, batch).compile())
+    assert inside == []
+    # However XLA groups them into operations: as many numbers are reduced as there are
+    # parameters, and one loss.
+    assert {operation for operation, _ in outside} == {"all-reduce"}
+    assert sum(size for _, size in outside) == 1 + sum(
+        p.size for p in jax.tree.leaves(state.params)
+    )
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_collective_in_a_loop_would_be_noticed(nested):
+    # What the test above looks for, put there on purpose.
+    def body(total, x):
+        if nested:
+            return total + jax.lax.cond(x[0] > 0, lambda: jax.lax.psum(x, "data"), lambda: x), None
+        return total + jax.lax.psum(x, "data"), None
+
+    def program(xs):
+        total, _ = jax.lax.scan(body, jnp.zeros(6), xs)
+        return jax.lax.psum(total, "data")
+
+    summed = jax.shard_map(
+        program, mesh=make_mesh(4), in_specs=P(None, "data"), out_specs=P(), check_vma=False
+    )
+    inside, outside = collectives(jax.jit(summed).lower(jnp.ones((8, 24))).compile())
+    assert inside == outside == [("all-reduce", 6)]
+
+
+# Precision and memory
+
+
+def test_bfloat16_trains_like_float32(plain, in_bfloat16):
+    losses = in_bfloat16[0][:, 0]
+    np.testing.assert_allclose(losses, plain[:, 0], rtol=1e-3)
+    assert np.abs(losses / plain[:, 0] - 1).max() > 5e-6  # and it is not float32
+
+
+def test_weights_and_the_state_of_the_optimizer_stay_float32(in_bfloat16):
+    state = in_bfloat16[1][-1]
+    assert state.step == STEPS
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.opt_state)):
+        assert leaf.dtype in (jnp.float32, jnp.int32), jax.tree_util.keystr(path)
+
+
+def test_a_step_consumes_its_state(in_bfloat16):
+    *before, after = in_bfloat16[1]
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+# Evaluation
+
+
+def test_evaluation_sums_the_losses_of_all_targets_on_any_number_of_devices():
+    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape, "f4"), shapes)
+    rows = some_rows(1)[0]
+    rows[5, 9:] = rows[6:] = -1  # the data end within the sixth row
+    graph = graph_of(CONFIG)
+
+    logits = jax.jit(nnx.merge(graph, jax.tree.map(jnp.asarray, params)).__call__)(
+        np.maximum(rows[:, :-1], 0)
+    )
+    logits, targets = np.asarray(logits, "f8"), rows[:, 1:]
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    expected = sum(
+        -log_p[row, t, target] for (row, t), target in np.ndenumerate(targets) if target >= 0
+    )
+
+    for devices, batch_size in ((1, 4), (8, 8)):
+        mesh = make_mesh(devices)
+        eval_step = make_eval_step(graph, mesh, "float32")
+        found = sum(
+            float(eval_step(params, placed(mesh, ROWS, batch)))
+            for batch in np.split(rows, 8 // batch_size)
+        )
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+# Learning
+
+
+def markov_chain(rng, rows, length, symbols=4):
+    """Rows of a second-order Markov source, and the probability that it gave each next symbol.
+
+    The first symbol of a row has none. The second has only one symbol before it: its probability
+    is a mean over the symbols that the stationary source may have had before that.
+    """
+    source = np.random.default_rng(7).dirichlet(np.full(symbols, 0.5), (symbols, symbols))
+    pair = np.full((symbols, symbols), symbols**-2.0)
+    for _ in range(1000):
+        pair = np.einsum("ab,abc->bc", pair, source)
+    second = np.einsum("ab,abc->bc", pair, source) / pair.sum(axis=0)[:, None]
+
+    starts = rng.choice(symbols**2, rows, p=pair.ravel())
+    sequence = [starts // symbols, starts % symbols]
+    probability = [second[sequence[0], sequence[1]]]
+    for _ in range(length - 2):
+        given = source[sequence[-2], sequence[-1]]
+        following = (rng.random((rows, 1)) > given.cumsum(axis=1)[:, :-1]).sum(axis=1)
+        probability.append(given[np.arange(rows), following])
+        sequence.append(following)
+    return np.stack(sequence, axis=1).astype(np.int32), np.stack(probability, axis=1)
+
+
+def test_a_source_of_known_entropy_is_learned_to_within_2_percent_and_never_below_it():
+    config = GPTConfig(
+        vocab_size=4, num_layers=2, num_heads=2, width=32, mlp_width=64, value_embeddings=1
+    )
+    steps, rng = 400, np.random.default_rng(0)
+    optimizer = some_optimizer(lambda step: jnp.minimum(1.0, 2 * (1 - step / steps)))
+    mesh, graph = make_mesh(1), graph_of(config)
+    train_step = make_train_step(graph, optimizer, mesh, "float32")
+    state = make_init(config, optimizer, mesh)(jax.random.key(0))
+    batches, _ = markov_chain(rng, steps * 32, 33)
+    for batch in batches.reshape(steps, 1, 32, 33):
+        state, _ = train_step(state, placed(mesh, BATCH, batch))
+
+    # On fresh rows, against the surprise of the source itself at these very symbols. To fall
+    # below it, a model would have to see what it predicts.
+    rows, probability = markov_chain(rng, 512, 33)
+    entropy = -np.log(probability).mean()
+    total = make_eval_step(graph, mesh, "float32")(state.params, placed(mesh, ROWS, rows))
+    loss = float(total) / probability.size
+    assert entropy < loss < 1.02 * entropy, (entropy, loss)

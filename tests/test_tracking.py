@@ -1,0 +1,273 @@
+"""Run folders, what goes to the console and the files, and the arithmetic of the step lines."""
+
+import io
+import json
+import re
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from time import sleep
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+
+from nanogpt import tracking
+from nanogpt.tracking import Progress, Run, RunError
+
+
+@pytest.fixture
+def run(tmp_path):
+    with Run(tmp_path / "runs", "some", "laptop", {}) as run:
+        yield run
+
+
+def log(run):
+    return (run.folder / "log.txt").read_text()
+
+
+def records(run):
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# Folders
+
+
+@pytest.mark.parametrize("name", ["a", "lr-0.1", "v1.2_b+c", "größe", "..a"])
+def test_a_run_has_the_folder_it_was_given_and_its_configuration_in_there(tmp_path, name):
+    config = {"lr": 0.1, "files": None, "model": {"windows": (8, 0)}}
+    with Run(tmp_path / "runs", name, "laptop", config) as run:
+        assert run.folder == tmp_path / "runs" / name
+    assert json.loads((run.folder / "config.json").read_text()) == {
+        "lr": 0.1,
+        "files": None,
+        "model": {"windows": [8, 0]},
+    }
+    assert {file.name for file in run.folder.iterdir()} == {
+        "config.json",
+        "log.txt",
+        "metrics.jsonl",
+    }
+
+
+@pytest.mark.parametrize("name", ["a/b", "/tmp/a", "..", ".", "-", "a b", "a\n", "a*", "~", "é/.."])
+def test_a_name_that_is_no_folders_name_is_refused_before_anything_is_made(tmp_path, name):
+    with pytest.raises(RunError, match="run_name") as refusal:
+        Run(tmp_path / "runs", name, "laptop", {})
+    assert repr(name) in str(refusal.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_taken_is_refused_and_its_folder_left_alone(tmp_path):
+    taken = tmp_path / "runs" / "a"
+    taken.mkdir(parents=True)
+    (taken / "log.txt").write_text("precious")
+    with pytest.raises(RunError, match=f"{taken} exists already"):
+        Run(tmp_path / "runs", "a", "laptop", {})
+    assert [file.name for file in taken.iterdir()] == ["log.txt"]
+    assert (taken / "log.txt").read_text() == "precious"
+
+
+def test_where_no_folder_can_be_made_the_error_says_so(tmp_path):
+    (tmp_path / "runs").write_text("a file in the way")
+    with pytest.raises(RunError, match="cannot be made"):
+        Run(tmp_path / "runs", "a", "laptop", {})
+
+
+def test_without_a_name_runs_are_called_after_the_preset_and_the_time(tmp_path):
+    before = datetime.now().replace(microsecond=0)
+    with Run(tmp_path, "", "laptop", {}) as run:
+        stamp = re.fullmatch(r"laptop-(\d{8}-\d{6})", run.folder.name)
+    assert before <= datetime.strptime(stamp[1], "%Y%m%d-%H%M%S") <= datetime.now()
+
+
+def start_at_once(parent, name, count):
+    """The folders, or errors, of this many runs that start at the same time."""
+
+    def start(_):
+        try:
+            with Run(parent, name, "laptop", {}) as run:
+                return run.folder
+        except RunError as error:
+            return error
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(start, range(count)))
+
+
+@pytest.fixture
+def slow_looks(monkeypatch):
+    """Whoever looks whether a path exists acts on an old answer, as in the worst of races."""
+    look = Path.exists
+
+    def slow(path):
+        answer = look(path)
+        sleep(0.05)
+        return answer
+
+    monkeypatch.setattr(Path, "exists", slow)
+
+
+def test_of_runs_that_start_at_once_with_one_name_exactly_one_gets_it(tmp_path, slow_looks):
+    for attempt in range(10):
+        outcomes = start_at_once(tmp_path / "runs", f"same{attempt}", 8)
+        assert sum(not isinstance(outcome, RunError) for outcome in outcomes) == 1
+
+
+def test_runs_without_names_that_start_at_once_each_get_a_folder(tmp_path, slow_looks):
+    folders = start_at_once(tmp_path / "runs", "", 8)
+    assert len(set(folders)) == 8
+    assert set(folders) == set((tmp_path / "runs").iterdir())
+
+
+# What is told
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "step 1/2 | train loss 5.5",
+        "word " * 100,
+        "x" * 300,
+        "two\nlines",
+        "rows[0:x:2] = [bold]:smile:[/bold]  # no markup, no emoji",
+        "café ±√ �",
+    ],
+)
+def test_off_a_terminal_a_line_is_printed_and_logged_to_the_letter(
+    tmp_path, capsys, monkeypatch, text
+):
+    monkeypatch.setenv("COLUMNS", "40")
+    with Run(tmp_path, "a", "laptop", {}) as run:
+        run.say(text, style="bold green")
+    assert capsys.readouterr().out == text + "\n"
+    assert log(run) == text + "\n"
+
+
+def test_the_log_can_be_followed_while_the_run_goes_on(run):
+    run.say("hello")
+    run.record({"step": 1})
+    assert log(run) == "hello\n"
+    assert records(run) == [{"step": 1}]
+
+
+def test_a_terminal_gets_colours_and_the_log_does_not(run):
+    run.console = Console(file=io.StringIO(), force_terminal=True, width=80, highlight=False)
+    run.say("val loss 3.2", style="bold green")
+    run.table({"parameters": "12"})
+    shown = run.console.file.getvalue()
+    assert "\x1b[1;32mval loss 3.2\x1b[0m" in shown
+    assert re.search(r"parameters.*12", shown)
+    assert log(run) == "val loss 3.2\nparameters: 12\n"
+
+
+def test_off_a_terminal_a_table_goes_to_the_log_alone(run, capsys):
+    run.table({"parameters": "12", "dtype": "float32"})
+    assert capsys.readouterr().out == ""
+    assert log(run) == "parameters: 12\ndtype: float32\n"
+
+
+def test_a_record_is_one_line_of_json_with_every_digit(run):
+    metrics = [{"step": 1, "train_loss": 0.1 + 0.2}, {"step": 2, "train_loss": 1e-300}]
+    for each in metrics:
+        run.record(each)
+    assert records(run) == metrics
+
+
+# Progress
+
+
+class Loss:
+    """A number on the device: remembers that it was waited for."""
+
+    def __init__(self, value, reads):
+        self.value, self.reads = value, reads
+
+    def __float__(self):
+        self.reads.append(self.value)
+        return self.value
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes only when a test says so."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(tracking, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    return clock
+
+
+def progress_of(run, utilization=lambda tokens_per_s: None):
+    return Progress(run, 4, 1000, lambda step: 1 / (1 + step), utilization)
+
+
+def test_a_step_is_reported_when_the_next_has_started_and_not_waited_for_before(run, clock):
+    reads, progress = [], progress_of(run)
+    clock.now += 1
+    progress.started(1, {"loss": Loss(5.0, reads), "grad_norm": 1.0})
+    assert (reads, records(run), log(run)) == ([], [], "")
+    clock.now += 1
+    progress.started(2, {"loss": Loss(4.0, reads), "grad_norm": 1.0})
+    assert reads == [5.0]
+    assert [record["step"] for record in records(run)] == [1]
+    clock.now += 1
+    progress.report()
+    progress.report()  # nothing is left to tell
+    assert reads == [5.0, 4.0]
+    assert [record["step"] for record in records(run)] == [1, 2]
+
+
+def test_times_are_those_between_arrivals_and_leave_validation_out(run, clock):
+    progress = progress_of(run)
+
+    def validate():
+        clock.now += 50
+        return 3.25
+
+    progress.started(1, {"loss": 5.0, "grad_norm": 0.5})
+    clock.now = 102
+    progress.started(2, {"loss": 4.0, "grad_norm": 0.25})  # reports 1: 100 to 102
+    clock.now = 105
+    progress.report(validate)  # reports 2: 102 to 105; validation lasts until 155
+    clock.now = 156
+    progress.started(3, {"loss": 3.0, "grad_norm": 0.125})
+    clock.now = 159
+    progress.started(4, {"loss": 2.0, "grad_norm": 0.0625})  # reports 3: 155 to 159
+    clock.now = 160
+    progress.report()  # reports 4: 159 to 160
+
+    keys = ("step", "train_loss", "grad_norm", "tokens", "step_time_s", "time_s", "tokens_per_s")
+    assert [tuple(record[key] for key in keys) for record in records(run)] == [
+        (1, 5.0, 0.5, 1000, 2.0, 2.0, 500.0),
+        (2, 4.0, 0.25, 2000, 3.0, 5.0, 1000 / 3),
+        (3, 3.0, 0.125, 3000, 4.0, 9.0, 250.0),
+        (4, 2.0, 0.0625, 4000, 1.0, 10.0, 1000.0),
+    ]
+    # A step is scaled by the factor after the steps before it.
+    assert [r["learning_rate_factor"] for r in records(run)] == [1, 1 / 2, 1 / 3, 1 / 4]
+    assert [r.get("val_loss") for r in records(run)] == [None, 3.25, None, None]
+
+    lines = log(run).splitlines()
+    steps = [line for line in lines if "train loss" in line]
+    assert [re.search(r"^step (\d/4) .*train loss ([\d.]+) ", s).groups() for s in steps] == [
+        ("1/4", "5.0000"),
+        ("2/4", "4.0000"),
+        ("3/4", "3.0000"),
+        ("4/4", "2.0000"),
+    ]
+    assert [re.search(r"([\d,]+) tok/s", s)[1] for s in steps] == ["500", "333", "250", "1,000"]
+    # What is left at the mean pace so far: 3 * 2/1, 2 * 5/2, 1 * 9/3 and nothing.
+    assert [s.split("ETA ")[1] for s in steps] == ["0:00:06", "0:00:05", "0:00:03", "0:00:00"]
+    (validation,) = (line for line in lines if "val loss" in line)
+    assert re.search(r"^step 2/4 .*val loss 3\.2500 .*2,000 tokens .*5\.0 s", validation)
+
+
+def test_utilisation_is_shown_where_it_is_known_and_not_where_it_is_not(run, clock):
+    # 1,000 tokens in 2 s: 500 tok/s.
+    for utilization in (lambda tokens_per_s: tokens_per_s / 2000, lambda tokens_per_s: None):
+        progress = progress_of(run, utilization)
+        progress.started(1, {"loss": 5.0, "grad_norm": 1.0})
+        clock.now += 2
+        progress.report()
+    known, unknown = log(run).splitlines()
+    assert "MFU 25.0% | " in known
+    assert "MFU" not in unknown

@@ -1,0 +1,386 @@
+"""The main job from end to end: a few small runs as a user starts them, and every mistake's answer.
+
+A run takes seconds, so those that many tests look at are made once, on first use, and shared by
+the processes of pytest-xdist.
+"""
+
+import ast
+import fcntl
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from itertools import pairwise
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import train_gpt
+from nanogpt.checkpoint import load_run
+from nanogpt.config import GPTConfig
+from nanogpt.mesh import make_mesh
+from nanogpt.shards import write_shard
+from train_gpt import Hyperparameters
+
+SCRIPT = Path(train_gpt.__file__).resolve()
+T, TOKENS_PER_STEP, STEPS = 32, 256, 6
+VAL_TOKENS = 268  # 8 rows, which make one pass, and a short ninth
+SMALL = (
+    f"--batch-size 8 --sequence-length {T} --total-batch-size {TOKENS_PER_STEP} "
+    f"--num-steps {STEPS} --val-loss-every 4 --val-tokens {VAL_TOKENS} --dtype float32 "
+    "--sample-tokens 0 --model.num-layers 2 --model.num-heads 2 --model.width 32 "
+    "--model.mlp-width 64 --model.value-embeddings 1 --model.bigram-buckets 64"
+).split()
+TIMES = ("time_s", "step_time_s", "tokens_per_s")
+
+
+@dataclass(frozen=True)
+class Trained:
+    folder: Path
+    console: list[str]
+    log: list[str]
+    metrics: list[dict]
+
+    def column(self, key):
+        return [record[key] for record in self.metrics]
+
+
+def shared_folder(tmp_path_factory):
+    """A folder that the processes of one pytest run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def start(arguments, cwd, cache, devices=1, python_options=()):
+    """`python3 train_gpt.py` in another folder and process, with nothing of this one's settings."""
+    env = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "COLUMNS", "XLA_FLAGS")}
+    env |= {
+        "XDG_CACHE_HOME": str(cache),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+    }
+    return subprocess.run(
+        [sys.executable, *python_options, SCRIPT, *arguments],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+
+
+def trained(tmp_path_factory, name, *arguments, devices=1):
+    """The run `name`, trained by the first process that asks for it."""
+    shared = shared_folder(tmp_path_factory)
+    place = shared / "trained"
+    place.mkdir(exist_ok=True)
+    console = place / f"{name}.console"
+    with (place / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not console.exists():
+            done = start([*SMALL, "--run-name", name, *arguments], place, shared / "cache", devices)
+            assert (done.returncode, done.stderr) == (0, "")
+            console.write_text(done.stdout)
+    folder = place / "runs" / name
+    return Trained(
+        folder,
+        console.read_text().splitlines(),
+        (folder / "log.txt").read_text().splitlines(),
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+    )
+
+
+def base_run(tmp_path_factory):
+    """A run of the preset that is chosen without being asked for; test_sample.py uses it, too."""
+    return trained(tmp_path_factory, "base", "--sample-tokens", "8", "--sample-prompt", "def ")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return base_run(tmp_path_factory)
+
+
+# A run
+
+
+def test_a_run_leaves_its_configuration_log_metrics_and_weights(base):
+    names = {file.name for file in base.folder.iterdir()}
+    assert names == {"config.json", "log.txt", "metrics.jsonl", "weights"}
+    config = json.loads((base.folder / "config.json").read_text())
+    assert config.keys() == {field.name for field in fields(Hyperparameters)}
+    assert config["model"].keys() == {field.name for field in fields(GPTConfig)}
+    assert (config["preset"], config["total_batch_size"]) == ("laptop", TOKENS_PER_STEP)
+    assert config["model"]["width"] == 32
+
+
+def test_the_first_line_names_preset_data_devices_and_accumulation(base):
+    first = base.console[0]
+    assert first.startswith("laptop preset | embedded corpus ")
+    assert re.search(r"\| 1 x .*cpu.* \| Ng = .* = 1$", first)
+
+
+def test_the_log_is_the_console_and_the_table_that_only_a_terminal_shows(base):
+    # The sample may hold bytes that a console does not show.
+    log, console = (lines[: lines.index("sample:")] for lines in (base.log, base.console))
+    table = [line for line in log if line not in console]
+    assert [line for line in log if line in console] == console
+    assert {line.split(": ")[0] for line in table} >= {"run", "parameters", "tokens", "dtype"}
+    assert not any("\x1b" in line for line in base.console + base.log)
+
+
+def test_every_step_is_a_line_that_grep_finds(base):
+    lines = [line for line in base.console if "train loss" in line]
+    pattern = r"step (\d+)/6 \|.*train loss (\d+\.\d{4}) \|.* ([\d,]+) tok/s \|.*ETA \d+:\d\d:\d\d$"
+    found = [re.match(pattern, line).groups() for line in lines]
+    assert [int(step) for step, _, _ in found] == [1, 2, 3, 4, 5, 6]
+    for (_, loss, speed), record in zip(found, base.metrics, strict=True):
+        assert float(loss) == pytest.approx(record["train_loss"], abs=6e-5)
+        assert float(speed.replace(",", "")) == pytest.approx(record["tokens_per_s"], abs=0.6)
+
+
+def test_metrics_have_one_object_per_step_with_validation_where_it_was_due(base):
+    always = {"step", "train_loss", "tokens", *TIMES}
+    assert base.column("step") == [1, 2, 3, 4, 5, 6]
+    assert all(record.keys() >= always for record in base.metrics)
+    assert [r["step"] for r in base.metrics if "val_loss" in r] == [4, 6]  # every 4 and the last
+    assert base.column("tokens") == [step * TOKENS_PER_STEP for step in range(1, 7)]
+    np.testing.assert_allclose(base.column("time_s"), np.cumsum(base.column("step_time_s")))
+    speeds = TOKENS_PER_STEP / np.array(base.column("step_time_s"))
+    np.testing.assert_allclose(base.column("tokens_per_s"), speeds)
+
+
+def test_the_loss_starts_at_that_of_a_uniform_guess_and_falls(base):
+    losses = base.column("train_loss")
+    assert losses[0] == pytest.approx(math.log(256), abs=1e-5)
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_the_last_validation_is_that_of_the_weights_on_the_first_tokens_of_the_split(
+    base, tmp_path_factory
+):
+    (shard,) = (shared_folder(tmp_path_factory) / "cache").rglob("val_*.bin")
+    tokens = np.fromfile(shard, "<u2")[512:][: VAL_TOKENS + 1].astype(np.int32)
+    _, graph, params = load_run(base.folder, make_mesh(1))
+    log_probability = jax.jit(lambda t: jax.nn.log_softmax(nnx.merge(graph, params)(t[None])[0]))
+    loss = 0.0
+    for first in range(0, VAL_TOKENS, T):
+        row = tokens[first : first + T + 1]
+        # A short last row is filled up to need no other compilation: tokens see only earlier ones.
+        inputs = np.pad(row[:-1], (0, T + 1 - len(row)))
+        loss -= log_probability(jnp.array(inputs))[np.arange(len(row) - 1), row[1:]].sum()
+    assert base.metrics[-1]["val_loss"] == pytest.approx(float(loss) / VAL_TOKENS, abs=1e-5)
+
+
+def test_a_run_ends_with_its_sample(base):
+    sample = "\n".join(base.console).split("\nsample:\n")[1]
+    assert sample.startswith("def ")
+    assert len(sample) > len("def ")
+
+
+# Runs that must be alike
+
+
+def test_a_run_repeated_is_the_same_to_the_last_bit_but_for_its_times(base, tmp_path_factory):
+    again = trained(tmp_path_factory, "again", "--sample-tokens", "8", "--sample-prompt", "def ")
+    without_times = [
+        [{k: v for k, v in record.items() if k not in TIMES} for record in run.metrics]
+        for run in (base, again)
+    ]
+    assert without_times[0] == without_times[1]
+    weights = [load_run(run.folder, make_mesh(1))[2] for run in (base, again)]
+    for one, other in zip(*map(jax.tree.leaves, weights), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "devices", "batch_size", "accumulation_steps"),
+    [("accumulating", 1, 2, 4), ("on_four", 4, 1, 2)],
+)
+def test_accumulation_and_devices_do_not_change_the_losses(
+    base, tmp_path_factory, name, devices, batch_size, accumulation_steps
+):
+    run = trained(tmp_path_factory, name, "--batch-size", f"{batch_size}", devices=devices)
+    assert re.search(rf"\| {devices} x .* = {accumulation_steps}$", run.console[0])
+    np.testing.assert_allclose(run.column("train_loss"), base.column("train_loss"), atol=1e-5)
+    validations = [[r["val_loss"] for r in x.metrics if "val_loss" in r] for x in (run, base)]
+    np.testing.assert_allclose(*validations, atol=1e-5)
+
+
+def test_fineweb_shards_are_read_in_order_each_token_once(tmp_path, tmp_path_factory):
+    # Step s trains on nothing but the token 10,000 + s, which it never saw: it cannot beat a
+    # uniform guess. Had it seen the token before, because the data repeats or skips ahead to the
+    # second epoch, it would.
+    data = np.repeat(np.arange(10_001, 10_005), TOKENS_PER_STEP)
+    write_shard(tmp_path / "fineweb_train_000001.bin", data[: 2 * TOKENS_PER_STEP + 1])
+    write_shard(tmp_path / "fineweb_train_000002.bin", data[[*range(512, 1024), -1]])
+    write_shard(tmp_path / "fineweb_val_000000.bin", np.full(VAL_TOKENS + 1, 10_004))
+    run = trained(
+        tmp_path_factory,
+        "shards",
+        *("--preset", "speedrun", "--dtype", "bfloat16", "--batch-size", "4"),
+        *("--num-steps", "4", "--val-loss-every", "0", "--model.windows", "8", "0"),
+        *("--train-files", str(tmp_path / "fineweb_train_*.bin")),
+        *("--val-files", str(tmp_path / "fineweb_val_*.bin")),
+    )
+    assert run.console[0].startswith("speedrun preset | ")
+    assert "fineweb_train_*.bin, 1,026 tokens | 1 x " in run.console[0]
+    assert run.console[0].endswith(" = 2")
+    uniform = math.log(50304)
+    assert run.metrics[0]["train_loss"] == pytest.approx(uniform, abs=1e-2)
+    assert min(run.column("train_loss")) > uniform - 0.05
+    assert [record["step"] for record in run.metrics if "val_loss" in record] == [4]
+    assert run.metrics[-1]["val_loss"] < uniform - 0.3  # the token of the last step
+
+
+# Mistakes
+
+
+def test_missing_fineweb_stops_the_speedrun_with_the_command_that_fetches_it(tmp_path):
+    done = start(["--preset", "speedrun"], tmp_path, tmp_path / "cache")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "`python3 cached_fineweb10B.py`" in done.stderr
+    assert "fineweb10B/fineweb_train_*.bin" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_whose_name_is_taken_stops_and_leaves_the_first_untouched(
+    base, tmp_path_factory, monkeypatch, capsys
+):
+    def contents():
+        files = (file for file in sorted(base.folder.rglob("*")) if file.is_file())
+        return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in files}
+
+    before = contents()
+    monkeypatch.chdir(base.folder.parent.parent)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shared_folder(tmp_path_factory) / "cache"))
+    # Eight devices here: a row each for four passes.
+    assert train_gpt.main([*SMALL, "--batch-size", "1", "--run-name", "base"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == "runs/base exists already: choose another run_name.\n"
+    assert contents() == before
+
+
+SHARDS = ["--train-files", "train.bin", "--val-files", "val.bin"]
+ONE_ROW_EACH = ["--batch-size", "1"]  # SMALL on as many as eight devices
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty place to work, but for shards with a token that bytes do not have, and a ruin."""
+    tokens = np.arange(2000) % 256
+    write_shard(tmp_path / "train.bin", tokens)
+    write_shard(tmp_path / "val.bin", tokens)
+    write_shard(tmp_path / "beyond.bin", np.where(np.arange(2000) == 1234, 300, tokens))
+    (tmp_path / "ruin.bin").write_bytes((tmp_path / "train.bin").read_bytes()[:-2])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        # 8 devices, see conftest.py: one pass takes 3 * 32 * 8 = 768 tokens.
+        (
+            ["--batch-size", "3", "--total-batch-size", "2000"],
+            ["total_batch_size 2,000", "3 * 32 * 8 = 768", "1,536 and 2,304"],
+        ),
+        (
+            ["--batch-size", "3"],
+            ["total_batch_size 256", "3 * 32 * 8 = 768", "nearest valid: 768."],
+        ),
+        ([*ONE_ROW_EACH, "--train-files", "beyond.bin"], ["token 300", "beyond.bin", "1,234"]),
+        ([*ONE_ROW_EACH, "--val-files", "beyond.bin"], ["token 300", "beyond.bin", "1,234"]),
+        ([*ONE_ROW_EACH, "--train-files", "ruin.bin"], ["ruin.bin", "damaged"]),
+        ([*ONE_ROW_EACH, "--val-files", "None"], ["train_files", "val_files"]),
+        ([*ONE_ROW_EACH, "--val-tokens", "2000"], ["val_tokens", "2,000", "1,999"]),
+        (
+            [*ONE_ROW_EACH, "--sequence-length", "2048", "--total-batch-size", "16384"],
+            ["train.bin", "2049", "sequence_length"],
+        ),
+        ([*ONE_ROW_EACH, "--run-name", "a/b"], ["run_name", "'a/b'"]),
+        (["--model.num-heads", "3"], ["width", "num_heads"]),
+        (["--model.value-embeddings", "99"], ["value_embeddings"]),
+        (["--num-steps", "0"], ["num_steps"]),
+        (["--batch-size", "0"], ["batch_size"]),
+        (["--val-tokens", "0"], ["val_tokens"]),
+        (["--seed", "-1"], ["seed"]),
+        (["--cooldown-fraction", "1.5"], ["cooldown_fraction", "1.5"]),
+        (["--momentum", "nan"], ["momentum", "nan"]),
+    ],
+)
+def test_settings_that_make_no_sense_are_told_in_one_sentence(folder, capsys, mistake, told):
+    before = sorted(folder.iterdir())
+    assert train_gpt.main(["--preset", "laptop", *SMALL, *SHARDS, *mistake]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (sentence,) = output.err.splitlines()
+    assert sentence.endswith(".")
+    for words in told:
+        assert words in sentence
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        (["--nonsense", "3"], ["--nonsense"]),
+        (["--num-steps", "many"], ["--num-steps", "many"]),
+        (["--dtype", "float16"], ["--dtype", "float16", "bfloat16"]),
+        (["--preset", "desktop"], ["--preset", "desktop", "laptop"]),
+        (["--model.windows", "wide"], ["--model.windows", "wide"]),
+        (["--adam-betas", "0.9"], ["--adam-betas"]),
+    ],
+)
+def test_arguments_that_cannot_be_read_are_pointed_at(folder, capsys, monkeypatch, mistake, told):
+    monkeypatch.setenv("COLUMNS", "200")  # so that no word is broken between lines
+    before = sorted(folder.iterdir())
+    with pytest.raises(SystemExit) as end:
+        train_gpt.main(["--preset", "laptop", *SMALL, *SHARDS, *mistake])
+    assert end.value.code == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    for words in told:
+        assert words in output.err
+    assert sorted(folder.iterdir()) == before
+
+
+# Help
+
+
+def meanings(cls):
+    """The fields of a dataclass and the strings that stand below them, from its source."""
+    (definition,) = (
+        node
+        for node in ast.walk(ast.parse(Path(sys.modules[cls.__module__].__file__).read_text()))
+        if isinstance(node, ast.ClassDef) and node.name == cls.__name__
+    )
+    body = definition.body
+    return {
+        field.target.id: ast.literal_eval(below.value)
+        for field, below in pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+    }
+
+
+def test_help_gives_every_setting_its_meaning_without_loading_jax(tmp_path):
+    done = start(["--help"], tmp_path, tmp_path, python_options=("-X", "importtime"))
+    assert done.returncode == 0
+    shown = " ".join(done.stdout.replace("│", " ").split())
+    for cls, prefix in ((Hyperparameters, "--"), (GPTConfig, "--model.")):
+        for name, meaning in meanings(cls).items():
+            if name != "model":  # its settings are options of their own
+                assert prefix + name.replace("_", "-") in shown
+                assert " ".join(meaning.split()) in shown
+        assert meanings(cls).keys() == {field.name for field in fields(cls)}
+    loaded = {line.split("|")[-1].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "tyro" in loaded
+    assert not loaded & {"jax", "jaxlib", "flax", "optax", "orbax"}
