@@ -61,7 +61,7 @@ def scale_by_muon(
         dtype: in which Newton-Schulz runs; bfloat16 is accurate enough, and fast where there are
             matrix units for it.
         mesh: devices that share the work; each takes its part of every stack, and the results are
-            the same, bit for bit, as when one device does it all.
+            the same up to rounding as when one device does it all.
     """
 
     def init(params: optax.Params) -> MuonState:
