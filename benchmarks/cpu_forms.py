@@ -5,10 +5,9 @@
 Every form computes one layer (queries, keys and values from the stream, norm, rotation, causal
 attention, projection back) and all its gradients, to the same numbers. Forms are timed in turn, so
 that another process slows all alike; the table gives the best of many rounds of each, in ms and as
-a ratio to the form that `nanogpt/model.py` uses. The last line prints the results as JSON.
+a ratio to the form that `nanogpt/model.py` uses.
 """
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from benchmarks.results import save
 from nanogpt.attention import reference_attention, visible
 from nanogpt.model import norm, project, rotary
 
@@ -80,7 +80,7 @@ FORMS = {
 
 
 def main() -> None:
-    """Check that the forms agree, time them, print a table and JSON."""
+    """Check that the forms agree, time them, print a table, and save the figures."""
     keys = jax.random.split(jax.random.key(0), 3)
     x, w, out = (
         jax.random.normal(key, shape) * shape[-2] ** -0.5 * scale
@@ -107,7 +107,7 @@ def main() -> None:
     print(f"one attention layer, B {B}, T {T}, N {N}, H {H}, forward and backward, float32")
     for name, seconds in best.items():
         print(f"{name:42}{1e3 * seconds:8.2f} ms{seconds / base:7.2f}")
-    print(json.dumps({name: round(1e3 * seconds, 3) for name, seconds in best.items()}))
+    save("cpu_forms", {"ms": {name: round(1e3 * seconds, 3) for name, seconds in best.items()}})
 
 
 if __name__ == "__main__":

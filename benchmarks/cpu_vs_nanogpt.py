@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 import tyro
 
+from benchmarks.results import save
 from nanogpt.corpus import Corpus, embedded_corpus
 from nanogpt.shards import find_shards, read_shard
 
@@ -67,7 +68,7 @@ class Result:
 
 
 def main() -> None:
-    """Run both sides and print a table, and the JSON of it."""
+    """Run both sides, print a table, and save the figures."""
     options = tyro.cli(Options)
     corpus = embedded_corpus()
     with tempfile.TemporaryDirectory() as scratch:
@@ -94,15 +95,15 @@ def main() -> None:
     )
     if max(result.val_loss for result in ours) > theirs.val_loss:
         print("NOT REACHED: a run of this project ended above the other's loss")
-    report = {
-        "command": " ".join(OURS),
-        "corpus": corpus.fingerprint,
+    figures = {
         "baseline": name,
         "theirs": asdict(theirs),
+        "ours_arguments": " ".join(OURS),
         "ours": [asdict(result) for result in ours],
         "training_ratio": ratio,
+        "corpus": corpus.fingerprint,
     }
-    print(json.dumps(report))
+    save("cpu_vs_nanogpt" if options.nanogpt else "cpu_vs_nanogpt_in_jax", figures)
 
 
 def run_ours(folder: Path) -> Result:

@@ -1,0 +1,48 @@
+"""Where a benchmark's figures go: `results/<name>.json`, with what is needed to repeat them."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent / "results"
+
+
+def save(name: str, figures: dict[str, Any]) -> None:
+    """Write the figures beside command, date, commit, hardware and versions, and say where."""
+    context = {
+        "command": " ".join(
+            ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
+        ),
+        "date": f"{date.today()}",
+        "commit": _commit(),
+        "hardware": f"{os.cpu_count()} x {_processor()}",
+        "python": platform.python_version(),
+        "jax": version("jax"),
+    }
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{name}.json"
+    path.write_text(json.dumps(context | figures, indent=2) + "\n")
+    print(f"written to {path}")
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, cwd=FOLDER.parent, text=True, capture_output=True)
+    return done.stdout.strip() or "unknown"
+
+
+def _processor() -> str:
+    """The processor's name; on Linux also the vector instructions that tell its generations apart."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = {key.strip(): value.strip() for key, _, value in (x.partition(":") for x in lines)}
+    name = fields.get("model name", platform.machine())
+    return f"{name}, AVX-512" if "avx512f" in fields.get("flags", "") else name
