@@ -38,7 +38,7 @@ def _commit() -> str:
 
 
 def _processor() -> str:
-    """The processor's name; on Linux also the vector instructions that tell its generations apart."""
+    """The processor's name, and whether it has AVX-512, which the name need not tell."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
