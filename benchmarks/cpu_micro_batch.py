@@ -34,7 +34,7 @@ def main() -> None:
 
 
 def step_time(folder: Path, name: str, size: int) -> float:
-    """Median seconds per step of a run with `size` rows per micro-batch, its first steps left out."""
+    """Median seconds per step with `size` rows per micro-batch, without the first ten steps."""
     arguments = (
         f"--preset laptop --batch-size {size} --num-steps {STEPS} --val-loss-every 0 "
         f"--val-tokens 1024 --sample-tokens 0 --run-name {name}"
