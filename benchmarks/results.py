@@ -15,10 +15,9 @@ FOLDER = Path(__file__).resolve().parent / "results"
 
 def save(name: str, figures: dict[str, Any]) -> None:
     """Write the figures beside command, date, commit, hardware and versions, and say where."""
+    words = [Path(word).name if Path(word).exists() else word for word in sys.argv]
     context = {
-        "command": " ".join(
-            ["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]
-        ),
+        "command": " ".join(["python", "-m", f"benchmarks.{Path(words[0]).stem}", *words[1:]]),
         "date": f"{date.today()}",
         "commit": _commit(),
         "hardware": f"{os.cpu_count()} x {_processor()}",
@@ -32,9 +31,13 @@ def save(name: str, figures: dict[str, Any]) -> None:
 
 
 def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=FOLDER.parent, text=True, capture_output=True)
-    return done.stdout.strip() or "unknown"
+    """The commit that was measured; "-dirty" if the code, and not only results, differs from it."""
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *words], cwd=FOLDER.parent, text=True, capture_output=True)
+
+    changed = git("diff", "--quiet", "HEAD", "--", ":/", ":!/benchmarks/results").returncode
+    return git("rev-parse", "--short", "HEAD").stdout.strip() + "-dirty" * changed
 
 
 def _processor() -> str:
