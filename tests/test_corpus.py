@@ -83,7 +83,7 @@ def test_no_unit_test_and_no_second_copy_is_inside(built):
 
 def test_a_well_known_file_of_each_kind_is_inside(built):
     texts = b"".join(documents(built.train_files) + documents(built.val_files))
-    assert b"\ndef scan(f" in texts
+    assert b"\ndef fori_loop(" in texts
     assert b"\nclass Module(" in texts
     assert b"\ndef adamw(" in texts
 
