@@ -208,9 +208,9 @@ def test_accumulation_and_devices_do_not_change_the_losses(
 ):
     run = trained(tmp_path_factory, name, "--batch-size", f"{batch_size}", devices=devices)
     assert re.search(rf"\| {devices} x .* = {accumulation_steps}$", run.console[0])
-    np.testing.assert_allclose(run.column("train_loss"), base.column("train_loss"), atol=1e-5)
+    np.testing.assert_allclose(run.column("train_loss"), base.column("train_loss"), rtol=1e-5)
     validations = [[r["val_loss"] for r in x.metrics if "val_loss" in r] for x in (run, base)]
-    np.testing.assert_allclose(*validations, atol=1e-5)
+    np.testing.assert_allclose(*validations, rtol=1e-5)
 
 
 def test_fineweb_shards_are_read_in_order_each_token_once(tmp_path, tmp_path_factory):
