@@ -268,6 +268,7 @@ def train(hp: Hyperparameters) -> None:
             f"{hp.preset} preset | {data} | {mesh.size} x {device.device_kind} | "
             f"Ng = {hp.total_batch_size:,} / ({hp.batch_size} * {T} * {mesh.size}) = {Ng}"
         )
+        run.say(attention)
         # Everything is compiled before the first step, at the same time.
         start = time.perf_counter()
         init = make_init(hp.model, optimizer, mesh)
@@ -290,7 +291,6 @@ def train(hp: Hyperparameters) -> None:
                 "parameters": f"{sum(p.size for p in jax.tree.leaves(state.params)):,}",
                 "tokens": f"{hp.num_steps:,} steps x {hp.total_batch_size:,} "
                 f"= {hp.num_steps * hp.total_batch_size:,}; an epoch has {len(rows) * T:,}",
-                "attention": attention,
                 "dtype": hp.dtype,
                 "compiled in": f"{time.perf_counter() - start:.1f} s, in no time given below",
             }
