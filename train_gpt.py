@@ -23,7 +23,7 @@ import tyro
 from nanogpt.config import ConfigError, GPTConfig
 from nanogpt.corpus import CorpusError, embedded_corpus
 from nanogpt.shards import ShardError, check_vocabulary, find_shards, read_shard
-from nanogpt.tokenizer import TokenizerError, load_tokenizer
+from nanogpt.tokenizer import TOKENIZERS, TokenizerError, load_tokenizer
 from nanogpt.tracking import Progress, Run, RunError
 
 if TYPE_CHECKING:
@@ -138,6 +138,16 @@ class Hyperparameters:
             raise ConfigError(f"seed must be 0 or more, below 2**32, not {self.seed}.")
         if (self.train_files is None) != (self.val_files is None):
             raise ConfigError("train_files and val_files must both be globs, or both None.")
+        if self.train_files is None and self.tokenizer != "bytes":
+            raise ConfigError(
+                f"The embedded corpus is made of bytes, not of {self.tokenizer} tokens: set "
+                "tokenizer to bytes, or train_files and val_files to shards of your own."
+            )
+        if self.model.vocab_size < TOKENIZERS[self.tokenizer].vocab_size:
+            raise ConfigError(
+                f"model.vocab_size {self.model.vocab_size:,} is less than the "
+                f"{TOKENIZERS[self.tokenizer].vocab_size:,} ids of tokenizer {self.tokenizer}."
+            )
         self.model.check()
 
     def accumulation_steps(self, num_devices: int) -> int:

@@ -36,7 +36,7 @@ class Rows:
         self.shards = [read_shard(file) for file in files]
         self.sequence_length = sequence_length
         self.seed, self.shuffle = seed, shuffle
-        counts = [(len(shard) - 1) // sequence_length for shard in self.shards]
+        counts = [max(0, len(shard) - 1) // sequence_length for shard in self.shards]
         self.ends = np.cumsum(counts)  # row numbers of one epoch at which each shard ends
         if len(self) == 0:
             raise ShardError(

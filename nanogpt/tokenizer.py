@@ -71,12 +71,14 @@ class GPT2Tokenizer:
         return self._encoding.decode(ids[ids < self.separator].tolist(), errors="replace")
 
 
+TOKENIZERS = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
+
+
 def load_tokenizer(name: str) -> Tokenizer:
     """The tokenizer called `name`, "bytes" or "gpt2"; TokenizerError for any other name."""
-    tokenizers = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
-    if name not in tokenizers:
-        raise TokenizerError(f"There is no tokenizer {name!r}; there are {', '.join(tokenizers)}.")
-    return tokenizers[name]()
+    if name not in TOKENIZERS:
+        raise TokenizerError(f"There is no tokenizer {name!r}; there are {', '.join(TOKENIZERS)}.")
+    return TOKENIZERS[name]()
 
 
 def gpt2_encoding() -> "tiktoken.Encoding":

@@ -58,6 +58,13 @@ def test_rows_are_slices_of_one_shard_each_and_tails_shorter_than_a_row_are_left
     np.testing.assert_array_equal(rows(np.arange(ROWS_PER_EPOCH)), expected)
 
 
+def test_an_empty_shard_between_others_moves_no_row(tmp_path):
+    first, empty, last = write(tmp_path, 2 * T + 1, 1, 2 * T + 1)
+    empty.write_bytes(np.array([20240520, 1, 0] + [0] * 253, "<i4").tobytes())
+    rows = Rows([first, empty, last], T, seed=0, shuffle=False)
+    np.testing.assert_array_equal(rows(np.arange(4)), raw_rows([first, last]))
+
+
 def test_a_batch_depends_on_its_position_alone_in_whatever_order_batches_are_asked_for(files):
     stream = raw_rows(files)
     one_object = Rows(files, T, seed=0, shuffle=False)

@@ -315,6 +315,11 @@ def folder(tmp_path, monkeypatch):
         (["--seed", "-1"], ["seed"]),
         (["--cooldown-fraction", "1.5"], ["cooldown_fraction", "1.5"]),
         (["--momentum", "nan"], ["momentum", "nan"]),
+        (["--tokenizer", "gpt2"], ["vocab_size 256", "50,257", "gpt2"]),
+        (
+            ["--tokenizer", "gpt2", "--train-files", "None", "--val-files", "None"],
+            ["embedded corpus", "bytes", "gpt2"],
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_told_in_one_sentence(folder, capsys, mistake, told):
