@@ -10,7 +10,6 @@ The file reads from top to bottom: the hyperparameters, the presets, then the tr
 import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from nanogpt.config import ConfigError, GPTConfig
+from nanogpt.config import ConfigError, GPTConfig, Kernels, LossKernel
 from nanogpt.corpus import CorpusError, embedded_corpus
 from nanogpt.shards import ShardError, check_vocabulary, find_shards, read_shard
 from nanogpt.tokenizer import TOKENIZERS, TokenizerError, load_tokenizer
@@ -53,8 +52,8 @@ class Hyperparameters:
     """Visit the rows in random order from the first epoch on; later epochs always do."""
 
     # Batch: Ng = total_batch_size / (batch_size * sequence_length * number of devices)
-    batch_size: int = 64
-    """Rows per device in one forward and backward pass."""
+    batch_size: int | None = None
+    """Rows per device in one forward and backward pass; None for as many as its memory holds."""
     sequence_length: int = 1024
     """Tokens per row, T."""
     total_batch_size: int = 524_288
@@ -93,6 +92,10 @@ class Hyperparameters:
     # Run
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What the forward and backward passes compute in; weights are kept in float32."""
+    loss_kernel: LossKernel = "xla"
+    """What computes the loss: XLA, or on NVIDIA GPUs one Pallas kernel for it and its gradient."""
+    fp8_head: bool = False
+    """Multiply with the head in 8-bit floating point: for NVIDIA Hopper or newer."""
     seed: int = 0
     """Of the initial weights, of the order of the data and of the sample."""
     run_name: str = ""
@@ -114,7 +117,7 @@ class Hyperparameters:
             "num_steps",
             "val_tokens",
         ):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
         for name in ("val_loss_every", "sample_tokens"):
             if getattr(self, name) < 0:
@@ -150,19 +153,19 @@ class Hyperparameters:
             )
         self.model.check()
 
-    def accumulation_steps(self, num_devices: int) -> int:
-        """Ng, forward and backward passes per optimizer step; ConfigError if not a whole number."""
-        per_pass = self.batch_size * self.sequence_length * num_devices
+    def rows_per_step(self, num_devices: int) -> int:
+        """Rows per device and optimizer step, Ng * batch_size; ConfigError if not a whole Ng."""
+        per_pass = (self.batch_size or 1) * self.sequence_length * num_devices
         if self.total_batch_size % per_pass:
             below = self.total_batch_size // per_pass * per_pass
             above = below + per_pass
             nearest = f"{below:,} and {above:,}" if below else f"{above:,}"
             raise ConfigError(
                 f"total_batch_size {self.total_batch_size:,} is not a multiple of batch_size * "
-                f"sequence_length * num_devices = {self.batch_size} * {self.sequence_length} * "
-                f"{num_devices} = {per_pass:,}; nearest valid: {nearest}."
+                f"sequence_length * num_devices = {self.batch_size or 1} * {self.sequence_length} "
+                f"* {num_devices} = {per_pass:,}; nearest valid: {nearest}."
             )
-        return self.total_batch_size // per_pass
+        return self.total_batch_size // (self.sequence_length * num_devices)
 
 
 PRESETS = {
@@ -239,25 +242,34 @@ def train(hp: Hyperparameters) -> None:
     import jax
     import jax.numpy as jnp
 
-    from nanogpt.attention import choose_backend
+    from nanogpt.attention import choose_attention
     from nanogpt.batches import Rows, ValidationRows, prefetch, train_batch
     from nanogpt.checkpoint import save_weights
-    from nanogpt.hardware import flops_per_token, utilization
+    from nanogpt.compilation import compile_all, first_that_fits, use_compilation_cache
+    from nanogpt.hardware import (
+        activation_bytes,
+        device_memory,
+        flops_per_token,
+        largest_batch,
+        utilization,
+    )
     from nanogpt.mesh import BATCH, REPLICATED, ROWS, make_mesh, put, shapes_on
     from nanogpt.optimizer import learning_rate_factor, make_optimizer
     from nanogpt.step import graph_of, make_eval_step, make_init, make_train_step
 
-    # Devices, data, and the arithmetic of a batch: [Ng, R, T + 1], R rows over all devices.
+    use_compilation_cache()
+
+    # Devices and data.
     mesh = make_mesh()
-    device = mesh.devices.flat[0]
-    Ng, R, T = hp.accumulation_steps(mesh.size), hp.batch_size * mesh.size, hp.sequence_length
+    device, T = mesh.devices.flat[0], hp.sequence_length
+    rows_per_step = hp.rows_per_step(mesh.size)  # per device: Ng micro-batches of batch_size rows
     train_files, val_files, data = find_data(hp)
     rows = Rows(train_files, T, hp.seed, hp.shuffle)
     val_rows = ValidationRows(val_files, T, hp.val_tokens)
 
     # The model and its optimizer.
-    backend, attention = choose_backend(hp.dtype, hp.model.head_size)
-    graph = graph_of(hp.model, backend)
+    attention, attention_line = choose_attention(hp.model, T, hp.dtype)
+    graph = graph_of(hp.model, Kernels(attention, hp.loss_kernel, hp.fp8_head))
     schedule = (hp.num_steps, hp.cooldown_fraction, hp.final_learning_rate_factor)
     optimizer = make_optimizer(
         schedule=partial(learning_rate_factor, *schedule),
@@ -272,29 +284,64 @@ def train(hp: Hyperparameters) -> None:
         newton_schulz_dtype=jnp.float32 if device.platform == "cpu" else jnp.bfloat16,
         mesh=mesh,
     )
+    init = make_init(hp.model, optimizer, mesh)
+    key = jax.random.key(hp.seed)
+
+    # Rows per device and pass: as asked for, or what should fit.
+    row_bytes = T * activation_bytes(hp.model, T, hp.dtype, flash=attention != "xla")
+    memory = device_memory(device)
+    batch_size = hp.batch_size or largest_batch(rows_per_step, row_bytes, memory)
 
     with Run(Path("runs"), hp.run_name, hp.preset, asdict(hp)) as run:
         run.say(
-            f"{hp.preset} preset | {data} | {mesh.size} x {device.device_kind} | "
-            f"Ng = {hp.total_batch_size:,} / ({hp.batch_size} * {T} * {mesh.size}) = {Ng}"
+            f"{hp.preset} preset | {data} | {mesh.size} x {device.device_kind} | Ng = "
+            f"{hp.total_batch_size:,} / ({batch_size} * {T} * {mesh.size}) = "
+            f"{rows_per_step // batch_size}"
         )
-        run.say(attention)
-        # Everything is compiled before the first step, at the same time.
+        run.say(attention_line)
+        if hp.batch_size is None:
+            size = f"{memory / 1e9:.1f} GB" if memory else "an unknown amount"
+            run.say(
+                f"micro-batches of {batch_size} rows: about {batch_size * row_bytes / 1e9:.1f} GB "
+                f"of activations in {size} of memory"
+            )
+
+        def read_batch(step: int, shape: tuple[int, int]) -> jax.Array:
+            """The batch [Ng, R, T + 1] of an optimizer step; R rows over all devices."""
+            read = partial(train_batch, rows, (step - 1) * hp.total_batch_size, shape)
+            return put(mesh, BATCH, (*shape, T + 1), read)
+
+        def prepare(batch_size: int) -> tuple:
+            """Compile the steps, and try one: what is slow or fails at first does so here."""
+            Ng, R = rows_per_step // batch_size, batch_size * mesh.size
+            state = shapes_on(mesh, REPLICATED, jax.eval_shape(init, key))
+            batch = shapes_on(mesh, BATCH, jax.ShapeDtypeStruct((Ng, R, T + 1), jnp.int32))
+            val_batch = shapes_on(mesh, ROWS, jax.ShapeDtypeStruct((R, T + 1), jnp.int32))
+            train_step = make_train_step(graph, optimizer, mesh, hp.dtype)
+            eval_step = make_eval_step(graph, mesh, hp.dtype)
+            steps, seconds = compile_all(
+                {
+                    "training step": train_step.lower(state, batch),
+                    "validation": eval_step.lower(state.params, val_batch),
+                },
+                run.console,
+            )
+            jax.block_until_ready(steps["training step"](init(key), read_batch(1, (Ng, R))))
+            return (Ng, R), *steps.values(), seconds
+
+        def say_smaller(failed: int, smaller: int) -> None:
+            run.say(
+                f"out of memory with micro-batches of {failed} rows: now {smaller}, "
+                f"Ng = {rows_per_step // smaller}"
+            )
+
+        # Everything is compiled before the first step.
         start = time.perf_counter()
-        init = make_init(hp.model, optimizer, mesh)
-        key = jax.random.key(hp.seed)
-        shapes = shapes_on(mesh, REPLICATED, jax.eval_shape(init, key))
-        batch = shapes_on(mesh, BATCH, jax.ShapeDtypeStruct((Ng, R, T + 1), jnp.int32))
-        val_batch = shapes_on(mesh, ROWS, jax.ShapeDtypeStruct((R, T + 1), jnp.int32))
-        with run.console.status("compiling"), ThreadPoolExecutor() as threads:
-            train_step = threads.submit(
-                make_train_step(graph, optimizer, mesh, hp.dtype).lower(shapes, batch).compile
-            )
-            eval_step = threads.submit(
-                make_eval_step(graph, mesh, hp.dtype).lower(shapes.params, val_batch).compile
-            )
-            state = init(key)
-            train_step, eval_step = train_step.result(), eval_step.result()
+        shape, train_step, eval_step, seconds = first_that_fits(prepare, batch_size, say_smaller)
+        state = init(key)
+        each = ", ".join(f"{name} {took:.1f} s" for name, took in seconds.items())
+        ready = time.perf_counter() - start
+        run.say(f"compiled ({each}) and tried in {ready:.1f} s, in no time given below")
         run.table(
             {
                 "run": str(run.folder),
@@ -302,16 +349,11 @@ def train(hp: Hyperparameters) -> None:
                 "tokens": f"{hp.num_steps:,} steps x {hp.total_batch_size:,} "
                 f"= {hp.num_steps * hp.total_batch_size:,}; an epoch has {len(rows) * T:,}",
                 "dtype": hp.dtype,
-                "compiled in": f"{time.perf_counter() - start:.1f} s, in no time given below",
             }
         )
 
-        def read_batch(step: int) -> jax.Array:
-            position = (step - 1) * hp.total_batch_size
-            read = partial(train_batch, rows, position, (Ng, R))
-            return put(mesh, BATCH, (Ng, R, T + 1), read)
-
         def validate() -> float:
+            R = shape[1]
             sums = [
                 eval_step(state.params, put(mesh, ROWS, (R, T + 1), partial(val_rows, first, R)))
                 for first in range(0, len(val_rows), R)
@@ -326,7 +368,8 @@ def train(hp: Hyperparameters) -> None:
             learning_rate_factor=partial(learning_rate_factor, *schedule),
             utilization=lambda rate: utilization(rate, flops, device.device_kind, mesh.size),
         )
-        for step, batch in enumerate(prefetch(read_batch, range(1, hp.num_steps + 1)), start=1):
+        batches = prefetch(partial(read_batch, shape=shape), range(1, hp.num_steps + 1))
+        for step, batch in enumerate(batches, start=1):
             state, metrics = train_step(state, batch)
             progress.started(step, metrics)
             if step == hp.num_steps or (hp.val_loss_every and step % hp.val_loss_every == 0):

@@ -36,8 +36,8 @@ def _commit() -> str:
     def git(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run(["git", *words], cwd=FOLDER.parent, text=True, capture_output=True)
 
-    changed = git("diff", "--quiet", "HEAD", "--", ":/", ":!/benchmarks/results").returncode
-    return git("rev-parse", "--short", "HEAD").stdout.strip() + "-dirty" * changed
+    same = git("diff", "--quiet", "HEAD", "--", ":/", ":!/benchmarks/results").returncode == 0
+    return git("rev-parse", "--short", "HEAD").stdout.strip() + ("" if same else "-dirty")
 
 
 def _processor() -> str:

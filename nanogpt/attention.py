@@ -1,24 +1,35 @@
-"""Causal self-attention: one readable reference, and the fast backend held against it.
+"""Causal self-attention: one readable reference, and the fast kernels held against it.
 
-`attention` is what the model calls. Its `backend` is one of
+`attention` is what the model calls. Its `kernel` is one of
 
     "xla"     the reference below, compiled by XLA: any device, any dtype
-    "cudnn"   cuDNN's fused flash attention: NVIDIA Ampere or newer, bfloat16
+    "cudnn"   cuDNN's fused flash attention: NVIDIA Ampere or newer, bfloat16, no document mask
+    "pallas"  this project's flash attention, nanogpt/flash_attention.py: NVIDIA, bfloat16
+    "splash"  JAX's splash attention: TPU, bfloat16
 
-and `choose_backend` picks one for the hardware at hand: it compiles the fast backend once on a
-tiny input, compares it with the reference, and falls back, saying why, if either step fails.
+and `choose_attention` picks one for the hardware at hand: it compiles each candidate on a small
+input, compares it with the reference, and goes on to the next, saying why, if either step fails.
 
 Shapes: B batch, T sequence, N heads, H head size.
 """
 
 from functools import partial
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-Backend = Literal["xla", "cudnn"]
+from nanogpt.config import AttentionKernel, GPTConfig
+from nanogpt.flash_attention import flash_attention
+
+CANDIDATES = {"gpu": ("cudnn", "pallas"), "tpu": ("splash",)}  # by platform, the fastest first
+NAMES = {
+    "xla": "XLA attention",
+    "cudnn": "cuDNN flash attention",
+    "pallas": "Pallas flash attention",
+    "splash": "splash attention",
+}
 
 
 def visible(T: int, window: int | None) -> Bool[Array, "T T"]:
@@ -35,6 +46,7 @@ def reference_attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T N H"],
     v: Float[Array, "B T N H"],
+    documents: Int[Array, "B T"] | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -44,69 +56,147 @@ def reference_attention(
     Heads go before the sequence while the matrices are multiplied, which suits XLA on CPUs.
     """
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    mask = visible(q.shape[2], window)
+    if documents is not None:
+        mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
     scores = jnp.einsum("bnqh,bnkh->bnqk", q, k, preferred_element_type=jnp.float32)
-    scores = jnp.where(visible(q.shape[2], window), scale * scores, -jnp.inf)
+    scores = jnp.where(mask, scale * scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bnqk,bnkh->bnqh", weights, v).swapaxes(1, 2)
+
+
+def cudnn_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    documents: None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """Flash attention by cuDNN. ValueError if documents are given.
+
+    As a dense mask they would cost more than they save, and what cuDNN has for packed documents
+    reserves memory for a fixed number of them in every row, which no data promises to keep.
+    """
+    if documents is not None:
+        raise ValueError("cuDNN attention has no document mask: use another kernel.")
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+
+
+def splash_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    documents: Int[Array, "B T"] | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """JAX's block-sparse flash attention for TPUs, interpreted on CPUs; T a multiple of 128."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    T, N = q.shape[1:3]
+    mask = splash.CausalMask((T, T))
+    if window is not None:
+        mask = splash.LocalMask((T, T), (window - 1, 0), offset=0)
+    heads = splash.MultiHeadMask([mask] * N)
+    make = partial(splash.make_splash_mha, heads, head_shards=1, q_seq_shards=1)
+    on_tpu, on_cpu = (jax.vmap(make(interpret=interpret)) for interpret in (False, True))
+    q, k, v = (x.swapaxes(1, 2) for x in (scale * q, k, v))
+    segments = None if documents is None else splash.SegmentIds(documents, documents)
+    out = jax.lax.platform_dependent(q, k, v, segments, cpu=on_cpu, default=on_tpu)
+    return out.swapaxes(1, 2)
+
+
+KERNELS = {
+    "xla": reference_attention,
+    "cudnn": cudnn_attention,
+    "pallas": flash_attention,
+    "splash": splash_attention,
+}
 
 
 def attention(
     q: Float[Array, "B T N H"],
     k: Float[Array, "B T N H"],
     v: Float[Array, "B T N H"],
+    documents: Int[Array, "B T"] | None = None,
     *,
     scale: float,
     window: int | None = None,
-    backend: Backend = "xla",
+    kernel: AttentionKernel = "xla",
 ) -> Float[Array, "B T N H"]:
     """Causal attention of every query over itself and the tokens before it.
 
     Args:
-        q, k, v: queries, keys and values, float32 or bfloat16 ("cudnn": bfloat16 only).
+        q, k, v: queries, keys and values, bfloat16, or for "xla" float32.
+        documents: the number of each token's document, which rises along a row; a query sees the
+            keys of its own document only. None shows all documents.
         scale: what the products q·k are multiplied with before the softmax.
         window: how many keys a query sees, itself included; None for all earlier ones.
-        backend: which implementation runs; see the head of this file.
+        kernel: which implementation runs; see the head of this file.
     """
-    if backend == "cudnn":
-        return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            scale=scale,
-            is_causal=True,
-            local_window_size=None if window is None else (window - 1, 0),
-            implementation="cudnn",
-        )
-    return reference_attention(q, k, v, scale=scale, window=window)
+    return KERNELS[kernel](q, k, v, documents, scale=scale, window=window)
 
 
-def choose_backend(dtype: str, head_size: int) -> tuple[Backend, str]:
-    """The fastest backend that works here, and one line that says why it was chosen."""
-    if jax.default_backend() != "gpu":
-        return "xla", f"XLA attention ({jax.default_backend()})"
+def choose_attention(
+    config: GPTConfig, sequence_length: int, dtype: str
+) -> tuple[AttentionKernel, str]:
+    """The fastest kernel that works here, and one line that says which and why."""
+    platform = jax.default_backend()
+    if platform not in CANDIDATES:
+        return "xla", f"{NAMES['xla']} ({platform})"
     if dtype != "bfloat16":
-        return "xla", f"XLA attention: flash attention needs bfloat16, this run computes in {dtype}"
-    try:
-        error = _error_against_reference("cudnn", head_size)
-    except Exception as failure:  # whatever the driver, the library or the compiler says
-        return "xla", f"XLA attention, SLOW: cuDNN failed its probe ({_first_line(failure)})"
-    if not error < 0.05:  # so that NaN, too, is no agreement
-        return "xla", f"XLA attention, SLOW: cuDNN differs from the reference by {error:.1%}"
-    return "cudnn", "cuDNN flash attention"
+        return "xla", f"{NAMES['xla']}: flash attention needs bfloat16, this run is in {dtype}"
+    complaints = []
+    for kernel in CANDIDATES[platform]:
+        try:
+            error = _error_against_reference(kernel, config, sequence_length)
+        except Exception as failure:  # whatever the driver, the library or the compiler says
+            complaints.append(f"{NAMES[kernel]} failed its probe ({_first_line(failure)})")
+            continue
+        if error < 0.05:  # NaN, too, is no agreement
+            return kernel, ", because ".join([NAMES[kernel], *complaints[:1]])
+        complaints.append(f"{NAMES[kernel]} differs from the reference by {error:.1%}")
+    return "xla", f"{NAMES['xla']}, SLOW: {'; '.join(complaints)}"
 
 
-def _error_against_reference(backend: Backend, head_size: int) -> float:
-    """Relative error of output and gradients, added up, against the float32 reference."""
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 128, 2, head_size), jnp.bfloat16)
+def _error_against_reference(
+    kernel: AttentionKernel, config: GPTConfig, sequence_length: int
+) -> float:
+    """The largest relative error of output and gradients, added up, over the model's windows.
 
-    def output_and_gradients(attend, *qkv):
-        out, pullback = jax.vjp(partial(attend, scale=head_size**-0.5, window=48), *qkv)
+    One row is attended to, of the run's length where the reference's T x T scores fit any memory.
+    """
+    shape = (3, 1, min(sequence_length, 2048), config.num_heads, config.head_size)
+    q, k, v = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    documents = None
+    if config.document_separator is not None:
+        documents = jnp.cumsum(jnp.arange(shape[2])[None] % 100 == 50, axis=1)
+
+    def output_and_gradients(attend, window, *qkv):
+        attend = partial(attend, documents=documents, scale=shape[-1] ** -0.5, window=window)
+        out, pullback = jax.vjp(attend, *qkv)
         return out, *pullback(jnp.ones_like(out))
 
-    fast = jax.jit(partial(output_and_gradients, partial(attention, backend=backend)))(q, k, v)
-    exact = output_and_gradients(reference_attention, *(x.astype(jnp.float32) for x in (q, k, v)))
-    pairs = zip(fast, exact, strict=True)
-    return float(sum(jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in pairs))
+    def error(window):
+        run = jax.jit(output_and_gradients, static_argnums=(0, 1))
+        fast = run(partial(attention, kernel=kernel), window, q, k, v)
+        exact = run(reference_attention, window, *(x.astype(jnp.float32) for x in (q, k, v)))
+        pairs = zip(fast, exact, strict=True)
+        return float(sum(jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in pairs))
+
+    windows = {config.window(layer) for layer in range(config.num_layers)}
+    return float(np.max([error(window) for window in windows]))  # NaN where one is
 
 
 def _first_line(failure: Exception) -> str:

@@ -1,11 +1,32 @@
-"""The shape of a model. No JAX here, so that `--help` and wrong arguments answer at once."""
+"""The shape of a model, and which kernels compute it.
+
+No JAX here, so that `--help` and wrong arguments answer at once.
+"""
 
 from dataclasses import dataclass
 from math import inf
+from typing import Literal
+
+AttentionKernel = Literal["xla", "cudnn", "pallas", "splash"]
+LossKernel = Literal["xla", "pallas"]
 
 
 class ConfigError(ValueError):
     """Settings that make no sense, alone or together; the message is a sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which implementation runs of what costs most: a choice of speed, hardly of results."""
+
+    attention: AttentionKernel = "xla"
+    """See nanogpt/attention.py."""
+
+    loss: LossKernel = "xla"
+    """See nanogpt/loss.py."""
+
+    fp8_head: bool = False
+    """Multiply with the head in 8-bit floating point."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +50,9 @@ class GPTConfig:
 
     windows: tuple[int, ...] = ()
     """Keys that a query sees, itself included, in each layer in turn; 0, or no entry, for all."""
+
+    document_separator: int | None = None
+    """Token that begins a document, to keep attention within documents; None lets it cross them."""
 
     value_embeddings: int = 3
     """Token tables mixed into the values of the first, and again of the last, so many layers."""
@@ -62,6 +86,11 @@ class GPTConfig:
             )
         if min(self.bigram_buckets, *self.windows, 0) < 0:
             raise ConfigError("bigram_buckets and windows must not be negative.")
+        if not 0 <= (self.document_separator or 0) < self.vocab_size:
+            raise ConfigError(
+                f"document_separator must be one of the {self.vocab_size:,} token ids, "
+                f"not {self.document_separator}."
+            )
         if not 0 < self.attention_scale < inf:
             raise ConfigError(f"attention_scale must be positive, not {self.attention_scale}.")
         if not 1 <= self.rope_base < inf:

@@ -1,8 +1,13 @@
 """What the hardware can do, what a token costs, and the ratio of the two."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
 from nanogpt.config import GPTConfig
+
+if TYPE_CHECKING:
+    import jax
 
 # Dense bfloat16 FLOP/s by the name the device gives itself, from the makers' data sheets.
 # A device that is not here has no known peak: its utilisation is not shown, rather than guessed.
@@ -15,6 +20,17 @@ PEAK_FLOPS = {
     "TPU v5 lite": 197e12,
     "TPU v5p": 459e12,
     "TPU v6 lite": 918e12,
+}
+# Bytes/s of the device's memory, likewise.
+PEAK_BANDWIDTH = {
+    "NVIDIA A100-SXM4-40GB": 1.555e12,
+    "NVIDIA A100-SXM4-80GB": 2.039e12,
+    "NVIDIA H100 80GB HBM3": 3.35e12,
+    "NVIDIA H200": 4.8e12,
+    "TPU v4": 1.228e12,
+    "TPU v5 lite": 0.819e12,
+    "TPU v5p": 2.765e12,
+    "TPU v6 lite": 1.64e12,
 }
 
 
@@ -43,3 +59,34 @@ def utilization(
     """Model FLOPs utilisation (Chowdhery et al., arXiv:2204.02311), 0 to 1; None if unknown."""
     peak = PEAK_FLOPS.get(device_kind)
     return tokens_per_second * flops_per_token / (peak * num_devices) if peak else None
+
+
+def activation_bytes(config: GPTConfig, sequence_length: int, dtype: str, flash: bool) -> float:
+    """Bytes per token that a forward and backward pass needs beside the parameters, about.
+
+    Per layer: 14 arrays of the stream's width and two of the MLP's, and without flash attention
+    the scores of all heads, in float32 and in `dtype`. At the end: the logits and their gradient.
+    The numbers of arrays are those that XLA keeps for one H200, where the estimate is 1 % too high.
+    """
+    c = config
+    itemsize = 4 if dtype == "float32" else 2
+    layer = itemsize * (14 * c.width + 2 * c.mlp_width)
+    if not flash:
+        layer += (4 + itemsize) * c.num_heads * sequence_length
+    return c.num_layers * layer + itemsize * 2 * c.padded_vocab_size
+
+
+def device_memory(device: "jax.Device") -> float | None:
+    """Bytes of a device's memory that JAX may use; None where it does not say, as on CPUs."""
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def largest_batch(rows: int, bytes_per_row: float, memory: float | None) -> int:
+    """The largest divisor of `rows` whose activations take at most two thirds of the memory.
+
+    The other third is for parameters, gradients and the optimizer. 1 where memory is unknown.
+    """
+    room = 2 / 3 * (memory or 0)
+    return max(
+        b for b in range(1, rows + 1) if rows % b == 0 and (b == 1 or b * bytes_per_row <= room)
+    )

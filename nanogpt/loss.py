@@ -1,16 +1,50 @@
-"""Cross-entropy over the vocabulary, with the logits kept in the dtype they were computed in.
+"""The head and its cross-entropy as one function, with gradients written by hand.
 
 The logits are the largest array of a training step (a micro-batch of 65,536 tokens times 50,304
-ids is 6.6 GB in bfloat16), so no float32 copy of them is ever stored: the forward pass reads them
-once for the softmax's normaliser, and the backward pass, written by hand, turns them into their
-own gradient in one more pass.
+ids is 6.6 GB in bfloat16). So they are stored once, in the dtype of the features; whatever reads
+them computes in float32, and no float32 copy of them is ever stored.
+
+Whoever reads the logits of a token can write their gradient too. What the backward pass adds is
+one factor per token, g, the gradient by the token's loss, and that can wait for the products:
+
+    features [BT, D] @ head [D, V] -> logits [BT, V] -> losses [BT]      BT = B T tokens
+    dlogits   = (p - onehot) (1 - tanh²)                              as if g were 1
+    dfeatures = g (dlogits @ headᵀ)
+    dhead     = (g features)ᵀ @ dlogits
+
+`kernel` says who makes losses and dlogits. "xla": the forward pass reads the logits once, and the
+backward pass once more, to write dlogits. "pallas": one kernel for NVIDIA GPUs does both in the
+forward pass. It fetches a row from memory once, and writes dlogits over it while the row is in the
+cache, as Liger Kernel (arXiv:2410.10989) and modded-nanogpt (2026-01-24) do.
+
+`fp8` has the three products multiply 8-bit floats (arXiv:2209.05433), with fixed scales
+(modded-nanogpt, 2025-01-13).
 """
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
+
+from nanogpt.config import LossKernel
+
+# 8-bit floats: e4m3, up to 448, for features and weights; e5m2, up to 57344, for gradients. Values
+# are scaled to fit; by powers of two, which are exact to undo.
+E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
+FEATURE_SCALE = 2.0**4  # RMS-normalised, so within ±sqrt(D): 443 after scaling if D is 768
+HEAD_SCALE = 2.0**8  # weights saturate at 1.75, and have all their digits down to 6e-5
+GRADIENT_SCALE = 2.0**14  # dlogits lie within ±1, and have all their digits down to 4e-9
+
+# A program of the kernel is one row: 512 threads take CHUNK ids at a time, 32 each, which is four
+# loads of 16 bytes. Their registers let two programs onto a multiprocessor. That is enough to hide
+# the wait for memory, and so few rows (264 of 100 kB on an H100) that the cache keeps them all
+# until they are read again.
+CHUNK, WARPS = 16384, 16
+# Pallas addresses arrays of up to 4 GiB by signed 32-bit numbers: too few for more 8-bit elements.
+MAX_8BIT_ELEMENTS = 2**31
 
 
 def softcap(logits: Float[Array, "... V"], cap: float) -> Float[Array, "... V"]:
@@ -18,42 +52,176 @@ def softcap(logits: Float[Array, "... V"], cap: float) -> Float[Array, "... V"]:
     return cap * jnp.tanh(logits.astype(jnp.float32) / cap)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def cross_entropy(
-    logits: Float[Array, "... V"], targets: Int[Array, "..."], cap: float
+def linear_cross_entropy(
+    features: Float[Array, "... D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, "..."],
+    cap: float,
+    *,
+    kernel: LossKernel = "xla",
+    fp8: bool = False,
 ) -> Float[Array, "..."]:
-    """-log softmax(softcap(logits))[target] of each token, in nats, as float32.
+    """-log softmax(softcap(features @ head))[target] of each token, in nats, as float32.
 
     Args:
-        logits: uncapped logits, bfloat16 or float32.
+        features: what the head reads, bfloat16 or float32. `fp8` wants them RMS-normalised.
+        head: of the dtype of the features, to which the logits are rounded too.
         targets: the id that was next; a negative one marks a token that has no target: its loss
-            and its gradient are zero.
-        cap: bound of the soft-capped logits. Because they lie within ±cap, exp(logit - cap)
-            neither overflows nor vanishes, and the usual pass over V for the maximum is saved.
+            and its gradients are zero.
+        cap: bound of the soft-capped logits, at most 40. Because they lie within ±cap,
+            exp(logit - cap) neither overflows nor vanishes, and the usual pass over V for the
+            maximum is saved.
+        kernel: who computes losses that are differentiated; others always come from XLA, as do
+            those of "pallas" where there is no NVIDIA GPU.
+        fp8: whether to multiply 8-bit floats. They are fast on a GPU from Hopper on.
     """
-    return _forward(logits, targets, cap)[0]
+    D, V = head.shape
+    parts = 1 + targets.size * V // MAX_8BIT_ELEMENTS if kernel == "pallas" and fp8 else 1
+    feature_parts = jnp.array_split(features.reshape(-1, D), parts)
+    target_parts = jnp.array_split(targets.reshape(-1), parts)
+    losses = [
+        _losses(rows, head, chosen, cap, kernel, fp8)
+        for rows, chosen in zip(feature_parts, target_parts, strict=True)
+    ]
+    return jnp.concatenate(losses).reshape(targets.shape)
 
 
-def _forward(logits, targets, cap):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _losses(features, head, targets, cap, kernel, fp8):
+    """The losses [BT] of features [BT, D], head [D, V] and targets [BT]."""
+    return _forward(features, head, targets, cap, "xla", fp8)[0]
+
+
+def _forward(features, head, targets, cap, kernel, fp8):
+    if fp8:
+        logits = _dot(_e4m3(features, FEATURE_SCALE), _e4m3(head, HEAD_SCALE), 1, 0, features.dtype)
+        logits = logits * (1 / (FEATURE_SCALE * HEAD_SCALE))
+    else:
+        logits = _dot(features, head, 1, 0, features.dtype)
+    if kernel == "pallas":
+        one, two = partial(_one_pass, cap, fp8), partial(_two_passes, cap, fp8)
+        losses, dlogits = jax.lax.platform_dependent(logits, targets, cuda=one, default=two)
+        return losses, (features, head, targets, dlogits, None)
+    losses, log_normaliser = _losses_and_normaliser(logits, targets, cap)
+    return losses, (features, head, targets, logits, log_normaliser)
+
+
+def _backward(cap, kernel, fp8, residuals, losses_gradient):
+    features, head, targets, dlogits, log_normaliser = residuals
+    if log_normaliser is not None:  # so far they are logits
+        dlogits = _dlogits(dlogits, log_normaliser, targets, cap, fp8)
+    g = jnp.where(targets >= 0, losses_gradient, 0.0)[:, None]
+    if fp8:
+        # HIGHEST, or Hopper adds up with 14 bits: enough for logits, not for sums over all tokens.
+        dot = partial(_dot, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+        largest = jnp.max(jnp.abs(g), initial=jnp.finfo(jnp.float32).tiny)
+        weighted = _e4m3(features * (g / largest), FEATURE_SCALE)
+        dfeatures = dot(dlogits, _e4m3(head, HEAD_SCALE), 1, 1)
+        dfeatures = dfeatures * (g / (GRADIENT_SCALE * HEAD_SCALE))
+        dhead = dot(weighted, dlogits, 0, 0) * (largest / (FEATURE_SCALE * GRADIENT_SCALE))
+    else:
+        dfeatures = g * _dot(dlogits, head, 1, 1, jnp.float32)
+        dhead = _dot((g * features).astype(features.dtype), dlogits, 0, 0, head.dtype)
+    return dfeatures.astype(features.dtype), dhead.astype(head.dtype), None
+
+
+_losses.defvjp(_forward, _backward)
+
+
+def _dot(a, b, axis_of_a, axis_of_b, dtype, precision=None):
+    """The product of two matrices, summed in float32 over these axes of theirs, as `dtype`.
+
+    The product is told its dtype, rather than cast: some of XLA's choices cannot cast on the way.
+    """
+    axes = (((axis_of_a,), (axis_of_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, axes, precision, preferred_element_type=dtype)
+
+
+def _e4m3(x, scale):
+    """x * scale in 8 bits. What is too large saturates: without the clip it would become NaN."""
+    largest = float(jnp.finfo(E4M3).max)
+    return jnp.clip(x.astype(jnp.float32) * scale, -largest, largest).astype(E4M3)
+
+
+def _losses_and_normaliser(logits, targets, cap):
     log_normaliser = cap + jnp.log(jnp.sum(jnp.exp(softcap(logits, cap) - cap), axis=-1))
     # Only the target's logits are gathered. A second reduction over V would make the compiler keep
     # what it shares with the first, the capped logits, in float32.
-    target_logit = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    target_logit = jnp.take_along_axis(logits, jnp.maximum(targets, 0)[:, None], axis=-1)[:, 0]
     losses = jnp.where(targets >= 0, log_normaliser - softcap(target_logit, cap), 0.0)
-    return losses, (logits, targets, log_normaliser)
+    return losses, log_normaliser
 
 
-def _backward(cap, residuals, losses_gradient):
-    logits, targets, log_normaliser = residuals
+def _dlogits(logits, log_normaliser, targets, cap, fp8):
     # The barrier makes XLA compute tanh again from the logits instead of storing it in float32.
     logits = jax.lax.optimization_barrier(logits)
-    tanh = jnp.tanh(logits.astype(jnp.float32) / cap)
-    probabilities = jnp.exp(cap * tanh - log_normaliser[..., None])
     # The target by comparison: that fuses into the same pass, as a scatter would not.
-    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
-    gradient = (probabilities - is_target) * (1.0 - tanh**2)
-    scale = jnp.where(targets >= 0, losses_gradient, 0.0)[..., None]
-    return (gradient * scale).astype(logits.dtype), None
+    is_target = jnp.arange(logits.shape[1]) == targets[:, None]
+    return _chain_rule(logits, log_normaliser[:, None], is_target, cap, fp8)
 
 
-cross_entropy.defvjp(_forward, _backward)
+def _chain_rule(logits, log_normaliser, is_target, cap, fp8, tanh=jnp.tanh, exp=jnp.exp):
+    """The gradient of the loss by these logits: in their dtype, or scaled to e5m2."""
+    t = tanh(logits.astype(jnp.float32) * (1 / cap))
+    gradient = (exp(cap * t - log_normaliser) - is_target) * (1.0 - t * t)
+    return (gradient * GRADIENT_SCALE).astype(E5M2) if fp8 else gradient.astype(logits.dtype)
+
+
+def _two_passes(cap, fp8, logits, targets):
+    """What the kernel computes, where there is no kernel."""
+    losses, log_normaliser = _losses_and_normaliser(logits, targets, cap)
+    return losses, _dlogits(logits, log_normaliser, targets, cap, fp8)
+
+
+def _one_pass(cap, fp8, logits, targets, interpret=False):
+    """Losses [BT], and dlogits [BT, V] over the logits, or beside them if 8 bits wide."""
+    BT, V = logits.shape
+    # Inside jax.shard_map a result says over which devices it varies.
+    array = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(logits).manual_axis_type)
+    # The tanh instruction of the GPU errs by 2^-11, a quarter of what bfloat16 logits are rounded
+    # by, and replaces about twenty. With those, arithmetic would take longer than memory does.
+    fast = logits.dtype == jnp.bfloat16 and not interpret
+    tanh = plgpu.approx_tanh if fast else jnp.tanh
+    scalar = pl.BlockSpec((None,), lambda i: (i,))
+    row = pl.BlockSpec((None, V), lambda i: (i, 0))
+    return pl.pallas_call(
+        partial(_kernel, cap=cap, fp8=fp8, chunk=CHUNK, tanh=tanh),
+        grid=(BT,),
+        in_specs=[row, scalar],
+        out_specs=[scalar, row],
+        out_shape=[array((BT,), jnp.float32), array((BT, V), E5M2 if fp8 else logits.dtype)],
+        input_output_aliases={} if fp8 else {0: 1},
+        compiler_params=None if interpret else plgpu.CompilerParams(WARPS, num_stages=1),
+        interpret=interpret,
+        name="cross_entropy",
+    )(logits, targets)
+
+
+def _kernel(logits_ref, target_ref, loss_ref, dlogits_ref, *, cap, fp8, chunk, tanh):
+    """One row: logits [V] and target [] to loss [] and dlogits [V]."""
+
+    def exp(x):  # half the instructions of jnp.exp, which also mends the last bit
+        return jnp.exp2(x * 1.4426950408889634)
+
+    def capped(at):
+        return cap * tanh(logits_ref[at].astype(jnp.float32) * (1 / cap))
+
+    spans, start = [], 0  # which make up V; the size of what Triton reads is a power of two
+    while rest := logits_ref.shape[0] - start:
+        spans.append(pl.ds(start, min(chunk, 1 << (rest.bit_length() - 1))))
+        start += spans[-1].size
+
+    # Read before the threads meet, after which one of them may overwrite it.
+    target = target_ref[...]
+    target_logit = jnp.sum(capped(pl.ds(jnp.maximum(target, 0), 1)))  # of 1 number
+    sums = {}  # by size: adding vectors first, the threads meet once per size, not once per span
+    for span in spans:
+        sums[span.size] = sums.get(span.size, 0.0) + exp(capped(span) - cap)
+    log_normaliser = cap + jnp.log(sum(jnp.sum(terms) for terms in sums.values()))
+    loss_ref[...] = jnp.where(target >= 0, log_normaliser - target_logit, 0.0)
+
+    for span in reversed(spans):  # what was read last is the surest to be in the cache
+        is_target = span.start + jnp.arange(span.size) == target
+        dlogits_ref[span] = _chain_rule(
+            logits_ref[span], log_normaliser, is_target, cap, fp8, tanh, exp
+        )

@@ -26,15 +26,21 @@ Shapes, here and everywhere: B batch, T sequence, D model width, N heads, H head
 V vocabulary (padded), L layers. Every array of `GPT.blocks` has a leading L axis.
 """
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from nanogpt.attention import Backend, attention
-from nanogpt.config import GPTConfig
-from nanogpt.loss import cross_entropy, softcap
+from nanogpt.attention import attention
+from nanogpt.config import GPTConfig, Kernels
+from nanogpt.loss import linear_cross_entropy, softcap
+
+Attend = Callable[[Array, Array, Array], Array]  # (q, k, v) to what each query takes from them
+XLA = Kernels()  # what runs everywhere
 
 
 def matrix(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "*stack I O"]:
@@ -44,9 +50,10 @@ def matrix(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "*stack 
 
 
 def norm(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """x over its root mean square, which is taken in float32."""
-    mean_square = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(mean_square + 1e-6).astype(x.dtype)
+    """x over its root mean square, in float32 up to the result."""
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(mean_square + 1e-6)).astype(x.dtype)
 
 
 def project(x: Float[Array, "*B I"], weight: Float[Array, "I O"]) -> Float[Array, "*B O"]:
@@ -94,13 +101,24 @@ def compute_copy(params: PyTree, dtype: str) -> PyTree:
     )
 
 
+@jax.custom_vjp
+def relu_squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """max(x, 0)², which keeps only its result for the backward pass, as its reader does anyway."""
+    return jnp.square(jax.nn.relu(x))
+
+
+relu_squared.defvjp(
+    lambda x: (relu_squared(x),) * 2,
+    lambda squared, gradient: (2 * jnp.sqrt(squared) * gradient,),
+)
+
+
 class Attention(nnx.Module):
     """Causal self-attention over normalised, rotated queries and keys."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         D = config.width
-        self.num_heads, self.scale = config.num_heads, config.attention_scale
-        self.rope_base = config.rope_base
+        self.num_heads, self.rope_base = config.num_heads, config.rope_base
         self.qkv = nnx.Param(matrix(rngs.params(), (3, D, D)))
         self.out = nnx.Param(jnp.zeros((D, D)))
         self.value_mix = nnx.Param(jnp.array([0.5, 0.5]))
@@ -109,18 +127,17 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         value_embedding: Float[Array, "B T D"] | None,
-        window: int | None,
-        backend: Backend,
+        attend: Attend,
     ) -> Float[Array, "B T D"]:
         B, T, D = x.shape
-        weight = self.qkv[...].swapaxes(0, 1).reshape(D, 3 * D)
+        # One product for all three, with values scaled by way of their weights: far fewer numbers.
+        scale = jnp.concatenate([jnp.ones(2, x.dtype), self.value_mix[:1]])
+        weight = (scale[:, None, None] * self.qkv[...]).swapaxes(0, 1).reshape(D, 3 * D)
         q, k, v = jnp.unstack(project(x, weight).reshape(B, T, 3, self.num_heads, -1), axis=2)
         q, k = rotary(norm(q), self.rope_base), rotary(norm(k), self.rope_base)
-        v = self.value_mix[0] * v
         if value_embedding is not None:
             v = v + self.value_mix[1] * value_embedding.reshape(v.shape)
-        y = attention(q, k, v, scale=self.scale, window=window, backend=backend)
-        return project(y.reshape(B, T, D), self.out[...])
+        return project(attend(q, k, v).reshape(B, T, D), self.out[...])
 
 
 class MLP(nnx.Module):
@@ -131,7 +148,7 @@ class MLP(nnx.Module):
         self.down = nnx.Param(jnp.zeros((config.mlp_width, config.width)))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return project(jnp.square(jax.nn.relu(project(x, self.up[...]))), self.down[...])
+        return project(relu_squared(project(x, self.up[...])), self.down[...])
 
 
 class Block(nnx.Module):
@@ -147,23 +164,22 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         x0: Float[Array, "B T D"],
         value_embedding: Float[Array, "B T D"] | None,
-        window: int | None,
-        backend: Backend,
+        attend: Attend,
     ) -> Float[Array, "B T D"]:
         x = self.shortcut[0] * x + self.shortcut[1] * x0
-        x = x + self.attention(norm(x), value_embedding, window, backend)
+        x = x + self.attention(norm(x), value_embedding, attend)
         return x + self.mlp(norm(x))
 
 
 class GPT(nnx.Module):
     """A decoder-only transformer language model.
 
-    `backend` names the implementation of attention (see `nanogpt/attention.py`).
+    `kernels` names the implementations of attention and loss; the parameters do not depend on it.
     """
 
-    def __init__(self, config: GPTConfig, backend: Backend = "xla", *, rngs: nnx.Rngs):
+    def __init__(self, config: GPTConfig, kernels: Kernels = XLA, *, rngs: nnx.Rngs):
         V, D, L = config.padded_vocab_size, config.width, config.num_layers
-        self.config, self.backend = config, backend
+        self.config, self.kernels = config, kernels
         self.embed = nnx.Param(jax.random.normal(rngs.params(), (V, D)))
         if config.value_embeddings:
             tables = (config.value_embeddings, V, D)
@@ -182,8 +198,14 @@ class GPT(nnx.Module):
 
     def loss(self, tokens: Int[Array, "B T"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
         """Cross-entropy of each target in nats, float32; zero where the target is negative."""
-        logits = project(self.features(tokens), self.head[...])
-        return cross_entropy(logits, targets, self.config.softcap)
+        return linear_cross_entropy(
+            self.features(tokens),
+            self.head[...],
+            targets,
+            self.config.softcap,
+            kernel=self.kernels.loss,
+            fp8=self.kernels.fp8_head,
+        )
 
     def logits(self, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Soft-capped logits, float32, from what `features` returned, or a part of it."""
@@ -197,16 +219,24 @@ class GPT(nnx.Module):
             x = x + self.bigram_embed[bigram_bucket(tokens, self.config.bigram_buckets)]
         x = x0 = norm(x).astype(self.head.dtype)
 
-        value_embeddings = self.value_embeddings(tokens)
+        value_embeddings, attend = self.value_embeddings(tokens), self.attend(tokens)
         first_half = []
         for layer, block in enumerate(self.layers()):
             if layer >= L - L // 2:
                 x = x + self.skips[layer - (L - L // 2)] * first_half.pop()
             window = self.config.window(layer)
-            x = block(x, x0, value_embeddings[layer], window, self.backend)
+            x = block(x, x0, value_embeddings[layer], partial(attend, window=window))
             if layer < L // 2:
                 first_half.append(x)
         return norm(x)
+
+    def attend(self, tokens: Int[Array, "B T"]) -> Attend:
+        """Attention as this model has it, but for the window, which is each layer's own."""
+        separator, documents = self.config.document_separator, None
+        if separator is not None:
+            documents = jnp.cumsum(tokens == separator, axis=1, dtype=jnp.int32)
+        scale, kernel = self.config.attention_scale, self.kernels.attention
+        return partial(attention, documents=documents, scale=scale, kernel=kernel)
 
     def value_embeddings(self, tokens: Int[Array, "B T"]) -> list[Float[Array, "B T D"] | None]:
         """What each layer mixes into its values: tables 0, 1, 2, none, ..., none, 0, 1, 2."""

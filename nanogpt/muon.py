@@ -5,8 +5,8 @@ Muon sets them all to about one, so that every direction learns at the same rate
 (Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024).
 
 Here it is an Optax transformation for parameters whose last two axes are matrices [I, O] (inputs,
-outputs) and whose other axes stack them. All matrices of one shape are orthogonalised in one batch,
-and the devices of a mesh share that batch between them.
+outputs) and whose other axes stack them. The devices of a mesh share all matrices of one shape
+between them.
 """
 
 from collections import defaultdict
@@ -16,13 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
+
+from nanogpt.mesh import REPLICATED, ROWS
 
 # p(s) = a s + b s³ + c s⁵, five times over, takes singular values from (0, 1] to about 0.7 ... 1.2
 # (Jordan's coefficients: the steepest rise from zero that does not leave that band).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
+
+# Matrices in one batched product. Three of 768 x 768 fill a GPU, and 12 layers' matrices are a
+# multiple of three for each of eight devices.
+GROUP = 3
 
 
 class MuonState(NamedTuple):
@@ -61,7 +67,7 @@ def scale_by_muon(
         dtype: in which Newton-Schulz runs; bfloat16 is accurate enough, and fast where there are
             matrix units for it.
         mesh: devices that share the work; each takes its part of every stack, and the results are
-            the same up to rounding as when one device does it all.
+            the same to the bit as when one device does it all.
     """
 
     def init(params: optax.Params) -> MuonState:
@@ -82,26 +88,50 @@ def scale_by_muon(
 def _orthogonalize_by_shape(
     leaves: list[Array], dtype: jnp.dtype, mesh: Mesh | None
 ) -> list[Array]:
-    """The leaves, orthogonalised and scaled, with one batched iteration for each matrix shape."""
+    """The leaves, orthogonalised and scaled, with one loop for each shape of matrices."""
     members = defaultdict(list)
     for index, leaf in enumerate(leaves):
-        members[leaf.shape[-2:]].append(index)
+        members[tuple(sorted(leaf.shape[-2:]))].append(index)
 
     updates = list(leaves)
-    for (inputs, outputs), indices in members.items():
-        stacks = [leaves[i].reshape(-1, inputs, outputs) for i in indices]
-        # Whole, then divided: else the compiler divides the momentum, too, and gathers it again.
-        batch = _place(_place(jnp.concatenate(stacks), mesh, None), mesh, "data")
-        batch = _place(orthogonalize(batch, dtype), mesh, None)
-        batch = max(1, outputs / inputs) ** 0.5 * batch
+    for shape, indices in members.items():
+        # Tall matrices lie down beside the wide ones: UVᵀ of a transpose is the transpose of UVᵀ.
+        lying = [leaves[i] if leaves[i].shape[-2:] == shape else leaves[i].mT for i in indices]
+        stacks = [leaf.reshape(-1, *shape) for leaf in lying]
+        stack = _orthogonalize_stack(jnp.concatenate(stacks), dtype, mesh)
         ends = np.cumsum([len(stack) for stack in stacks])
-        for i, update in zip(indices, jnp.split(batch, ends[:-1]), strict=True):
+        for i, update in zip(indices, jnp.split(stack, ends[:-1]), strict=True):
+            inputs, outputs = leaves[i].shape[-2:]
+            update = update if (inputs, outputs) == shape else update.mT
+            update = max(1, outputs / inputs) ** 0.5 * update.astype(jnp.float32)
             updates[i] = update.reshape(leaves[i].shape)
     return updates
 
 
-def _place(batch: Float[Array, "stack I O"], mesh: Mesh | None, axis: str | None) -> Array:
-    """The batch, split over a mesh axis by its first dimension, or whole on every device."""
-    if mesh is None:
-        return batch
-    return jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, PartitionSpec(axis)))
+def _orthogonalize_stack(
+    matrices: Float[Array, "S I O"], dtype: jnp.dtype, mesh: Mesh | None
+) -> Float[Array, "S I O"]:
+    """All matrices orthogonalised, in `dtype`: group by group, each device its share of groups.
+
+    A group is one batched product wherever it is computed. That is why the devices' results are
+    those of one device to the bit, which products of differently large batches would not be.
+    """
+    S, devices = len(matrices), mesh.size if mesh else 1
+    groups = -(-S // (GROUP * devices)) * devices
+    padding = [(0, groups * GROUP - S), (0, 0), (0, 0)]
+    grouped = jnp.pad(matrices, padding).reshape(groups, GROUP, *matrices.shape[1:])
+
+    def orthogonalize_groups(share: Float[Array, "share group I O"]) -> Float[Array, "..."]:
+        return jax.lax.map(lambda group: orthogonalize(group, dtype).astype(dtype), share)
+
+    if mesh:
+        each_its_share = jax.shard_map(
+            orthogonalize_groups, mesh=mesh, in_specs=ROWS, out_specs=ROWS, check_vma=False
+        )
+        # Whole before and after: else the compiler divides the momentum, too, and gathers it.
+        whole = NamedSharding(mesh, REPLICATED)
+        grouped = jax.lax.with_sharding_constraint(grouped, whole)
+        grouped = jax.lax.with_sharding_constraint(each_its_share(grouped), whole)
+    else:
+        grouped = orthogonalize_groups(grouped)
+    return grouped.reshape(-1, *matrices.shape[1:])[:S]

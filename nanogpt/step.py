@@ -8,7 +8,8 @@
 Devices talk once per optimizer step, however many micro-batches it has. Left to itself, the
 compiler would reduce the gradients of every micro-batch; inside `jax.shard_map` the program says
 when. This is what `jax.pmap` did for a single list of devices, in the form that also serves many
-hosts and sharded parameters.
+hosts and sharded parameters. `check_vma=False` leaves gradients to each device until they are
+reduced by name; it also admits kernels that do not declare what varies over devices (TPU's do not).
 """
 
 from collections.abc import Callable
@@ -21,10 +22,9 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from nanogpt.attention import Backend
-from nanogpt.config import GPTConfig
+from nanogpt.config import GPTConfig, Kernels
 from nanogpt.mesh import BATCH, REPLICATED, ROWS
-from nanogpt.model import GPT, compute_copy
+from nanogpt.model import GPT, XLA, compute_copy
 
 Params = PyTree[Float[Array, "..."]]
 Metrics = dict[str, Float[Array, ""]]
@@ -40,9 +40,9 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def graph_of(config: GPTConfig, backend: Backend = "xla") -> nnx.GraphDef:
+def graph_of(config: GPTConfig, kernels: Kernels = XLA) -> nnx.GraphDef:
     """The model without its arrays: `nnx.merge(graph, params)` is the model with them."""
-    return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, backend, rngs=nnx.Rngs(0))))
+    return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, kernels, rngs=nnx.Rngs(0))))
 
 
 def init_params(config: GPTConfig, key: Key[Array, ""]) -> Params:
@@ -75,23 +75,23 @@ def make_train_step(
         return nnx.merge(graph, params).loss(rows[:, :-1], rows[:, 1:]).mean()
 
     def loss_and_gradients(params: Params, batch: Int[Array, "Ng R T+1"]):
-        # Cast once, not once per micro-batch. "Varying" says that each device differentiates its
-        # own copy: without it the gradients would be summed over devices inside the loop.
-        params = compute_copy(params, dtype)
-        params = jax.lax.pcast(params, "data", to="varying")
+        params = compute_copy(params, dtype)  # once, not once per micro-batch
 
         def accumulate(total, rows):
             new = jax.value_and_grad(loss_of)(params, rows)
             return jax.tree.map(lambda t, n: t + n.astype(jnp.float32), total, new), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p)), (0.0, params))
-        zeros = jax.lax.pcast(zeros, "data", to="varying")
         total, _ = jax.lax.scan(accumulate, zeros, batch)
         mean = jax.tree.map(lambda t: t / len(batch), total)
         return jax.lax.pmean(mean, "data")
 
     over_devices = jax.shard_map(
-        loss_and_gradients, mesh=mesh, in_specs=(REPLICATED, BATCH), out_specs=REPLICATED
+        loss_and_gradients,
+        mesh=mesh,
+        in_specs=(REPLICATED, BATCH),
+        out_specs=REPLICATED,
+        check_vma=False,
     )
 
     def train_step(state: TrainState, batch: Int[Array, "Ng R T+1"]):
@@ -117,6 +117,11 @@ def make_eval_step(
         losses = model.loss(jnp.maximum(rows[:, :-1], 0), rows[:, 1:])
         return jax.lax.psum(losses.sum(), "data")
 
-    return jax.jit(
-        jax.shard_map(summed_loss, mesh=mesh, in_specs=(REPLICATED, ROWS), out_specs=REPLICATED)
+    over_devices = jax.shard_map(
+        summed_loss,
+        mesh=mesh,
+        in_specs=(REPLICATED, ROWS),
+        out_specs=REPLICATED,
+        check_vma=False,
     )
+    return jax.jit(over_devices)

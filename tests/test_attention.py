@@ -1,4 +1,7 @@
-"""Attention, held against a softmax over each query's own keys in float64 NumPy."""
+"""Attention, held against a softmax over each query's own keys in float64 NumPy.
+
+The kernel of nanogpt/flash_attention.py has its own tests.
+"""
 
 from functools import partial
 
@@ -8,7 +11,8 @@ import numpy as np
 import pytest
 
 import nanogpt.attention
-from nanogpt.attention import attention, choose_backend, reference_attention
+from nanogpt.attention import attention, choose_attention, reference_attention
+from nanogpt.config import GPTConfig
 
 
 def some_qkv(B=2, T=11, N=3, H=8, dtype="float32"):
@@ -16,11 +20,13 @@ def some_qkv(B=2, T=11, N=3, H=8, dtype="float32"):
     return [jnp.asarray(part, dtype) for part in x]
 
 
-def numpy_attention(q, k, v, scale, window):
+def numpy_attention(q, k, v, scale, window, documents=None):
     q, k, v = (np.asarray(x, "f8") for x in (q, k, v))
     out = np.zeros_like(v)
     for b, t, n in np.ndindex(q.shape[:3]):
         first = 0 if window is None else max(0, t - window + 1)
+        if documents is not None:
+            first = max(first, list(documents[b]).index(documents[b][t]))
         weights = np.exp(scale * k[b, first : t + 1, n] @ q[b, t, n])
         out[b, t, n] = weights / weights.sum() @ v[b, first : t + 1, n]
     return out
@@ -35,6 +41,14 @@ def test_attention_is_the_softmax_of_scores_over_the_visible_keys(window, dtype,
     np.testing.assert_allclose(
         np.asarray(out, "f8"), numpy_attention(q, k, v, 0.7, window), atol=atol
     )
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_query_sees_the_keys_of_its_own_document_only(window):
+    q, k, v = some_qkv()
+    documents = np.array([[0, 0, 0, 0, 1, 1, 1, 2, 2, 2, 2], [5, 6, 6, 6, 6, 6, 6, 6, 6, 7, 8]])
+    out = attention(q, k, v, jnp.asarray(documents), scale=0.7, window=window)
+    np.testing.assert_allclose(out, numpy_attention(q, k, v, 0.7, window, documents), atol=1e-5)
 
 
 def test_a_window_of_one_returns_the_values():
@@ -52,7 +66,36 @@ def test_large_scores_do_not_overflow():
     np.testing.assert_allclose(out, chosen, atol=1e-5)
 
 
-# Which backend runs
+# Splash attention, which JAX interprets on a CPU
+
+
+@pytest.mark.parametrize("window", [None, 48])
+@pytest.mark.parametrize("separated", [False, True])
+def test_splash_attention_and_its_gradients_equal_the_reference(window, separated):
+    q, k, v = some_qkv(B=2, T=256, N=2, H=128)
+    documents = jnp.cumsum(jnp.arange(256)[None] % 90 == 50, axis=1).repeat(2, axis=0)
+    weights = jnp.asarray(np.random.default_rng(1).standard_normal(v.shape), "float32")
+
+    @partial(jax.jit, static_argnums=0)
+    def output_and_gradients(kernel, *qkv):
+        attend = partial(attention, scale=0.12, window=window, kernel=kernel)
+        out, pullback = jax.vjp(lambda *x: attend(*x, documents if separated else None), *qkv)
+        return out, *pullback(weights)
+
+    for got, expected in zip(
+        output_and_gradients("splash", q, k, v), output_and_gradients("xla", q, k, v), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, atol=2e-4)
+
+
+def test_splash_attention_lowers_for_tpus():
+    qkv = [jax.ShapeDtypeStruct((2, 1024, 6, 128), "bfloat16")] * 3
+    attend = partial(attention, scale=0.12, window=384, kernel="splash")
+    lowered = jax.jit(attend).trace(*qkv).lower(lowering_platforms=("tpu",))
+    assert "tpu_custom_call" in lowered.as_text()
+
+
+# Which kernel runs
 
 
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="asks what happens on a CPU")
@@ -61,100 +104,134 @@ on_gpu = pytest.mark.skipif(
 )
 
 
+def some_model(H=64, **how):
+    return GPTConfig(vocab_size=100, num_layers=2, num_heads=2, width=2 * H, windows=(48, 0), **how)
+
+
 @on_cpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_cpu_gets_xla_and_is_told_why(dtype):
-    assert choose_backend(dtype, 64) == ("xla", "XLA attention (cpu)")
+    assert choose_attention(some_model(), 128, dtype) == ("xla", "XLA attention (cpu)")
 
 
 @on_cpu
 def test_a_float32_run_on_a_gpu_gets_xla_and_is_told_why(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    backend, reason = choose_backend("float32", 64)
-    assert backend == "xla"
+    kernel, reason = choose_attention(some_model(), 128, "float32")
+    assert kernel == "xla"
     assert "needs bfloat16" in reason and "float32" in reason
 
 
-def as_this_machine_has_it(q, k, v, **how):
+def as_this_machine_has_it(q, k, v, documents, **how):
     # There is no cuDNN on a CPU: what JAX raises here is what it would with a broken driver.
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
-def with_a_long_complaint(q, k, v, **how):
+def with_a_long_complaint(q, k, v, documents, **how):
     raise RuntimeError("No engine fits.\nThe stack follows.\n" + 99 * "line\n")
 
 
-@on_cpu
-@pytest.mark.parametrize("cudnn", [as_this_machine_has_it, with_a_long_complaint])
-def test_a_cudnn_that_fails_is_replaced_and_the_reason_is_one_line(monkeypatch, cudnn):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(nanogpt.attention, "attention", lambda *qkv, backend, **how: cudnn(*qkv))
-    backend, reason = choose_backend("bfloat16", 64)
-    assert backend == "xla"
-    assert "cuDNN failed its probe (" in reason and "\n" not in reason
+def off_by_a_tenth(*qkv, **how):
+    return 1.1 * reference_attention(*qkv, **how).astype(qkv[2].dtype)
 
 
-def off_by_a_tenth(q, k, v, **how):
-    return 1.1 * reference_attention(q, k, v, **how).astype(v.dtype)
-
-
-def not_a_number(q, k, v, **how):
+def not_a_number(q, k, v, documents, **how):
     return jnp.nan * (q + k + v)
 
 
-def with_a_gradient_that_is_not_a_number(q, k, v, **how):
-    return reference_attention(q, k, v + jnp.sqrt(0 * v), **how)  # infinity times zero
+def with_a_gradient_that_is_not_a_number(q, k, v, documents, **how):
+    return reference_attention(q, k, v + jnp.sqrt(0 * v), documents, **how)  # infinity times zero
 
 
-def without_the_window(q, k, v, *, window, **how):
+def without_the_window(*qkv, window, **how):
+    return reference_attention(*qkv, **how)
+
+
+def without_the_documents(q, k, v, documents, **how):
     return reference_attention(q, k, v, **how)
 
 
-def with_a_wrong_gradient(q, k, v, **how):
-    return reference_attention(q, jax.lax.stop_gradient(k), v, **how)
+def with_a_wrong_gradient(q, k, v, documents, **how):
+    return reference_attention(q, jax.lax.stop_gradient(k), v, documents, **how)
 
 
-def as_the_reference(q, k, v, **how):
-    return reference_attention(q, k, v, **how)
+def as_the_reference(*qkv, **how):
+    return reference_attention(*qkv, **how)
+
+
+BROKEN = [as_this_machine_has_it, with_a_long_complaint]
+WRONG = [
+    off_by_a_tenth,
+    not_a_number,
+    with_a_gradient_that_is_not_a_number,
+    without_the_window,
+    with_a_wrong_gradient,
+]
+
+
+def choice_on_a_gpu(monkeypatch, model=None, **kernels):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for name, kernel in kernels.items():
+        monkeypatch.setitem(nanogpt.attention.KERNELS, name, kernel)
+    kernel, line = choose_attention(model or some_model(), 64, "bfloat16")
+    assert "\n" not in line
+    return kernel, line
+
+
+@on_cpu
+def test_a_gpu_gets_cudnn_if_it_computes_what_the_reference_does(monkeypatch):
+    chosen = choice_on_a_gpu(monkeypatch, cudnn=as_the_reference)
+    assert chosen == ("cudnn", "cuDNN flash attention")
+
+
+@on_cpu
+@pytest.mark.parametrize("cudnn", BROKEN + WRONG)
+def test_a_cudnn_that_fails_or_is_wrong_is_replaced_by_the_pallas_kernel(monkeypatch, cudnn):
+    kernel, line = choice_on_a_gpu(monkeypatch, cudnn=cudnn, pallas=as_the_reference)
+    assert kernel == "pallas"
+    told = "failed its probe (" if cudnn in BROKEN else "differs from the reference by"
+    assert line.startswith("Pallas flash attention, because cuDNN flash attention " + told)
+
+
+@on_cpu
+@pytest.mark.parametrize("pallas", [with_a_long_complaint, off_by_a_tenth])
+def test_without_a_kernel_that_works_the_run_is_told_that_it_will_be_slow(monkeypatch, pallas):
+    kernel, line = choice_on_a_gpu(monkeypatch, cudnn=with_a_long_complaint, pallas=pallas)
+    assert kernel == "xla"
+    assert line.startswith("XLA attention, SLOW: cuDNN") and "; Pallas" in line
 
 
 @on_cpu
 @pytest.mark.parametrize(
-    ("cudnn", "chosen"),
-    [
-        (off_by_a_tenth, "xla"),
-        (not_a_number, "xla"),
-        (with_a_gradient_that_is_not_a_number, "xla"),
-        (without_the_window, "xla"),
-        (with_a_wrong_gradient, "xla"),
-        (as_the_reference, "cudnn"),
-    ],
+    ("pallas", "chosen"), [(as_the_reference, "pallas"), (without_the_documents, "xla")]
 )
-def test_a_fast_backend_is_chosen_only_if_it_computes_what_the_reference_does(
-    monkeypatch, cudnn, chosen
-):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(
-        nanogpt.attention, "attention", lambda *qkv, backend, **how: cudnn(*qkv, **how)
-    )
-    backend, reason = choose_backend("bfloat16", 16)
-    assert backend == chosen
-    assert ("differs from the reference" in reason) == (chosen == "xla")
+def test_a_document_mask_needs_a_kernel_that_has_one(monkeypatch, pallas, chosen):
+    model = some_model(document_separator=0)
+    kernel, line = choice_on_a_gpu(monkeypatch, model, pallas=pallas)
+    assert kernel == chosen
+    assert "cuDNN attention has no document mask" in line
+
+
+@on_cpu
+def test_the_pallas_kernel_passes_the_probe(monkeypatch):
+    kernel, _ = choice_on_a_gpu(monkeypatch, some_model(H=16, document_separator=0))
+    assert kernel == "pallas"
 
 
 @on_gpu
 @pytest.mark.parametrize("window", [None, 1, 48, 200])
 @pytest.mark.parametrize("head_size", [64, 128])
-def test_cudnn_and_its_gradients_equal_the_reference(head_size, window):
+@pytest.mark.parametrize("kernel", ["cudnn", "pallas"])
+def test_on_a_gpu_kernels_and_their_gradients_equal_the_reference(kernel, head_size, window):
     q, k, v = some_qkv(B=2, T=256, N=2, H=head_size, dtype="bfloat16")
     weights = jnp.asarray(np.random.default_rng(1).standard_normal(v.shape), "float32")
 
-    def output_and_gradients(backend, *qkv):
-        attend = partial(attention, scale=0.12, window=window, backend=backend)
+    def output_and_gradients(kernel, *qkv):
+        attend = partial(attention, scale=0.12, window=window, kernel=kernel)
         out, pullback = jax.vjp(attend, *qkv)
         return out, *pullback(weights.astype(out.dtype))
 
-    fast = jax.jit(partial(output_and_gradients, "cudnn"))(q, k, v)
+    fast = jax.jit(partial(output_and_gradients, kernel))(q, k, v)
     exact = output_and_gradients("xla", *(x.astype("float32") for x in (q, k, v)))
     for name, got, expected in zip(("out", "dq", "dk", "dv"), fast, exact, strict=True):
         got, expected = np.asarray(got, "f4"), np.asarray(expected)

@@ -53,6 +53,8 @@ def test_windows_repeat_over_the_layers_and_zero_means_all(windows, per_layer):
         ({"num_layers": 2, "value_embeddings": 3}, "0 to num_layers, 2, not 3"),
         ({"bigram_buckets": -1}, "bigram_buckets"),
         ({"windows": (4, -1)}, "windows"),
+        ({"document_separator": 50257}, "document_separator .* 50,257 token ids, not 50257"),
+        ({"document_separator": -1}, "document_separator .* not -1"),
         ({"softcap": 0.0}, "softcap .* above 0"),
         ({"softcap": 40.5}, "softcap .* 40, not at 40.5"),
         ({"softcap": float("nan")}, "softcap .* nan"),
@@ -75,6 +77,7 @@ def test_a_shape_that_cannot_be_built_is_refused_in_one_sentence(change, complai
         {"width": 24, "num_heads": 6},
         {"softcap": 40.0},
         {"windows": (0,), "bigram_buckets": 0},
+        {"document_separator": 0},
     ],
 )
 def test_a_shape_on_the_edge_of_what_can_be_built_is_accepted(change):

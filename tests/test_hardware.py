@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from nanogpt.config import GPTConfig
-from nanogpt.hardware import flops_per_token, utilization
+from nanogpt.hardware import activation_bytes, flops_per_token, largest_batch, utilization
 from nanogpt.step import init_params
 
 
@@ -53,3 +53,26 @@ def test_utilization_is_the_share_of_the_peak_of_all_devices():
 
 def test_the_utilization_of_an_unknown_device_is_not_guessed():
     assert utilization(600e3, 798.1e6, "cpu", 1) is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "memory", "batch_size"),
+    [
+        (512, 135e9, 128),  # an H200, of which JAX takes 90 %: four micro-batches
+        (512, 77e9, 64),  # an H100 of 80 GB
+        (512, 38e9, 32),  # an A100 of 40 GB
+        (64, 135e9, 64),  # one of eight H200s has no more rows than these
+        (512, 1e6, 1),
+        (512, None, 1),  # a CPU does not say; small micro-batches are its fastest anyway
+        (60, 38e9, 30),  # what divides the rows keeps Ng whole
+    ],
+)
+def test_the_speedruns_micro_batch_fits_two_thirds_of_the_memory(rows, memory, batch_size):
+    row_bytes = 1024 * activation_bytes(GPTConfig(), 1024, "bfloat16", flash=True)
+    assert largest_batch(rows, row_bytes, memory) == batch_size
+
+
+def test_the_scores_of_attention_count_only_where_they_are_stored():
+    flash, stored = (activation_bytes(GPTConfig(), 1024, "bfloat16", flash) for flash in (1, 0))
+    # 12 layers of 6 heads and 1,024 keys for each query, in float32 and in bfloat16.
+    assert stored - flash == 12 * 6 * 1024 * (4 + 2)

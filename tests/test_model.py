@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from nanogpt.config import GPTConfig
-from nanogpt.model import GPT, bigram_bucket, compute_copy, norm, rotary
+from nanogpt.model import GPT, bigram_bucket, compute_copy, norm, relu_squared, rotary
 from nanogpt.step import graph_of, init_params
 
 
@@ -55,8 +55,10 @@ def numpy_logits(config, params, tokens):
         out = np.zeros_like(v)
         for b in range(B):
             for n in range(N):
+                document = 0
                 for t in range(T):
-                    first = 0 if not window else max(0, t + 1 - window)
+                    document = t if tokens[b, t] == config.document_separator else document
+                    first = document if not window else max(document, t + 1 - window)
                     scores = config.attention_scale * k[b, first : t + 1, n] @ q[b, t, n]
                     weights = np.exp(scores) / np.exp(scores).sum()
                     out[b, t, n] = weights @ v[b, first : t + 1, n]
@@ -101,6 +103,7 @@ EVERY_TRICK = GPTConfig(
     width=32,
     mlp_width=48,
     windows=(3, 0, 6),
+    document_separator=4,  # in the middle of the first row
     value_embeddings=2,
     bigram_buckets=61,
     attention_scale=0.3,
@@ -282,6 +285,22 @@ def test_every_parameter_learns_but_value_mixes_of_layers_without_a_value_embedd
     own, embedding = (gradients["blocks"]["attention"]["value_mix"] != 0).T
     assert own.all()
     assert embedding.tolist() == [True, True, False, True, True]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_relu_squared_is_that_of_its_formula_and_keeps_one_array(dtype):
+    rng = np.random.default_rng(0)
+    x, above = (jnp.asarray(rng.standard_normal(500), dtype) for _ in range(2))
+    out, pullback = jax.vjp(relu_squared, x)
+    exact = np.maximum(np.asarray(x, "f8"), 0)
+    rounding = {"float32": 3e-7, "bfloat16": 2**-7}[dtype]
+    assert out.dtype == dtype
+    np.testing.assert_allclose(np.asarray(out, "f8"), exact**2, rtol=rounding)
+    (gradient,) = pullback(above)
+    assert gradient.dtype == dtype
+    expected = 2 * exact * np.asarray(above, "f8")
+    np.testing.assert_allclose(np.asarray(gradient, "f8"), expected, rtol=3 * rounding)
+    assert [leaf.shape for leaf in jax.tree.leaves(pullback)] == [(500,)]
 
 
 def test_norm_gives_a_mean_square_of_one_whatever_the_scale():

@@ -213,6 +213,72 @@ def test_accumulation_and_devices_do_not_change_the_losses(
     np.testing.assert_allclose(*validations, rtol=1e-5)
 
 
+def in_this_process(tmp_path_factory, tmp_path, monkeypatch, *arguments):
+    """The first train losses of SMALL on the eight devices here, and the console."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shared_folder(tmp_path_factory) / "cache"))
+    assert train_gpt.main([*SMALL, "--run-name", "here", *arguments]) == 0
+    lines = (tmp_path / "runs/here/metrics.jsonl").read_text().splitlines()
+    log = (tmp_path / "runs/here/log.txt").read_text().splitlines()
+    return [json.loads(line)["train_loss"] for line in lines], log
+
+
+def test_a_micro_batch_that_memory_cannot_hold_is_halved_and_the_losses_stay(
+    base, tmp_path, tmp_path_factory, monkeypatch
+):
+    import nanogpt.step
+
+    make = nanogpt.step.make_train_step
+
+    def on_devices_of_one_row(*arguments):
+        """The training step, with memory for one row per device: it fails when it runs."""
+        train_step = make(*arguments)
+
+        class Lowered:
+            def __init__(self, state, batch):
+                self.batch, self.lowered = batch, train_step.lower(state, batch)
+
+            def compile(self):
+                compiled = self.lowered.compile()
+
+                def run(state, batch):
+                    if batch.shape[1] > 8:
+                        jax.tree.map(lambda x: x.delete(), state)  # it was donated
+                        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+                    return compiled(state, batch)
+
+                return run
+
+        return type("Step", (), {"lower": staticmethod(Lowered)})
+
+    monkeypatch.setattr(nanogpt.step, "make_train_step", on_devices_of_one_row)
+    arguments = ["--batch-size", "2", "--total-batch-size", "512", "--num-steps", "2"]
+    losses, log = in_this_process(tmp_path_factory, tmp_path, monkeypatch, *arguments)
+    assert "Ng = 512 / (2 * 32 * 8) = 1" in log[0]
+    assert "out of memory with micro-batches of 2 rows: now 1, Ng = 2" in log
+    # As if one row had been asked for.
+    monkeypatch.undo()
+    (tmp_path / "asked").mkdir()
+    asked, _ = in_this_process(
+        tmp_path_factory, tmp_path / "asked", monkeypatch, *arguments, "--batch-size", "1"
+    )
+    assert losses == asked
+
+
+def test_without_a_batch_size_the_micro_batch_is_the_largest_that_should_fit(
+    tmp_path, tmp_path_factory, monkeypatch
+):
+    monkeypatch.setattr("nanogpt.hardware.device_memory", lambda device: 0.1e9)
+    arguments = ["--batch-size", "None", "--total-batch-size", "131072", "--num-steps", "1"]
+    _, log = in_this_process(tmp_path_factory, tmp_path, monkeypatch, *arguments)
+    # A token keeps, per layer, 14 arrays of 32, two of 64 and two heads' scores of 32 keys, and
+    # twice 256 logits: 2 * (4 * 576 + 8 * 64) + 4 * 512 = 7,680 bytes. Two thirds of the memory
+    # hold 271 rows of 32 tokens; of the 512 rows per device and step, half of them fit.
+    assert "Ng = 131,072 / (256 * 32 * 8) = 2" in log[0]
+    (line,) = (line for line in log if line.startswith("micro-batches of"))
+    assert line == "micro-batches of 256 rows: about 0.1 GB of activations in 0.1 GB of memory"
+
+
 def test_fineweb_shards_are_read_in_order_each_token_once(tmp_path, tmp_path_factory):
     # Step s trains on nothing but the token 10,000 + s, which it never saw: it cannot beat a
     # uniform guess. Had it seen the token before, because the data repeats or skips ahead to the

@@ -1,0 +1,259 @@
+"""The training step as compiled for H200s, on a machine without any.
+
+    .venv/bin/python -m benchmarks.h200
+
+XLA compiles for a described device as it does for a present one, but for two things: it does not
+try out variants of a product, and cuDNN does not plan its kernels. So this shows what a step
+computes, keeps, moves and sends, not how fast it is. The tests read the same program.
+
+It needs JAX's CUDA plugin, and no driver: pip install -e ".[gpu-compiler]"
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+from jax.stages import Compiled
+
+from benchmarks.results import save
+from nanogpt.config import GPTConfig, Kernels
+from nanogpt.mesh import BATCH, REPLICATED, shapes_on
+from nanogpt.optimizer import learning_rate_factor, make_optimizer
+from nanogpt.step import graph_of, make_init, make_train_step
+
+# What XLA asks of a device, from NVIDIA's data sheet and CUDA's deviceQuery.
+H200 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+gpu_device_info {
+  name: "NVIDIA H200"
+  cuda_compute_capability { major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  device_memory_size: 151397597184
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  driver_version: "13.0.0"
+  runtime_version: "12.9.0"
+  compile_time_toolkit_version: "12.9.0"
+  dnn_version: "9.10.0"
+}
+"""
+
+
+def compile_step(
+    config: GPTConfig,
+    kernels: Kernels,
+    *,
+    num_devices: int = 1,
+    batch_size: int = 64,
+    sequence_length: int = 1024,
+    accumulation_steps: int = 2,
+) -> Compiled:
+    """A training step in bfloat16, compiled for `num_devices` H200s of one host."""
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=H200, topology=f"1x1x{num_devices}"
+    )
+    mesh = Mesh(np.array(topology.devices), ("data",), axis_types=(AxisType.Auto,))
+    optimizer = make_optimizer(
+        schedule=partial(learning_rate_factor, 3000, 0.4, 0.1),
+        learning_rate=0.05,
+        embedding_learning_rate=0.6,
+        head_learning_rate=0.008,
+        scalar_learning_rate=0.04,
+        momentum=0.95,
+        momentum_warmup_steps=300,
+        adam_betas=(0.8, 0.95),
+        weight_decay=0.0,
+        newton_schulz_dtype=jnp.bfloat16,
+        mesh=mesh,
+    )
+    init = make_init(config, optimizer, mesh)
+    state = shapes_on(mesh, REPLICATED, jax.eval_shape(init, jax.random.key(0)))
+    rows = batch_size * num_devices
+    shape = jax.ShapeDtypeStruct((accumulation_steps, rows, sequence_length + 1), jnp.int32)
+    step = make_train_step(graph_of(config, kernels), optimizer, mesh, "bfloat16")
+    with ExitStack() as stack:
+        # JAX asks the driver whether cuDNN can do it; there is no driver to ask.
+        cudnn = "jax._src.cudnn.fused_attention_stablehlo"
+        for name, answer in {
+            "check_cudnn_version": 91000,
+            "check_compute_capability": True,
+            "is_cuda_compute_capability_equal": False,
+        }.items():
+            stack.enter_context(patch(f"{cudnn}.{name}", lambda *a, answer=answer, **k: answer))
+        stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
+        return step.lower(state, shapes_on(mesh, BATCH, shape)).compile()
+
+
+NO_WORK = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction of an optimised program."""
+
+    computation: str  # where it stands
+    name: str
+    shape: str  # of the result, as XLA writes it: "bf16[64,768]{1,0}", or a tuple of such
+    opcode: str
+    arguments: str  # operands, or the number of a parameter
+    attributes: str
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the instructions whose results this one takes."""
+        return re.findall(r"%([\w.\-]+)", self.arguments)
+
+
+class Program:
+    """The optimised HLO of a compiled function, instruction by instruction."""
+
+    def __init__(self, compiled: Compiled):
+        self.computations: dict[str, dict[str, Instruction]] = {}
+        for text in re.split(r"\n(?=\S)", compiled.as_text()):
+            head = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{", text)
+            if head:
+                found = self._instructions(head[1], text)
+                self.computations[head[1]] = {each.name: each for each in found}
+        # Computations that other instructions call: their insides never reach the memory.
+        inside = r"(?:calls|to_apply|called_computations=\{)=?%?([\w.\-]+)"
+        self.fused = {
+            name
+            for each in self
+            if each.opcode in ("fusion", "reduce", "scatter", "all-reduce", "all-reduce-start")
+            for name in re.findall(inside, each.attributes)
+        }
+
+    @staticmethod
+    def _instructions(computation: str, text: str) -> Iterator[Instruction]:
+        shape = r"\((?:[^()]|\([^()]*\))*\)|\S+"
+        line = re.compile(
+            rf"^\s+(?:ROOT )?%?([\w.\-]+) = ({shape}) ([\w\-]+)\((.*?)\)(.*)$", re.MULTILINE
+        )
+        for fields in line.findall(text):
+            yield Instruction(computation, *fields)
+
+    def __iter__(self) -> Iterator[Instruction]:
+        for computation in self.computations.values():
+            yield from computation.values()
+
+    def kernels(self) -> list[Instruction]:
+        """What is launched: the instructions that stand in no fused computation and do work."""
+        return [x for x in self if x.computation not in self.fused and x.opcode not in NO_WORK]
+
+    def loops(self) -> list[list[Instruction]]:
+        """What each loop launches per turn, the longest loop first."""
+        found = []
+        for body in (name for x in self for name in re.findall(r"body=%?([\w.\-]+)", x.attributes)):
+            inside, before = {body}, set()
+            while inside != before:
+                before = set(inside)
+                for each in self:
+                    if each.computation in before:
+                        called = r"(?:calls|to_apply|body)=%?([\w.\-]+)"
+                        inside.update(re.findall(called, each.attributes))
+            found.append([x for x in self.kernels() if x.computation in inside])
+        return sorted(found, key=len, reverse=True)
+
+    def bytes_moved(self, kernel: Instruction) -> int:
+        """Bytes that a kernel reads and writes, if nothing stays in a cache."""
+        scope = self.computations[kernel.computation]
+        read = [size_of(scope[name].shape) for name in kernel.operands]
+        fused = re.search(r"calls=%?([\w.\-]+)", kernel.attributes)
+        if kernel.opcode == "fusion" and fused:
+            inside = self.computations[fused[1]]
+            for parameter in inside.values():
+                if parameter.opcode == "parameter":
+                    # Of what is only sliced, or looked up in, that much is read.
+                    users = self._users(inside, parameter.name)
+                    if all("slice" in x.opcode or x.opcode == "gather" for x in users):
+                        some = sum(size_of(x.shape) for x in users)
+                        read[int(parameter.arguments)] = min(some, size_of(parameter.shape))
+        return size_of(kernel.shape) + sum(read)
+
+    def _users(self, scope: dict[str, Instruction], name: str) -> list[Instruction]:
+        """What takes a result, in whatever shape."""
+        users = [x for x in scope.values() if name in x.operands]
+        seen = [[x] if x.opcode != "bitcast" else self._users(scope, x.name) for x in users]
+        return list(chain.from_iterable(seen))
+
+
+def size_of(shape: str) -> int:
+    """Bytes of an array, or of all arrays of a tuple, written as HLO does."""
+    total = 0
+    for kind, bits, dimensions in re.findall(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", shape):
+        items = int(np.prod([int(n) for n in dimensions.split(",") if n]))
+        total += items * (1 if kind == "pred" else int(bits) // 8)
+    return total
+
+
+def part_of(kernel: Instruction, scope: dict[str, Instruction], V: int) -> str:
+    """Which part of the step a kernel belongs to; V is the padded vocabulary."""
+    shapes = " ".join([kernel.shape, *(scope[name].shape for name in kernel.operands)])
+    logits = re.search(rf"\b\w+\[(\d+,)?\d{{4,}},{V}\]", shapes)
+    if "fmha" in kernel.attributes or "flash_attention" in kernel.attributes:
+        return "attention"
+    if "gemm" in kernel.attributes or "__cublas" in kernel.attributes or kernel.opcode == "dot":
+        return "products with the head" if logits else "products of the blocks"
+    if logits:
+        return "loss"
+    return "elementwise, norms, embeddings"
+
+
+def main() -> None:
+    """Print and save what the step of each variant keeps and moves."""
+    config, batch_size, T = GPTConfig(), 64, 1024
+    variants = {
+        "cudnn": Kernels("cudnn"),
+        "cudnn, one-pass loss": Kernels("cudnn", "pallas"),
+        "cudnn, one-pass loss, FP8 head": Kernels("cudnn", "pallas", fp8_head=True),
+        "pallas": Kernels("pallas"),
+    }
+    figures = {}
+    for name, kernels in variants.items():
+        compiled = compile_step(config, kernels, batch_size=batch_size, sequence_length=T)
+        program = Program(compiled)
+        moved, tokens = defaultdict(float), batch_size * T
+        for kernel in program.loops()[0]:  # a micro-batch; the other loops are Muon's
+            scope = program.computations[kernel.computation]
+            part = part_of(kernel, scope, config.padded_vocab_size)
+            moved[part] += program.bytes_moved(kernel) / tokens / 1e3
+        kept = compiled.memory_analysis().temp_size_in_bytes / tokens / 1e3
+        print(f"\n{name}: keeps {kept:.0f} kB per token, and moves, in kB per token:")
+        for part in sorted(moved):
+            print(f"{moved[part]:10.0f}  {part}")
+        print(f"{sum(moved.values()):10.0f}  in all")
+        figures[name] = {"kept_kB_per_token": kept, "moved_kB_per_token": dict(moved)}
+    save("h200_compiled", {"tokens_per_micro_batch": batch_size * T, "variants": figures})
+
+
+if __name__ == "__main__":
+    main()
