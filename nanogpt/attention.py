@@ -21,7 +21,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from nanogpt.config import AttentionKernel, GPTConfig
-from nanogpt.flash_attention import flash_attention
 
 CANDIDATES = {"gpu": ("cudnn", "pallas"), "tpu": ("splash",)}  # by platform, the fastest first
 NAMES = {
@@ -117,10 +116,17 @@ def splash_attention(
     return out.swapaxes(1, 2)
 
 
+def pallas_attention(*arrays: Array | None, **how: float | int | None) -> Float[Array, "B T N H"]:
+    """This project's flash attention; loaded on use, for the day JAX goes without its compiler."""
+    from nanogpt.flash_attention import flash_attention
+
+    return flash_attention(*arrays, **how)
+
+
 KERNELS = {
     "xla": reference_attention,
     "cudnn": cudnn_attention,
-    "pallas": flash_attention,
+    "pallas": pallas_attention,
     "splash": splash_attention,
 }
 

@@ -39,7 +39,7 @@ LOG2_E = log2(e)  # exp(x) = exp2(LOG2_E * x), and exp2 is what the hardware has
 
 # Hopper multiplies matrices by groups of four warps, of at least 64 rows. Larger blocks waste more
 # of the diagonal, and at a head size of 128 they spill registers or leave a multiprocessor with
-# one program. With these sizes it runs two (H 128) or three and four (H 64), none of which spills.
+# one program. With these sizes it runs two (H 128) or up to four (H 64), and none spills.
 BLOCK = 64
 WARPS = 4
 

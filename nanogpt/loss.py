@@ -26,7 +26,6 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from nanogpt.config import LossKernel
@@ -175,6 +174,8 @@ def _two_passes(cap, fp8, logits, targets):
 
 def _one_pass(cap, fp8, logits, targets, interpret=False):
     """Losses [BT], and dlogits [BT, V] over the logits, or beside them if 8 bits wide."""
+    from jax.experimental.pallas import triton as plgpu  # on use, should JAX drop it one day
+
     BT, V = logits.shape
     # Inside jax.shard_map a result says over which devices it varies.
     array = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(logits).manual_axis_type)
