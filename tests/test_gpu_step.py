@@ -1,0 +1,352 @@
+"""The benchmark of the step: one tiny run from end to end, its arithmetic, and what may fail."""
+
+import json
+import math
+import re
+from contextlib import redirect_stdout
+from dataclasses import replace
+from io import StringIO
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks import gpu_step, results
+from benchmarks.gpu_step import FULL, TINY, Unmeasured, Variant
+from nanogpt.hardware import PEAK_BANDWIDTH, PEAK_FLOPS
+
+BASE = Variant("xla", 2)
+pytestmark = pytest.mark.xdist_group("gpu_step")  # one process measures for all tests here
+
+PARTS = ["products of the blocks", "products with the head", "attention", "loss", "optimizer"]
+STEPS = {
+    *("base", "1 rows", "Adam for all", "FP8 head", "pallas loss"),
+    *("cudnn attention", "pallas attention", "fastest of each", "base again", "base, traced"),
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A whole tiny run: the figures that it saved, what it printed, and the folder of the trace."""
+    folder, printed = tmp_path_factory.mktemp("gpu_step"), StringIO()
+    quickly = "jax_disable_most_optimizations"  # to compile in half the time
+    before = jax.config.values[quickly]
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
+        patch.setattr(results, "FOLDER", folder)
+        patch.setattr(gpu_step, "use_compilation_cache", lambda: None)
+        jax.config.update(quickly, True)
+        try:
+            assert gpu_step.main(["--tiny", "--trace", str(folder / "trace")]) == 0
+        finally:
+            jax.config.update(quickly, before)
+    figures = json.loads((folder / "gpu_step_tiny.json").read_text())
+    return figures, printed.getvalue(), folder / "trace"
+
+
+@pytest.fixture
+def pretend(monkeypatch, tmp_path):
+    """Measures nothing: `pretend(ms)` runs all with `ms(section, row)` as times; what it saved."""
+
+    def run(ms):
+        saved = []
+        monkeypatch.setattr(gpu_step, "use_compilation_cache", lambda: None)
+        monkeypatch.setattr(gpu_step.gc, "collect", lambda: None)
+        monkeypatch.setattr(
+            gpu_step, "save", lambda name, figures: saved.append(json.loads(json.dumps(figures)))
+        )
+        for section, name, row in [
+            ("steps", "measure_step", lambda size, steps, variant: variant),
+            ("products", "measure_product", lambda size, *which: which),
+            ("attention", "measure_attention", lambda size, *which: gpu_step.attention_row(*which)),
+            ("loss", "measure_loss", lambda size, *which: gpu_step.loss_row(*which)),
+            ("optimizer", "measure_update", lambda size, *which: which),
+            ("optimizer", "measure_orthogonalisation", lambda size: "orthogonalisation"),
+        ]:
+
+            def measure(*arguments, section=section, row=row):
+                return {"ms": ms(section, row(*arguments))}
+
+            monkeypatch.setattr(gpu_step, name, measure)
+        assert gpu_step.main(["--tiny"]) == 0
+        return saved
+
+    return run
+
+
+# The tiny run.
+
+
+def test_every_variant_and_every_part_has_a_row(run):
+    figures, _, _ = run
+    assert set(figures["steps"]) == STEPS
+    ways = ("forward", "d-input", "d-weight")
+    products = [f"{name}, {way}" for name in ("qkv", "out", "up", "down", "head") for way in ways]
+    assert sorted(figures["products"]) == sorted(products + [f"head, {way}, FP8" for way in ways])
+    assert set(figures["loss"]) == {"xla", "xla, FP8", "pallas", "pallas, FP8"}
+    places = ("T 64", "T 64, window 24", "T 128", "T 128, window 24")
+    fast = {f"{kernel}, {place}" for kernel in ("cudnn", "pallas") for place in places}
+    assert set(figures["attention"]) == fast | {"xla, T 64"}
+    assert len(figures["optimizer"]) == 5
+    assert set(figures["parts"]) > {*PARTS, "rest", "whole step"}
+
+
+def test_what_a_cpu_cannot_do_says_so_in_a_sentence_and_all_else_has_a_time(run):
+    figures, _, _ = run
+    for section in ("steps", "products", "attention", "loss", "optimizer"):
+        for row, found in figures[section].items():
+            if "cudnn" in row:
+                assert re.fullmatch(r"It failed with \w+: .*cuDNN.*", found["failed"])
+            else:
+                assert found.get("ms", 0) > 0, (section, row, found)
+
+
+def test_tokens_per_second_and_milliseconds_agree(run):
+    figures, _, _ = run
+    rows = [found for found in figures["steps"].values() if "tokens_per_s" in found]
+    assert len(rows) == len(STEPS) - 2  # without cuDNN and the trace
+    for found in rows:
+        assert found["tokens_per_s"] * found["ms"] / 1e3 == pytest.approx(256)
+        assert found["ratio"] == pytest.approx(found["ms"] / figures["steps"]["base"]["ms"])
+
+
+def test_every_variant_computes_what_the_base_does(run):
+    figures, _, _ = run
+    steps = {row: found for row, found in figures["steps"].items() if "last_loss" in found}
+    first = math.log(256)
+    for row in set(steps) - {"Adam for all"}:
+        assert steps[row]["last_loss"] == pytest.approx(steps["base"]["last_loss"], abs=0.1)
+        assert steps[row]["last_loss"] < first - 0.1  # the state was trained, and not thrown away
+    assert steps["base"]["last_loss"] == steps["base again"]["last_loss"]
+    assert steps["1 rows"]["variant"] == {**steps["base"]["variant"], "batch_size": 1}
+
+
+def test_the_parts_and_the_rest_make_up_the_whole_step(run):
+    figures, _, _ = run
+    parts = figures["parts"]
+    whole = figures["steps"]["base"]["ms"]
+    assert parts["whole step"]["ms"] == whole
+    assert sum(parts[name]["ms"] for name in [*PARTS, "rest"]) == pytest.approx(whole)
+    assert sum(parts[name]["of_step"] for name in [*PARTS, "rest"]) == pytest.approx(1)
+
+
+def test_a_device_without_a_data_sheet_has_unknown_floors_and_no_utilisation(run):
+    figures, _, _ = run
+    assert figures["device"] == "cpu"
+    assert [figures["parts"][name]["floor_ms"] for name in PARTS] == [None] * len(PARTS)
+    assert figures["steps"]["base"]["mfu"] is None
+
+
+def test_the_tables_show_every_row(run):
+    figures, printed, _ = run
+    tables = re.split(r"^(\w+) +ms\b.*\n", printed, flags=re.MULTILINE)
+    for section, table in zip(tables[1::2], tables[2::2], strict=True):
+        for row, found in figures[section].items():
+            (line,) = re.findall(rf"^{re.escape(row)}  .*$", table, re.MULTILINE)
+            assert found.get("failed", "") in line
+    assert len(tables) == 1 + 2 * 6
+    assert "nan" not in printed
+
+
+def test_the_trace_is_written(run):
+    _, _, trace = run
+    assert list(trace.rglob("*.xplane.pb"))
+
+
+# The loop: nothing is left out, nothing is computed once for all rounds.
+
+
+def dots(text: str) -> tuple[int, int]:
+    """Products of matrices in a program: in its loops, and in all."""
+    blocks = re.findall(
+        r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.DOTALL | re.MULTILINE
+    )
+    called = r"(?:calls|to_apply|body)=%?([\w.\-]+)"
+    inside = set(re.findall(r"body=%?([\w.\-]+)", text))
+    for _ in blocks:  # at most as deep
+        inside.update(
+            x for name, body in blocks if name in inside for x in re.findall(called, body)
+        )
+    counts = {name: len(re.findall(r" dot\(", body)) for name, body in blocks}
+    return sum(counts[name] for name in inside), sum(counts.values())
+
+
+@pytest.fixture
+def looped_program(monkeypatch):
+    """The compiled loop of a row: `looped_program(section, row)` is its text."""
+    jobs = {job[:2]: job[2] for job in gpu_step.part_jobs(TINY, "xla")}
+    texts = []
+
+    def compile_only(size, work, arguments, result=None):
+        result = jax.eval_shape(work, None, *arguments) if result is None else result
+        texts.append(gpu_step.looped(work, 20).lower((result, arguments)).compile().as_text())
+        return 1.0
+
+    monkeypatch.setattr(gpu_step, "part_ms", compile_only)
+
+    def text(section, row):
+        jobs[section, row]()
+        return texts.pop()
+
+    return text
+
+
+@pytest.mark.parametrize(
+    ("section", "row", "products"),
+    [
+        ("products", "out, forward", 1),
+        ("products", "head, d-input", 1),
+        ("products", "head, d-weight, FP8", 1),
+        ("attention", "xla, T 64", 6),  # scores and outputs, and two gradients of each
+        ("loss", "xla", 3),
+        ("optimizer", "orthogonalisation in it", 6),  # an iteration of each of two shapes
+    ],
+)
+def test_every_round_makes_all_products(looped_program, section, row, products):
+    inside, in_all = dots(looped_program(section, row))
+    assert inside == in_all >= products
+
+
+def test_the_loop_makes_as_many_rounds_as_it_is_told():
+    run = gpu_step.looped(lambda result, x: result + 1.0 + 0.0 * x.sum(), 7)
+    result, _ = run((jnp.zeros([1]), [jnp.ones([3, 3])]))
+    assert result == 7
+
+
+# Floors and sums.
+
+
+@pytest.fixture
+def fake_device(monkeypatch):
+    monkeypatch.setitem(PEAK_FLOPS, "fake", 1e9)
+    monkeypatch.setitem(PEAK_BANDWIDTH, "fake", 1e6)
+    return "fake"
+
+
+def test_the_floors_are_those_of_the_arithmetic_by_hand(fake_device):
+    """L 2, D 64, F 256, V 256, T 64, 256 tokens; 1 GFLOP/s and 1 MB/s."""
+    per_block = 3 * 64 * 64 + 64 * 64 + 64 * 256 + 256 * 64
+    assert per_block == 49_152
+    keys = sum(range(1, 65)) / 64
+    iteration = 4 * 6 * 64**3 + 2 * (4 * 64**2 * 256 + 2 * 64**3)  # of one block
+    tables, scalars = 3 * 256 * 64, 2 * 2 + 2 * 2 + 1  # embedding, values, head; mixes and a skip
+    seconds = {
+        "products of the blocks": 6 * 2 * per_block * 256 / 1e9,
+        "products with the head": 6 * 64 * 256 * 256 / 1e9,
+        "attention": 2 * (2 + 4) * 2 * 64 * keys * 256 / 1e9,  # two products of each layer
+        "loss": 256 * 256 * 4 / 1e6,
+        "optimizer": 4 * (5 * 2 * per_block + 7 * (tables + scalars)) / 1e6
+        + 5 * 2 * iteration / 1e9,
+    }
+    floors = gpu_step.floors(TINY.hp, fake_device)
+    assert floors.pop("whole step") == pytest.approx(1e3 * sum(seconds.values()))
+    assert floors == pytest.approx({part: 1e3 * s for part, s in seconds.items()})
+
+
+def test_the_full_size_is_the_model_of_the_speedrun(fake_device):
+    floors = gpu_step.floors(FULL.hp, fake_device)
+    per_token = {part: ms * 1e6 / 524_288 for part, ms in floors.items()}  # FLOPs
+    assert per_token["products of the blocks"] == pytest.approx(509.6e6, rel=1e-3)
+    assert per_token["products with the head"] == pytest.approx(231.8e6, rel=1e-3)
+    assert per_token["attention"] == pytest.approx(56.7e6, rel=2e-3)
+    assert gpu_step.newton_schulz_flops(FULL.hp.model) == pytest.approx(1.63e12, rel=2e-3)
+    assert (FULL.tokens, FULL.Ng, FULL.repeats >= 5) == (65_536, 8, True)
+
+
+def test_an_unknown_device_has_no_floors():
+    assert set(gpu_step.floors(TINY.hp, "abacus").values()) == {None}
+
+
+def test_parts_are_scaled_to_the_step(pretend):
+    times = {"steps": 100.0, "products": 0.25, "attention": 3.0, "loss": 2.0, "optimizer": 5.0}
+    parts = pretend(lambda section, row: times[section])[-1]["parts"]
+    Ng, L = 2, 2
+    expected = {
+        "products of the blocks": Ng * L * 4 * 3 * 0.25,
+        "products with the head": Ng * 3 * 0.25,
+        "attention": Ng * L * 3.0,
+        "loss": Ng * (2.0 - 3 * 0.25),
+        "optimizer": 5.0,
+    }
+    assert {name: parts[name]["ms"] for name in PARTS} == expected
+    assert parts["rest"]["ms"] == 100.0 - sum(expected.values())
+    assert parts["(Muon's cost: by whole steps)"]["ms"] == 0
+
+
+def test_muon_costs_what_adam_would_save(pretend):
+    def ms(section, row):
+        if section == "optimizer":
+            return 9.0 if row == (True, {"muon", *gpu_step.ADAM}) else 2.0
+        return 80.0 if row == replace(BASE, muon=False) else 100.0
+
+    parts = pretend(ms)[-1]["parts"]
+    assert parts["(Muon's cost: by whole steps)"] == {"ms": 20.0, "of_step": 0.2}
+    assert parts["(Muon's cost: by updates)"] == {"ms": 7.0, "of_step": 0.07}
+
+
+def test_the_fastest_of_each_thing_are_combined(pretend):
+    seen = []
+
+    def ms(section, row):
+        if section != "steps":
+            return 1.0
+        seen.append(row)
+        faster = {"pallas attention": 1, "pallas loss": 9}
+        slower = {"cudnn attention": 1, "1 rows": 1}
+        kernels = f"{row.attention} attention", f"{row.loss} loss", f"{row.batch_size} rows"
+        gain = sum(faster.get(kernel, 0) - slower.get(kernel, 0) for kernel in kernels)
+        return 100.0 - gain - row.fp8_head - 50 * (not row.muon)
+
+    steps = pretend(ms)[-1]["steps"]
+    assert seen[-2:] == [Variant("pallas", 2, "pallas", True), BASE]
+    assert steps["fastest of each"] == {"ms": 89.0}
+
+
+# What may fail.
+
+
+def test_a_row_that_fails_stops_no_other(pretend):
+    def ms(section, row):
+        if section == "products" and row[1] == "d-weight":
+            raise MemoryError("RESOURCE_EXHAUSTED: too much\nand more of it")
+        if section == "steps" and row.loss == "pallas":
+            raise Unmeasured("It is wrong.")
+        return 1.0
+
+    saved = pretend(ms)
+    last = saved[-1]
+    failed = {"failed": "It failed with MemoryError: RESOURCE_EXHAUSTED: too much"}
+    assert last["products"]["up, d-weight"] == last["products"]["head, d-weight, FP8"] == failed
+    assert last["products"]["up, forward"] == last["steps"]["base again"] == {"ms": 1.0}
+    assert last["steps"]["pallas loss"] == {"failed": "It is wrong."}
+    assert last["parts"]["attention"]["ms"] == 4.0
+    assert "failed" in last["parts"]["products of the blocks"] and "failed" in last["parts"]["rest"]
+
+    rows = [
+        sum(len(figures[s]) for s in gpu_step.COLUMNS if s != "parts") for figures in saved[:-1]
+    ]
+    assert rows == list(range(1, 1 + 9 + 18 + 9 + 4 + 5))  # saved after each
+
+
+def test_the_projects_own_kernels_come_after_what_needs_none(pretend):
+    own = []
+
+    def ms(section, row):
+        own.append("pallas" in str(row))
+        return 1.0
+
+    pretend(ms)
+    assert own[:-2] == sorted(own[:-2]) and own.count(True) == 2 + 4 + 2
+
+
+def test_a_kernel_that_disagrees_is_not_timed():
+    x = [jnp.ones([4, 4])]
+    gpu_step.check_agreement(lambda _, x: 1.01 * x, lambda _, x: x, x)
+    for wrong in (lambda _, x: 1.2 * x, lambda _, x: x * jnp.nan, lambda _, x: 0 * x):
+        with pytest.raises(Unmeasured, match=r"differs from XLA's results in bfloat16 by"):
+            gpu_step.check_agreement(wrong, lambda _, x: x, x)
+
+
+def test_a_step_whose_loss_is_not_the_bases_is_not_timed(run):
+    wanted = run[0]["steps"]["base"]["last_loss"] + 1
+    with pytest.raises(Unmeasured, match=rf"^After 3 steps its loss .* the base's {wanted:.2f}\.$"):
+        gpu_step.measure_step(TINY, {"base": {"ms": 1.0, "last_loss": wanted}}, BASE)
