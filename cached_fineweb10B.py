@@ -13,19 +13,29 @@ import hashlib
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 from nanogpt.shards import ShardError, read_shard
+
+Answer = TypeVar("Answer")
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 TRAINING_SHARDS = 103
 
 
+WAITS = (1, 2, 4, 8, 16)  # seconds before another attempt where the hub is overloaded or broken
+
+
 class DownloadError(Exception):
     """A download that cannot go on; the message is one sentence for the user."""
+
+
+class HubBusy(DownloadError):
+    """The hub asks for patience (429) or fails (5xx): it may answer later."""
 
 
 class Published(NamedTuple):
@@ -112,8 +122,8 @@ def look_up(name: str) -> Published:
     """Ask the hub for the size and SHA-256 of the shard `name`."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    with hub_errors(name):
-        file = get_hf_file_metadata(hf_hub_url(REPOSITORY, name, repo_type="dataset"))
+    url = hf_hub_url(REPOSITORY, name, repo_type="dataset")
+    file = patiently(name, lambda: get_hf_file_metadata(url))
     # The entity tag of a large file is its SHA-256; any other tag is not the hub's answer.
     if file.size is None or file.etag is None or len(file.etag) != 64:
         raise DownloadError(
@@ -154,14 +164,17 @@ def fetch(name: str, published: Published, folder: Path) -> None:
         if partial.exists() and partial.stat().st_size > published.size:
             partial.unlink()
         # `hf_hub_download` forgets what an interrupted run had; the function beneath it need not.
-        with partial.open("ab") as file, hub_errors(name):
-            http_get(
-                hf_hub_url(REPOSITORY, name, repo_type="dataset"),
-                file,
-                resume_size=file.tell(),
-                expected_size=published.size,
-                headers=build_hf_headers(headers={"Accept-Encoding": "identity"}),
-                displayed_filename=name,
+        with partial.open("ab") as file:
+            patiently(
+                name,
+                lambda: http_get(
+                    hf_hub_url(REPOSITORY, name, repo_type="dataset"),
+                    file,
+                    resume_size=file.tell(),
+                    expected_size=published.size,
+                    headers=build_hf_headers(headers={"Accept-Encoding": "identity"}),
+                    displayed_filename=name,
+                ),
             )
             file.flush()
             os.fsync(file.fileno())
@@ -182,6 +195,19 @@ def fetch(name: str, published: Published, folder: Path) -> None:
         os.replace(partial, folder / name)
 
 
+def patiently(name: str, ask: Callable[[], Answer]) -> Answer:
+    """What `ask` gets from the hub, asked again after a while as long as the hub is busy."""
+    for wait in WAITS:
+        try:
+            with hub_errors(name):
+                return ask()
+        except HubBusy as error:
+            print(f"{error} Trying again in {wait} s.", flush=True)
+            time.sleep(wait)
+    with hub_errors(name):
+        return ask()
+
+
 @contextmanager
 def hub_errors(name: str) -> Iterator[None]:
     """Make one DownloadError of whatever goes wrong between us and the hub."""
@@ -193,7 +219,8 @@ def hub_errors(name: str) -> Iterator[None]:
         status = getattr(getattr(error, "response", None), "status_code", None)
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"the hub answered HTTP {status}" if status else lines[0].rstrip(".")
-        raise DownloadError(
+        busy = status is not None and (status in (408, 429) or status >= 500)
+        raise (HubBusy if busy else DownloadError)(
             f"Cannot download {name} ({reason}): check the network connection and HF_ENDPOINT, "
             "then run this again to go on where it stopped."
         ) from error

@@ -31,6 +31,16 @@ def shard_bytes(count, seed):
     return struct.pack("<3i", 20240520, 1, count) + bytes(4 * 253) + tokens.tobytes()
 
 
+# The script, but for the seconds that it waits for a busy hub.
+IMPATIENT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import cached_fineweb10B
+cached_fineweb10B.WAITS = (0.1, 0.2)
+sys.exit(cached_fineweb10B.main(sys.argv[2:]))
+"""
+
+
 class Hub:
     """A hub and its storage server, with the faults a test asks for."""
 
@@ -38,6 +48,8 @@ class Hub:
         self.files = {VAL: shard_bytes(50, 0), ONE: shard_bytes(60, 1), TWO: shard_bytes(70, 2)}
         self.claims = {}  # name -> headers that differ from the truth
         self.status = {}  # "HEAD" or "GET" -> the status to fail with
+        self.moods = {"HEAD": [], "GET": []}  # statuses to fail with at first
+        self.ranges = True  # whether the storage server knows what a Range is
         self.stop_at = None  # offset in bytes where the next answer with a file stops ...
         self.stop = lambda: None  # ... and does this, before the connection closes
         self.delay = 0.0  # seconds before a file is sent
@@ -87,6 +99,9 @@ class Hub:
         folder, _, name = request.path.rpartition("/")
         if folder != "/datasets/kjj0/fineweb10B-gpt2/resolve/main":
             self.answer(request, 404, {"Content-Length": 0})
+        elif self.moods[request.command]:
+            status = self.moods[request.command].pop(0)
+            self.answer(request, status, {"Content-Length": 0, "Retry-After": 0})
         elif request.command in self.status:
             self.answer(request, self.status[request.command], {"Content-Length": 0})
         elif name not in self.files:
@@ -105,6 +120,7 @@ class Hub:
         name = request.path.rpartition("/")[2]
         content, wanted = self.files[name], request.headers["Range"]
         self.gets.append((name, wanted))
+        wanted = wanted if self.ranges else None
         time.sleep(self.delay)
         start = int(re.fullmatch(r"bytes=(\d+)-", wanted).group(1)) if wanted else 0
         headers = {"Content-Length": len(content) - start}
@@ -146,7 +162,7 @@ def start(hub, tmp_path):
             before()
 
         return subprocess.Popen(
-            [sys.executable, str(SCRIPT), *arguments],
+            [sys.executable, "-c", IMPATIENT, str(SCRIPT.parent), *arguments],
             cwd=tmp_path,
             env=inherited | settings,
             stdout=subprocess.PIPE,
@@ -375,6 +391,28 @@ def test_an_error_of_the_hub_is_one_sentence(run, hub, folder, method, code):
     assert_one_sentence(err, VAL, str(code))
 
 
+@pytest.mark.parametrize("method", ["HEAD", "GET"])
+@pytest.mark.parametrize("moods", [[429, 503], [500, 502]])
+def test_a_hub_that_is_busy_or_broken_for_a_while_is_asked_again(run, hub, folder, method, moods):
+    hub.moods[method] = list(moods)
+    status, out, err = run("1")
+    assert status == 0
+    for mood in moods:  # to some, the hub's library shows patience by itself, and says so
+        assert f"HTTP {mood}): " in out or f"HTTP Error {mood}" in err
+    assert "Traceback" not in err
+    assert contents(folder)[VAL] == hub.files[VAL]
+
+
+def test_a_server_that_sends_the_whole_instead_of_the_rest_does_no_harm(run, hub, folder):
+    folder.mkdir()
+    (folder / f".{VAL}.partial").write_bytes(hub.files[VAL][:500])
+    hub.ranges = False
+    status, _, _ = run("1")
+    assert status == 0
+    assert hub.gets[0] == (VAL, "bytes=500-")
+    assert contents(folder)[VAL] == hub.files[VAL]
+
+
 def test_a_shard_the_hub_lacks_is_named(run, hub, folder):
     del hub.files[TWO]
     status, _, err = run("2")
@@ -428,6 +466,12 @@ def test_an_impossible_number_of_shards_is_refused(run, hub, n):
     status, _, err = run(n)
     assert status == 2
     assert_one_sentence(err, n, "not a number from 1 to 103")
+
+
+def test_the_script_itself_starts(tmp_path):
+    command = [sys.executable, str(SCRIPT), "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "not a number from 1 to 103" in done.stderr
 
 
 def test_help_says_what_it_does(run):
