@@ -15,15 +15,17 @@ from functools import partial
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import tyro
 
 from nanogpt.config import ConfigError, GPTConfig, Kernels, LossKernel
 from nanogpt.corpus import CorpusError, embedded_corpus
+from nanogpt.interruption import Interruption
+from nanogpt.resume import check_same_data, resumed_settings, run_to_resume
 from nanogpt.shards import ShardError, check_vocabulary, find_shards, read_shard
 from nanogpt.tokenizer import TOKENIZERS, TokenizerError, load_tokenizer
-from nanogpt.tracking import Progress, Run, RunError
+from nanogpt.tracking import BadNumbers, Progress, Run, RunError, new_folder
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -90,6 +92,8 @@ class Hyperparameters:
     """Tokens to validate on, the first ones of the validation shards."""
 
     # Run
+    device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
+    """What to train on; auto is the best that JAX finds, any other must be there."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What the forward and backward passes compute in; weights are kept in float32."""
     loss_kernel: LossKernel = "xla"
@@ -98,8 +102,18 @@ class Hyperparameters:
     """Multiply with the head in 8-bit floating point: for NVIDIA Hopper or newer."""
     seed: int = 0
     """Of the initial weights, of the order of the data and of the sample."""
+    skip_spikes: float = 0.0
+    """Skip a step whose loss lies so many standard deviations above the latest; 0 skips none."""
+    verify_data: bool = False
+    """Check every token of the shards at the start, not only a sample."""
     run_name: str = ""
     """Folder under runs/, which must be new; by default preset, date and time."""
+    resume: str | None = None
+    """Go on with a run from its newest checkpoint: runs/<name>, or auto for the latest run."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; the last step always makes one. 0 for that one only."""
+    keep_checkpoints: int = 2
+    """How many of them are kept, the newest."""
     sample_tokens: int = 256
     """Tokens to write at the end, as a sample; 0 for none."""
     sample_prompt: str = "The"
@@ -116,10 +130,11 @@ class Hyperparameters:
             "total_batch_size",
             "num_steps",
             "val_tokens",
+            "keep_checkpoints",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("val_loss_every", "sample_tokens"):
+        for name in ("val_loss_every", "sample_tokens", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}.")
         for name in (
@@ -128,6 +143,7 @@ class Hyperparameters:
             "head_learning_rate",
             "scalar_learning_rate",
             "weight_decay",
+            "skip_spikes",
         ):
             if not 0 <= getattr(self, name) < inf:
                 raise ConfigError(f"{name} must be 0 or a positive number: {getattr(self, name)}.")
@@ -210,41 +226,49 @@ PRESETS = {
 def main(arguments: list[str] | None = None) -> int:
     """Parse the arguments, train, and return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    preset = tyro.cli(Hyperparameters, args=arguments).preset  # a misspelt argument ends here
+    given = tyro.cli(Hyperparameters, args=arguments)  # a misspelt argument ends here
     try:
-        if preset == "auto":
-            preset = preset_for_hardware()
-        hp = tyro.cli(Hyperparameters, default=PRESETS[preset], args=arguments)
-        hp = replace(hp, preset=preset)
+        if given.resume is not None:
+            override = partial(tyro.cli, Hyperparameters, args=arguments)
+            run = run_to_resume(given.resume)
+            hp = resumed_settings(Hyperparameters, run, lambda hp: override(default=hp))
+        else:
+            preset = given.preset
+            if preset == "auto":
+                preset = preset_for_hardware(given.device)
+            hp = tyro.cli(Hyperparameters, default=PRESETS[preset], args=arguments)
+            hp = replace(hp, preset=preset)
         hp.check()
-        train(hp)
+        return train(hp)
     except (ConfigError, ShardError, CorpusError, TokenizerError, RunError) as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except BadNumbers as error:
+        print(error, file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:  # before there is a run
         print("Interrupted.", file=sys.stderr)
         return 130
-    return 0
 
 
-def preset_for_hardware() -> str:
-    """`speedrun` where JAX finds an accelerator, else `laptop`."""
-    if not (find_spec("jax_plugins") or find_spec("libtpu")):
+def preset_for_hardware(device: str) -> str:
+    """`speedrun` where JAX finds an accelerator that may be used, else `laptop`."""
+    if device == "cpu" or not (find_spec("jax_plugins") or find_spec("libtpu")):
         return "laptop"  # known without loading JAX: it was installed for CPUs only
     import jax
 
     return "laptop" if jax.default_backend() == "cpu" else "speedrun"
 
 
-def train(hp: Hyperparameters) -> None:
-    """Train a model as `hp` says, into a new folder under runs/."""
+def train(hp: Hyperparameters) -> int:
+    """Train a model as `hp` says, in a new folder under runs/ or a resumed one; the exit status."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # JAX's own default is 0.75
     import jax
     import jax.numpy as jnp
 
     from nanogpt.attention import choose_attention
     from nanogpt.batches import Rows, ValidationRows, prefetch, train_batch
-    from nanogpt.checkpoint import save_weights
+    from nanogpt.checkpoint import Checkpoints, load_state, newest_checkpoint
     from nanogpt.compilation import compile_all, first_that_fits, use_compilation_cache
     from nanogpt.hardware import (
         activation_bytes,
@@ -257,15 +281,15 @@ def train(hp: Hyperparameters) -> None:
     from nanogpt.optimizer import learning_rate_factor, make_optimizer
     from nanogpt.step import graph_of, make_eval_step, make_init, make_train_step
 
-    use_compilation_cache()
-
     # Devices and data.
+    use_device(hp.device)
+    use_compilation_cache()
     mesh = make_mesh()
     device, T = mesh.devices.flat[0], hp.sequence_length
     rows_per_step = hp.rows_per_step(mesh.size)  # per device: Ng micro-batches of batch_size rows
-    train_files, val_files, data = find_data(hp)
-    rows = Rows(train_files, T, hp.seed, hp.shuffle)
-    val_rows = ValidationRows(val_files, T, hp.val_tokens)
+    data = find_data(hp)
+    rows = Rows(data.train_files, T, hp.seed, hp.shuffle, hp.model.vocab_size)
+    val_rows = ValidationRows(data.val_files, T, hp.val_tokens, hp.model.vocab_size)
 
     # The model and its optimizer.
     attention, attention_line = choose_attention(hp.model, T, hp.dtype)
@@ -292,9 +316,24 @@ def train(hp: Hyperparameters) -> None:
     memory = device_memory(device)
     batch_size = hp.batch_size or largest_batch(rows_per_step, row_bytes, memory)
 
-    with Run(Path("runs"), hp.run_name, hp.preset, asdict(hp)) as run:
+    folder = Path(hp.resume) if hp.resume else new_folder(Path("runs"), hp.run_name, hp.preset)
+    with (
+        Run(folder, asdict(replace(hp, resume=None))) as run,
+        Interruption() as interruption,
+        Checkpoints(folder, hp.keep_checkpoints, run.say) as checkpoints,
+    ):
+        # Where it begins: after the step of the newest good checkpoint, or with step 1.
+        checkpoint = newest_checkpoint(folder, run.say) if hp.resume else None
+        first, facts = (checkpoint.step + 1, checkpoint.facts) if checkpoint else (1, {})
+        if first > hp.num_steps:
+            run.say(f"{folder} has made all its {hp.num_steps:,} steps: --num-steps adds more.")
+            return 0
+        if checkpoint:
+            check_same_data(folder, facts["data"], data.sizes)
+            run.rewind(checkpoint.step)
+            run.say(f"resuming {folder} after step {checkpoint.step}")
         run.say(
-            f"{hp.preset} preset | {data} | {mesh.size} x {device.device_kind} | Ng = "
+            f"{hp.preset} preset | {data.name} | {mesh.size} x {device.device_kind} | Ng = "
             f"{hp.total_batch_size:,} / ({batch_size} * {T} * {mesh.size}) = "
             f"{rows_per_step // batch_size}"
         )
@@ -317,7 +356,7 @@ def train(hp: Hyperparameters) -> None:
             state = shapes_on(mesh, REPLICATED, jax.eval_shape(init, key))
             batch = shapes_on(mesh, BATCH, jax.ShapeDtypeStruct((Ng, R, T + 1), jnp.int32))
             val_batch = shapes_on(mesh, ROWS, jax.ShapeDtypeStruct((R, T + 1), jnp.int32))
-            train_step = make_train_step(graph, optimizer, mesh, hp.dtype)
+            train_step = make_train_step(graph, optimizer, mesh, hp.dtype, hp.skip_spikes)
             eval_step = make_eval_step(graph, mesh, hp.dtype)
             steps, seconds = compile_all(
                 {
@@ -326,7 +365,8 @@ def train(hp: Hyperparameters) -> None:
                 },
                 run.console,
             )
-            jax.block_until_ready(steps["training step"](init(key), read_batch(1, (Ng, R))))
+            batch = read_batch(first, (Ng, R))
+            jax.block_until_ready(steps["training step"](init(key), batch))
             return (Ng, R), *steps.values(), seconds
 
         def say_smaller(failed: int, smaller: int) -> None:
@@ -339,6 +379,9 @@ def train(hp: Hyperparameters) -> None:
         start = time.perf_counter()
         shape, train_step, eval_step, seconds = first_that_fits(prepare, batch_size, say_smaller)
         state = init(key)
+        if checkpoint:
+            shapes = jax.eval_shape(init, key)
+            state = load_state(checkpoint, shapes_on(mesh, REPLICATED, shapes))
         each = ", ".join(f"{name} {took:.1f} s" for name, took in seconds.items())
         ready = time.perf_counter() - start
         run.say(f"compiled ({each}) and tried in {ready:.1f} s, in no time given below")
@@ -352,12 +395,14 @@ def train(hp: Hyperparameters) -> None:
             }
         )
 
-        def validate() -> float:
-            R = shape[1]
-            sums = [
-                eval_step(state.params, put(mesh, ROWS, (R, T + 1), partial(val_rows, first, R)))
-                for first in range(0, len(val_rows), R)
-            ]
+        def validate() -> float | None:
+            """The loss on the validation tokens; None if broken off."""
+            R, sums = shape[1], []
+            for row in range(0, len(val_rows), R):
+                if interruption.hurries:
+                    return None
+                batch = put(mesh, ROWS, (R, T + 1), partial(val_rows, row, R))
+                sums.append(eval_step(state.params, batch))
             return sum(map(float, sums)) / hp.val_tokens
 
         flops = flops_per_token(hp.model, T)
@@ -367,22 +412,88 @@ def train(hp: Hyperparameters) -> None:
             hp.total_batch_size,
             learning_rate_factor=partial(learning_rate_factor, *schedule),
             utilization=lambda rate: utilization(rate, flops, device.device_kind, mesh.size),
+            training_seconds=facts.get("training_seconds", 0.0),
         )
-        batches = prefetch(partial(read_batch, shape=shape), range(1, hp.num_steps + 1))
-        for step, batch in enumerate(batches, start=1):
-            state, metrics = train_step(state, batch)
-            progress.started(step, metrics)
-            if step == hp.num_steps or (hp.val_loss_every and step % hp.val_loss_every == 0):
-                progress.report(validate)
 
-        save_weights(run.folder, state.params)
-        run.say(f"weights and metrics are in {run.folder}")
+        def save() -> None:
+            """Begin a checkpoint, of what has been reported and found good."""
+            progress.report()
+            run.sync()
+            checkpoints.save(
+                state,
+                {
+                    "tokens": step * hp.total_batch_size,
+                    "training_seconds": progress.training_seconds,
+                    "unvalidated": progress.unvalidated,
+                    "data": data.sizes,
+                },
+            )
+            progress.paused()
+
+        # The loop.
+        interruption.patient = True
+        if facts.get("unvalidated"):  # the last thing before the run was interrupted
+            progress.validate(facts["unvalidated"], validate)
+            if interruption.hurries:
+                return interruption.exit_status
+        progress.paused()
+        batches = prefetch(partial(read_batch, shape=shape), range(first, hp.num_steps + 1))
+        try:
+            for step, batch in enumerate(batches, start=first):
+                state, metrics = train_step(state, batch)
+                progress.started(step, metrics)
+                last = step == hp.num_steps
+                if last or (hp.val_loss_every and step % hp.val_loss_every == 0):
+                    progress.report(validate)
+                stop = interruption.requested(step)
+                if last or stop or (hp.checkpoint_every and step % hp.checkpoint_every == 0):
+                    save()
+                if stop:
+                    break
+        except BadNumbers as error:
+            checkpoints.wait()
+            try:
+                good = f"The last good checkpoint is {newest_checkpoint(folder, run.say).folder}."
+            except ConfigError as none:
+                good = str(none)
+            raise BadNumbers(f"{error} {good}") from error
+        checkpoints.wait()
+        interruption.patient = False
+        run.say(f"weights and metrics of {step:,} steps are in {folder}")
+        if stop or interruption.hurries:
+            run.say(f"interrupted: go on with --resume {folder}")
+            return interruption.exit_status
+
         if hp.sample_tokens:
             run.say(sample(hp, graph, state.params))
+        return 0
 
 
-def find_data(hp: Hyperparameters) -> tuple[list[Path], list[Path], str]:
-    """Training shards, validation shards, and what they are, in words; every shard is checked."""
+def use_device(device: str) -> None:
+    """Have JAX use this kind of device; ConfigError if it finds none."""
+    import jax
+
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    if device not in ("auto", jax.default_backend()):
+        raise ConfigError(
+            f"JAX finds no {device}, only {jax.default_backend()}: check the driver, and that JAX "
+            f'is installed for it (pip install "jax[{"tpu" if device == "tpu" else "cuda12"}]"), '
+            "or leave out --device."
+        )
+
+
+class Data(NamedTuple):
+    """What a run trains and validates on."""
+
+    train_files: list[Path]
+    val_files: list[Path]
+    name: str
+    sizes: dict[str, int]  # tokens of each training shard
+
+
+def find_data(hp: Hyperparameters) -> Data:
+    """The shards of the run, every one of them checked."""
     if hp.train_files is None:
         corpus = embedded_corpus()
         train_glob, val_glob = corpus.train_files, corpus.val_files
@@ -391,13 +502,14 @@ def find_data(hp: Hyperparameters) -> tuple[list[Path], list[Path], str]:
         train_glob, val_glob = hp.train_files, hp.val_files
         name = hp.train_files
     train_files, val_files = find_shards(train_glob), find_shards(val_glob)
-    sizes = []
+    sizes = {}
     for file in train_files + val_files:
         tokens = read_shard(file)
-        check_vocabulary(file, tokens, hp.model.vocab_size, sample=1_000_000)
-        sizes.append(len(tokens))
-    train_tokens = sum(sizes[: len(train_files)])
-    return train_files, val_files, f"{name}, {train_tokens:,} tokens"
+        sample = None if hp.verify_data else 1_000_000
+        check_vocabulary(file, tokens, hp.model.vocab_size, sample)
+        if file in train_files:
+            sizes[file.name] = len(tokens)
+    return Data(train_files, val_files, f"{name}, {sum(sizes.values()):,} tokens", sizes)
 
 
 def sample(hp: Hyperparameters, graph: "nnx.GraphDef", params: "Params") -> str:

@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Int, Int32, Int64
 
-from nanogpt.shards import ShardError, read_shard
+from nanogpt.shards import ShardError, check_vocabulary, read_shard
 
 Result = TypeVar("Result")
 
@@ -24,15 +24,24 @@ Result = TypeVar("Result")
 class Rows:
     """The rows of T + 1 tokens that lie in a list of shards.
 
-    Raises ShardError when a shard cannot be read or all are too short for a single row.
+    Raises ShardError when a shard cannot be read or all are too short for a single row, and, when
+    the row is read that holds it, for a token beyond the vocabulary.
     """
 
-    def __init__(self, files: list[Path], sequence_length: int, seed: int, shuffle: bool):
+    def __init__(
+        self,
+        files: list[Path],
+        sequence_length: int,
+        seed: int,
+        shuffle: bool,
+        vocab_size: int = 2**16,
+    ):
         """`shuffle` says whether the first epoch, too, visits the rows in random order.
 
         Shards whose documents were shuffled when they were made, like FineWeb's, read faster in
         the order they have.
         """
+        self.files, self.vocab_size = files, vocab_size
         self.shards = [read_shard(file) for file in files]
         self.sequence_length = sequence_length
         self.seed, self.shuffle = seed, shuffle
@@ -60,7 +69,10 @@ class Rows:
     def _read(self, index: int) -> Int[np.ndarray, "T+1"]:
         shard = int(np.searchsorted(self.ends, index, side="right"))
         start = (index - (int(self.ends[shard - 1]) if shard else 0)) * self.sequence_length
-        return self.shards[shard][start : start + self.sequence_length + 1]
+        row = self.shards[shard][start : start + self.sequence_length + 1]
+        if row.max() >= self.vocab_size:  # JAX would read some other row of a table, in silence
+            check_vocabulary(self.files[shard], self.shards[shard], self.vocab_size)
+        return row
 
     def _order_of(self, epoch: int) -> Int64[np.ndarray, "rows"]:
         """Which row comes when in an epoch: a permutation that depends on seed and epoch alone."""
@@ -89,10 +101,12 @@ class ValidationRows:
     """The first `num_tokens` tokens of the shards after the very first, every one a target once.
 
     Rows have T + 1 tokens and overlap by one; the last is filled up with -1, which counts nothing.
-    Raises ShardError when the shards hold fewer tokens.
+    Raises ShardError when the shards hold fewer tokens, or one beyond the vocabulary among them.
     """
 
-    def __init__(self, files: list[Path], sequence_length: int, num_tokens: int):
+    def __init__(
+        self, files: list[Path], sequence_length: int, num_tokens: int, vocab_size: int = 2**16
+    ):
         shards = [read_shard(file) for file in files]
         available = sum(map(len, shards)) - 1
         if num_tokens > available:
@@ -101,8 +115,9 @@ class ValidationRows:
                 f"{available:,} tokens to predict: ask for fewer or add shards."
             )
         parts, missing = [], num_tokens + 1
-        for shard in shards:
+        for file, shard in zip(files, shards, strict=True):
             parts.append(shard[:missing])
+            check_vocabulary(file, parts[-1], vocab_size)
             missing -= len(parts[-1])
         self.tokens = np.concatenate(parts)
         self.sequence_length = sequence_length

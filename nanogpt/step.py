@@ -14,6 +14,7 @@ reduced by name; it also admits kernels that do not declare what varies over dev
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +30,19 @@ from nanogpt.model import GPT, XLA, compute_copy
 Params = PyTree[Float[Array, "..."]]
 Metrics = dict[str, Float[Array, ""]]
 
+RECENT = 0.05  # weight of a new loss in the running mean and variance: about 20 steps count
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
     """All that training changes."""
 
-    step: Int[Array, ""]  # optimizer steps taken
+    step: Int[Array, ""]  # batches seen
     params: Params  # float32, a nested dict
     opt_state: optax.OptState
+    loss_mean: Float[Array, ""]  # of the latest losses, weighted by RECENT
+    loss_variance: Float[Array, ""]
 
 
 def graph_of(config: GPTConfig, kernels: Kernels = XLA) -> nnx.GraphDef:
@@ -56,19 +61,28 @@ def make_init(
     """Build `init(key)`, jitted: the state before the first step, whole on each device."""
 
     def init(key: Key[Array, ""]) -> TrainState:
-        params = init_params(config, key)
-        return TrainState(jnp.zeros([], jnp.int32), params, optimizer.init(params))
+        params, zero = init_params(config, key), jnp.zeros([])
+        return TrainState(jnp.int32(0), params, optimizer.init(params), zero, zero)
 
     return jax.jit(init, out_shardings=NamedSharding(mesh, REPLICATED))
 
 
 def make_train_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, mesh: Mesh, dtype: str
+    graph: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    dtype: str,
+    skip_spikes: float = 0.0,
 ) -> Callable[[TrainState, Int[Array, "Ng R T+1"]], tuple[TrainState, Metrics]]:
     """Build `train_step(state, batch) -> (state, metrics)`, jitted; it consumes its state.
 
-    `dtype` is that of the forward and backward pass. Metrics are scalars: `loss`, the mean over
-    the batch in nats per token before the update, and `grad_norm`.
+    A batch whose loss or gradient is not finite changes neither parameters nor optimizer; nor does
+    one whose loss lies more than `skip_spikes` standard deviations above the latest, if that is
+    not 0. `dtype` is that of the forward and backward pass.
+
+    Metrics are scalars: `loss`, the mean over the batch in nats per token before the update,
+    `grad_norm`, `spike`, how many standard deviations the loss lies above the latest ones (0 in
+    the first steps), and `applied`, whether the update was made.
     """
 
     def loss_of(params: Params, rows: Int[Array, "R T+1"]) -> Float[Array, ""]:
@@ -96,10 +110,26 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Int[Array, "Ng R T+1"]):
         loss, gradients = over_devices(state.params, batch)
+        grad_norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+        surprise = loss - state.loss_mean
+        known = state.step >= 1 / RECENT
+        spike = jnp.where(known, surprise / jnp.sqrt(state.loss_variance + 1e-12), 0.0)
+        applied = finite & (spike <= skip_spikes) if skip_spikes else finite
+
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(gradients)}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        new = optax.apply_updates(state.params, updates), opt_state
+        old = state.params, state.opt_state
+        params, opt_state = jax.tree.map(partial(jnp.where, applied), new, old)
+
+        # The first loss is the mean; later ones move it (and the variance: West, 1979).
+        weight = jnp.where(finite, jnp.where(state.step == 0, 1.0, RECENT), 0.0)
+        surprise = jnp.where(finite, surprise, 0.0)
+        mean = state.loss_mean + weight * surprise
+        variance = (1 - weight) * (state.loss_variance + weight * surprise**2)
+        metrics = {"loss": loss, "grad_norm": grad_norm, "spike": spike, "applied": applied}
+        return TrainState(state.step + 1, params, opt_state, mean, variance), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 

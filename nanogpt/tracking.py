@@ -3,20 +3,29 @@
 runs/<name>/config.json     every hyperparameter
             log.txt         what the console showed
             metrics.jsonl   one object per step, as it happens
-            weights/        the final weights
+            checkpoints/    see nanogpt/checkpoint.py
+            lock, holder    the process that trains it
 """
 
 import json
+import os
+import platform
 import re
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime, timedelta
+from io import FileIO
+from math import isfinite
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
+
+SPIKE = 6.0  # standard deviations above the latest losses at which a loss is remarked upon
 
 
 class RunError(Exception):
@@ -24,20 +33,17 @@ class RunError(Exception):
 
 
 class Run:
-    """A run folder, new, and the console."""
+    """A run folder, held by this process alone, and the console."""
 
-    def __init__(self, parent: Path, name: str, fallback: str, config: dict[str, Any]):
-        """Make the folder `parent/name`; without a name, `parent/<fallback>-<date>-<time>`.
-
-        Raises RunError when the name is taken, cannot be a folder's, or cannot be written.
-        """
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        """Hold the folder, which exists. Raises RunError when another process holds it."""
         self.console = Console(highlight=False)
-        self.folder = _new_folder(parent, name, fallback)
-        text = {"mode": "w", "encoding": "utf-8", "buffering": 1}  # a line is written when complete
-        with (self.folder / "config.json").open(**text) as file:
-            file.write(json.dumps(config, indent=2) + "\n")
-        self._log = (self.folder / "log.txt").open(**text)
-        self._metrics = (self.folder / "metrics.jsonl").open(**text)
+        self.folder = folder
+        self._lock = _hold(folder)
+        _write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
+        self._log = (folder / "log.txt").open("ab", buffering=0)
+        self._metrics = (folder / "metrics.jsonl").open("ab", buffering=0)
+        self._waiting: list[bytes] = []  # records that a full disk did not take yet
 
     def __enter__(self) -> "Run":
         return self
@@ -50,19 +56,23 @@ class Run:
     ) -> None:
         self._log.close()
         self._metrics.close()
+        self._lock.release()
 
     def say(self, text: str, style: str = "") -> None:
         """A line on the console, with a style of rich's on a terminal, and in log.txt."""
-        if style and self.console.is_terminal:
-            self.console.print(text, style=style, markup=False, soft_wrap=True)
-        else:
-            print(text, flush=True)
-        self._log.write(text + "\n")
+        try:
+            if style and self.console.is_terminal:
+                self.console.print(text, style=style, markup=False, soft_wrap=True)
+            else:
+                print(text, flush=True)
+        except OSError:  # the console is gone; log.txt is not
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _append(self._log, f"{text}\n".encode())
 
     def table(self, rows: dict[str, str]) -> None:
         """A table of two columns, on a terminal only; log.txt has the rows as lines."""
         for name, value in rows.items():
-            self._log.write(f"{name}: {value}\n")
+            _append(self._log, f"{name}: {value}\n".encode())
         if self.console.is_terminal:
             table = Table(show_header=False)
             for name, value in rows.items():
@@ -70,11 +80,30 @@ class Run:
             self.console.print(table)
 
     def record(self, metrics: dict[str, float]) -> None:
-        """A line of metrics.jsonl."""
-        self._metrics.write(json.dumps(metrics) + "\n")
+        """A line of metrics.jsonl; while the disk is full it waits."""
+        self._waiting.append(f"{json.dumps(metrics)}\n".encode())
+        while self._waiting and _append(self._metrics, self._waiting[0]):
+            del self._waiting[0]
+        if len(self._waiting) == 1:
+            self.say(f"WARNING: {self._metrics.name} cannot be written; its lines wait for room.")
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of steps after `step`, which an earlier process made and lost."""
+        path = self.folder / "metrics.jsonl"
+        self._metrics.close()
+        _write_whole(path, "".join(_records_up_to(step, path)))
+        self._metrics = path.open("ab", buffering=0)
+
+    def sync(self) -> None:
+        """See to it that what was recorded so far survives even a power cut."""
+        os.fsync(self._metrics.fileno())
 
 
-def _new_folder(parent: Path, name: str, fallback: str) -> Path:
+def new_folder(parent: Path, name: str, fallback: str) -> Path:
+    """Make the folder `parent/name`; without a name, `parent/<fallback>-<date>-<time>`.
+
+    Raises RunError when the name is taken, cannot be a folder's, or cannot be written.
+    """
     if name and not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
         raise RunError(
             f"run_name {name!r} cannot name a folder: use letters, digits, '.', '_', '+' and '-'."
@@ -93,7 +122,64 @@ def _new_folder(parent: Path, name: str, fallback: str) -> Path:
                 f"The run folder {folder} cannot be made ({error.strerror}): start the run where "
                 "you may write."
             ) from error
-    raise RunError(f"{parent / candidates[0]} exists already: choose another run_name.")
+    raise RunError(
+        f"{parent / candidates[0]} exists already: choose another run_name, or go on with that run "
+        f"(--resume {parent / candidates[0]})."
+    )
+
+
+def _hold(folder: Path) -> FileLock:
+    """A lock on the folder, which the system frees when this process ends, however it ends."""
+    lock, holder = FileLock(folder / "lock", timeout=0), folder / "holder"
+    try:
+        lock.acquire()
+    except Timeout:
+        who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
+        raise RunError(
+            f"{folder} is being trained by {who}: wait for its end, or stop it."
+        ) from None
+    except OSError as error:
+        raise RunError(
+            f"The run folder {folder} cannot be written ({error.strerror}): start the run where "
+            "you may write."
+        ) from error
+    since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+    _write_whole(holder, f"process {os.getpid()} on {platform.node()} since {since}\n")
+    return lock
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that it holds, whatever happens, either the old text or the new."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _append(file: FileIO, line: bytes) -> bool:
+    """Write a line at the end of a file, whole or not at all; whether it could be."""
+    before = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(line) == len(line):
+            return True
+        os.ftruncate(file.fileno(), before)
+    except OSError:
+        pass
+    return False
+
+
+def _records_up_to(step: int, metrics: Path) -> Iterator[str]:
+    """The lines of the steps up to `step`; what a dying process left of a line is dropped."""
+    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] > step:
+                return
+        except ValueError:
+            return
+        yield line
+
+
+class BadNumbers(Exception):
+    """A step whose loss or gradient is not finite; the message is for the user."""
 
 
 class Progress:
@@ -111,11 +197,16 @@ class Progress:
         tokens_per_step: int,
         learning_rate_factor: Callable[[int], float],
         utilization: Callable[[float], float | None],
+        training_seconds: float = 0.0,
     ):
-        """`utilization` maps tokens/s to model FLOPs utilisation, or to None where unknown."""
+        """`utilization` maps tokens/s to model FLOPs utilisation, or to None where unknown.
+
+        `training_seconds` is the time that earlier processes spent on this run.
+        """
         self.run, self.num_steps, self.tokens_per_step = run, num_steps, tokens_per_step
         self.learning_rate_factor, self.utilization = learning_rate_factor, utilization
-        self.training_seconds = 0.0
+        self.training_seconds = training_seconds
+        self.unvalidated: dict[str, Any] | None = None  # a record whose validation was broken off
         self._waiting: tuple[int, Mapping[str, Any]] | None = None
         self._arrived = time.perf_counter()
 
@@ -124,8 +215,15 @@ class Progress:
         self.report()
         self._waiting = step, metrics
 
-    def report(self, validate: Callable[[], float] | None = None) -> None:
-        """Wait for the step that was started last and report it, with its validation if asked."""
+    def paused(self) -> None:
+        """What was done since the last report is not training."""
+        self._arrived = time.perf_counter()
+
+    def report(self, validate: Callable[[], float | None] | None = None) -> None:
+        """Wait for the step that was started last and report it, with its validation if asked.
+
+        Raises BadNumbers if the loss or the gradient is not finite.
+        """
         if self._waiting is None:
             return
         (step, metrics), self._waiting = self._waiting, None
@@ -135,10 +233,17 @@ class Progress:
         self.training_seconds += seconds
         tokens_per_s = self.tokens_per_step / seconds
         factor = self.learning_rate_factor(step - 1)
+        if not (isfinite(loss) and isfinite(grad_norm)):
+            raise BadNumbers(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}, at {factor:.3f} times the "
+                "learning rates. The step was not applied."
+            )
+        spike, applied = float(metrics["spike"]), bool(metrics["applied"])
         record = {
             "step": step,
             "train_loss": loss,
             "grad_norm": grad_norm,
+            "spike": spike,
             "learning_rate_factor": factor,
             "tokens": step * self.tokens_per_step,
             "time_s": self.training_seconds,
@@ -152,13 +257,30 @@ class Progress:
             f"{1e3 * seconds:.1f} ms | {tokens_per_s:,.0f} tok/s | "
             + (f"MFU {utilization:.1%} | " if utilization is not None else "")
             + f"ETA {timedelta(seconds=round(remaining))}"
+            + (f" | SPIKE, {spike:.1f} standard deviations" if spike > SPIKE else "")
+            + ("" if applied else ", SKIPPED")
         )
-        if validate is not None:
-            record["val_loss"] = validate()
-            self.run.say(
-                f"step {step}/{self.num_steps} | val loss {record['val_loss']:.4f} | "
-                f"{step * self.tokens_per_step:,} tokens | {self.training_seconds:.1f} s",
-                style="bold green",
-            )
-            self._arrived = time.perf_counter()
-        self.run.record(record)
+        if validate is None:
+            self.run.record(record)
+        else:
+            self.validate(record, validate)
+
+    def validate(self, record: dict[str, Any], validate: Callable[[], float | None]) -> None:
+        """Complete the record of a step with its validation; keep it if that was broken off.
+
+        Raises BadNumbers if the loss is not finite.
+        """
+        val_loss = validate()
+        self.paused()
+        if val_loss is None:
+            self.unvalidated = record
+            return
+        if not isfinite(val_loss):
+            raise BadNumbers(f"step {record['step']}: validation loss {val_loss}.")
+        self.unvalidated = None
+        self.run.say(
+            f"step {record['step']}/{self.num_steps} | val loss {val_loss:.4f} | "
+            f"{record['tokens']:,} tokens | {self.training_seconds:.1f} s",
+            style="bold green",
+        )
+        self.run.record(record | {"val_loss": val_loss})

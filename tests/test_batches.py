@@ -144,6 +144,21 @@ def test_the_order_of_a_seed_and_epoch_stays_what_it_was(tmp_path, seed, epoch, 
     assert [token // T for token in first_tokens(rows, epoch)] == order
 
 
+def test_a_token_beyond_the_vocabulary_stops_the_batch_that_holds_it_and_is_located(files):
+    # The shards hold the tokens 0, 1, 2, ...; the third has 3 T + 1 of them, from 5 T + 3 on.
+    beyond = 5 * T + 3 + 8
+    rows = Rows(files, T, seed=0, shuffle=False, vocab_size=beyond)
+    rows(np.arange(4 + 1))  # up to the first row of the third shard
+    with pytest.raises(ShardError, match=rf"2\.bin has token {beyond} at position 8, .*{beyond}"):
+        rows(np.arange(4 + 1, 4 + 2))
+
+
+def test_a_token_beyond_the_vocabulary_among_those_to_validate_on_is_refused(files):
+    ValidationRows(files, T, num_tokens=20, vocab_size=21)
+    with pytest.raises(ShardError, match=r"0\.bin has token 20 at position 20, "):
+        ValidationRows(files, T, num_tokens=20, vocab_size=20)
+
+
 def test_shards_without_a_single_row_are_refused(tmp_path):
     with pytest.raises(ShardError, match=r"0\.bin.* no row of 6 tokens"):
         Rows(write(tmp_path, T, 3), T, seed=0, shuffle=False)

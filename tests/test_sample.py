@@ -1,14 +1,17 @@
 """Continuing a prompt with the run that test_train_gpt.py made, and the answers to mistakes."""
 
+import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from test_train_gpt import base_run
 
 import sample
+from nanogpt.config import GPTConfig
 
 
 @pytest.fixture(scope="module")
@@ -61,24 +64,20 @@ def test_it_is_a_script_that_runs_from_anywhere(run, text, tmp_path):
     assert done.stdout == text(run, "--prompt", "def ")
 
 
-@pytest.mark.parametrize(
-    ("missing", "told"),
-    [
-        ("everything", "no config.json"),
-        ("config.json", "no config.json"),
-        ("weights", "no weights"),
-    ],
-)
-def test_a_folder_without_a_finished_run_is_told_in_one_sentence(tmp_path, capsys, missing, told):
+@pytest.mark.parametrize("missing", ["everything", "config.json", "checkpoints"])
+def test_a_folder_without_a_run_that_got_somewhere_is_told_in_one_sentence(
+    tmp_path, capsys, missing
+):
     folder = tmp_path / "runs" / "a"
     if missing != "everything":
-        (folder / "weights").mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
-        (folder / missing).rename(tmp_path / "elsewhere")
+        (folder / "checkpoints").mkdir(parents=True)
+    if missing == "checkpoints":
+        (folder / "config.json").write_text(json.dumps({"model": asdict(GPTConfig())}))
+    told = "has no checkpoint" if missing == "checkpoints" else "it has no config.json"
     assert sample.main([str(folder)]) == 2
     output = capsys.readouterr()
     assert output.out == ""
-    assert re.fullmatch(rf"{folder} is not .*{told}.*\.\n", output.err)
+    assert re.fullmatch(rf"{folder} .*{told}.*\.\n", output.err)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Training steps: the same on any number of devices, talking once, and learning what there is."""
 
 import re
+from dataclasses import replace
 from functools import cache
 
 import jax
@@ -73,7 +74,8 @@ def train(devices=1, micro_batches=1, dtype="float32"):
     """The metrics of every step, and every state."""
     mesh, optimizer = make_mesh(devices), some_optimizer()
     params = jax.tree.map(np.asarray, first_params())
-    state = TrainState(jnp.zeros([], jnp.int32), params, optimizer.init(params))
+    mean, variance = jnp.zeros([]), jnp.zeros([])
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), mean, variance)
     states = [jax.device_put(state, NamedSharding(mesh, REPLICATED))]
     train_step = make_train_step(graph_of(CONFIG), optimizer, mesh, dtype)
     metrics = []
@@ -255,6 +257,84 @@ def test_a_step_consumes_its_state(in_bfloat16):
     *before, after = in_bfloat16[1]
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(after))
+
+
+# Bad numbers
+
+
+def stepper(skip_spikes=0.0, optimizer=None):
+    """A training step, and a state before any."""
+    mesh, optimizer = make_mesh(2), optimizer or some_optimizer()
+    state = make_init(CONFIG, optimizer, mesh)(jax.random.key(0))
+    return make_train_step(graph_of(CONFIG), optimizer, mesh, "float32", skip_spikes), state
+
+
+def batch_of(rows):
+    return placed(make_mesh(2), BATCH, rows.reshape(1, -1, T + 1))
+
+
+def same(one, other):
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+
+
+def held(state):
+    """What an update changes, out of reach of donation."""
+    return jax.tree.map(np.array, (state.params, state.opt_state))
+
+
+@pytest.mark.parametrize("harm", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_neither_parameters_nor_optimizer(harm):
+    train_step, state = stepper()
+    rows = some_rows()
+    state, metrics = train_step(state, batch_of(rows[0]))
+    assert metrics["applied"]
+    if harm == "loss":  # a number that is none, in the row of one token
+        embed = state.params["embed"].at[rows[1, 0, 0]].set(jnp.nan)
+        params = state.params | {"embed": embed}
+    else:  # what the MLPs compute is huge, but nothing of it is read: only its gradient is felt
+        mlp = {"up": 1e14 * state.params["blocks"]["mlp"]["up"]}
+        mlp["down"] = jnp.zeros_like(state.params["blocks"]["mlp"]["down"])
+        params = state.params | {"blocks": state.params["blocks"] | {"mlp": mlp}}
+    state = replace(state, params=params)
+    before = held(state)
+    state, metrics = train_step(state, batch_of(rows[1]))
+    assert np.isfinite(metrics["loss"]) == (harm == "gradient")
+    assert not np.isfinite(metrics["grad_norm"])
+    assert not metrics["applied"]
+    assert same(held(state), before)
+    assert state.step == 2
+    assert np.isfinite(state.loss_mean) and np.isfinite(state.loss_variance)
+
+
+def losses_with_a_spike(skip_spikes):
+    """Of 100 batches the last is of another kind: its metrics, and the states around it."""
+    train_step, state = stepper(skip_spikes)
+    losses = []
+    for rows in some_rows(99, seed=3):
+        state, metrics = train_step(state, batch_of(rows))
+        losses.append(float(metrics["loss"]))
+        assert metrics["applied"]
+    before = held(state)
+    foreign = np.random.default_rng(9).integers(0, CONFIG.vocab_size, (ROWS_PER_STEP, T + 1))
+    state, metrics = train_step(state, batch_of(foreign.astype(np.int32)))
+    return losses, metrics, before, held(state)
+
+
+@pytest.mark.parametrize(("skip_spikes", "applied"), [(0.0, True), (2.0, False)])
+def test_a_spike_is_measured_and_skipped_only_where_that_was_asked_for(skip_spikes, applied):
+    losses, metrics, before, after = losses_with_a_spike(skip_spikes)
+    mean, variance = losses[0], 0.0
+    for loss in losses[1:]:  # exponentially weighted, by the textbook
+        mean, variance = (
+            0.95 * mean + 0.05 * loss,
+            0.95 * (variance + 0.05 * (loss - mean) ** 2),
+        )
+    spike = (float(metrics["loss"]) - mean) / variance**0.5
+    assert spike > 2.5
+    np.testing.assert_allclose(metrics["spike"], spike, rtol=1e-3)
+    assert metrics["applied"] == applied
+    assert same(before, after) != applied
 
 
 # Evaluation

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
@@ -13,13 +16,16 @@ import pytest
 from rich.console import Console
 
 from nanogpt import tracking
-from nanogpt.tracking import Progress, Run, RunError
+from nanogpt.tracking import BadNumbers, Progress, Run, RunError, new_folder
 
 
 @pytest.fixture
 def run(tmp_path):
-    with Run(tmp_path / "runs", "some", "laptop", {}) as run:
+    with Run(new_folder(tmp_path / "runs", "some", "laptop"), {}) as run:
         yield run
+
+
+CALM = {"spike": 0.0, "applied": True}  # of a step like those before it
 
 
 def log(run):
@@ -36,7 +42,7 @@ def records(run):
 @pytest.mark.parametrize("name", ["a", "lr-0.1", "v1.2_b+c", "größe", "..a"])
 def test_a_run_has_the_folder_it_was_given_and_its_configuration_in_there(tmp_path, name):
     config = {"lr": 0.1, "files": None, "model": {"windows": (8, 0)}}
-    with Run(tmp_path / "runs", name, "laptop", config) as run:
+    with Run(new_folder(tmp_path / "runs", name, "laptop"), config) as run:
         assert run.folder == tmp_path / "runs" / name
     assert json.loads((run.folder / "config.json").read_text()) == {
         "lr": 0.1,
@@ -47,13 +53,15 @@ def test_a_run_has_the_folder_it_was_given_and_its_configuration_in_there(tmp_pa
         "config.json",
         "log.txt",
         "metrics.jsonl",
+        "holder",
+        "lock",
     }
 
 
 @pytest.mark.parametrize("name", ["a/b", "/tmp/a", "..", ".", "-", "a b", "a\n", "a*", "~", "é/.."])
 def test_a_name_that_is_no_folders_name_is_refused_before_anything_is_made(tmp_path, name):
     with pytest.raises(RunError, match="run_name") as refusal:
-        Run(tmp_path / "runs", name, "laptop", {})
+        new_folder(tmp_path / "runs", name, "laptop")
     assert repr(name) in str(refusal.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -63,7 +71,7 @@ def test_a_name_that_is_taken_is_refused_and_its_folder_left_alone(tmp_path):
     taken.mkdir(parents=True)
     (taken / "log.txt").write_text("precious")
     with pytest.raises(RunError, match=f"{taken} exists already"):
-        Run(tmp_path / "runs", "a", "laptop", {})
+        new_folder(tmp_path / "runs", "a", "laptop")
     assert [file.name for file in taken.iterdir()] == ["log.txt"]
     assert (taken / "log.txt").read_text() == "precious"
 
@@ -71,13 +79,12 @@ def test_a_name_that_is_taken_is_refused_and_its_folder_left_alone(tmp_path):
 def test_where_no_folder_can_be_made_the_error_says_so(tmp_path):
     (tmp_path / "runs").write_text("a file in the way")
     with pytest.raises(RunError, match="cannot be made"):
-        Run(tmp_path / "runs", "a", "laptop", {})
+        new_folder(tmp_path / "runs", "a", "laptop")
 
 
 def test_without_a_name_runs_are_called_after_the_preset_and_the_time(tmp_path):
     before = datetime.now().replace(microsecond=0)
-    with Run(tmp_path, "", "laptop", {}) as run:
-        stamp = re.fullmatch(r"laptop-(\d{8}-\d{6})", run.folder.name)
+    stamp = re.fullmatch(r"laptop-(\d{8}-\d{6})", new_folder(tmp_path, "", "laptop").name)
     assert before <= datetime.strptime(stamp[1], "%Y%m%d-%H%M%S") <= datetime.now()
 
 
@@ -86,8 +93,7 @@ def start_at_once(parent, name, count):
 
     def start(_):
         try:
-            with Run(parent, name, "laptop", {}) as run:
-                return run.folder
+            return new_folder(parent, name, "laptop")
         except RunError as error:
             return error
 
@@ -120,6 +126,94 @@ def test_runs_without_names_that_start_at_once_each_get_a_folder(tmp_path, slow_
     assert set(folders) == set((tmp_path / "runs").iterdir())
 
 
+# One process at a time
+
+
+def test_a_folder_that_is_held_says_by_whom_and_is_not_touched(run):
+    (run.folder / "config.json").write_text("the first one's")
+    with pytest.raises(RunError, match=f"trained by process {os.getpid()} on .* since 2"):
+        Run(run.folder, {"another": 1})
+    assert (run.folder / "config.json").read_text() == "the first one's"
+
+
+def test_a_folder_is_free_again_when_its_run_has_ended_or_was_killed(run):
+    hold = (
+        "import sys, time; from pathlib import Path; from nanogpt.tracking import Run\n"
+        "run = Run(Path(sys.argv[1]), {}); print('held', flush=True); time.sleep(60)"
+    )
+    run.__exit__(None, None, None)
+    command = [sys.executable, "-c", hold, str(run.folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=f"process {other.pid} on"):
+            Run(run.folder, {})
+        other.kill()
+    with Run(run.folder, {}):
+        assert f"process {os.getpid()} " in (run.folder / "holder").read_text()
+
+
+# Going on with a run
+
+
+def test_a_run_that_goes_on_keeps_the_records_of_the_steps_before_and_appends(run):
+    for step in (1, 2, 3, 4):
+        run.record({"step": step, "loss": 0.5})
+    run.say("first")
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # the last breath of a process
+    run.__exit__(None, None, None)
+    with Run(run.folder, {}) as again:
+        again.rewind(2)
+        again.record({"step": 3, "loss": 0.25})
+        again.say("second")
+    assert [tuple(record.values()) for record in records(again)] == [(1, 0.5), (2, 0.5), (3, 0.25)]
+    assert log(again) == "first\nsecond\n"
+
+
+# Faults
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+from nanogpt.tracking import Run
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+run = Run(Path(sys.argv[1]), {})
+resource.setrlimit(resource.RLIMIT_FSIZE, (250, resource.RLIM_INFINITY))
+for step in range(1, 5):
+    run.record({"step": step, "text": 80 * "x"})
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+run.record({"step": 5, "text": 80 * "x"})
+"""
+
+
+def test_records_wait_while_the_disk_is_full_and_none_is_lost_or_torn(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    assert done.stdout.count("WARNING") == 1 and "metrics.jsonl cannot be written" in done.stdout
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_without_a_console_the_run_goes_on_and_the_log_is_whole(tmp_path):
+    talk = (
+        "import sys; from pathlib import Path; from nanogpt.tracking import Run\n"
+        "run = Run(Path(sys.argv[1]), {}); input()\n"
+        "for number in range(100): run.say(f'line {number}')"
+    )
+    command = [sys.executable, "-c", talk, str(tmp_path)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.wait() == 0
+        assert process.stderr.read() == ""
+    assert (tmp_path / "log.txt").read_text().splitlines() == [f"line {n}" for n in range(100)]
+
+
 # What is told
 
 
@@ -138,7 +232,7 @@ def test_off_a_terminal_a_line_is_printed_and_logged_to_the_letter(
     tmp_path, capsys, monkeypatch, text
 ):
     monkeypatch.setenv("COLUMNS", "40")
-    with Run(tmp_path, "a", "laptop", {}) as run:
+    with Run(new_folder(tmp_path, "a", "laptop"), {}) as run:
         run.say(text, style="bold green")
     assert capsys.readouterr().out == text + "\n"
     assert log(run) == text + "\n"
@@ -203,10 +297,10 @@ def progress_of(run, utilization=lambda tokens_per_s: None):
 def test_a_step_is_reported_when_the_next_has_started_and_not_waited_for_before(run, clock):
     reads, progress = [], progress_of(run)
     clock.now += 1
-    progress.started(1, {"loss": Loss(5.0, reads), "grad_norm": 1.0})
+    progress.started(1, {"loss": Loss(5.0, reads), "grad_norm": 1.0, **CALM})
     assert (reads, records(run), log(run)) == ([], [], "")
     clock.now += 1
-    progress.started(2, {"loss": Loss(4.0, reads), "grad_norm": 1.0})
+    progress.started(2, {"loss": Loss(4.0, reads), "grad_norm": 1.0, **CALM})
     assert reads == [5.0]
     assert [record["step"] for record in records(run)] == [1]
     clock.now += 1
@@ -223,15 +317,15 @@ def test_times_are_those_between_arrivals_and_leave_validation_out(run, clock):
         clock.now += 50
         return 3.25
 
-    progress.started(1, {"loss": 5.0, "grad_norm": 0.5})
+    progress.started(1, {"loss": 5.0, "grad_norm": 0.5, **CALM})
     clock.now = 102
-    progress.started(2, {"loss": 4.0, "grad_norm": 0.25})  # reports 1: 100 to 102
+    progress.started(2, {"loss": 4.0, "grad_norm": 0.25, **CALM})  # reports 1: 100 to 102
     clock.now = 105
     progress.report(validate)  # reports 2: 102 to 105; validation lasts until 155
     clock.now = 156
-    progress.started(3, {"loss": 3.0, "grad_norm": 0.125})
+    progress.started(3, {"loss": 3.0, "grad_norm": 0.125, **CALM})
     clock.now = 159
-    progress.started(4, {"loss": 2.0, "grad_norm": 0.0625})  # reports 3: 155 to 159
+    progress.started(4, {"loss": 2.0, "grad_norm": 0.0625, **CALM})  # reports 3: 155 to 159
     clock.now = 160
     progress.report()  # reports 4: 159 to 160
 
@@ -265,9 +359,57 @@ def test_utilisation_is_shown_where_it_is_known_and_not_where_it_is_not(run, clo
     # 1,000 tokens in 2 s: 500 tok/s.
     for utilization in (lambda tokens_per_s: tokens_per_s / 2000, lambda tokens_per_s: None):
         progress = progress_of(run, utilization)
-        progress.started(1, {"loss": 5.0, "grad_norm": 1.0})
+        progress.started(1, {"loss": 5.0, "grad_norm": 1.0, **CALM})
         clock.now += 2
         progress.report()
     known, unknown = log(run).splitlines()
     assert "MFU 25.0% | " in known
     assert "MFU" not in unknown
+
+
+@pytest.mark.parametrize(("loss", "norm"), [("nan", 1.0), (2.0, "inf"), ("-inf", "nan")])
+def test_a_step_that_is_not_finite_ends_the_run_and_is_not_recorded(run, clock, loss, norm):
+    progress = progress_of(run)
+    progress.started(1, {"loss": 5.0, "grad_norm": 1.0, **CALM})
+    clock.now += 1
+    progress.started(2, {"loss": float(loss), "grad_norm": float(norm), **CALM, "applied": False})
+    clock.now += 1
+    with pytest.raises(BadNumbers, match=rf"^step 2: loss {loss}, .* norm {norm}, at 0\.500 times"):
+        progress.started(3, {"loss": 4.0, "grad_norm": 1.0, **CALM})
+    assert [record["step"] for record in records(run)] == [1]
+
+
+def test_a_spike_is_remarked_upon_and_so_is_a_step_that_was_skipped(run, clock):
+    progress = progress_of(run)
+    for step, (spike, applied) in enumerate([(5.9, True), (6.5, True), (9.0, False)], start=1):
+        clock.now += 1
+        progress.started(step, {"loss": 5.0, "grad_norm": 1.0, "spike": spike, "applied": applied})
+    clock.now += 1
+    progress.report()
+    calm, spiking, skipped = log(run).splitlines()
+    assert "SPIKE" not in calm and "SKIPPED" not in calm
+    assert "SPIKE, 6.5 standard deviations" in spiking and "SKIPPED" not in spiking
+    assert "SPIKE, 9.0 standard deviations, SKIPPED" in skipped
+    assert [record["spike"] for record in records(run)] == [5.9, 6.5, 9.0]
+
+
+def test_a_validation_that_was_broken_off_leaves_its_record_for_later(run, clock):
+    progress = progress_of(run)
+    progress.started(1, {"loss": 5.0, "grad_norm": 1.0, **CALM})
+    clock.now += 1
+    progress.report(lambda: None)
+    assert records(run) == []
+    kept = progress.unvalidated
+    progress.validate(kept, lambda: 3.5)
+    assert progress.unvalidated is None
+    assert [(r["step"], r["train_loss"], r["val_loss"]) for r in records(run)] == [(1, 5.0, 3.5)]
+
+
+def test_time_goes_on_from_where_earlier_processes_left_it(run, clock):
+    progress = Progress(run, 4, 1000, lambda step: 1.0, lambda rate: None, training_seconds=10.0)
+    clock.now += 50
+    progress.paused()  # what was before is no training
+    progress.started(3, {"loss": 5.0, "grad_norm": 1.0, **CALM})
+    clock.now += 2
+    progress.report()
+    assert [(r["time_s"], r["step_time_s"]) for r in records(run)] == [(12.0, 2.0)]

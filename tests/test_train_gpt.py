@@ -112,7 +112,7 @@ def base(tmp_path_factory):
 
 def test_a_run_leaves_its_configuration_log_metrics_and_weights(base):
     names = {file.name for file in base.folder.iterdir()}
-    assert names == {"config.json", "log.txt", "metrics.jsonl", "weights"}
+    assert names == {"checkpoints", "config.json", "holder", "lock", "log.txt", "metrics.jsonl"}
     config = json.loads((base.folder / "config.json").read_text())
     assert config.keys() == {field.name for field in fields(Hyperparameters)}
     assert config["model"].keys() == {field.name for field in fields(GPTConfig)}
@@ -331,7 +331,10 @@ def test_a_run_whose_name_is_taken_stops_and_leaves_the_first_untouched(
     assert train_gpt.main([*SMALL, "--batch-size", "1", "--run-name", "base"]) == 2
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err == "runs/base exists already: choose another run_name.\n"
+    assert output.err == (
+        "runs/base exists already: choose another run_name, or go on with that run "
+        "(--resume runs/base).\n"
+    )
     assert contents() == before
 
 

@@ -1,0 +1,86 @@
+"""Going on with a run: which one, with which settings, and on the same data as before."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nanogpt.config import ConfigError, GPTConfig
+
+Settings = TypeVar("Settings")  # train_gpt.Hyperparameters
+
+# What may change when a run is resumed: nothing of what it learns from its next batches, but for
+# num_steps, which says how far it goes, and batch_size, which says in how many passes.
+CHANGEABLE = {
+    "batch_size",
+    "num_steps",
+    "val_loss_every",
+    "val_tokens",
+    "device",
+    "verify_data",
+    "resume",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "sample_tokens",
+    "sample_prompt",
+}
+
+
+def run_to_resume(resume: str) -> Path:
+    """The folder that `--resume` names, or for "auto" the run in runs/ that was started last.
+
+    Raises ConfigError if there is no run.
+    """
+    if resume != "auto":
+        folder = Path(resume)
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f"{folder} holds no run to resume: it has no config.json.")
+        return folder
+    runs = [config.parent for config in Path("runs").glob("*/config.json")]
+    if not runs:
+        raise ConfigError(f"There is no run to resume in {Path('runs').resolve()}.")
+    return max(runs, key=lambda run: (run / "config.json").stat().st_mtime_ns)
+
+
+def resumed_settings(
+    kind: type[Settings], run: Path, override: Callable[[Settings], Settings]
+) -> Settings:
+    """The settings that the run was started with, overridden where that is allowed.
+
+    Raises ConfigError if they cannot be read, or if `override` changes what may not change.
+    """
+    path = run / "config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        before = _from_json(kind, saved | {"model": _from_json(GPTConfig, saved["model"])})
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        raise ConfigError(
+            f"{path} is not what this version of train_gpt.py writes ({type(error).__name__}: "
+            f"{error}): the run cannot be resumed."
+        ) from error
+    after = override(before)
+    for name in (field.name for field in fields(kind)):
+        old, new = getattr(before, name), getattr(after, name)
+        if old != new and name not in CHANGEABLE:
+            raise ConfigError(
+                f"{name} cannot change from {old} to {new} while {run} is resumed: leave it as it "
+                "was, or start another run."
+            )
+    return replace(after, resume=str(run))
+
+
+def check_same_data(run: Path, before: Mapping[str, int], now: Mapping[str, int]) -> None:
+    """Raise ConfigError if the shards {name: tokens} are not those that the run began with."""
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            had, has = (f"{x[name]:,} tokens" if name in x else "nothing" for x in (before, now))
+            raise ConfigError(
+                f"{run} was trained on other data: of shard {name} there was {had}, now there is "
+                f"{has}. Restore the data, or start another run."
+            )
+
+
+def _from_json(kind: type, values: Mapping[str, Any]) -> Any:
+    """The dataclass with these values, whose tuples JSON made lists."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
