@@ -226,29 +226,26 @@ PRESETS = {
 def main(arguments: list[str] | None = None) -> int:
     """Parse the arguments, train, and return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    given = tyro.cli(Hyperparameters, args=arguments)  # a misspelt argument ends here
+    override = partial(tyro.cli, Hyperparameters, args=arguments)
+    given = override()  # a misspelt argument ends here
     try:
-        if given.resume is not None:
-            override = partial(tyro.cli, Hyperparameters, args=arguments)
-            run = run_to_resume(given.resume)
-            hp = resumed_settings(Hyperparameters, run, lambda hp: override(default=hp))
-        else:
-            preset = given.preset
-            if preset == "auto":
-                preset = preset_for_hardware(given.device)
-            hp = tyro.cli(Hyperparameters, default=PRESETS[preset], args=arguments)
-            hp = replace(hp, preset=preset)
-        hp.check()
-        return train(hp)
+        with Interruption() as interruption:
+            if given.resume is not None:
+                run = run_to_resume(given.resume)
+                hp = resumed_settings(Hyperparameters, run, lambda hp: override(default=hp))
+            else:
+                preset = given.preset
+                if preset == "auto":
+                    preset = preset_for_hardware(given.device)
+                hp = replace(override(default=PRESETS[preset]), preset=preset)
+            hp.check()
+            return train(hp, interruption)
     except (ConfigError, ShardError, CorpusError, TokenizerError, RunError) as error:
         print(error, file=sys.stderr)
         return 2
     except BadNumbers as error:
         print(error, file=sys.stderr)
         return 3
-    except KeyboardInterrupt:  # before there is a run
-        print("Interrupted.", file=sys.stderr)
-        return 130
 
 
 def preset_for_hardware(device: str) -> str:
@@ -260,7 +257,7 @@ def preset_for_hardware(device: str) -> str:
     return "laptop" if jax.default_backend() == "cpu" else "speedrun"
 
 
-def train(hp: Hyperparameters) -> int:
+def train(hp: Hyperparameters, interruption: Interruption) -> int:
     """Train a model as `hp` says, in a new folder under runs/ or a resumed one; the exit status."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # JAX's own default is 0.75
     import jax
@@ -318,20 +315,21 @@ def train(hp: Hyperparameters) -> int:
 
     folder = Path(hp.resume) if hp.resume else new_folder(Path("runs"), hp.run_name, hp.preset)
     with (
-        Run(folder, asdict(replace(hp, resume=None))) as run,
-        Interruption() as interruption,
+        Run(folder) as run,
         Checkpoints(folder, hp.keep_checkpoints, run.say) as checkpoints,
     ):
         # Where it begins: after the step of the newest good checkpoint, or with step 1.
         checkpoint = newest_checkpoint(folder, run.say) if hp.resume else None
         first, facts = (checkpoint.step + 1, checkpoint.facts) if checkpoint else (1, {})
-        if first > hp.num_steps:
+        unvalidated = facts.get("unvalidated")  # a record, if the run ended while it validated
+        if first > hp.num_steps and not unvalidated:
             run.say(f"{folder} has made all its {hp.num_steps:,} steps: --num-steps adds more.")
             return 0
         if checkpoint:
             check_same_data(folder, facts["data"], data.sizes)
-            run.rewind(checkpoint.step)
+            run.rewind(checkpoint.step - 1 if unvalidated else checkpoint.step)
             run.say(f"resuming {folder} after step {checkpoint.step}")
+        run.configure(asdict(replace(hp, resume=None)))
         run.say(
             f"{hp.preset} preset | {data.name} | {mesh.size} x {device.device_kind} | Ng = "
             f"{hp.total_batch_size:,} / ({batch_size} * {T} * {mesh.size}) = "
@@ -432,8 +430,9 @@ def train(hp: Hyperparameters) -> int:
 
         # The loop.
         interruption.patient = True
-        if facts.get("unvalidated"):  # the last thing before the run was interrupted
-            progress.validate(facts["unvalidated"], validate)
+        step, stop = first - 1, False
+        if unvalidated:
+            progress.validate(unvalidated, validate)
             if interruption.hurries:
                 return interruption.exit_status
         progress.paused()
@@ -451,11 +450,11 @@ def train(hp: Hyperparameters) -> int:
                 if stop:
                     break
         except BadNumbers as error:
-            checkpoints.wait()
             try:
+                checkpoints.wait()
                 good = f"The last good checkpoint is {newest_checkpoint(folder, run.say).folder}."
-            except ConfigError as none:
-                good = str(none)
+            except ConfigError as failure:
+                good = str(failure)
             raise BadNumbers(f"{error} {good}") from error
         checkpoints.wait()
         interruption.patient = False
@@ -489,7 +488,7 @@ class Data(NamedTuple):
     train_files: list[Path]
     val_files: list[Path]
     name: str
-    sizes: dict[str, int]  # tokens of each training shard
+    sizes: list[tuple[str, int]]  # name and tokens of each training shard
 
 
 def find_data(hp: Hyperparameters) -> Data:
@@ -502,14 +501,15 @@ def find_data(hp: Hyperparameters) -> Data:
         train_glob, val_glob = hp.train_files, hp.val_files
         name = hp.train_files
     train_files, val_files = find_shards(train_glob), find_shards(val_glob)
-    sizes = {}
+    sizes = []
     for file in train_files + val_files:
         tokens = read_shard(file)
         sample = None if hp.verify_data else 1_000_000
         check_vocabulary(file, tokens, hp.model.vocab_size, sample)
         if file in train_files:
-            sizes[file.name] = len(tokens)
-    return Data(train_files, val_files, f"{name}, {sum(sizes.values()):,} tokens", sizes)
+            sizes.append((file.name, len(tokens)))
+    total = sum(count for _, count in sizes)
+    return Data(train_files, val_files, f"{name}, {total:,} tokens", sizes)
 
 
 def sample(hp: Hyperparameters, graph: "nnx.GraphDef", params: "Params") -> str:

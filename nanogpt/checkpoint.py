@@ -137,6 +137,7 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> None:
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = re.sub(r"^\[Errno \d+\] ", "", reason)
         if code := re.search(r"os_error_code='(\d+)'", reason):  # a long message of TensorStore's
             reason = os.strerror(int(code[1]))
         self._failure = CheckpointError(

@@ -25,13 +25,12 @@ class Interruption:
         self._agreed = False
 
     def __enter__(self) -> "Interruption":
-        import jax
-
-        self._distributed = jax.distributed.is_initialized()
         names = ["SIGINT", "SIGHUP", "SIGTERM"]
-        if self._distributed:  # then JAX takes SIGTERM, and tells the other processes
+        if "jax" in sys.modules and _distributed():  # then JAX takes SIGTERM
             names.remove("SIGTERM")
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        # What is ignored already, as by nohup, stays ignored.
+        numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {}
         if threading.current_thread() is threading.main_thread():  # Python's rule for handlers
             self._before = {number: signal.signal(number, self._handle) for number in numbers}
@@ -54,14 +53,14 @@ class Interruption:
     @property
     def hurries(self) -> bool:
         """Whether this process may leave out what only it would leave out."""
-        return self.signal is not None and not self._distributed
+        return self.signal is not None and not _distributed()
 
     def requested(self, step: int) -> bool:
         """Whether to end after this step. To be asked once, at every step.
 
         Several processes agree on one, some steps after the signal; JAX says so at that step only.
         """
-        if self._distributed:
+        if _distributed():
             from jax.experimental.multihost_utils import reached_preemption_sync_point
 
             self._agreed = reached_preemption_sync_point(step) or self._agreed
@@ -76,8 +75,15 @@ class Interruption:
             os._exit(128 + number)
         self.signal = number
         _write(f"\n{name}: saving after this step, then ending; once more ends at once.\n")
-        if self._distributed:
+        if _distributed():
             signal.raise_signal(signal.SIGTERM)
+
+
+def _distributed() -> bool:
+    """Whether several processes train together, so that JAX tells all what is told to one."""
+    import jax
+
+    return jax.distributed.is_initialized()
 
 
 def _write(text: str) -> None:

@@ -1,8 +1,9 @@
 """Going on with a run: which one, with which settings, and on the same data as before."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -70,14 +71,17 @@ def resumed_settings(
     return replace(after, resume=str(run))
 
 
-def check_same_data(run: Path, before: Mapping[str, int], now: Mapping[str, int]) -> None:
-    """Raise ConfigError if the shards {name: tokens} are not those that the run began with."""
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            had, has = (f"{x[name]:,} tokens" if name in x else "nothing" for x in (before, now))
+def check_same_data(
+    run: Path, before: Sequence[tuple[str, int]], now: Sequence[tuple[str, int]]
+) -> None:
+    """Raise ConfigError if the shards (name, tokens) are not those that the run began with."""
+    for had, has in zip_longest(map(tuple, before), now):
+        if had != has:
+            name = (had or has)[0]
+            told = [f"{x[1]:,} tokens" if x and x[0] == name else "nothing" for x in (had, has)]
             raise ConfigError(
-                f"{run} was trained on other data: of shard {name} there was {had}, now there is "
-                f"{has}. Restore the data, or start another run."
+                f"{run} was trained on other data: of shard {name} there was {told[0]}, now there "
+                f"is {told[1]}. Restore the data, or start another run."
             )
 
 

@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from datetime import datetime, timedelta
 from io import FileIO
 from math import isfinite
@@ -35,12 +36,11 @@ class RunError(Exception):
 class Run:
     """A run folder, held by this process alone, and the console."""
 
-    def __init__(self, folder: Path, config: dict[str, Any]):
+    def __init__(self, folder: Path):
         """Hold the folder, which exists. Raises RunError when another process holds it."""
         self.console = Console(highlight=False)
         self.folder = folder
         self._lock = _hold(folder)
-        _write_whole(folder / "config.json", json.dumps(config, indent=2) + "\n")
         self._log = (folder / "log.txt").open("ab", buffering=0)
         self._metrics = (folder / "metrics.jsonl").open("ab", buffering=0)
         self._waiting: list[bytes] = []  # records that a full disk did not take yet
@@ -57,6 +57,10 @@ class Run:
         self._log.close()
         self._metrics.close()
         self._lock.release()
+
+    def configure(self, config: dict[str, Any]) -> None:
+        """Write config.json, which makes the folder a run's."""
+        _write_whole(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def say(self, text: str, style: str = "") -> None:
         """A line on the console, with a style of rich's on a terminal, and in log.txt."""
@@ -96,7 +100,8 @@ class Run:
 
     def sync(self) -> None:
         """See to it that what was recorded so far survives even a power cut."""
-        os.fsync(self._metrics.fileno())
+        with suppress(OSError):  # a disk that cannot fails the checkpoint, too, which is told
+            os.fsync(self._metrics.fileno())
 
 
 def new_folder(parent: Path, name: str, fallback: str) -> Path:
@@ -149,10 +154,20 @@ def _hold(folder: Path) -> FileLock:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that it holds, whatever happens, either the old text or the new."""
+    """Write a file so that it holds, whatever happens, either the old text or the new.
+
+    Raises RunError when it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"{path} cannot be written ({error.strerror}): make room there, or start the run where "
+            "you may write."
+        ) from error
 
 
 def _append(file: FileIO, line: bytes) -> bool:

@@ -21,7 +21,7 @@ from nanogpt.tracking import BadNumbers, Progress, Run, RunError, new_folder
 
 @pytest.fixture
 def run(tmp_path):
-    with Run(new_folder(tmp_path / "runs", "some", "laptop"), {}) as run:
+    with Run(new_folder(tmp_path / "runs", "some", "laptop")) as run:
         yield run
 
 
@@ -42,7 +42,8 @@ def records(run):
 @pytest.mark.parametrize("name", ["a", "lr-0.1", "v1.2_b+c", "größe", "..a"])
 def test_a_run_has_the_folder_it_was_given_and_its_configuration_in_there(tmp_path, name):
     config = {"lr": 0.1, "files": None, "model": {"windows": (8, 0)}}
-    with Run(new_folder(tmp_path / "runs", name, "laptop"), config) as run:
+    with Run(new_folder(tmp_path / "runs", name, "laptop")) as run:
+        run.configure(config)
         assert run.folder == tmp_path / "runs" / name
     assert json.loads((run.folder / "config.json").read_text()) == {
         "lr": 0.1,
@@ -132,23 +133,23 @@ def test_runs_without_names_that_start_at_once_each_get_a_folder(tmp_path, slow_
 def test_a_folder_that_is_held_says_by_whom_and_is_not_touched(run):
     (run.folder / "config.json").write_text("the first one's")
     with pytest.raises(RunError, match=f"trained by process {os.getpid()} on .* since 2"):
-        Run(run.folder, {"another": 1})
+        Run(run.folder)
     assert (run.folder / "config.json").read_text() == "the first one's"
 
 
 def test_a_folder_is_free_again_when_its_run_has_ended_or_was_killed(run):
     hold = (
         "import sys, time; from pathlib import Path; from nanogpt.tracking import Run\n"
-        "run = Run(Path(sys.argv[1]), {}); print('held', flush=True); time.sleep(60)"
+        "run = Run(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     )
     run.__exit__(None, None, None)
     command = [sys.executable, "-c", hold, str(run.folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(RunError, match=f"process {other.pid} on"):
-            Run(run.folder, {})
+            Run(run.folder)
         other.kill()
-    with Run(run.folder, {}):
+    with Run(run.folder):
         assert f"process {os.getpid()} " in (run.folder / "holder").read_text()
 
 
@@ -162,7 +163,7 @@ def test_a_run_that_goes_on_keeps_the_records_of_the_steps_before_and_appends(ru
     with (run.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "lo')  # the last breath of a process
     run.__exit__(None, None, None)
-    with Run(run.folder, {}) as again:
+    with Run(run.folder) as again:
         again.rewind(2)
         again.record({"step": 3, "loss": 0.25})
         again.say("second")
@@ -178,7 +179,7 @@ import resource, signal, sys
 from pathlib import Path
 from nanogpt.tracking import Run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-run = Run(Path(sys.argv[1]), {})
+run = Run(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (250, resource.RLIM_INFINITY))
 for step in range(1, 5):
     run.record({"step": step, "text": 80 * "x"})
@@ -200,7 +201,7 @@ def test_records_wait_while_the_disk_is_full_and_none_is_lost_or_torn(tmp_path):
 def test_without_a_console_the_run_goes_on_and_the_log_is_whole(tmp_path):
     talk = (
         "import sys; from pathlib import Path; from nanogpt.tracking import Run\n"
-        "run = Run(Path(sys.argv[1]), {}); input()\n"
+        "run = Run(Path(sys.argv[1])); input()\n"
         "for number in range(100): run.say(f'line {number}')"
     )
     command = [sys.executable, "-c", talk, str(tmp_path)]
@@ -232,7 +233,7 @@ def test_off_a_terminal_a_line_is_printed_and_logged_to_the_letter(
     tmp_path, capsys, monkeypatch, text
 ):
     monkeypatch.setenv("COLUMNS", "40")
-    with Run(new_folder(tmp_path, "a", "laptop"), {}) as run:
+    with Run(new_folder(tmp_path, "a", "laptop")) as run:
         run.say(text, style="bold green")
     assert capsys.readouterr().out == text + "\n"
     assert log(run) == text + "\n"
