@@ -26,9 +26,7 @@ from nanogpt.mesh import REPLICATED, ROWS
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
-# Matrices in one batched product. Three of 768 x 768 fill a GPU, and 12 layers' matrices are a
-# multiple of three for each of eight devices.
-GROUP = 3
+GROUP = 8  # matrices in one batched product, which fill a GPU if they are 768 x 768
 
 
 class MuonState(NamedTuple):
@@ -88,7 +86,7 @@ def scale_by_muon(
 def _orthogonalize_by_shape(
     leaves: list[Array], dtype: jnp.dtype, mesh: Mesh | None
 ) -> list[Array]:
-    """The leaves, orthogonalised and scaled, with one loop for each shape of matrices."""
+    """The leaves, orthogonalised and scaled, all matrices of one shape together."""
     members = defaultdict(list)
     for index, leaf in enumerate(leaves):
         members[tuple(sorted(leaf.shape[-2:]))].append(index)

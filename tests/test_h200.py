@@ -141,7 +141,6 @@ def test_eight_gpus_reduce_each_gradient_once_in_float32_and_nothing_in_a_loop()
 
 def test_eight_gpus_gather_the_matrices_that_each_orthogonalised_in_bfloat16():
     _, program = compiled(CUDNN, num_devices=8)
-    gathered = [x.shape for x in collectives(program)["all-gather"]]
-    matrices = CONFIG.num_layers * (4 * 768**2 + 2 * 768 * 3072)
-    assert all("bf16[" in shape for shape in gathered)
-    assert sum(map(items_of, gathered)) == matrices
+    gathered = [re.search(r"\w+\[[\d,]+\]", x.shape)[0] for x in collectives(program)["all-gather"]]
+    # 48 square and 24 oblong matrices, each kind in eight groups of eight, some of them idle.
+    assert sorted(gathered) == ["bf16[8,8,768,3072]", "bf16[8,8,768,768]"]

@@ -138,9 +138,9 @@ def test_devices_share_the_work_and_give_the_update_of_one_to_the_bit(dtype, dev
 
 def test_each_of_eight_devices_has_an_eighth_of_the_groups():
     muon = scale_by_muon(lambda count: 0.9, mesh=make_mesh(8))
-    stack = {"qkv": jax.ShapeDtypeStruct((48, 24, 24), jnp.float32)}
+    stack = {"qkv": jax.ShapeDtypeStruct((96, 24, 24), jnp.float32)}
     state = jax.eval_shape(muon.init, stack)
     program = jax.jit(muon.update).lower(stack, state).compile().as_text()
-    # 48 matrices are 16 groups of 3: two for each device, in one loop of two turns.
-    assert "f32[2,3,24,24]" in program
+    # 96 matrices are 12 groups of 8: at most two for each device, in one loop of two turns.
+    assert "f32[2,8,24,24]" in program
     assert '"known_trip_count":{"n":"2"}' in program
