@@ -28,7 +28,12 @@ from nanogpt.tokenizer import TOKENIZERS, TokenizerError, load_tokenizer
 from nanogpt.tracking import BadNumbers, Progress, Run, RunError, new_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from flax import nnx
+    from jax import Array
+    from jax.sharding import Mesh
+    from optax import GradientTransformation
 
     from nanogpt.step import Params
 
@@ -275,7 +280,6 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         utilization,
     )
     from nanogpt.mesh import BATCH, REPLICATED, ROWS, make_mesh, put, shapes_on
-    from nanogpt.optimizer import learning_rate_factor, make_optimizer
     from nanogpt.step import graph_of, make_eval_step, make_init, make_train_step
 
     # Devices and data.
@@ -291,20 +295,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     # The model and its optimizer.
     attention, attention_line = choose_attention(hp.model, T, hp.dtype)
     graph = graph_of(hp.model, Kernels(attention, hp.loss_kernel, hp.fp8_head))
-    schedule = (hp.num_steps, hp.cooldown_fraction, hp.final_learning_rate_factor)
-    optimizer = make_optimizer(
-        schedule=partial(learning_rate_factor, *schedule),
-        learning_rate=hp.learning_rate,
-        embedding_learning_rate=hp.embedding_learning_rate,
-        head_learning_rate=hp.head_learning_rate,
-        scalar_learning_rate=hp.scalar_learning_rate,
-        momentum=hp.momentum,
-        momentum_warmup_steps=hp.momentum_warmup_steps,
-        adam_betas=hp.adam_betas,
-        weight_decay=hp.weight_decay,
-        newton_schulz_dtype=jnp.float32 if device.platform == "cpu" else jnp.bfloat16,
-        mesh=mesh,
-    )
+    optimizer = optimizer_of(hp, mesh)
     init = make_init(hp.model, optimizer, mesh)
     key = jax.random.key(hp.seed)
 
@@ -408,7 +399,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             run,
             hp.num_steps,
             hp.total_batch_size,
-            learning_rate_factor=partial(learning_rate_factor, *schedule),
+            learning_rate_factor=schedule_of(hp),
             utilization=lambda rate: utilization(rate, flops, device.device_kind, mesh.size),
             training_seconds=facts.get("training_seconds", 0.0),
         )
@@ -466,6 +457,36 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         if hp.sample_tokens:
             run.say(sample(hp, graph, state.params))
         return 0
+
+
+def schedule_of(hp: Hyperparameters) -> "Callable[[int | Array], float | Array]":
+    """What the rates are multiplied with, by count of updates."""
+    from nanogpt.optimizer import learning_rate_factor
+
+    settings = (hp.num_steps, hp.cooldown_fraction, hp.final_learning_rate_factor)
+    return partial(learning_rate_factor, *settings)
+
+
+def optimizer_of(hp: Hyperparameters, mesh: "Mesh") -> "GradientTransformation":
+    """The optimizer of the run; Muon computes in bfloat16 where there are matrix units for it."""
+    import jax.numpy as jnp
+
+    from nanogpt.optimizer import make_optimizer
+
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return make_optimizer(
+        schedule=schedule_of(hp),
+        learning_rate=hp.learning_rate,
+        embedding_learning_rate=hp.embedding_learning_rate,
+        head_learning_rate=hp.head_learning_rate,
+        scalar_learning_rate=hp.scalar_learning_rate,
+        momentum=hp.momentum,
+        momentum_warmup_steps=hp.momentum_warmup_steps,
+        adam_betas=hp.adam_betas,
+        weight_decay=hp.weight_decay,
+        newton_schulz_dtype=jnp.float32 if on_cpu else jnp.bfloat16,
+        mesh=mesh,
+    )
 
 
 def use_device(device: str) -> None:

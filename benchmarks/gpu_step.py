@@ -54,7 +54,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from jax.sharding import Mesh
 from jax.stages import Compiled
 from jaxtyping import Array, PyTree
 
@@ -66,9 +65,9 @@ from nanogpt.hardware import PEAK_BANDWIDTH, PEAK_FLOPS, flops_per_token, utiliz
 from nanogpt.loss import linear_cross_entropy
 from nanogpt.mesh import BATCH, REPLICATED, make_mesh, put, shapes_on
 from nanogpt.muon import NEWTON_SCHULZ_STEPS, scale_by_muon
-from nanogpt.optimizer import group, learning_rate_factor, make_optimizer
+from nanogpt.optimizer import group
 from nanogpt.step import graph_of, init_params, make_init, make_train_step
-from train_gpt import PRESETS, Hyperparameters
+from train_gpt import PRESETS, Hyperparameters, optimizer_of
 
 Figures = dict[str, Any]  # of one row, as they are saved
 Job = tuple[str, str, Callable[[], Figures]]  # section, row, and what measures it
@@ -219,24 +218,11 @@ def fastest_of_each(base: Variant, variants: dict[str, Variant], figures: Figure
     return best
 
 
-def make_rules(hp: Hyperparameters, muon: bool, mesh: Mesh | None = None) -> Any:
+def make_rules(hp: Hyperparameters, muon: bool) -> Any:
     """The optimizer of train_gpt.py, or Adam for all parameters."""
     if not muon:
         return optax.adam(hp.head_learning_rate, *hp.adam_betas)
-    schedule = (hp.num_steps, hp.cooldown_fraction, hp.final_learning_rate_factor)
-    return make_optimizer(
-        schedule=partial(learning_rate_factor, *schedule),
-        learning_rate=hp.learning_rate,
-        embedding_learning_rate=hp.embedding_learning_rate,
-        head_learning_rate=hp.head_learning_rate,
-        scalar_learning_rate=hp.scalar_learning_rate,
-        momentum=hp.momentum,
-        momentum_warmup_steps=hp.momentum_warmup_steps,
-        adam_betas=hp.adam_betas,
-        weight_decay=hp.weight_decay,
-        newton_schulz_dtype=newton_schulz_dtype(),
-        mesh=mesh,
-    )
+    return optimizer_of(hp, make_mesh(1))
 
 
 def newton_schulz_dtype() -> Any:
@@ -247,7 +233,7 @@ def newton_schulz_dtype() -> Any:
 def compile_step(size: Size, variant: Variant) -> tuple[Callable, Compiled, float]:
     """What makes the first state, the compiled step, and the seconds to compile that."""
     hp, mesh = size.hp, make_mesh(1)
-    rules = make_rules(hp, variant.muon, mesh)
+    rules = make_rules(hp, variant.muon)
     init = make_init(hp.model, rules, mesh)
     kernels = Kernels(variant.attention, variant.loss, variant.fp8_head)
     step = make_train_step(graph_of(hp.model, kernels), rules, mesh, hp.dtype)

@@ -18,7 +18,6 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from unittest.mock import patch
 
@@ -32,8 +31,8 @@ from jax.stages import Compiled
 from benchmarks.results import save
 from nanogpt.config import GPTConfig, Kernels
 from nanogpt.mesh import BATCH, REPLICATED, shapes_on
-from nanogpt.optimizer import learning_rate_factor, make_optimizer
 from nanogpt.step import graph_of, make_init, make_train_step
+from train_gpt import PRESETS, optimizer_of
 
 # What XLA asks of a device, from NVIDIA's data sheet and CUDA's deviceQuery.
 H200 = """
@@ -82,19 +81,7 @@ def compile_step(
         platform="cuda", target_config=H200, topology=f"1x1x{num_devices}"
     )
     mesh = Mesh(np.array(topology.devices), ("data",), axis_types=(AxisType.Auto,))
-    optimizer = make_optimizer(
-        schedule=partial(learning_rate_factor, 3000, 0.4, 0.1),
-        learning_rate=0.05,
-        embedding_learning_rate=0.6,
-        head_learning_rate=0.008,
-        scalar_learning_rate=0.04,
-        momentum=0.95,
-        momentum_warmup_steps=300,
-        adam_betas=(0.8, 0.95),
-        weight_decay=0.0,
-        newton_schulz_dtype=jnp.bfloat16,
-        mesh=mesh,
-    )
+    optimizer = optimizer_of(PRESETS["speedrun"], mesh)
     init = make_init(config, optimizer, mesh)
     state = shapes_on(mesh, REPLICATED, jax.eval_shape(init, jax.random.key(0)))
     rows = batch_size * num_devices
