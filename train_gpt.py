@@ -367,10 +367,8 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         # Everything is compiled before the first step.
         start = time.perf_counter()
         shape, train_step, eval_step, seconds = first_that_fits(prepare, batch_size, say_smaller)
-        state = init(key)
-        if checkpoint:
-            shapes = jax.eval_shape(init, key)
-            state = load_state(checkpoint, shapes_on(mesh, REPLICATED, shapes))
+        shapes = shapes_on(mesh, REPLICATED, jax.eval_shape(init, key))
+        state = load_state(checkpoint, shapes) if checkpoint else init(key)
         each = ", ".join(f"{name} {took:.1f} s" for name, took in seconds.items())
         ready = time.perf_counter() - start
         run.say(f"compiled ({each}) and tried in {ready:.1f} s, in no time given below")
