@@ -18,7 +18,7 @@ train: $(VENV)/ready-$(ACCELERATOR)
 	$(VENV)/bin/python train_gpt.py $(ARGS)
 
 test: $(VENV)/ready-dev
-	$(VENV)/bin/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check .

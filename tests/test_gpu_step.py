@@ -16,8 +16,6 @@ from benchmarks.gpu_step import FULL, TINY, Unmeasured, Variant
 from nanogpt.hardware import PEAK_BANDWIDTH, PEAK_FLOPS
 
 BASE = Variant("xla", 2)
-pytestmark = pytest.mark.xdist_group("gpu_step")  # one process measures for all tests here
-
 PARTS = ["products of the blocks", "products with the head", "attention", "loss", "optimizer"]
 STEPS = {
     *("base", "1 rows", "Adam for all", "FP8 head", "pallas loss"),

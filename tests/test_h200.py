@@ -11,13 +11,10 @@ import pytest
 from nanogpt.config import GPTConfig, Kernels
 from nanogpt.hardware import activation_bytes
 
-pytestmark = [
-    pytest.mark.xdist_group("h200"),  # one process compiles for all tests here
-    pytest.mark.skipif(
-        not (find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin")),
-        reason='needs JAX\'s CUDA plugin: pip install -e ".[gpu-compiler]"',
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not (find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin")),
+    reason='needs JAX\'s CUDA plugin: pip install -e ".[gpu-compiler]"',
+)
 
 CONFIG = GPTConfig(windows=(384, 0))
 B, T = 64, 1024
