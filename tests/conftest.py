@@ -6,7 +6,6 @@ import pytest
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # a CUDA plugin misses its driver, aloud
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")  # each test compiles what it tests
 
 
