@@ -10,10 +10,10 @@ The file reads from top to bottom: the hyperparameters, the presets, then the tr
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.util import find_spec
-from math import inf
+from math import gcd, inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -23,19 +23,44 @@ from nanogpt.config import ConfigError, GPTConfig, Kernels, LossKernel
 from nanogpt.corpus import CorpusError, embedded_corpus
 from nanogpt.interruption import Interruption
 from nanogpt.resume import check_same_data, resumed_settings, run_to_resume
+from nanogpt.schedule import Rates, Schedule, Stage
 from nanogpt.shards import ShardError, check_vocabulary, find_shards, read_shard
 from nanogpt.tokenizer import TOKENIZERS, TokenizerError, load_tokenizer
 from nanogpt.tracking import BadNumbers, Progress, Run, RunError, new_folder
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from flax import nnx
-    from jax import Array
     from jax.sharding import Mesh
-    from optax import GradientTransformation
+    from optax import GradientTransformationExtraArgs
 
     from nanogpt.step import Params
+
+
+def windows(short: int, long: int) -> tuple[int, ...]:
+    """The windows of 12 layers: long ones in the middle and at the end."""
+    return (short,) * 4 + (long,) + (short,) * 6 + (long,)
+
+
+SPEEDRUN_MODEL = GPTConfig(
+    mlp_only=(0, 7),
+    key_offset=(4, 11),
+    paired_heads=(2, 5, 9),
+    backout=8,
+    bigram_buckets=5 * 50304,
+    softcap=11.5,
+    logit_scale=11.5 / 15,
+    logit_shift=5.0,
+)
+
+# Batch and rates of these stages are those of modded-nanogpt's record of 2025-11-29, the targets
+# those of 2025-12-22; the last stage, at the lowest rate, reads as far back as its rows allow.
+SPEEDRUN_STAGES = (
+    Stage(0.33, 1 / 3, 0.5, 1.00, windows(128, 384), (1.0, 0.5, 0.25)),
+    Stage(0.33, 2 / 3, 1.0, 1.52, windows(384, 896), (1.0, 0.5)),
+    Stage(0.32, 1.0, 1.0, 1.73, windows(640, 1408)),
+    Stage(0.02, 1.0, 1.0, 1.73, windows(768, 2048)),
+)
+
 
 # JAX, and what imports it, is imported by the functions below that need it, after the arguments
 # were read: `--help` and mistakes answer at once.
@@ -45,7 +70,7 @@ if TYPE_CHECKING:
 class Hyperparameters:
     """Every setting of a run. The defaults are the `speedrun` preset."""
 
-    preset: Literal["auto", "speedrun", "laptop"] = "auto"
+    preset: Literal["auto", "speedrun", "baseline", "laptop"] = "auto"
     """Where the other settings start: auto is speedrun with an accelerator, else laptop."""
 
     # Data
@@ -58,37 +83,52 @@ class Hyperparameters:
     shuffle: bool = False
     """Visit the rows in random order from the first epoch on; later epochs always do."""
 
+    max_document_length: int | None = 2048
+    """Begin each row with a document and take at most so many tokens of each, the rest is left
+    out; None for rows that leave nothing out."""
+
     # Batch: Ng = total_batch_size / (batch_size * sequence_length * number of devices)
     batch_size: int | None = None
     """Rows per device in one forward and backward pass; None for as many as its memory holds."""
-    sequence_length: int = 1024
+    sequence_length: int = 2048
     """Tokens per row, T."""
-    total_batch_size: int = 524_288
+    total_batch_size: int = 393_216
     """Tokens per optimizer step, over all devices and accumulation steps."""
 
     # Optimization
-    num_steps: int = 3000
+    num_steps: int = 2160
     """Optimizer steps."""
-    learning_rate: float = 0.05
-    """Rate of Muon, for the matrices of the blocks."""
+    stages: tyro.conf.Suppress[tuple[Stage, ...]] = SPEEDRUN_STAGES
+    """The stretches of the run, in order; see nanogpt/schedule.py."""
+    learning_rate: float = 0.023
+    """Rate of Muon, for the matrices of the layers."""
     embedding_learning_rate: float = 0.6
     """Rate of Adam for the embedding tables."""
     head_learning_rate: float = 0.008
     """Rate of Adam for the head."""
     scalar_learning_rate: float = 0.04
-    """Rate of Adam for mixing coefficients."""
-    cooldown_fraction: float = 0.4
-    """Share of the steps, the last ones, in which all rates fall linearly."""
+    """Rate of Adam for mixing coefficients and gates."""
+    cooldown_fraction: float = 0.55
+    """Share of the steps in which all rates fall linearly."""
+    extension_fraction: float = 0.02
+    """Share of the steps, the last ones, which stay at what they fell to."""
     final_learning_rate_factor: float = 0.1
     """What the rates are multiplied with at the end of the cooldown."""
     momentum: float = 0.95
-    """Muon's momentum, after its warm-up from 0.85."""
+    """Muon's momentum, between its warm-up from 0.85 and its cooldown to it."""
     momentum_warmup_steps: int = 300
-    """Steps in which Muon's momentum rises."""
-    adam_betas: tuple[float, float] = (0.8, 0.95)
+    """First steps, in which Muon's momentum rises."""
+    momentum_cooldown_steps: int = 50
+    """Last steps, in which it falls."""
+    neuron_decay: float | None = 0.95
+    """Decay of the mean squares by which Muon evens out its neurons; None for plain Muon."""
+    adam_betas: tuple[float, float] = (0.65, 0.95)
     """Decay of Adam's means of the gradient and of its square."""
-    weight_decay: float = 0.0
-    """Of the matrices of the blocks: a step shrinks them by the rate times this."""
+    adam_every: int = 2
+    """Steps whose gradients Adam gathers for each of its own."""
+    weight_decay: float = 1.2
+    """Of the matrices of the layers: a step takes the rate squared times this off those weights
+    which it brings nearer to zero."""
 
     # Validation
     val_loss_every: int = 125
@@ -124,7 +164,7 @@ class Hyperparameters:
     sample_prompt: str = "The"
     """What the sample continues."""
 
-    model: GPTConfig = field(default_factory=GPTConfig)
+    model: GPTConfig = SPEEDRUN_MODEL
     """The shape of the network."""
 
     def check(self) -> None:
@@ -136,6 +176,8 @@ class Hyperparameters:
             "num_steps",
             "val_tokens",
             "keep_checkpoints",
+            "adam_every",
+            "max_document_length",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
@@ -152,12 +194,11 @@ class Hyperparameters:
         ):
             if not 0 <= getattr(self, name) < inf:
                 raise ConfigError(f"{name} must be 0 or a positive number: {getattr(self, name)}.")
-        for name in ("cooldown_fraction", "final_learning_rate_factor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie between 0 and 1, not at {getattr(self, name)}.")
-        for decay in (self.momentum, *self.adam_betas):
+        for decay in (*self.adam_betas, self.neuron_decay or 0.0):
             if not 0 <= decay < 1:
-                raise ConfigError(f"momentum and adam_betas must be 0 or more, below 1: {decay}.")
+                raise ConfigError(
+                    f"adam_betas and neuron_decay must be 0 or more, below 1: {decay}."
+                )
         if not 0 <= self.seed < 2**32:
             raise ConfigError(f"seed must be 0 or more, below 2**32, not {self.seed}.")
         if (self.train_files is None) != (self.val_files is None):
@@ -173,25 +214,69 @@ class Hyperparameters:
                 f"{TOKENIZERS[self.tokenizer].vocab_size:,} ids of tokenizer {self.tokenizer}."
             )
         self.model.check()
-
-    def rows_per_step(self, num_devices: int) -> int:
-        """Rows per device and optimizer step, Ng * batch_size; ConfigError if not a whole Ng."""
-        per_pass = (self.batch_size or 1) * self.sequence_length * num_devices
-        if self.total_batch_size % per_pass:
-            below = self.total_batch_size // per_pass * per_pass
-            above = below + per_pass
-            nearest = f"{below:,} and {above:,}" if below else f"{above:,}"
+        self.schedule.check()
+        if self.model.windows and self.stages[0].windows is not None:
             raise ConfigError(
-                f"total_batch_size {self.total_batch_size:,} is not a multiple of batch_size * "
-                f"sequence_length * num_devices = {self.batch_size or 1} * {self.sequence_length} "
-                f"* {num_devices} = {per_pass:,}; nearest valid: {nearest}."
+                f"model.windows cannot be {self.model.windows}: the stages of the {self.preset} "
+                "preset have windows of their own."
             )
-        return self.total_batch_size // (self.sequence_length * num_devices)
+        for stage in range(len(self.stages)):
+            self.schedule.model(self.model, stage).check()
+
+    @property
+    def schedule(self) -> Schedule:
+        """What holds at each step."""
+        return Schedule(**{each.name: getattr(self, each.name) for each in fields(Schedule)})
+
+    def rows_per_step(self, stage: int, num_devices: int) -> int:
+        """Rows per device and optimizer step; ConfigError if they are not a whole Ng passes."""
+        tokens, T = self.schedule.tokens_per_step(stage), self.schedule.row_length(stage)
+        per_pass = (self.batch_size or 1) * self.sequence_length * num_devices
+        if tokens % per_pass:
+            share = self.stages[stage].batch
+            below = tokens // per_pass * per_pass
+            nearest = [f"{round(n / share):,}" for n in (below, below + per_pass) if n]
+            in_stage = f" in stage {stage + 1}, {tokens:,}," if share != 1 else ""
+            raise ConfigError(
+                f"total_batch_size {self.total_batch_size:,}{in_stage} is not a multiple of "
+                f"batch_size * sequence_length * num_devices = {self.batch_size or 1} * "
+                f"{self.sequence_length} * {num_devices} = {per_pass:,}; nearest valid: "
+                f"{' and '.join(nearest)}."
+            )
+        return tokens // (T * num_devices)
 
 
 PRESETS = {
-    # GPT-2 small's size with the architecture and rates of the dense-attention speedrun.
+    # GPT-2 small's size with the recipe that modded-nanogpt had grown by the end of 2025.
     "speedrun": Hyperparameters(preset="speedrun"),
+    # The same without most of it: modded-nanogpt's plain recipe of 2024-11-10.
+    "baseline": Hyperparameters(
+        preset="baseline",
+        max_document_length=None,
+        sequence_length=1024,
+        total_batch_size=524_288,
+        num_steps=3000,
+        stages=(Stage(),),
+        learning_rate=0.04,
+        cooldown_fraction=0.3,
+        extension_fraction=0.0,
+        final_learning_rate_factor=0.0,
+        momentum_warmup_steps=500,
+        momentum_cooldown_steps=0,
+        neuron_decay=None,
+        adam_betas=(0.9, 0.95),
+        adam_every=1,
+        weight_decay=0.0,
+        model=GPTConfig(
+            value_embeddings=0,
+            smear=False,
+            attention_gate=False,
+            attention_scale=128**-0.5,
+            rope_base=10_000.0,
+            rope_fraction=1.0,
+            softcap=30.0,
+        ),
+    ),
     # A small model of Python code for two CPU cores, sized in benchmarks/README.md.
     "laptop": Hyperparameters(
         preset="laptop",
@@ -203,13 +288,19 @@ PRESETS = {
         sequence_length=128,
         total_batch_size=2048,
         num_steps=900,
+        max_document_length=None,
+        stages=(Stage(),),
         learning_rate=0.03,
         embedding_learning_rate=0.15,
         cooldown_fraction=0.5,
+        extension_fraction=0.0,
         final_learning_rate_factor=0.0,
         momentum=0.9,
         momentum_warmup_steps=50,
+        momentum_cooldown_steps=0,
         adam_betas=(0.7, 0.95),
+        adam_every=1,
+        weight_decay=0.0,
         val_loss_every=150,
         val_tokens=262_144,
         dtype="float32",
@@ -269,9 +360,10 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     import jax.numpy as jnp
 
     from nanogpt.attention import choose_attention
-    from nanogpt.batches import Rows, ValidationRows, prefetch, train_batch
+    from nanogpt.batches import RowOrder, ValidationRows, prefetch, train_batch
     from nanogpt.checkpoint import Checkpoints, load_state, newest_checkpoint
     from nanogpt.compilation import compile_all, first_that_fits, use_compilation_cache
+    from nanogpt.environment import environment
     from nanogpt.hardware import (
         activation_bytes,
         device_memory,
@@ -286,23 +378,32 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     use_device(hp.device)
     use_compilation_cache()
     mesh = make_mesh()
-    device, T = mesh.devices.flat[0], hp.sequence_length
-    rows_per_step = hp.rows_per_step(mesh.size)  # per device: Ng micro-batches of batch_size rows
+    device = mesh.devices.flat[0]
+    schedule, stages, V = hp.schedule, range(len(hp.stages)), hp.model.vocab_size
+    rows_per_step = [hp.rows_per_step(stage, mesh.size) for stage in stages]  # of each device
     data = find_data(hp)
-    rows = Rows(data.train_files, T, hp.seed, hp.shuffle, hp.model.vocab_size)
-    val_rows = ValidationRows(data.val_files, T, hp.val_tokens, hp.model.vocab_size)
+    order = RowOrder(partial(rows_of, hp, data), schedule, hp.shuffle)
+    order(hp.num_steps)  # raises ShardError where the shards hold no row of some stage
+    val_rows = [
+        ValidationRows(data.val_files, schedule.row_length(stage), hp.val_tokens, V)
+        for stage in stages
+    ]
 
-    # The model and its optimizer.
-    attention, attention_line = choose_attention(hp.model, T, hp.dtype)
-    graph = graph_of(hp.model, Kernels(attention, hp.loss_kernel, hp.fp8_head))
+    # The model as each stage trains it, and its optimizer.
+    configs = [schedule.model(hp.model, stage) for stage in stages]
+    attention, attention_line = choose_attention(configs, hp.sequence_length, hp.dtype)
+    kernels = Kernels(attention, hp.loss_kernel, hp.fp8_head)
     optimizer = optimizer_of(hp, mesh)
     init = make_init(hp.model, optimizer, mesh)
     key = jax.random.key(hp.seed)
 
     # Rows per device and pass: as asked for, or what should fit.
-    row_bytes = T * activation_bytes(hp.model, T, hp.dtype, flash=attention != "xla")
+    row_bytes = hp.sequence_length * activation_bytes(
+        hp.model, hp.sequence_length, hp.dtype, flash=attention != "xla"
+    )
     memory = device_memory(device)
-    batch_size = hp.batch_size or largest_batch(rows_per_step, row_bytes, memory)
+    fewest = gcd(*(schedule.tokens_per_step(s) // hp.sequence_length for s in stages)) // mesh.size
+    batch_size = hp.batch_size or largest_batch(fewest, row_bytes, memory)
 
     folder = Path(hp.resume) if hp.resume else new_folder(Path("runs"), hp.run_name, hp.preset)
     with (
@@ -318,13 +419,22 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             return 0
         if checkpoint:
             check_same_data(folder, facts["data"], data.sizes)
+            told = facts["tokens"], schedule.tokens(checkpoint.step)
+            if told[0] != told[1]:
+                raise ConfigError(
+                    f"num_steps cannot change to {hp.num_steps} while {folder} is resumed: its "
+                    f"stages would have had {told[1]:,} tokens by now instead of {told[0]:,}."
+                )
             run.rewind(checkpoint.step - 1 if unvalidated else checkpoint.step)
             run.say(f"resuming {folder} after step {checkpoint.step}")
-        run.configure(asdict(replace(hp, resume=None)))
+        run.configure(asdict(replace(hp, resume=None)), environment())
+        per_step = dict.fromkeys(map(schedule.tokens_per_step, stages))
+        per_pass = batch_size * hp.sequence_length * mesh.size
         run.say(
             f"{hp.preset} preset | {data.name} | {mesh.size} x {device.device_kind} | Ng = "
-            f"{hp.total_batch_size:,} / ({batch_size} * {T} * {mesh.size}) = "
-            f"{rows_per_step // batch_size}"
+            f"{', '.join(f'{tokens:,}' for tokens in per_step)} / "
+            f"({batch_size} * {hp.sequence_length} * {mesh.size}) = "
+            f"{', '.join(f'{tokens // per_pass}' for tokens in per_step)}"
         )
         run.say(attention_line)
         if hp.batch_size is None:
@@ -334,71 +444,92 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
                 f"of activations in {size} of memory"
             )
 
-        def read_batch(step: int, shape: tuple[int, int]) -> jax.Array:
-            """The batch [Ng, R, T + 1] of an optimizer step; R rows over all devices."""
-            read = partial(train_batch, rows, (step - 1) * hp.total_batch_size, shape)
-            return put(mesh, BATCH, (*shape, T + 1), read)
+        def shape_of(stage: int, batch_size: int) -> tuple[int, int]:
+            """Micro-batches per step, Ng, and rows of each over all devices, R."""
+            rows = batch_size * hp.sequence_length // schedule.row_length(stage)
+            return rows_per_step[stage] // rows, rows * mesh.size
+
+        def read_batch(step: int, shapes: list[tuple[int, int]]) -> jax.Array:
+            """The batch [Ng, R, T + 1] of an optimizer step."""
+            stage = schedule.stage(step)
+            rows, number = order(step)
+            read = partial(train_batch, rows, number, shapes[stage])
+            return put(mesh, BATCH, (*shapes[stage], schedule.row_length(stage) + 1), read)
 
         def prepare(batch_size: int) -> tuple:
-            """Compile the steps, and try one: what is slow or fails at first does so here."""
-            Ng, R = rows_per_step // batch_size, batch_size * mesh.size
+            """Compile every stage, and try each: what is slow or fails at first does so here."""
+            shapes = [shape_of(stage, batch_size) for stage in stages]
             state = shapes_on(mesh, REPLICATED, jax.eval_shape(init, key))
-            batch = shapes_on(mesh, BATCH, jax.ShapeDtypeStruct((Ng, R, T + 1), jnp.int32))
-            val_batch = shapes_on(mesh, ROWS, jax.ShapeDtypeStruct((R, T + 1), jnp.int32))
-            train_step = make_train_step(graph, optimizer, mesh, hp.dtype, hp.skip_spikes)
-            eval_step = make_eval_step(graph, mesh, hp.dtype)
-            steps, seconds = compile_all(
-                {
-                    "training step": train_step.lower(state, batch),
-                    "validation": eval_step.lower(state.params, val_batch),
-                },
-                run.console,
-            )
-            batch = read_batch(first, (Ng, R))
-            jax.block_until_ready(steps["training step"](init(key), batch))
-            return (Ng, R), *steps.values(), seconds
+            rates = Rates(*[jax.ShapeDtypeStruct((), jnp.float32)] * 2)
+            lowered = {}
+            for stage in ahead:
+                graph, (Ng, R) = graph_of(configs[stage], kernels), shapes[stage]
+                rows = jax.ShapeDtypeStruct((R, schedule.row_length(stage) + 1), jnp.int32)
+                batch = jax.ShapeDtypeStruct((Ng, *rows.shape), jnp.int32)
+                weights = hp.stages[stage].target_weights
+                train_step = make_train_step(
+                    graph, optimizer, mesh, hp.dtype, hp.skip_spikes, weights
+                )
+                eval_step = make_eval_step(graph, mesh, hp.dtype)
+                lowered["training step", stage] = train_step.lower(
+                    state, shapes_on(mesh, BATCH, batch), rates
+                )
+                lowered["validation", stage] = eval_step.lower(
+                    state.params, shapes_on(mesh, ROWS, rows)
+                )
+            programs, seconds = compile_all(lowered, run.console)
+            for stage, step in ahead.items():
+                batch, train_step = read_batch(step, shapes), programs["training step", stage]
+                jax.block_until_ready(train_step(init(key), batch, schedule.rates(step)))
+            return shapes, programs, seconds
 
         def say_smaller(failed: int, smaller: int) -> None:
             run.say(
                 f"out of memory with micro-batches of {failed} rows: now {smaller}, "
-                f"Ng = {rows_per_step // smaller}"
+                f"Ng = {shape_of(0, smaller)[0]}"
             )
+
+        # The stages that are left, each with its first step; a validation to be made up for is of
+        # the step before.
+        ahead = {}
+        for step in range(first - 1 if unvalidated else first, hp.num_steps + 1):
+            ahead.setdefault(schedule.stage(step), step)
 
         # Everything is compiled before the first step.
         start = time.perf_counter()
-        shape, train_step, eval_step, seconds = first_that_fits(prepare, batch_size, say_smaller)
-        shapes = shapes_on(mesh, REPLICATED, jax.eval_shape(init, key))
-        state = load_state(checkpoint, shapes) if checkpoint else init(key)
-        each = ", ".join(f"{name} {took:.1f} s" for name, took in seconds.items())
+        shapes, programs, seconds = first_that_fits(prepare, batch_size, say_smaller)
+        state_shapes = shapes_on(mesh, REPLICATED, jax.eval_shape(init, key))
+        state = load_state(checkpoint, state_shapes) if checkpoint else init(key)
+        each = ", ".join(f"{what} {took:.1f} s" for (what, _), took in seconds.items())
         ready = time.perf_counter() - start
         run.say(f"compiled ({each}) and tried in {ready:.1f} s, in no time given below")
         run.table(
             {
                 "run": str(run.folder),
                 "parameters": f"{sum(p.size for p in jax.tree.leaves(state.params)):,}",
-                "tokens": f"{hp.num_steps:,} steps x {hp.total_batch_size:,} "
-                f"= {hp.num_steps * hp.total_batch_size:,}; an epoch has {len(rows) * T:,}",
+                "tokens": f"{schedule.tokens(hp.num_steps):,} in {hp.num_steps:,} steps",
                 "dtype": hp.dtype,
             }
         )
 
         def validate() -> float | None:
             """The loss on the validation tokens; None if broken off."""
-            R, sums = shape[1], []
-            for row in range(0, len(val_rows), R):
+            stage, sums = schedule.stage(step), []
+            (_, R), T, rows = shapes[stage], schedule.row_length(stage), val_rows[stage]
+            for row in range(0, len(rows), R):
                 if interruption.hurries:
                     return None
-                batch = put(mesh, ROWS, (R, T + 1), partial(val_rows, row, R))
-                sums.append(eval_step(state.params, batch))
+                batch = put(mesh, ROWS, (R, T + 1), partial(rows, row, R))
+                sums.append(programs["validation", stage](state.params, batch))
             return sum(map(float, sums)) / hp.val_tokens
 
-        flops = flops_per_token(hp.model, T)
+        flops = [flops_per_token(configs[stage], schedule.row_length(stage)) for stage in stages]
         progress = Progress(
             run,
-            hp.num_steps,
-            hp.total_batch_size,
-            learning_rate_factor=schedule_of(hp),
-            utilization=lambda rate: utilization(rate, flops, device.device_kind, mesh.size),
+            schedule,
+            utilization=lambda step, rate: utilization(
+                rate, flops[schedule.stage(step)], device.device_kind, mesh.size
+            ),
             training_seconds=facts.get("training_seconds", 0.0),
         )
 
@@ -409,7 +540,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             checkpoints.save(
                 state,
                 {
-                    "tokens": step * hp.total_batch_size,
+                    "tokens": schedule.tokens(step),
                     "training_seconds": progress.training_seconds,
                     "unvalidated": progress.unvalidated,
                     "data": data.sizes,
@@ -425,10 +556,11 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             if interruption.hurries:
                 return interruption.exit_status
         progress.paused()
-        batches = prefetch(partial(read_batch, shape=shape), range(first, hp.num_steps + 1))
+        batches = prefetch(partial(read_batch, shapes=shapes), range(first, hp.num_steps + 1))
         try:
             for step, batch in enumerate(batches, start=first):
-                state, metrics = train_step(state, batch)
+                train_step = programs["training step", schedule.stage(step)]
+                state, metrics = train_step(state, batch, schedule.rates(step))
                 progress.started(step, metrics)
                 last = step == hp.num_steps
                 if last or (hp.val_loss_every and step % hp.val_loss_every == 0):
@@ -453,19 +585,11 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             return interruption.exit_status
 
         if hp.sample_tokens:
-            run.say(sample(hp, graph, state.params))
+            run.say(sample(hp, graph_of(configs[schedule.stage(step)], kernels), state.params))
         return 0
 
 
-def schedule_of(hp: Hyperparameters) -> "Callable[[int | Array], float | Array]":
-    """What the rates are multiplied with, by count of updates."""
-    from nanogpt.optimizer import learning_rate_factor
-
-    settings = (hp.num_steps, hp.cooldown_fraction, hp.final_learning_rate_factor)
-    return partial(learning_rate_factor, *settings)
-
-
-def optimizer_of(hp: Hyperparameters, mesh: "Mesh") -> "GradientTransformation":
+def optimizer_of(hp: Hyperparameters, mesh: "Mesh") -> "GradientTransformationExtraArgs":
     """The optimizer of the run; Muon computes in bfloat16 where there are matrix units for it."""
     import jax.numpy as jnp
 
@@ -473,14 +597,13 @@ def optimizer_of(hp: Hyperparameters, mesh: "Mesh") -> "GradientTransformation":
 
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return make_optimizer(
-        schedule=schedule_of(hp),
         learning_rate=hp.learning_rate,
         embedding_learning_rate=hp.embedding_learning_rate,
         head_learning_rate=hp.head_learning_rate,
         scalar_learning_rate=hp.scalar_learning_rate,
-        momentum=hp.momentum,
-        momentum_warmup_steps=hp.momentum_warmup_steps,
+        neuron_decay=hp.neuron_decay,
         adam_betas=hp.adam_betas,
+        adam_every=hp.adam_every,
         weight_decay=hp.weight_decay,
         newton_schulz_dtype=jnp.float32 if on_cpu else jnp.bfloat16,
         mesh=mesh,
@@ -529,6 +652,22 @@ def find_data(hp: Hyperparameters) -> Data:
             sizes.append((file.name, len(tokens)))
     total = sum(count for _, count in sizes)
     return Data(train_files, val_files, f"{name}, {total:,} tokens", sizes)
+
+
+def rows_of(hp: Hyperparameters, data: Data, T: int, start: int) -> "Rows":
+    """The training rows of T + 1 tokens, from an offset of the data on."""
+    from nanogpt.batches import Rows
+
+    return Rows(
+        data.train_files,
+        T,
+        hp.seed,
+        hp.shuffle,
+        hp.model.vocab_size,
+        separator=TOKENIZERS[hp.tokenizer].separator,
+        max_document=hp.max_document_length,
+        start=start,
+    )
 
 
 def sample(hp: Hyperparameters, graph: "nnx.GraphDef", params: "Params") -> str:

@@ -19,18 +19,19 @@ from jaxtyping import Array, Float
 
 from benchmarks.results import save
 from nanogpt.attention import reference_attention, visible
-from nanogpt.model import norm, project, rotary
+from nanogpt.config import GPTConfig
+from nanogpt.model import norm, project
+from nanogpt.rotary import rotary, rotation
 
 B, T, N, H = 4, 128, 2, 64  # a micro-batch of the laptop preset
 D = N * H
 ROUNDS = 300
-BASE, SCALE = 1024.0, 0.12
+SPEED, SCALE = rotation(GPTConfig(width=D, num_heads=N))
 
 
 def rotary_by_concatenation(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
     """The textbook form: split each head in halves, turn, concatenate."""
-    speed = np.concatenate([BASE ** -np.linspace(0, 1, H // 4), np.zeros(H // 4)])
-    angle = np.arange(T)[:, None, None] * speed
+    angle = np.arange(T)[:, None, None] * SPEED
     cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
     left, right = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([left * cos + right * sin, right * cos - left * sin], axis=-1)
@@ -54,7 +55,7 @@ def qkv_einsum(x: Array, w: Array) -> Array:
 
 def rotary_by_reversal(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
     """The model's form: the two halves change places along an axis of their own."""
-    return rotary(x, BASE)
+    return rotary(x, SPEED)
 
 
 def layer(

@@ -1,18 +1,18 @@
 """How long one optimizer step takes on this device: by variant, by part, and what it could take.
 
     .venv/bin/python -m benchmarks.gpu_step
-    .venv/bin/python -m benchmarks.gpu_step --trace FOLDER
+    .venv/bin/python -m benchmarks.gpu_step --stage 1 --trace FOLDER
 
-One run of some minutes, with the `speedrun` preset on random tokens, measures
+One run of some minutes, with a stage of the `speedrun` preset on random tokens, measures
 
     steps       the whole step of train_gpt.py, and the same with one thing changed: the kernel of
-                attention or loss, the precision of the head, the rows of a micro-batch, Adam in
-                place of Muon; then the fastest of each together, and the first one again, so that
-                a drift of the device shows
+                attention or loss, the precision of the head, the rows of a micro-batch, the rule
+                of the matrices, one target where the stage has several; then the fastest of each
+                together, and the first one again, so that a drift of the device shows
     products    every product of two matrices of a micro-batch, forward and backward
-    attention   one layer of a micro-batch, forward and backward: by kernel, sequence and window
+    attention   one layer of a micro-batch, forward and backward: by kernel and window
     loss        head and loss of a micro-batch, forward and backward
-    optimizer   the update, and what it is made of
+    optimizer   the update, and what it is made of: a mean over steps with and without Adam
     parts       from these: where the time of the step goes, and the floor of each part
 
 What fails, or disagrees with XLA's results, says so in its row, and the rest goes on. The figures
@@ -28,8 +28,8 @@ The floor of a part is what it must compute or move, at the peak of the device's
     products, attention   2 FLOPs per multiplication that the mathematics needs; backward twice what
                           is needed forward; of the attention only the half that is visible
     loss                  the logits read once and their gradient written once, 2 bytes each
-    optimizer             weights and momenta read and written and gradients read, 4 bytes each,
-                          then the FLOPs of Muon's iteration
+    optimizer             weights, momenta and what Adam gathers read and written, and gradients
+                          read, 4 bytes each, then the FLOPs of Muon's polynomials
 """
 
 import os
@@ -47,7 +47,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -62,16 +62,18 @@ from nanogpt.attention import attention, choose_attention
 from nanogpt.compilation import use_compilation_cache
 from nanogpt.config import AttentionKernel, GPTConfig, Kernels, LossKernel
 from nanogpt.hardware import PEAK_BANDWIDTH, PEAK_FLOPS, flops_per_token, utilization
-from nanogpt.loss import linear_cross_entropy
+from nanogpt.loss import Softcap, linear_cross_entropy
 from nanogpt.mesh import BATCH, REPLICATED, make_mesh, put, shapes_on
-from nanogpt.muon import NEWTON_SCHULZ_STEPS, scale_by_muon
+from nanogpt.muon import POLAR_EXPRESS, scale_by_muon
 from nanogpt.optimizer import group
+from nanogpt.schedule import Stage
 from nanogpt.step import graph_of, init_params, make_init, make_train_step
 from train_gpt import PRESETS, Hyperparameters, optimizer_of
 
 Figures = dict[str, Any]  # of one row, as they are saved
 Job = tuple[str, str, Callable[[], Figures]]  # section, row, and what measures it
 Work = Callable[..., PyTree]  # (last result, *arguments) to the next result
+Rule = Literal["NorMuon", "Muon", "Adam"]  # of the matrices; Adam is then that of all parameters
 WARM_UP = 3  # calls, or steps, before the clock starts
 TOLERANCE = 0.1  # relative error: bfloat16 makes 1 %, 8-bit floats 3 %, mistakes about 100 %
 LOSS_TOLERANCE = 0.5  # nats, after some steps that differ in rounding
@@ -84,6 +86,8 @@ ADAM = frozenset({"embedding", "head", "scalar"})  # groups of parameters; Muon'
 class Options:
     """Time the optimizer step of the speedrun preset, its variants and its parts."""
 
+    stage: Literal[1, 2, 3, 4] = 3
+    """Which stage of the preset; the third has the largest batch."""
     trace: Path | None = None
     """Folder for a profile of three steps, to look at with XProf or Perfetto."""
     tiny: bool = False
@@ -95,9 +99,8 @@ class Size:
     """What is measured, and how often."""
 
     hp: Hyperparameters  # its batch_size is that of the base
-    other_batch_sizes: tuple[int, ...]
     rounds: int  # of a part in one call
-    calls: int  # or steps, between two looks at the clock
+    calls: int  # or steps, between two looks at the clock; even, as Adam rests in every second
     repeats: int  # of which the median counts
 
     @property
@@ -111,13 +114,30 @@ class Size:
         return self.hp.total_batch_size // self.tokens
 
 
+def stage_alone(hp: Hyperparameters, stage: int) -> Hyperparameters:
+    """A run that has this stage only, counted from 0, and as many tokens in a micro-batch."""
+    T, weights = hp.schedule.row_length(stage), hp.stages[stage].target_weights
+    return replace(
+        hp,
+        batch_size=hp.batch_size * hp.sequence_length // T,
+        sequence_length=T,
+        total_batch_size=hp.schedule.tokens_per_step(stage),
+        stages=(Stage(target_weights=weights),),
+        model=hp.schedule.model(hp.model, stage),
+    )
+
+
 SPEEDRUN = PRESETS["speedrun"]
-FULL = Size(replace(SPEEDRUN, batch_size=64), (32, 128), rounds=20, calls=3, repeats=5)
-TINY_MODEL = GPTConfig(256, num_layers=2, num_heads=2, width=64, mlp_width=256, value_embeddings=1)
-TINY = Size(
-    replace(SPEEDRUN, batch_size=2, sequence_length=64, total_batch_size=256, model=TINY_MODEL),
-    *((1,), 2, 1, 2),
+FULL = Size(replace(SPEEDRUN, batch_size=32), rounds=20, calls=4, repeats=5)
+TINY_MODEL = replace(
+    SPEEDRUN.model,
+    **{"vocab_size": 256, "num_layers": 3, "num_heads": 2, "width": 64, "mlp_width": 256},
+    **{"mlp_only": (1,), "key_offset": (2,), "paired_heads": (2,), "backout": 1},
+    **{"value_embeddings": 1, "bigram_buckets": 128},
 )
+TINY_STAGES = tuple(replace(stage, windows=(16, 16, 48)) for stage in SPEEDRUN.stages)
+TINY_BATCH = {"batch_size": 2, "sequence_length": 64, "total_batch_size": 768}
+TINY = Size(replace(SPEEDRUN, stages=TINY_STAGES, model=TINY_MODEL, **TINY_BATCH), 2, 2, 2)
 
 
 @dataclass(frozen=True)
@@ -126,9 +146,10 @@ class Variant:
 
     attention: AttentionKernel
     batch_size: int
+    target_weights: tuple[float, ...] = (1.0,)
     loss: LossKernel = "xla"
     fp8_head: bool = False
-    muon: bool = True
+    rule: Rule = "NorMuon"
 
 
 class Unmeasured(Exception):
@@ -139,18 +160,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure everything, print tables, save the figures, and return the exit status."""
     options = tyro.cli(Options, args=arguments)
     use_compilation_cache()
-    measure_all(TINY if options.tiny else FULL, options)
+    size = TINY if options.tiny else FULL
+    measure_all(replace(size, hp=stage_alone(size.hp, options.stage - 1)), options)
     return 0
 
 
 def measure_all(size: Size, options: Options) -> None:
     """The whole run."""
     hp, device = size.hp, jax.devices()[0].device_kind
-    kernel, why = choose_attention(hp.model, hp.sequence_length, hp.dtype)
-    base = Variant(kernel, hp.batch_size)
-    print(f"{device} | {why} | {hp.total_batch_size:,} tokens per step")
-    figures = defaultdict(dict) | {"device": device, "attention_of_base": why}
-    name, lower = "gpu_step" + "_tiny" * options.tiny, floors(hp, device)
+    kernel, why = choose_attention([hp.model], hp.sequence_length, hp.dtype)
+    base = Variant(kernel, hp.batch_size, hp.stages[0].target_weights)
+    shape = f"{hp.total_batch_size:,} tokens per step, in rows of {hp.sequence_length:,}"
+    print(f"{device} | {why} | stage {options.stage}: {shape}")
+    figures = defaultdict(dict) | {"device": device, "attention_of_base": why, "of_stage": shape}
+    name, lower = f"gpu_step_stage_{options.stage}" + "_tiny" * options.tiny, floors(hp, device)
 
     def record(section: str, row: str, measure: Callable[[], Figures]) -> None:
         figures[section][row] = found = attempt(measure)
@@ -159,7 +182,7 @@ def measure_all(size: Size, options: Options) -> None:
         with redirect_stdout(StringIO()):
             save(name, figures)
 
-    step, variants = partial(measure_step, size, figures["steps"]), variants_of(size, base)
+    step, variants = partial(measure_step, size, figures["steps"]), variants_of(base)
     jobs = [("steps", row, partial(step, variant)) for row, variant in variants.items()]
     jobs += part_jobs(size, kernel)
     # The project's own kernels last: one that reads a wrong address spoils the device for the rest
@@ -191,11 +214,14 @@ def attempt(measure: Callable[[], Figures]) -> Figures:
 # Whole steps.
 
 
-def variants_of(size: Size, base: Variant) -> dict[str, Variant]:
+def variants_of(base: Variant) -> dict[str, Variant]:
     """The base, and what differs from it in one thing."""
+    R = base.batch_size
     others = {
-        **{f"{rows} rows": replace(base, batch_size=rows) for rows in size.other_batch_sizes},
-        "Adam for all": replace(base, muon=False),
+        **{f"{rows} rows": replace(base, batch_size=rows) for rows in (R // 2, 2 * R)},
+        "Adam for all": replace(base, rule="Adam"),
+        "plain Muon": replace(base, rule="Muon"),
+        "one target": replace(base, target_weights=(1.0,)),
         "FP8 head": replace(base, fp8_head=True),
         **{f"{k} attention": replace(base, attention=k) for k in ("cudnn", "xla", "pallas")},
         "pallas loss": replace(base, loss="pallas"),
@@ -218,29 +244,26 @@ def fastest_of_each(base: Variant, variants: dict[str, Variant], figures: Figure
     return best
 
 
-def make_rules(hp: Hyperparameters, muon: bool) -> Any:
-    """The optimizer of train_gpt.py, or Adam for all parameters."""
-    if not muon:
-        return optax.adam(hp.head_learning_rate, *hp.adam_betas)
-    return optimizer_of(hp, make_mesh(1))
-
-
-def newton_schulz_dtype() -> Any:
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+def make_rules(hp: Hyperparameters, rule: Rule) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of train_gpt.py, with or without NorMuon, or Adam for all parameters."""
+    if rule == "Adam":
+        return optax.with_extra_args_support(optax.adam(hp.head_learning_rate, *hp.adam_betas))
+    neuron_decay = hp.neuron_decay if rule == "NorMuon" else None
+    return optimizer_of(replace(hp, neuron_decay=neuron_decay), make_mesh(1))
 
 
 @cache  # for the base that is measured again
 def compile_step(size: Size, variant: Variant) -> tuple[Callable, Compiled, float]:
     """What makes the first state, the compiled step, and the seconds to compile that."""
     hp, mesh = size.hp, make_mesh(1)
-    rules = make_rules(hp, variant.muon)
+    rules = make_rules(hp, variant.rule)
     init = make_init(hp.model, rules, mesh)
-    kernels = Kernels(variant.attention, variant.loss, variant.fp8_head)
-    step = make_train_step(graph_of(hp.model, kernels), rules, mesh, hp.dtype)
+    graph = graph_of(hp.model, Kernels(variant.attention, variant.loss, variant.fp8_head))
+    step = make_train_step(graph, rules, mesh, hp.dtype, target_weights=variant.target_weights)
     state = shapes_on(mesh, REPLICATED, jax.eval_shape(init, jax.random.key(0)))
-    batch = jax.ShapeDtypeStruct(batch_shape(hp, variant), jnp.int32)
+    batch = shapes_on(mesh, BATCH, jax.ShapeDtypeStruct(batch_shape(hp, variant), jnp.int32))
     start = time.perf_counter()
-    compiled = step.lower(state, shapes_on(mesh, BATCH, batch)).compile()
+    compiled = step.lower(state, batch, hp.schedule.rates(1)).compile()
     return init, compiled, time.perf_counter() - start
 
 
@@ -253,12 +276,12 @@ def batch_shape(hp: Hyperparameters, variant: Variant) -> tuple[int, int, int]:
 def start_training(size: Size, variant: Variant) -> tuple[Callable[[PyTree], PyTree], PyTree]:
     """`advance` and `carry`, the state and the metrics after some steps from the same start."""
     init, step, _ = compile_step(size, variant)
-    shape = batch_shape(size.hp, variant)
+    shape, rates = batch_shape(size.hp, variant), size.hp.schedule.rates(1)
     tokens = np.random.default_rng(0).integers(size.hp.model.vocab_size, size=shape)
     batch = put(make_mesh(1), BATCH, shape, tokens.astype(np.int32).__getitem__)
 
     def advance(carry: PyTree) -> PyTree:
-        return step(carry[0], batch)
+        return step(carry[0], batch, rates)
 
     carry = (init(jax.random.key(0)), None)
     for _ in range(WARM_UP):
@@ -276,7 +299,7 @@ def measure_step(size: Size, steps: Figures, variant: Variant) -> Figures:
     advance, carry = start_training(size, variant)
     loss = float(carry[1]["loss"])
     expected = base.get("last_loss", loss)
-    if variant.muon and not abs(loss - expected) < LOSS_TOLERANCE:  # NaN, too, is no agreement
+    if variant.rule != "Adam" and not abs(loss - expected) < LOSS_TOLERANCE:  # as NaN is not
         raise Unmeasured(
             f"After {WARM_UP} steps its loss is {loss:.2f}, the base's {expected:.2f}."
         )
@@ -324,55 +347,49 @@ def trace_steps(size: Size, variant: Variant, folder: Path) -> Figures:
 
 def part_jobs(size: Size, kernel: AttentionKernel) -> list[Job]:
     """Everything that is timed alone; `kernel` is that of the base."""
-    c, T = size.hp.model, size.hp.sequence_length
-    of_model = [(T, window) for window in windows(c)]
-    elsewhere = [(T, 3 * T // 8), (2 * T, None), (2 * T, 3 * T // 8)]
-    places = {"cudnn": of_model + elsewhere, "pallas": of_model + elsewhere}
-    kernels = dict.fromkeys([kernel, "cudnn", "xla", "pallas"])
+    c = size.hp.model
     product, loss = partial(measure_product, size), partial(measure_loss, size)
     attend, update = partial(measure_attention, size), partial(measure_update, size)
     return [
         *(
-            ("products", product_row(name, way, fp8), partial(product, shape, way, fp8))
-            for name, shape in product_shapes(c).items()
-            for fp8 in ([False, True] if name == "head" else [False])
+            ("products", f"{name}, {way}", partial(product, shape, way))
+            for name, (*shape, _) in products(c).items()
             for way in DIRECTIONS
         ),
         *(("loss", loss_row(*which), partial(loss, *which)) for which in LOSSES),
         *(
-            ("attention", attention_row(kernel, *place), partial(attend, kernel, *place))
-            for kernel in kernels
-            for place in dict.fromkeys(places.get(kernel, of_model))
+            ("attention", attention_row(kernel, *which), partial(attend, kernel, *which))
+            for kernel in dict.fromkeys([kernel, "cudnn", "xla", "pallas"])
+            for which in dict.fromkeys(attentions(c))
         ),
-        ("optimizer", "Muon and Adam", partial(update, True, {"muon", *ADAM})),
-        ("optimizer", "Muon's part", partial(update, True, {"muon"})),
+        ("optimizer", "Muon and Adam", partial(update, "NorMuon", {"muon", *ADAM})),
+        ("optimizer", "Muon's part", partial(update, "NorMuon", {"muon"})),
+        ("optimizer", "the same, plain", partial(update, "Muon", {"muon"})),
         ("optimizer", "orthogonalisation in it", partial(measure_orthogonalisation, size)),
-        ("optimizer", "Adam's part", partial(update, True, ADAM)),
-        ("optimizer", "Adam for all", partial(update, False, {"muon", *ADAM})),
+        ("optimizer", "Adam's part", partial(update, "NorMuon", ADAM)),
     ]
-
-
-def product_row(name: str, way: str, fp8: bool) -> str:
-    return f"{name}, {way}" + ", FP8" * fp8
 
 
 def loss_row(kernel: LossKernel, fp8: bool) -> str:
     return f"{kernel}" + ", FP8" * fp8
 
 
-def attention_row(kernel: AttentionKernel, T: int, window: int | None) -> str:
-    return f"{kernel}, T {T}" + (f", window {window}" if window else "")
+def attention_row(kernel: AttentionKernel, window: int, paired: bool) -> str:
+    return f"{kernel}, window {window}" + ", paired" * paired
 
 
-def windows(config: GPTConfig) -> list[int | None]:
-    """The window of every layer."""
-    return [config.window(layer) for layer in range(config.num_layers)]
+def attentions(config: GPTConfig) -> list[tuple[int, bool]]:
+    """The window of every attention, and whether its heads are paired."""
+    layers = (layer for layer in range(config.num_layers) if layer not in config.mlp_only)
+    return [(config.window(layer), layer in config.paired_heads) for layer in layers]
 
 
-def product_shapes(config: GPTConfig) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of the four matrices of a block, and of the head."""
+def products(config: GPTConfig) -> dict[str, tuple[int, int, int]]:
+    """Inputs and outputs of each kind of matrix, and how many there are; the head is the last."""
     D, F, V = config.width, config.mlp_width, config.padded_vocab_size
-    return {"qkv": (D, 3 * D), "out": (D, D), "up": (D, F), "down": (F, D), "head": (D, V)}
+    L, attentions = config.num_layers, config.num_attentions
+    of_attention = {"qkv": (D, 3 * D, attentions), "out": (D, D, attentions)}
+    return of_attention | {"up": (D, F, L), "down": (F, D, L), "head": (D, V, 1)}
 
 
 def looped(work: Work, rounds: int) -> Callable[[tuple], tuple]:
@@ -404,9 +421,9 @@ def part_ms(size: Size, work: Work, arguments: list[Array], result: PyTree = Non
     return median_ms(size, advance, carry) / size.rounds
 
 
-def with_rate(ms: float, flops: float, bf16: bool = True) -> Figures:
-    """The time and the FLOP/s, also as a share of the peak, which is known for bfloat16 only."""
-    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind) if bf16 else None
+def with_rate(ms: float, flops: float) -> Figures:
+    """The time and the FLOP/s, also as a share of the peak."""
+    peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     rate = flops / ms * 1e3
     return {"ms": ms, "tflops": rate / 1e12, "of_peak": peak and rate / peak}
 
@@ -430,55 +447,49 @@ def random(*shape: int, dtype: Any = jnp.bfloat16) -> Array:
     return jnp.tile(drawn, (shape[0] // rows, *[1] * (len(shape) - 1)))
 
 
-def measure_product(size: Size, shape: tuple[int, int], way: str, fp8: bool) -> Figures:
-    """One product of a micro-batch; in 8 bits with the types and sums of nanogpt/loss.py."""
+def measure_product(size: Size, shape: tuple[int, int], way: str) -> Figures:
+    """One product of a micro-batch."""
     inputs, outputs = shape
-    values, gradients = (jnp.float8_e4m3fn, jnp.float8_e5m2) if fp8 else (jnp.bfloat16,) * 2
-    x, dy = (size.tokens, inputs, values), (size.tokens, outputs, gradients)
-    weight = (inputs, outputs, values)
-    a, b, axis_of_a, axis_of_b = {
-        "forward": (x, weight, 1, 0),
-        "d-input": (dy, weight, 1, 1),
-        "d-weight": (x, dy, 0, 0),
+    x, dy, weight = (size.tokens, inputs), (size.tokens, outputs), (inputs, outputs)
+    formula, a, b = {
+        "forward": ("ni,io->no", x, weight),
+        "d-input": ("no,io->ni", dy, weight),
+        "d-weight": ("ni,no->io", x, dy),
     }[way]
-    how = {"preferred_element_type": jnp.bfloat16}
-    if fp8 and way != "forward":
-        how = {"preferred_element_type": jnp.float32, "precision": jax.lax.Precision.HIGHEST}
-
-    def work(_, a: Array, b: Array) -> Array:
-        summed = (((axis_of_a,), (axis_of_b,)), ((), ()))
-        return jax.lax.dot_general(a, b, summed, **how).astype(jnp.bfloat16)
-
-    arguments = [random(*sizes, dtype=dtype) for *sizes, dtype in (a, b)]
-    return with_rate(part_ms(size, work, arguments), 2 * size.tokens * inputs * outputs, not fp8)
+    arguments = [random(*a), random(*b)]
+    ms = part_ms(size, lambda _, a, b: jnp.einsum(formula, a, b), arguments)
+    return with_rate(ms, 2 * size.tokens * inputs * outputs)
 
 
-def measure_attention(size: Size, kernel: AttentionKernel, T: int, window: int | None) -> Figures:
+def measure_attention(size: Size, kernel: AttentionKernel, window: int, paired: bool) -> Figures:
     """Attention and its gradients, of one layer and the tokens of a micro-batch."""
-    c = size.hp.model
+    c, B, times = size.hp.model, size.hp.batch_size, 1 + paired
+    T, N, window = times * size.hp.sequence_length, c.num_heads // times, times * window
 
     def work(_, q: Array, k: Array, v: Array, gradient: Array, kernel: str = kernel) -> tuple:
         attend = partial(attention, scale=c.attention_scale, window=window, kernel=kernel)
         out, pullback = jax.vjp(attend, q, k, v)
         return out, *pullback(gradient)
 
-    arguments = list(jnp.unstack(random(size.tokens // T, T, 4, c.num_heads, c.head_size), axis=2))
+    arguments = list(jnp.unstack(random(B, T, 4, N, c.head_size), axis=2))
     if kernel != "xla":
         check_agreement(work, partial(work, kernel="xla"), [x[:1] for x in arguments])
-    keys = float(np.minimum(np.arange(1, T + 1), window or T).mean())
+    keys = float(np.minimum(np.arange(1, T + 1), window).mean())
     return with_rate(part_ms(size, work, arguments), 6 * 2 * c.width * keys * size.tokens)
 
 
 def measure_loss(size: Size, kernel: LossKernel, fp8: bool) -> Figures:
     """The head and the loss of a micro-batch, and the gradients of features and head."""
-    c, N = size.hp.model, size.tokens
+    c, N, weights = size.hp.model, size.tokens, size.hp.stages[0].target_weights
+    cap = Softcap(c.softcap, c.softcap / c.logit_scale, c.logit_shift)
 
     def work(_, features: Array, head: Array, kernel: str = kernel, fp8: bool = fp8) -> tuple:
-        targets = jnp.arange(len(features)) * 7919 % c.vocab_size
+        ahead = jnp.arange(len(features))[:, None] + jnp.arange(len(weights))
+        targets = ahead * 7919 % c.vocab_size
 
         def loss(features: Array, head: Array) -> Array:
-            each = linear_cross_entropy(features, head, targets, c.softcap, kernel=kernel, fp8=fp8)
-            return each.mean()
+            how = {"weights": weights, "kernel": kernel, "fp8": fp8}
+            return linear_cross_entropy(features, head, targets, cap, **how)[0].mean()
 
         value, gradients = jax.value_and_grad(loss, (0, 1))(features, head)
         return *gradients, value
@@ -500,66 +511,68 @@ def parameter_shapes(config: GPTConfig, groups: set[str]) -> dict[str, jax.Shape
     }
 
 
-def measure_update(size: Size, muon: bool, groups: set[str]) -> Figures:
+def measure_update(size: Size, rule: Rule, groups: set[str]) -> Figures:
     """The optimizer's update of these groups' parameters, and its addition to them."""
     shapes = parameter_shapes(size.hp.model, groups)
-    params, gradients = (
-        {name: random(*x.shape, dtype=x.dtype) for name, x in shapes.items()} for _ in range(2)
-    )
-    rules = make_rules(size.hp, muon)
+    params = {name: random(1, *x.shape, dtype=x.dtype)[0] for name, x in shapes.items()}
+    gradients = jax.tree.map(jnp.copy, list(params.values()))
+    rules, rates = make_rules(size.hp, rule), size.hp.schedule.rates(1)
 
     def work(last: tuple, *gradients: Array) -> tuple:
         params, state = last
-        updates, state = rules.update(dict(zip(shapes, gradients, strict=True)), state, params)
+        named = dict(zip(shapes, gradients, strict=True))
+        updates, state = rules.update(named, state, params, **rates._asdict())
         return optax.apply_updates(params, updates), state
 
     first = params, rules.init(params)
-    return {"ms": part_ms(size, work, list(gradients.values()), first)}
+    return {"ms": part_ms(size, work, gradients, first)}
 
 
 def measure_orthogonalisation(size: Size) -> Figures:
-    """Muon without its momentum: one that starts in each round is only a factor."""
+    """Plain Muon without its momentum: one that starts in each round is only a factor."""
     shapes = parameter_shapes(size.hp.model, {"muon"})
-    dtype = newton_schulz_dtype()
+    rule = scale_by_muon(None, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
-    def work(_, *matrices: Array) -> list[Array]:
-        rule = scale_by_muon(lambda step: 0.5, dtype)
-        return rule.update(list(matrices), rule.init(list(matrices)))[0]
+    def work(_, *matrices: Array) -> tuple[Array, ...]:
+        return rule.update(matrices, rule.init(matrices), momentum=0.5)[0]
 
     ms = part_ms(size, work, [random(*x.shape, dtype=x.dtype) for x in shapes.values()])
-    return with_rate(ms, newton_schulz_flops(size.hp.model), dtype == jnp.bfloat16)
+    return with_rate(ms, orthogonalisation_flops(size.hp.model))
 
 
 # Where the time of a step goes, and where it must go.
 
 
-def newton_schulz_flops(config: GPTConfig) -> float:
-    """FLOPs of Muon's iteration over all matrices of the blocks."""
+def orthogonalisation_flops(config: GPTConfig) -> float:
+    """FLOPs of Muon's polynomials over all matrices of the layers."""
     total = 0
     for stack in parameter_shapes(config, {"muon"}).values():
         short, long = sorted(stack.shape[-2:])
         count = math.prod(stack.shape[:-2])
         total += count * (2 * short**2 * long + 2 * short**3 + 2 * short**2 * long)
-    return float(NEWTON_SCHULZ_STEPS * total)
+    return float(len(POLAR_EXPRESS) * total)
 
 
 def floors(hp: Hyperparameters, device_kind: str) -> dict[str, float | None]:
     """Milliseconds of each part of a step at the peaks of the device; None where not known.
 
-    Muon reads weight, momentum and gradient, and writes the first two; Adam has one mean more.
+    Muon reads weight, momentum and gradient, and writes the first two. Adam has one mean more, and
+    moves these in every n-th step only: n gradients are read, and their sum is written and read
+    n - 1 times.
     """
-    c, tokens = hp.model, hp.total_batch_size
+    c, tokens, n = hp.model, hp.total_batch_size, hp.adam_every
     flops, bandwidth = (peaks.get(device_kind, math.nan) for peaks in (PEAK_FLOPS, PEAK_BANDWIDTH))
-    *of_block, head = (6 * inputs * outputs for inputs, outputs in product_shapes(c).values())
-    blocks = c.num_layers * sum(of_block)
+    *of_layers, head = (6 * math.prod(shape_and_count) for shape_and_count in products(c).values())
+    layers = sum(of_layers)
     muon, adam = (
         sum(x.size for x in parameter_shapes(c, groups).values()) for groups in ({"muon"}, ADAM)
     )
-    update = 4 * (5 * muon + 7 * adam) / bandwidth + newton_schulz_flops(c) / flops
+    read_and_written = 5 * muon + (6 + n + 2 * (n - 1)) / n * adam
+    update = 4 * read_and_written / bandwidth + orthogonalisation_flops(c) / flops
     seconds = {
-        "products of the blocks": blocks * tokens / flops,
+        "products of the layers": layers * tokens / flops,
         "products with the head": head * tokens / flops,
-        "attention": (flops_per_token(c, hp.sequence_length) - blocks - head) * tokens / flops,
+        "attention": (flops_per_token(c, hp.sequence_length) - layers - head) * tokens / flops,
         "loss": 2 * 2 * c.padded_vocab_size * tokens / bandwidth,
         "optimizer": update,
     }
@@ -572,22 +585,20 @@ def milliseconds(figures: Figures, section: str, row: str) -> float:
     return figures[section].get(row, {}).get("ms", math.nan)
 
 
-def part_times(size: Size, figures: Figures, variant: Variant) -> dict[str, float]:
-    """Milliseconds of each part of a step; NaN for what was not measured."""
+def part_times(size: Size, figures: Figures, base: Variant) -> dict[str, float]:
+    """Milliseconds of each part of the base's step; NaN for what was not measured."""
     c, Ng = size.hp.model, size.Ng
     ms = partial(milliseconds, figures)
-
-    def products(name: str, fp8: bool = False) -> float:
-        return sum(ms("products", product_row(name, way, fp8)) for way in DIRECTIONS)
-
-    *of_block, head = product_shapes(c)
-    head_ms = Ng * products(head, variant.fp8_head)
-    layers = [attention_row(variant.attention, size.hp.sequence_length, w) for w in windows(c)]
+    *of_layers, head = (
+        count * sum(ms("products", f"{name}, {way}") for way in DIRECTIONS)
+        for name, (*_, count) in products(c).items()
+    )
+    attended = [ms("attention", attention_row(base.attention, *which)) for which in attentions(c)]
     return {
-        "products of the blocks": Ng * c.num_layers * sum(map(products, of_block)),
-        "products with the head": head_ms,
-        "attention": Ng * sum(ms("attention", layer) for layer in layers),
-        "loss": Ng * ms("loss", loss_row(variant.loss, variant.fp8_head)) - head_ms,
+        "products of the layers": Ng * sum(of_layers),
+        "products with the head": Ng * head,
+        "attention": Ng * sum(attended),
+        "loss": Ng * (ms("loss", loss_row(base.loss, base.fp8_head)) - head),
         "optimizer": ms("optimizer", "Muon and Adam"),
     }
 
@@ -595,20 +606,9 @@ def part_times(size: Size, figures: Figures, variant: Variant) -> dict[str, floa
 def parts_of_step(
     size: Size, figures: Figures, base: Variant, lower: dict[str, float | None]
 ) -> dict[str, Figures]:
-    """The parts of the base's step with their floors; then, in brackets, what others take."""
+    """The parts of the base's step with their floors."""
     step, times = milliseconds(figures, "steps", "base"), part_times(size, figures, base)
     rows = times | {"rest": step - sum(times.values()), "whole step": step}
-    for kernel in ("cudnn", "xla", "pallas"):
-        other = part_times(size, figures, replace(base, attention=kernel))
-        rows[f"(attention: {kernel})"] = other["attention"]
-    for kernel, fp8 in LOSSES:
-        other = part_times(size, figures, replace(base, loss=kernel, fp8_head=fp8))
-        rows[f"(loss: {loss_row(kernel, fp8)})"] = other["loss"]
-        rows[f"(products with the head{': FP8' * fp8})"] = other["products with the head"]
-    without = milliseconds(figures, "steps", "Adam for all")
-    rows["(Muon's cost: by whole steps)"] = step - without
-    without = milliseconds(figures, "optimizer", "Adam for all")
-    rows["(Muon's cost: by updates)"] = times["optimizer"] - without
     return {
         row: {"failed": "Not all that it takes was measured."}
         if math.isnan(ms)

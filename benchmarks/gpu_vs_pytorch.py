@@ -9,18 +9,18 @@ Every side is a process of its own, and one ends before the next starts: train_g
 checkout if one is given, then train_gpt.py again, so that a drift of the device shows. The slower
 of its two runs is what the ratios compare.
 
-    train_gpt.py    the speedrun preset as a user runs it, on shards of random tokens, whose reading
+    train_gpt.py    the baseline preset as a user runs it, on shards of random tokens, whose reading
                     is in the time: the median of `step_time_s` without the first steps
     PyTorch         GPT-2 small trained as by nanoGPT (torch_gpt2.py), with the tokens on the GPU
     checkout        any command in a folder of nanoGPT or modded-nanogpt, by the times it prints:
                     the median of nanoGPT's last half, or modded-nanogpt's last step_avg
 
 The models differ. Both have 12 layers of width 768 and a head of 50,304 rows, and so the same
-matrix products. Ours has 6 heads of 128, rotary positions, query-key norm, relu², value embeddings,
-skips and a soft-capped head of its own, and is trained by Muon and Adam; GPT-2 has 12 heads of 64,
-learned positions, LayerNorm, GELU, biases and a tied head, and is trained by AdamW. So the table
-also gives model FLOPs per token and, where the device's peak is known, their utilisation (MFU). A
-checkout may train anything: its FLOPs are not guessed.
+matrix products. Ours has 6 heads of 128, rotary positions, query-key norm, relu², the value
+residual, skips and a soft-capped head of its own, and is trained by Muon and Adam; GPT-2 has 12
+heads of 64, learned positions, LayerNorm, GELU, biases and a tied head, and is trained by AdamW. So
+the table also gives model FLOPs per token and, where the device's peak is known, their utilisation
+(MFU). A checkout may train anything: its FLOPs are not guessed.
 """
 
 import json
@@ -40,7 +40,7 @@ import numpy as np
 import tyro
 
 from benchmarks.results import save
-from nanogpt.config import GPTConfig
+from nanogpt.config import GPTConfig, from_json
 from nanogpt.hardware import flops_per_token, utilization
 from nanogpt.shards import write_shard
 
@@ -86,8 +86,7 @@ class Size:
 FULL = Size(tokens_per_step=524_288, sequence_length=1024, warm_up=5, steps=20)
 TINY = Size(
     *(1024, 8, 1, 2),
-    ours="--model.num-layers 2 --model.num-heads 2 --model.width 64 --model.mlp-width 256 "
-    "--model.value-embeddings 1",
+    ours="--model.num-layers 2 --model.num-heads 2 --model.width 64 --model.mlp-width 256",
     pytorch="--layers 2 --heads 2 --width 64",
 )
 
@@ -188,7 +187,7 @@ def run_ours(size: Size) -> Figures:
         for split, tokens in (("train", steps * size.tokens_per_step), ("val", T)):
             write_shard(folder / f"{split}.bin", rng.integers(50257, size=tokens + 1))
         arguments = (
-            "--preset speedrun --train-files train.bin --val-files val.bin --val-loss-every 0 "
+            "--preset baseline --train-files train.bin --val-files val.bin --val-loss-every 0 "
             f"--val-tokens {T} --sample-tokens 0 --run-name jax --num-steps {steps} "
             f"--sequence-length {T} --total-batch-size {size.tokens_per_step} {size.ours}"
         )
@@ -197,12 +196,12 @@ def run_ours(size: Size) -> Figures:
         metrics = [json.loads(x) for x in (made / "metrics.jsonl").read_text().splitlines()]
         config = json.loads((made / "config.json").read_text())
         headline = (made / "log.txt").read_text().splitlines()[0]
-    device = re.search(r"\| 1 x (.+?) \|", headline)
+    device = re.search(r"\| 1 x ([^|]*[^| ])", headline)
     if not device:
         raise Mistake(f"train_gpt.py must run on one device: {headline}")
     milliseconds = statistics.median(1e3 * m["step_time_s"] for m in metrics[size.warm_up :])
     figures = step_figures(milliseconds, config["total_batch_size"])
-    flops = flops_per_token(GPTConfig(**config["model"]), config["sequence_length"])
+    flops = flops_per_token(from_json(GPTConfig, config["model"]), config["sequence_length"])
     return figures | {"flops_per_token": flops, "device": device[1]}
 
 

@@ -6,6 +6,9 @@ XLA compiles for a described device as it does for a present one, but for two th
 try out variants of a product, and cuDNN does not plan its kernels. So this shows what a step
 computes, keeps, moves and sends, not how fast it is. The tests read the same program.
 
+The steps are those of the stages of the `speedrun` preset and of the `baseline` preset, for one
+H200 and for eight, and of the third stage with other kernels. A few minutes.
+
 It needs JAX's CUDA plugin, and no driver: pip install -e ".[gpu-compiler]"
 """
 
@@ -15,7 +18,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -31,8 +34,9 @@ from jax.stages import Compiled
 from benchmarks.results import save
 from nanogpt.config import GPTConfig, Kernels
 from nanogpt.mesh import BATCH, REPLICATED, shapes_on
+from nanogpt.schedule import Rates
 from nanogpt.step import graph_of, make_init, make_train_step
-from train_gpt import PRESETS, optimizer_of
+from train_gpt import PRESETS, Hyperparameters, optimizer_of
 
 # What XLA asks of a device, from NVIDIA's data sheet and CUDA's deviceQuery.
 H200 = """
@@ -72,21 +76,28 @@ def compile_step(
     kernels: Kernels,
     *,
     num_devices: int = 1,
-    batch_size: int = 64,
-    sequence_length: int = 1024,
+    batch_size: int = 32,
+    sequence_length: int = 2048,
     accumulation_steps: int = 2,
+    target_weights: tuple[float, ...] = (1.0,),
+    hp: Hyperparameters = PRESETS["speedrun"],
 ) -> Compiled:
-    """A training step in bfloat16, compiled for `num_devices` H200s of one host."""
+    """A training step in bfloat16, compiled for `num_devices` H200s of one host.
+
+    Of `hp` it takes the optimizer only.
+    """
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=H200, topology=f"1x1x{num_devices}"
     )
     mesh = Mesh(np.array(topology.devices), ("data",), axis_types=(AxisType.Auto,))
-    optimizer = optimizer_of(PRESETS["speedrun"], mesh)
+    optimizer = optimizer_of(hp, mesh)
     init = make_init(config, optimizer, mesh)
     state = shapes_on(mesh, REPLICATED, jax.eval_shape(init, jax.random.key(0)))
     rows = batch_size * num_devices
     shape = jax.ShapeDtypeStruct((accumulation_steps, rows, sequence_length + 1), jnp.int32)
-    step = make_train_step(graph_of(config, kernels), optimizer, mesh, "bfloat16")
+    rates = Rates(*[jax.ShapeDtypeStruct((), jnp.float32)] * 2)
+    graph = graph_of(config, kernels)
+    step = make_train_step(graph, optimizer, mesh, "bfloat16", target_weights=target_weights)
     with ExitStack() as stack:
         # JAX asks the driver whether cuDNN can do it; there is no driver to ask.
         cudnn = "jax._src.cudnn.fused_attention_stablehlo"
@@ -97,7 +108,26 @@ def compile_step(
         }.items():
             stack.enter_context(patch(f"{cudnn}.{name}", lambda *a, answer=answer, **k: answer))
         stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
-        return step.lower(state, shapes_on(mesh, BATCH, shape)).compile()
+        return step.lower(state, shapes_on(mesh, BATCH, shape), rates).compile()
+
+
+TOKENS = 65_536  # per device and micro-batch: 32 rows of 2,048
+
+
+def compile_stage(
+    hp: Hyperparameters, stage: int, kernels: Kernels, num_devices: int = 1
+) -> Compiled:
+    """The training step of a stage, counted from 0, in two micro-batches of TOKENS per device."""
+    T = hp.schedule.row_length(stage)
+    return compile_step(
+        hp.schedule.model(hp.model, stage),
+        kernels,
+        num_devices=num_devices,
+        batch_size=TOKENS // T,
+        sequence_length=T,
+        target_weights=hp.stages[stage].target_weights,
+        hp=hp,
+    )
 
 
 NO_WORK = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call")
@@ -118,6 +148,22 @@ class Instruction:
     def operands(self) -> list[str]:
         """Names of the instructions whose results this one takes."""
         return re.findall(r"%([\w.\-]+)", self.arguments)
+
+
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+def collectives(instructions: Iterable[Instruction]) -> dict[str, list[Instruction]]:
+    """What devices send each other, by kind.
+
+    Of the two halves of an asynchronous one, that which has the shape of the result.
+    """
+    found = defaultdict(list)
+    for x in instructions:
+        kind = x.opcode.removesuffix("-done")
+        if kind in COLLECTIVES:
+            found[kind].append(x)
+    return dict(found)
 
 
 class Program:
@@ -215,31 +261,53 @@ def part_of(kernel: Instruction, scope: dict[str, Instruction], V: int) -> str:
     return "elementwise, norms, embeddings"
 
 
+def memory_of(compiled: Compiled) -> float:
+    """Bytes per device: the state, which the new one replaces, the batch, and what a step keeps."""
+    planned = compiled.memory_analysis()
+    return planned.argument_size_in_bytes + planned.temp_size_in_bytes
+
+
+def moved_by_part(compiled: Compiled, V: int) -> dict[str, float]:
+    """kB per token that each part of a micro-batch moves."""
+    program, moved = Program(compiled), defaultdict(float)
+    for kernel in program.loops()[0]:  # a micro-batch; the other loops are Muon's
+        part = part_of(kernel, program.computations[kernel.computation], V)
+        moved[part] += program.bytes_moved(kernel) / TOKENS / 1e3
+    return dict(moved)
+
+
 def main() -> None:
-    """Print and save what the step of each variant keeps and moves."""
-    config, batch_size, T = GPTConfig(), 64, 1024
-    variants = {
-        "cudnn": Kernels("cudnn"),
-        "cudnn, one-pass loss": Kernels("cudnn", "pallas"),
-        "cudnn, one-pass loss, FP8 head": Kernels("cudnn", "pallas", fp8_head=True),
-        "pallas": Kernels("pallas"),
+    """Print and save what each step keeps, moves and sends."""
+    speedrun, cudnn = PRESETS["speedrun"], Kernels("cudnn")
+    steps = {
+        **{f"stage {s + 1}": (speedrun, s, cudnn) for s in range(len(speedrun.stages))},
+        "baseline": (PRESETS["baseline"], 0, cudnn),
+        "stage 3, one-pass loss": (speedrun, 2, Kernels("cudnn", "pallas")),
+        "stage 3, one-pass loss, FP8 head": (speedrun, 2, Kernels("cudnn", "pallas", True)),
+        "stage 3, own attention": (speedrun, 2, Kernels("pallas")),
     }
     figures = {}
-    for name, kernels in variants.items():
-        compiled = compile_step(config, kernels, batch_size=batch_size, sequence_length=T)
-        program = Program(compiled)
-        moved, tokens = defaultdict(float), batch_size * T
-        for kernel in program.loops()[0]:  # a micro-batch; the other loops are Muon's
-            scope = program.computations[kernel.computation]
-            part = part_of(kernel, scope, config.padded_vocab_size)
-            moved[part] += program.bytes_moved(kernel) / tokens / 1e3
-        kept = compiled.memory_analysis().temp_size_in_bytes / tokens / 1e3
-        print(f"\n{name}: keeps {kept:.0f} kB per token, and moves, in kB per token:")
+    for name, step in steps.items():
+        alone, one_of_8 = compile_stage(*step), compile_stage(*step, num_devices=8)
+        program = Program(one_of_8)
+        sent = {kind: len(found) for kind, found in collectives(program).items()}
+        in_loops = sum(len(found) for x in program.loops() for found in collectives(x).values())
+        kept = alone.memory_analysis().temp_size_in_bytes / TOKENS / 1e3
+        moved = moved_by_part(alone, step[0].model.padded_vocab_size)
+        figures[name] = {
+            "memory_GB": memory_of(alone) / 1e9,
+            "memory_of_one_of_8_GB": memory_of(one_of_8) / 1e9,
+            "collectives_of_8": sent,
+            "collectives_of_8_in_loops": in_loops,
+            "kept_kB_per_token": kept,
+            "moved_kB_per_token": moved,
+        }
+        print(f"\n{name}: {memory_of(alone) / 1e9:.1f} GB; eight GPUs: {sent}, {in_loops} in loops")
+        print(f"keeps {kept:.0f} kB per token, and moves, in kB per token:")
         for part in sorted(moved):
             print(f"{moved[part]:10.0f}  {part}")
         print(f"{sum(moved.values()):10.0f}  in all")
-        figures[name] = {"kept_kB_per_token": kept, "moved_kB_per_token": dict(moved)}
-    save("h200_compiled", {"tokens_per_micro_batch": batch_size * T, "variants": figures})
+    save("h200_compiled", {"tokens_per_micro_batch": TOKENS, "steps": figures})
 
 
 if __name__ == "__main__":

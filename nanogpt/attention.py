@@ -13,6 +13,7 @@ input, compares it with the reference, and goes on to the next, saying why, if e
 Shapes: B batch, T sequence, N heads, H head size.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -155,9 +156,12 @@ def attention(
 
 
 def choose_attention(
-    config: GPTConfig, sequence_length: int, dtype: str
+    configs: Sequence[GPTConfig], sequence_length: int, dtype: str
 ) -> tuple[AttentionKernel, str]:
-    """The fastest kernel that works here, and one line that says which and why."""
+    """The fastest kernel that works here, and one line that says which and why.
+
+    `configs` is the model as each stage of the run trains it: they differ in their windows.
+    """
     platform = jax.default_backend()
     if platform not in CANDIDATES:
         return "xla", f"{NAMES['xla']} ({platform})"
@@ -166,7 +170,7 @@ def choose_attention(
     complaints = []
     for kernel in CANDIDATES[platform]:
         try:
-            error = _error_against_reference(kernel, config, sequence_length)
+            error = _error_against_reference(kernel, configs, sequence_length)
         except Exception as failure:  # whatever the driver, the library or the compiler says
             complaints.append(f"{NAMES[kernel]} failed its probe ({_first_line(failure)})")
             continue
@@ -177,12 +181,13 @@ def choose_attention(
 
 
 def _error_against_reference(
-    kernel: AttentionKernel, config: GPTConfig, sequence_length: int
+    kernel: AttentionKernel, configs: Sequence[GPTConfig], sequence_length: int
 ) -> float:
-    """The largest relative error of output and gradients, added up, over the model's windows.
+    """The largest relative error of output and gradients, added up, over the models' windows.
 
     One row is attended to, of the run's length where the reference's T x T scores fit any memory.
     """
+    config = configs[0]
     shape = (3, 1, min(sequence_length, 2048), config.num_heads, config.head_size)
     q, k, v = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
     documents = None
@@ -201,7 +206,7 @@ def _error_against_reference(
         pairs = zip(fast, exact, strict=True)
         return float(sum(jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in pairs))
 
-    windows = {config.window(layer) for layer in range(config.num_layers)}
+    windows = {c.window(layer) for c in configs for layer in range(c.num_layers)}
     return float(np.max([error(window) for window in windows]))  # NaN where one is
 
 

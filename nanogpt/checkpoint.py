@@ -19,7 +19,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
@@ -31,8 +31,9 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from nanogpt.config import ConfigError, GPTConfig
+from nanogpt.config import ConfigError, GPTConfig, from_json
 from nanogpt.mesh import REPLICATED, shapes_on
+from nanogpt.schedule import Schedule, stages_from_json
 from nanogpt.step import Params, TrainState, graph_of, init_params
 
 FORMAT = 1
@@ -189,6 +190,8 @@ def load_state(checkpoint: Checkpoint, shapes: TrainState) -> TrainState:
 def load_run(run: Path, mesh: Mesh) -> tuple[dict[str, Any], nnx.GraphDef, Params]:
     """The hyperparameters of a run, its model, and its newest weights, whole on every device.
 
+    The model is that of the stage in which the weights were saved.
+
     Raises ConfigError when the folder is not that of a run with a checkpoint.
     """
     if not (run / "config.json").exists():
@@ -198,13 +201,16 @@ def load_run(run: Path, mesh: Mesh) -> tuple[dict[str, Any], nnx.GraphDef, Param
         )
     try:
         hp = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        config = GPTConfig(**hp["model"] | {"windows": tuple(hp["model"]["windows"])})
+        whole = from_json(GPTConfig, hp["model"])
+        named = {field.name: hp[field.name] for field in fields(Schedule)}
+        schedule = Schedule(**named | {"stages": stages_from_json(hp["stages"])})
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{run / 'config.json'} is not what train_gpt.py wrote ({type(error).__name__}: "
             f"{error}): restore it, or name another run."
         ) from error
     checkpoint = newest_checkpoint(run, lambda line: print(line, file=sys.stderr))
+    config = schedule.model(whole, schedule.stage(min(checkpoint.step, schedule.num_steps)))
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     loaded = _load(checkpoint, {"params": shapes_on(mesh, REPLICATED, shapes)})
     return hp, graph_of(config), loaded["params"]

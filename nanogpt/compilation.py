@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from nanogpt.config import ConfigError
 from nanogpt.corpus import cache_folder
 
+Name = TypeVar("Name", bound=Hashable)
 Result = TypeVar("Result")
 
 
@@ -31,8 +32,8 @@ def use_compilation_cache() -> None:
 
 
 def compile_all(
-    functions: Mapping[str, Lowered], console: Console
-) -> tuple[dict[str, Compiled], dict[str, float]]:
+    functions: Mapping[Name, Lowered], console: Console
+) -> tuple[dict[Name, Compiled], dict[Name, float]]:
     """Compile functions by name, all at the same time, with a line of progress for each.
 
     Returns the compiled functions, and how many seconds each took.
@@ -40,9 +41,9 @@ def compile_all(
     columns = SpinnerColumn(), TextColumn("compiling {task.description}"), TimeElapsedColumn()
     progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
 
-    def compile_one(name: str) -> tuple[Compiled, float]:
+    def compile_one(name: Name) -> tuple[Compiled, float]:
         start = time.perf_counter()
-        task = progress.add_task(name, total=1)
+        task = progress.add_task(str(name), total=1)
         compiled = functions[name].compile()
         progress.advance(task)
         return compiled, time.perf_counter() - start

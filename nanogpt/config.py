@@ -3,12 +3,18 @@
 No JAX here, so that `--help` and wrong arguments answer at once.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 AttentionKernel = Literal["xla", "cudnn", "pallas", "splash"]
 LossKernel = Literal["xla", "pallas"]
+
+
+Settings = TypeVar("Settings")
+
+GATE_INPUTS = 12  # channels of the stream that gates read
 
 
 class ConfigError(ValueError):
@@ -48,17 +54,39 @@ class GPTConfig:
     mlp_width: int = 3072
     """Width of the hidden layer of each MLP, F."""
 
+    mlp_only: tuple[int, ...] = ()
+    """Layers without attention, counted from 0."""
+
     windows: tuple[int, ...] = ()
     """Keys that a query sees, itself included, in each layer in turn; 0, or no entry, for all."""
+
+    earlier_windows: tuple[int, ...] = ()
+    """The longest windows of the training stages before, whose rotations those of windows slow."""
 
     document_separator: int | None = None
     """Token that begins a document, to keep attention within documents; None lets it cross them."""
 
     value_embeddings: int = 3
-    """Token tables mixed into the values of the first, and again of the last, so many layers."""
+    """Token tables mixed into the values of the first, and again of the last, so many layers; with
+    0 the values of the first attention are mixed into all others."""
 
     bigram_buckets: int = 0
     """Rows of the table that embeds hashed pairs of neighbouring tokens; 0 for no such table."""
+
+    smear: bool = True
+    """Add a gated part of each token's embedding to that of the next."""
+
+    attention_gate: bool = True
+    """Scale what each head adds by a gate that the token opens or closes."""
+
+    key_offset: tuple[int, ...] = ()
+    """Layers in which the half of each key that is not rotated is that of the token before."""
+
+    paired_heads: tuple[int, ...] = ()
+    """Layers in which the heads attend two by two, each to the keys of both."""
+
+    backout: int | None = None
+    """Layer whose output is taken back, by a learned share, before the head; None for no such."""
 
     attention_scale: float = 0.12
     """What q·k is multiplied with before the softmax; q and k are normalised to length √H."""
@@ -66,8 +94,17 @@ class GPTConfig:
     rope_base: float = 1024.0
     """The slowest rotary pair turns by 1 / rope_base radians per token."""
 
+    rope_fraction: float = 0.5
+    """Share of the pairs of each head that are rotated; the rest knows no positions."""
+
     softcap: float = 15.0
     """Logits are bounded smoothly to ± this; at most 40."""
+
+    logit_scale: float = 1.0
+    """What logits are multiplied with before they are bounded, after logit_shift was added."""
+
+    logit_shift: float = 0.0
+    """See logit_scale."""
 
     def check(self) -> None:
         """Raise ConfigError, in a sentence for the user, for a shape that cannot be built."""
@@ -86,6 +123,33 @@ class GPTConfig:
             )
         if min(self.bigram_buckets, *self.windows, 0) < 0:
             raise ConfigError("bigram_buckets and windows must not be negative.")
+        if min(self.earlier_windows, default=1) < 1:
+            raise ConfigError(f"earlier_windows must be at least 1: {self.earlier_windows}.")
+        if self.earlier_windows and not min(self.windows, default=0):
+            raise ConfigError("earlier_windows need windows, all of them at least 1.")
+        backout = () if self.backout is None else (self.backout,)
+        for name, layers in {
+            "mlp_only": self.mlp_only,
+            "key_offset": self.key_offset,
+            "paired_heads": self.paired_heads,
+            "backout": backout,
+        }.items():
+            for layer in layers:
+                if not 0 <= layer < self.num_layers:
+                    raise ConfigError(
+                        f"{name} names layer {layer}, but there are layers 0 to "
+                        f"{self.num_layers - 1}."
+                    )
+        if self.paired_heads and self.num_heads % 2:
+            raise ConfigError(f"paired_heads needs an even num_heads, not {self.num_heads}.")
+        if len(set(self.mlp_only)) == self.num_layers:
+            raise ConfigError("mlp_only names all layers, but one must have attention.")
+        for name in ("smear", "attention_gate"):
+            if getattr(self, name) and self.width < GATE_INPUTS:
+                raise ConfigError(
+                    f"{name} reads {GATE_INPUTS} channels, but width is {self.width}: set it to "
+                    "False."
+                )
         if not 0 <= (self.document_separator or 0) < self.vocab_size:
             raise ConfigError(
                 f"document_separator must be one of the {self.vocab_size:,} token ids, "
@@ -95,13 +159,27 @@ class GPTConfig:
             raise ConfigError(f"attention_scale must be positive, not {self.attention_scale}.")
         if not 1 <= self.rope_base < inf:
             raise ConfigError(f"rope_base must be at least 1, not {self.rope_base}.")
+        if not 0 <= self.rope_fraction <= 1:
+            raise ConfigError(
+                f"rope_fraction must lie between 0 and 1, not at {self.rope_fraction}."
+            )
         if not 0 < self.softcap <= 40:
             raise ConfigError(f"softcap must lie above 0 and not above 40, not at {self.softcap}.")
+        if not 0 < self.logit_scale < inf or not -inf < self.logit_shift < inf:
+            raise ConfigError(
+                f"logit_scale must be positive and logit_shift a number, not {self.logit_scale} "
+                f"and {self.logit_shift}."
+            )
 
     @property
     def head_size(self) -> int:
         """H, the width of one attention head."""
         return self.width // self.num_heads
+
+    @property
+    def num_attentions(self) -> int:
+        """How many layers have attention."""
+        return self.num_layers - len(set(self.mlp_only))
 
     @property
     def padded_vocab_size(self) -> int:
@@ -111,3 +189,8 @@ class GPTConfig:
     def window(self, layer: int) -> int | None:
         """How many keys a query of this layer sees, itself included; None for all before it."""
         return (self.windows[layer % len(self.windows)] or None) if self.windows else None
+
+
+def from_json(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
+    """The dataclass with these values, whose tuples JSON made lists."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -40,16 +40,17 @@ def flops_per_token(config: GPTConfig, sequence_length: int) -> float:
     Each weight of a matrix costs one multiplication and one addition forward and twice that
     backward; so does each pair of a query and a key it sees, per channel, for the scores and again
     for the values. Embeddings are looked up, which costs none. The padding of V is counted: it is
-    multiplied.
+    multiplied. The gates are not: each reads a dozen channels. Paired heads are half as many, with
+    rows and windows twice as long.
     """
     c = config
-    weights = c.num_layers * (4 * c.width**2 + 2 * c.width * c.mlp_width)
+    weights = c.num_attentions * 4 * c.width**2 + c.num_layers * 2 * c.width * c.mlp_width
     weights += c.width * c.padded_vocab_size
-    earlier = np.arange(1, sequence_length + 1)
-    keys = sum(
-        np.minimum(earlier, c.window(layer) or sequence_length).mean()
-        for layer in range(c.num_layers)
-    )
+    keys = 0.0
+    for layer in set(range(c.num_layers)) - set(c.mlp_only):
+        times = 2 if layer in c.paired_heads else 1
+        earlier = np.arange(1, times * sequence_length + 1)
+        keys += np.minimum(earlier, times * (c.window(layer) or sequence_length)).mean()
     return float(6 * weights + 6 * 2 * c.width * keys)
 
 
@@ -64,17 +65,20 @@ def utilization(
 def activation_bytes(config: GPTConfig, sequence_length: int, dtype: str, flash: bool) -> float:
     """Bytes per token that a forward and backward pass needs beside the parameters, about.
 
-    Per layer: 14 arrays of the stream's width and two of the MLP's, and without flash attention
-    the scores of all heads, in float32 and in `dtype`. At the end: the logits and their gradient.
-    XLA's program for an H200 needs 16 % less, as it writes that gradient over the logits, which
-    not every product it may choose when it runs can do.
+    Per layer: 4 arrays of the stream's width and two of the MLP's; per attention 11 more of the
+    stream's, and without flash attention the scores of all heads, in float32 and in `dtype`, twice
+    as many of paired ones. At the end: the logits and their gradient. XLA's program for an H200
+    needs 18 % less, as it writes that gradient over the logits, which not every product it may
+    choose when it runs can do.
     """
     c = config
     itemsize = 4 if dtype == "float32" else 2
-    layer = itemsize * (14 * c.width + 2 * c.mlp_width)
+    numbers = c.num_layers * (4 * c.width + 2 * c.mlp_width) + c.num_attentions * 11 * c.width
+    scores = 0
     if not flash:
-        layer += (4 + itemsize) * c.num_heads * sequence_length
-    return c.num_layers * layer + itemsize * 2 * c.padded_vocab_size
+        paired = set(c.paired_heads) - set(c.mlp_only)
+        scores = (c.num_attentions + len(paired)) * c.num_heads * sequence_length
+    return itemsize * (numbers + 2 * c.padded_vocab_size) + (4 + itemsize) * scores
 
 
 def device_memory(device: "jax.Device") -> float | None:

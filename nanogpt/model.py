@@ -1,8 +1,8 @@
 """GPT as the NanoGPT speedrun shaped it, in Flax NNX: modded-nanogpt's dense-attention model.
 
-    tokens -> embed -> norm -> x0 -> L blocks -> norm -> head -> softcap -> logits
+    tokens -> embed -> norm -> x0 -> L layers -> norm -> head -> softcap -> logits
 
-A block is attention, then an MLP; each reads the residual stream through a norm and adds to it.
+A layer is attention, then an MLP; each reads the residual stream through a norm and adds to it.
 Around that stand the tricks of the speedrun, each one small function or a few lines below:
 
     norm                  RMSNorm without gains            (Zhang and Sennrich, arXiv:1910.07467)
@@ -12,21 +12,33 @@ Around that stand the tricks of the speedrun, each one small function or a few l
     relu²                 the nonlinearity of the MLP      (So et al., arXiv:2109.08668)
     zero projections      whatever adds to the stream, and the head, starts at zero, so the first
                           loss is ln V                     (Yang et al., arXiv:2203.03466)
-    embedding shortcut    x <- a x + b x0 before a block   (modded-nanogpt, 2024-11-06)
+    embedding shortcut    x <- a x + b x0 before a layer   (modded-nanogpt, 2024-11-06)
     U-net skips           outputs of the first half return in the second
                                                            (modded-nanogpt, 2024-11-10)
-    value embeddings      token tables mixed into values   (modded-nanogpt, 2024-12-04 and 12-17;
-                                                           after Zhou et al., arXiv:2410.17897)
+    value residual        the first values are mixed into all   (Zhou et al., arXiv:2410.17897), or
+    value embeddings      token tables are, instead        (modded-nanogpt, 2024-12-04 and 12-17)
+    attention gate        each head's output is scaled     (Qiu et al., arXiv:2505.06708; from few
+                          inputs: modded-nanogpt, 2025-08)
+    YaRN                  rotations adapt to wider windows (Peng et al., arXiv:2309.00071; per stage
+                          of a run: modded-nanogpt, 2025-09-10)
+    smear                 x_t <- x_t + gate x_(t-1)        (modded-nanogpt, 2025-09)
+    MLP-only layers       attention is left out            (modded-nanogpt, 2024-12-17, 2025-09-21)
+    backout               x <- x - a x_l before the head   (modded-nanogpt, 2025-10-04)
+    key offset            part of a key is the last token's, so that one layer can tell what came
+                          after a token                    (modded-nanogpt, 2026-01)
+    paired heads          two heads attend to the keys of both   (modded-nanogpt, 2026-01-07)
     bigram embedding      a table of hashed token pairs    (modded-nanogpt, 2026-01-19)
     softcap               bounds the logits                (Gemma 2, arXiv:2408.00118)
+    several targets       the tokens after the next are scored, too (Gloeckle et al.,
+                          arXiv:2404.19737; on the same logits: modded-nanogpt, 2025-12)
 
 A model computes in the dtype of its matrices: `compute_copy` casts them, and tables stay float32.
 
 Shapes, here and everywhere: B batch, T sequence, D model width, N heads, H head size, F MLP width,
-V vocabulary (padded), L layers. Every array of `GPT.blocks` has a leading L axis.
+V vocabulary (padded), L layers. Arrays of attentions and MLPs have a leading axis of layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import jax
@@ -36,8 +48,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from nanogpt.attention import attention
-from nanogpt.config import GPTConfig, Kernels
-from nanogpt.loss import linear_cross_entropy, softcap
+from nanogpt.config import GATE_INPUTS, GPTConfig, Kernels
+from nanogpt.loss import Softcap, linear_cross_entropy, softcap
+from nanogpt.rotary import rotary, rotation
 
 Attend = Callable[[Array, Array, Array], Array]  # (q, k, v) to what each query takes from them
 XLA = Kernels()  # what runs everywhere
@@ -61,27 +74,28 @@ def project(x: Float[Array, "*B I"], weight: Float[Array, "I O"]) -> Float[Array
     return (x.reshape(-1, weight.shape[0]) @ weight).reshape(*x.shape[:-1], weight.shape[1])
 
 
-def rotary(x: Float[Array, "B T N H"], base: float) -> Float[Array, "B T N H"]:
-    """Turn the pairs (i, i + H/2) of each head by an angle that grows with the position.
+def before(x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+    """What stood one token before, and zero before the first."""
+    return jnp.pad(x, ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)))[:, :-1]
 
-    The first H/4 pairs turn by base^0 ... base^-1 radians per token; the other H/4 stand still and
-    carry what has no position.
-    """
-    T, H = x.shape[1], x.shape[3]
-    speed = np.concatenate([base ** -np.linspace(0, 1, H // 4), np.zeros(H // 4)])
-    angle = np.arange(T)[:, None, None, None] * speed  # [T, 1, 1, H/2]
-    cos = np.cos(angle).astype(x.dtype)
-    sin = np.concatenate([np.sin(angle), -np.sin(angle)], axis=2).astype(x.dtype)
-    pairs = x.reshape(*x.shape[:3], 2, H // 2)
-    return (pairs * cos + pairs[:, :, :, ::-1] * sin).reshape(x.shape)
+
+def pair(x: Float[Array, "B T N H"]) -> Float[Array, "B 2T N/2 H"]:
+    """Two heads as one whose sequence is twice as long: a token of one, then of the other."""
+    B, T, N, H = x.shape
+    return x.reshape(B, T, N // 2, 2, H).swapaxes(2, 3).reshape(B, 2 * T, N // 2, H)
+
+
+def part(x: Float[Array, "B 2T N/2 H"]) -> Float[Array, "B T N H"]:
+    """The opposite of `pair`."""
+    B, T2, pairs, H = x.shape
+    return x.reshape(B, T2 // 2, 2, pairs, H).swapaxes(2, 3).reshape(B, T2 // 2, 2 * pairs, H)
 
 
 def bigram_bucket(tokens: Int[Array, "B T"], buckets: int) -> Int[Array, "B T"]:
     """A bucket for each pair of a token and the one before it; a row begins with a pair (0, t)."""
-    before = jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1]
     # Two odd constants (2³² over the golden ratio, a prime of xxHash) spread the pairs mod 2³².
     mixed = tokens.astype(jnp.uint32) * np.uint32(0x9E3779B1)
-    mixed ^= before.astype(jnp.uint32) * np.uint32(0x85EBCA77)
+    mixed ^= before(tokens).astype(jnp.uint32) * np.uint32(0x85EBCA77)
     return ((mixed ^ (mixed >> 15)) % np.uint32(buckets)).astype(jnp.int32)
 
 
@@ -117,27 +131,29 @@ class Attention(nnx.Module):
     """Causal self-attention over normalised, rotated queries and keys."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        D = config.width
-        self.num_heads, self.rope_base = config.num_heads, config.rope_base
+        D, N = config.width, config.num_heads
+        self.num_heads = N
         self.qkv = nnx.Param(matrix(rngs.params(), (3, D, D)))
         self.out = nnx.Param(jnp.zeros((D, D)))
         self.value_mix = nnx.Param(jnp.array([0.5, 0.5]))
+        if config.attention_gate:
+            self.gate = nnx.Param(jnp.zeros((GATE_INPUTS, N)))
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        value_embedding: Float[Array, "B T D"] | None,
-        attend: Attend,
-    ) -> Float[Array, "B T D"]:
+        self, x: Float[Array, "B T D"], mixed_in: Float[Array, "B T D"] | None, attend: Attend
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        """What to add to the stream, and the values. `mixed_in` is added to the values."""
         B, T, D = x.shape
         # One product for all three, with values scaled by way of their weights: far fewer numbers.
         scale = jnp.concatenate([jnp.ones(2, x.dtype), self.value_mix[:1]])
         weight = (scale[:, None, None] * self.qkv[...]).swapaxes(0, 1).reshape(D, 3 * D)
         q, k, v = jnp.unstack(project(x, weight).reshape(B, T, 3, self.num_heads, -1), axis=2)
-        q, k = rotary(norm(q), self.rope_base), rotary(norm(k), self.rope_base)
-        if value_embedding is not None:
-            v = v + self.value_mix[1] * value_embedding.reshape(v.shape)
-        return project(attend(q, k, v).reshape(B, T, D), self.out[...])
+        if mixed_in is not None:
+            v = v + self.value_mix[1] * mixed_in.reshape(v.shape)
+        y = attend(q, k, v)
+        if hasattr(self, "gate"):
+            y = y * jax.nn.sigmoid(project(x[:, :, :GATE_INPUTS], self.gate[...]))[..., None]
+        return project(y.reshape(B, T, D), self.out[...]), v.reshape(B, T, D)
 
 
 class MLP(nnx.Module):
@@ -151,24 +167,35 @@ class MLP(nnx.Module):
         return project(relu_squared(project(x, self.up[...])), self.down[...])
 
 
-class Block(nnx.Module):
-    """Attention, then the MLP, after a shortcut from the embedding."""
+class Smear(nnx.Module):
+    """x_t + a gate(x_t) x_(t-1): most pairs of tokens mean something that neither does alone."""
 
-    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        self.shortcut = nnx.Param(jnp.array([1.0, 0.0]))
-        self.attention = Attention(config, rngs=rngs)
-        self.mlp = MLP(config, rngs=rngs)
+    def __init__(self):
+        self.gate = nnx.Param(jnp.zeros((GATE_INPUTS, 1)))
+        self.share = nnx.Param(jnp.zeros(()))
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        x0: Float[Array, "B T D"],
-        value_embedding: Float[Array, "B T D"] | None,
-        attend: Attend,
-    ) -> Float[Array, "B T D"]:
-        x = self.shortcut[0] * x + self.shortcut[1] * x0
-        x = x + self.attention(norm(x), value_embedding, attend)
-        return x + self.mlp(norm(x))
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        gate = jax.nn.sigmoid(project(x[:, :, :GATE_INPUTS], self.gate[...].astype(x.dtype)))
+        return x + self.share * gate * before(x)
+
+
+def stack(kind: type[nnx.Module], count: int, config: GPTConfig, key: Key[Array, ""]) -> nnx.Module:
+    """`count` modules of a kind as one, whose arrays have a leading axis."""
+    make = nnx.vmap(lambda key: kind(config, rngs=nnx.Rngs(key)))
+    return make(jax.random.split(key, count))
+
+
+def unstack(stacked: nnx.Module, count: int) -> Iterator[nnx.Module]:
+    """The modules one by one: loops over them are unrolled, so each may differ from the next.
+
+    One split of each stacked array, rather than a slice per layer, has one concatenation as its
+    gradient instead of a sum of zero-padded arrays.
+    """
+    graphdef, arrays = nnx.split(stacked)
+    leaves, structure = jax.tree.flatten(arrays)
+    rows = [jnp.split(leaf, count) for leaf in leaves]
+    for layer in zip(*rows, strict=True):
+        yield nnx.merge(graphdef, jax.tree.unflatten(structure, [row[0] for row in layer]))
 
 
 class GPT(nnx.Module):
@@ -186,57 +213,107 @@ class GPT(nnx.Module):
             self.value_embed = nnx.Param(jax.random.normal(rngs.params(), tables))
         if config.bigram_buckets:
             self.bigram_embed = nnx.Param(jnp.zeros((config.bigram_buckets, D)))
-        self.blocks = nnx.vmap(lambda key: Block(config, rngs=nnx.Rngs(key)))(
-            jax.random.split(rngs.params(), L)
-        )
+        if config.smear:
+            self.smear = Smear()
+        self.attention = stack(Attention, config.num_attentions, config, rngs.params())
+        self.mlp = stack(MLP, L, config, rngs.params())
+        self.shortcuts = nnx.Param(jnp.tile(jnp.array([1.0, 0.0]), (L, 1)))
         self.skips = nnx.Param(jnp.ones(L // 2))
+        if config.backout is not None:
+            self.backout = nnx.Param(jnp.array(0.5))
         self.head = nnx.Param(jnp.zeros((D, V)))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits, float32 and soft-capped, of the token after each token."""
         return self.logits(self.features(tokens))
 
-    def loss(self, tokens: Int[Array, "B T"], targets: Int[Array, "B T"]) -> Float[Array, "B T"]:
-        """Cross-entropy of each target in nats, float32; zero where the target is negative."""
+    def loss(
+        self,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        weights: tuple[float, ...] = (1.0,),
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+        """What to minimise, and the cross-entropy of each target in nats, both float32.
+
+        The first is the cross-entropies of the next targets after each token, by these weights.
+        Negative targets count zero, as do those after the end of a row.
+        """
+        after = [
+            jnp.pad(targets[:, k:], ((0, 0), (0, k)), constant_values=-1)
+            for k in range(len(weights))
+        ]
         return linear_cross_entropy(
             self.features(tokens),
             self.head[...],
-            targets,
-            self.config.softcap,
+            jnp.stack(after, axis=-1),
+            self.softcap,
+            weights=weights,
             kernel=self.kernels.loss,
             fp8=self.kernels.fp8_head,
         )
 
     def logits(self, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Soft-capped logits, float32, from what `features` returned, or a part of it."""
-        return softcap(project(features, self.head[...]), self.config.softcap)
+        return softcap(project(features, self.head[...]), self.softcap)
+
+    @property
+    def softcap(self) -> Softcap:
+        """How the logits are bounded."""
+        c = self.config
+        return Softcap(c.softcap, c.softcap / c.logit_scale, c.logit_shift)
 
     def features(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """What the head reads: the normalised residual stream after the last block."""
-        L = self.config.num_layers
+        """What the head reads: the normalised residual stream after the last layer."""
+        c, L = self.config, self.config.num_layers
         x = self.embed[tokens]
-        if self.config.bigram_buckets:
-            x = x + self.bigram_embed[bigram_bucket(tokens, self.config.bigram_buckets)]
+        if c.bigram_buckets:
+            x = x + self.bigram_embed[bigram_bucket(tokens, c.bigram_buckets)]
+        if c.smear:
+            x = self.smear(x)
         x = x0 = norm(x).astype(self.head.dtype)
 
-        value_embeddings, attend = self.value_embeddings(tokens), self.attend(tokens)
+        attends, mixed_in = self.attends(tokens), self.value_embeddings(tokens)
+        attentions, mlps = unstack(self.attention, c.num_attentions), unstack(self.mlp, L)
         first_half = []
-        for layer, block in enumerate(self.layers()):
+        for layer, mlp in enumerate(mlps):
             if layer >= L - L // 2:
                 x = x + self.skips[layer - (L - L // 2)] * first_half.pop()
-            window = self.config.window(layer)
-            x = block(x, x0, value_embeddings[layer], partial(attend, window=window))
+            x = self.shortcuts[layer, 0] * x + self.shortcuts[layer, 1] * x0
+            if layer not in c.mlp_only:
+                added, values = next(attentions)(norm(x), mixed_in[layer], attends[layer])
+                x = x + added
+                if not c.value_embeddings and mixed_in[layer] is None:
+                    mixed_in = [values] * L
+            x = x + mlp(norm(x))
             if layer < L // 2:
                 first_half.append(x)
+            if layer == c.backout:
+                taken_back = x
+        if c.backout is not None:
+            x = x - self.backout * taken_back
         return norm(x)
 
-    def attend(self, tokens: Int[Array, "B T"]) -> Attend:
-        """Attention as this model has it, but for the window, which is each layer's own."""
-        separator, documents = self.config.document_separator, None
-        if separator is not None:
-            documents = jnp.cumsum(tokens == separator, axis=1, dtype=jnp.int32)
-        scale, kernel = self.config.attention_scale, self.kernels.attention
-        return partial(attention, documents=documents, scale=scale, kernel=kernel)
+    def attends(self, tokens: Int[Array, "B T"]) -> list[Attend]:
+        """What each layer does with its queries, keys and values."""
+        c, documents = self.config, None
+        if c.document_separator is not None:
+            documents = jnp.cumsum(tokens == c.document_separator, axis=1, dtype=jnp.int32)
+        speed, scale = rotation(c)
+
+        how = {"scale": scale, "kernel": self.kernels.attention}
+
+        def attend(q: Array, k: Array, v: Array, layer: int) -> Array:
+            q, k, window = norm(q), norm(k), c.window(layer)
+            if layer in c.key_offset:
+                k = jnp.where(np.tile(speed == 0, 2), before(k), k)
+            if layer not in c.paired_heads:
+                q, k = rotary(q, speed), rotary(k, speed)
+                return attention(q, k, v, documents, window=window, **how)
+            twice = None if documents is None else jnp.repeat(documents, 2, axis=1)
+            q, k, v = rotary(pair(q), speed), rotary(pair(k), speed), pair(v)
+            return part(attention(q, k, v, twice, window=window and 2 * window, **how))
+
+        return [partial(attend, layer=layer) for layer in range(c.num_layers)]
 
     def value_embeddings(self, tokens: Int[Array, "B T"]) -> list[Float[Array, "B T D"] | None]:
         """What each layer mixes into its values: tables 0, 1, 2, none, ..., none, 0, 1, 2."""
@@ -244,17 +321,3 @@ class GPT(nnx.Module):
         tables = jnp.split(self.value_embed[...], count) if count else []
         looked_up = [table[0][tokens].astype(self.head.dtype) for table in tables]
         return (looked_up + [None] * (L - 2 * count) + looked_up[max(0, 2 * count - L) :])[:L]
-
-    def layers(self) -> list[Block]:
-        """The blocks one by one: the loop over them is unrolled, so each may differ from the next.
-
-        One split of each stacked array, rather than a slice per layer, has one concatenation as
-        its gradient instead of a sum of L zero-padded arrays.
-        """
-        graphdef, stacked = nnx.split(self.blocks)
-        leaves, structure = jax.tree.flatten(stacked)
-        rows = [jnp.split(leaf, self.config.num_layers) for leaf in leaves]
-        return [
-            nnx.merge(graphdef, jax.tree.unflatten(structure, [row[0] for row in layer]))
-            for layer in zip(*rows, strict=True)
-        ]

@@ -2,7 +2,10 @@
 
 An update of a hidden matrix by plain momentum has a few large singular values and many small ones;
 Muon sets them all to about one, so that every direction learns at the same rate
-(Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024).
+(Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024). The
+polynomials that do so are those of Polar Express (Amsel et al., arXiv:2505.16932). What comes out
+still moves some neurons much more than others; dividing each neuron by its usual size evens that
+out (NorMuon: Li et al., arXiv:2510.05491).
 
 Here it is an Optax transformation for parameters whose last two axes are matrices [I, O] (inputs,
 outputs) and whose other axes stack them. The devices of a mesh share all matrices of one shape
@@ -17,70 +20,111 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from nanogpt.mesh import REPLICATED, ROWS
 
-# p(s) = a s + b s³ + c s⁵, five times over, takes singular values from (0, 1] to about 0.7 ... 1.2
-# (Jordan's coefficients: the steepest rise from zero that does not leave that band).
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-NEWTON_SCHULZ_STEPS = 5
+# a s + b s³ + c s⁵, with one (a, b, c) after another, takes singular values s from 0.001 ... 1 to
+# 0.84 ... 1.15. Each polynomial brings nearest to one whatever the one before it may leave. (They
+# are the paper's with a cushion of 0.02 and a safety factor of 1.02 in all but the last, rounded
+# to four decimals, which moves no singular value by more than 0.0021.)
+SAFETY = 1.02  # rounding may lift a singular value of one as far as this
+POLAR_EXPRESS = (
+    (8.1566, -22.4833, 15.8788),
+    (4.0429, -2.8089, 0.5000),
+    (3.8917, -2.7725, 0.5061),
+    (3.2858, -2.3681, 0.4645),
+    (2.3465, -1.7098, 0.4232),
+)
 
 GROUP = 8  # matrices in one batched product, which fill a GPU if they are 768 x 768
 
 
 class MuonState(NamedTuple):
-    """Momentum of every parameter, float32, and how many updates were made."""
+    """Of every parameter, float32: its momentum, and the mean square that each neuron moves by."""
 
-    count: Int[Array, ""]
     momentum: optax.Updates
+    neuron_mean_square: optax.Updates
 
 
 def orthogonalize(
     matrices: Float[Array, "*stack I O"], dtype: jnp.dtype = jnp.float32
 ) -> Float[Array, "*stack I O"]:
-    """About U Vᵀ for each matrix U S Vᵀ, by Newton-Schulz iteration in `dtype`.
+    """About U Vᵀ for each matrix U S Vᵀ, by the polynomials of Polar Express in `dtype`.
 
-    The singular values of the result lie between about 0.7 and 1.2, except that those which were
-    below about a thousandth of the matrix's norm are still on their way up.
+    The singular values of the result lie between 0.84 and 1.15, except that those which were below
+    a thousandth of the matrix's Frobenius norm are still on their way up.
     """
-    a, b, c = NEWTON_SCHULZ
     x = matrices.astype(jnp.float32)
-    x = (x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7)).astype(dtype)
+    norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
+    x = (x / (SAFETY * norm + 1e-6)).astype(dtype)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x  # the products below are then of the smaller size
-    for _ in range(NEWTON_SCHULZ_STEPS):
+    for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return (x.mT if tall else x).astype(matrices.dtype)
 
 
+def neuron_mean_square(matrices: Float[Array, "*stack I O"]) -> Float[Array, "..."]:
+    """The mean square of each neuron: each column (output), or if I > O each row (input).
+
+    The axis over which the mean is taken stays: [*stack, 1, O], or [*stack, I, 1].
+    """
+    I, O = matrices.shape[-2:]  # noqa: E741
+    return jnp.mean(jnp.square(matrices), axis=-2 if I <= O else -1, keepdims=True)
+
+
+def normalize_neurons(
+    update: Float[Array, "*stack I O"], usual: Float[Array, "..."]
+) -> Float[Array, "*stack I O"]:
+    """Each neuron over the root of its `usual` mean square; each matrix keeps its Frobenius norm.
+
+    So a factor that `usual` has in all neurons cancels, and a running mean which started at zero
+    needs no correction for that.
+    """
+    now = neuron_mean_square(update)
+    # Zero updates stay zero: both floors keep them from 0 / 0.
+    inverse = 1 / jnp.maximum(usual, 1e-10)
+    before, after = (jnp.sum(x, axis=(-2, -1), keepdims=True) for x in (now, now * inverse))
+    return update * jnp.sqrt(inverse * before / jnp.maximum(after, 1e-10))
+
+
 def scale_by_muon(
-    momentum: optax.Schedule, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None
-) -> optax.GradientTransformation:
-    """Nesterov momentum, orthogonalised, times sqrt(max(1, O / I)) for each matrix [I, O].
+    neuron_decay: float | None = 0.95, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """Nesterov momentum, orthogonalised, each neuron normalised, times sqrt(max(1, O / I)).
+
+    `update(gradients, state, momentum=...)` takes the decay of the running mean of gradients, a
+    number or a scalar array.
 
     Args:
-        momentum: the decay of the running mean of gradients, by count of updates.
-        dtype: in which Newton-Schulz runs; bfloat16 is accurate enough, and fast where there are
-            matrix units for it.
+        neuron_decay: the decay of the running mean square of each neuron's updates; None leaves
+            the neurons as they are, which is plain Muon.
+        dtype: in which matrices are orthogonalised; bfloat16 is accurate enough, and fast where
+            there are matrix units for it.
         mesh: devices that share the work; each takes its part of every stack, and the results are
             the same to the bit as when one device does it all.
     """
 
     def init(params: optax.Params) -> MuonState:
-        return MuonState(jnp.zeros([], jnp.int32), jax.tree.map(jnp.zeros_like, params))
+        squares = jax.tree.map(neuron_mean_square, params)
+        return MuonState(*jax.tree.map(jnp.zeros_like, (params, squares)))
 
-    def update(gradients, state, params=None):
-        del params
-        decay = momentum(state.count)
-        mean = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, state.momentum, gradients)
-        ahead = jax.tree.map(lambda m, g: decay * m + (1 - decay) * g, mean, gradients)
+    def update(gradients, state, params=None, *, momentum, **extra_args):
+        del params, extra_args
+        mean = optax.tree.update_moment(gradients, state.momentum, momentum, order=1)
+        ahead = optax.tree.update_moment(gradients, mean, momentum, order=1)
         leaves, structure = jax.tree.flatten(ahead)
         updates = jax.tree.unflatten(structure, _orthogonalize_by_shape(leaves, dtype, mesh))
-        return updates, MuonState(state.count + 1, mean)
+        if neuron_decay is None:
+            return updates, MuonState(mean, state.neuron_mean_square)
+        usual = optax.tree.update_moment(
+            jax.tree.map(neuron_mean_square, updates), state.neuron_mean_square, neuron_decay, 1
+        )
+        return jax.tree.map(normalize_neurons, updates, usual), MuonState(mean, usual)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _orthogonalize_by_shape(

@@ -1,9 +1,10 @@
 """Which rule and rate each parameter learns by.
 
-    matrices of the blocks      Muon                      (Jordan et al., 2024)
-    embeddings, head, scalars   Adam, each with its rate  (Kingma and Ba, arXiv:1412.6980)
+    matrices of the blocks      Muon and cautious weight decay  (see nanogpt.muon)
+    embeddings, head, scalars   Adam, each with its rate        (Kingma and Ba, arXiv:1412.6980)
 
-All rates follow one schedule: constant, then linearly down (Hägele et al., arXiv:2405.18392).
+Whoever calls the optimizer gives each step's rate and momentum along with the gradients, so that
+one compiled program serves every schedule.
 """
 
 import jax
@@ -16,65 +17,75 @@ from nanogpt.model import is_table
 from nanogpt.muon import scale_by_muon
 
 
-def learning_rate_factor(
-    num_steps: int, cooldown_fraction: float, final_factor: float, step: int | Array
-) -> float | Float[Array, ""]:
-    """What all rates are multiplied with after `step` steps: 1, then linearly to `final_factor`.
-
-    The descent takes the last `cooldown_fraction` of the `num_steps` steps. For a plain integer
-    the result is a plain number, computed without the device.
-    """
-    remaining = (num_steps - step) / max(1.0, cooldown_fraction * num_steps)
-    clip = jnp.clip if isinstance(step, jax.Array) else lambda x, low, high: min(max(x, low), high)
-    return final_factor + (1 - final_factor) * clip(remaining, 0.0, 1.0)
-
-
 def group(path: tuple[jax.tree_util.DictKey, ...], parameter: Array) -> str:
     """The group of a parameter by its name and shape: muon, embedding, head or scalar."""
     if path[-1].key == "head":
         return "head"
     if is_table(path):
         return "embedding"
+    if path[-1].key.endswith("gate"):
+        return "scalar"  # a few numbers per head: stacked like matrices, but too small to be some
     return "muon" if parameter.ndim >= 3 else "scalar"  # matrices are stacked over the layers
+
+
+def cautious_decay(strength: float) -> optax.GradientTransformationExtraArgs:
+    """Weight decay where the update shrinks the weight anyway (Chen et al., arXiv:2510.12402).
+
+    `update(updates, state, params, rate=...)` adds `strength * rate * w` to the update of each
+    weight w that has the sign of w. Updates are to be subtracted, after scaling with `rate`. The
+    decay is thus in proportion to the square of the rate (modded-nanogpt, 2025-11-10).
+    """
+
+    def update(updates, state, params, *, rate, **extra_args):
+        del extra_args
+
+        def decayed(u: Float[Array, "..."], w: Float[Array, "..."]) -> Float[Array, "..."]:
+            return u + strength * rate * jnp.where(u * w > 0, w, 0)
+
+        return jax.tree.map(decayed, updates, params), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def make_optimizer(
     *,
-    schedule: optax.Schedule,
     learning_rate: float,
     embedding_learning_rate: float,
     head_learning_rate: float,
     scalar_learning_rate: float,
-    momentum: float,
-    momentum_warmup_steps: int,
     adam_betas: tuple[float, float],
+    adam_every: int = 1,
     weight_decay: float,
+    neuron_decay: float | None = 0.95,
     newton_schulz_dtype: jnp.dtype = jnp.float32,
     mesh: Mesh | None = None,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer of the whole model.
 
+    `update(gradients, state, params, rate=..., momentum=...)` takes two numbers or scalar arrays:
+    what all rates are multiplied with in this step, and Muon's momentum.
+
     Args:
-        schedule: what all rates are multiplied with, by count of updates.
         learning_rate: Muon's; the next three are Adam's, by group.
-        momentum: Muon's, reached from 0.85 in `momentum_warmup_steps` steps: the first gradients
-            turn quickly and are best forgotten quickly.
-        weight_decay: of the matrices; one step shrinks them by the rate times this.
-        newton_schulz_dtype, mesh: see `nanogpt.muon.scale_by_muon`.
+        adam_every: Adam moves its parameters at every so many-th step only, by the mean gradient
+            of the steps since it last did (modded-nanogpt, 2025-09-30).
+        weight_decay: of the matrices, in proportion to the current rate: with r for
+            `learning_rate * rate`, a step takes the part r² * weight_decay off every weight which
+            it brings nearer to zero.
+        neuron_decay, newton_schulz_dtype, mesh: see `nanogpt.muon.scale_by_muon`.
     """
 
-    def momentum_at(step: Array) -> Array:
-        warm = jnp.minimum(step / max(1, momentum_warmup_steps), 1.0)
-        return 0.85 + (momentum - 0.85) * warm
-
-    def adam(rate: float) -> optax.GradientTransformation:
+    def adam(learning_rate: float) -> optax.GradientTransformation:
         b1, b2 = adam_betas
-        return optax.chain(optax.scale_by_adam(b1=b1, b2=b2, eps=1e-10), optax.scale(rate))
+        rule = optax.chain(optax.scale_by_adam(b1, b2, eps=1e-10), optax.scale(learning_rate))
+        if adam_every > 1:
+            rule = optax.MultiSteps(rule, adam_every).gradient_transformation()
+        return rule
 
     rules = {
         "muon": optax.chain(
-            scale_by_muon(momentum_at, newton_schulz_dtype, mesh),
-            optax.add_decayed_weights(weight_decay),
+            scale_by_muon(neuron_decay, newton_schulz_dtype, mesh),
+            cautious_decay(weight_decay * learning_rate),
             optax.scale(learning_rate),
         ),
         "embedding": adam(embedding_learning_rate),
@@ -85,6 +96,10 @@ def make_optimizer(
     def labels(params: PyTree) -> PyTree:
         return jax.tree_util.tree_map_with_path(group, params)
 
-    return optax.chain(
-        optax.partition(rules, labels), optax.scale_by_schedule(lambda step: -schedule(step))
-    )
+    by_group = optax.partition(rules, labels)
+
+    def update(gradients, state, params, *, rate, momentum):
+        updates, state = by_group.update(gradients, state, params, rate=rate, momentum=momentum)
+        return jax.tree.map(lambda u: -rate * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(by_group.init, update)

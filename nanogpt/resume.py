@@ -1,13 +1,14 @@
 """Going on with a run: which one, with which settings, and on the same data as before."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from nanogpt.config import ConfigError, GPTConfig
+from nanogpt.config import ConfigError, GPTConfig, from_json
+from nanogpt.schedule import stages_from_json
 
 Settings = TypeVar("Settings")  # train_gpt.Hyperparameters
 
@@ -54,7 +55,11 @@ def resumed_settings(
     path = run / "config.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        before = _from_json(kind, saved | {"model": _from_json(GPTConfig, saved["model"])})
+        nested = {
+            "model": from_json(GPTConfig, saved["model"]),
+            "stages": stages_from_json(saved["stages"]),
+        }
+        before = from_json(kind, saved | nested)
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ConfigError(
             f"{path} is not what this version of train_gpt.py writes ({type(error).__name__}: "
@@ -83,8 +88,3 @@ def check_same_data(
                 f"{run} was trained on other data: of shard {name} there was {told[0]}, now there "
                 f"is {told[1]}. Restore the data, or start another run."
             )
-
-
-def _from_json(kind: type, values: Mapping[str, Any]) -> Any:
-    """The dataclass with these values, whose tuples JSON made lists."""
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from nanogpt.config import GPTConfig, Kernels
 from nanogpt.mesh import BATCH, REPLICATED, ROWS
 from nanogpt.model import GPT, XLA, compute_copy
+from nanogpt.schedule import Rates
 
 Params = PyTree[Float[Array, "..."]]
 Metrics = dict[str, Float[Array, ""]]
@@ -69,12 +70,16 @@ def make_init(
 
 def make_train_step(
     graph: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     mesh: Mesh,
     dtype: str,
     skip_spikes: float = 0.0,
-) -> Callable[[TrainState, Int[Array, "Ng R T+1"]], tuple[TrainState, Metrics]]:
-    """Build `train_step(state, batch) -> (state, metrics)`, jitted; it consumes its state.
+    target_weights: tuple[float, ...] = (1.0,),
+) -> Callable[[TrainState, Int[Array, "Ng R T+1"], Rates], tuple[TrainState, Metrics]]:
+    """Build `train_step(state, batch, rates) -> (state, metrics)`, jitted; it consumes its state.
+
+    It minimises the cross-entropies of the next tokens by `target_weights`. The rates are numbers
+    of its input, so that one program serves schedules of any kind and length.
 
     A batch whose loss or gradient is not finite changes neither parameters nor optimizer; nor does
     one whose loss lies more than `skip_spikes` standard deviations above the latest, if that is
@@ -85,14 +90,17 @@ def make_train_step(
     the first steps), and `applied`, whether the update was made.
     """
 
-    def loss_of(params: Params, rows: Int[Array, "R T+1"]) -> Float[Array, ""]:
-        return nnx.merge(graph, params).loss(rows[:, :-1], rows[:, 1:]).mean()
+    def losses_of(params: Params, rows: Int[Array, "R T+1"]) -> tuple[Array, Array]:
+        model = nnx.merge(graph, params)
+        objective, losses = model.loss(rows[:, :-1], rows[:, 1:], target_weights)
+        return objective.mean(), losses.mean()
 
     def loss_and_gradients(params: Params, batch: Int[Array, "Ng R T+1"]):
         params = compute_copy(params, dtype)  # once, not once per micro-batch
 
         def accumulate(total, rows):
-            new = jax.value_and_grad(loss_of)(params, rows)
+            (_, loss), gradients = jax.value_and_grad(losses_of, has_aux=True)(params, rows)
+            new = loss, gradients
             return jax.tree.map(lambda t, n: t + n.astype(jnp.float32), total, new), None
 
         zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p)), (0.0, params))
@@ -108,7 +116,7 @@ def make_train_step(
         check_vma=False,
     )
 
-    def train_step(state: TrainState, batch: Int[Array, "Ng R T+1"]):
+    def train_step(state: TrainState, batch: Int[Array, "Ng R T+1"], rates: Rates):
         loss, gradients = over_devices(state.params, batch)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -118,7 +126,9 @@ def make_train_step(
         spike = jnp.where(known, surprise / jnp.sqrt(state.loss_variance + 1e-12), 0.0)
         applied = finite & (spike <= skip_spikes) if skip_spikes else finite
 
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(
+            gradients, state.opt_state, state.params, **rates._asdict()
+        )
         new = optax.apply_updates(state.params, updates), opt_state
         old = state.params, state.opt_state
         params, opt_state = jax.tree.map(partial(jnp.where, applied), new, old)
@@ -144,7 +154,7 @@ def make_eval_step(
 
     def summed_loss(params: Params, rows: Int[Array, "R T+1"]) -> Float[Array, ""]:
         model = nnx.merge(graph, compute_copy(params, dtype))
-        losses = model.loss(jnp.maximum(rows[:, :-1], 0), rows[:, 1:])
+        _, losses = model.loss(jnp.maximum(rows[:, :-1], 0), rows[:, 1:])
         return jax.lax.psum(losses.sum(), "data")
 
     over_devices = jax.shard_map(

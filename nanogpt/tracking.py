@@ -1,10 +1,11 @@
 """What a run tells: lines on the console and in log.txt, one JSON object per step in metrics.jsonl.
 
-runs/<name>/config.json     every hyperparameter
-            log.txt         what the console showed
-            metrics.jsonl   one object per step, as it happens
-            checkpoints/    see nanogpt/checkpoint.py
-            lock, holder    the process that trains it
+runs/<name>/config.json        every hyperparameter
+            environment.json   command, commit, hardware and versions, as last started
+            log.txt            what the console showed
+            metrics.jsonl      one object per step, as it happens
+            checkpoints/       see nanogpt/checkpoint.py
+            lock, holder       the process that trains it
 """
 
 import json
@@ -25,6 +26,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
+
+from nanogpt.schedule import Schedule
 
 SPIKE = 6.0  # standard deviations above the latest losses at which a loss is remarked upon
 
@@ -58,8 +61,9 @@ class Run:
         self._metrics.close()
         self._lock.release()
 
-    def configure(self, config: dict[str, Any]) -> None:
-        """Write config.json, which makes the folder a run's."""
+    def configure(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
+        """Write environment.json, and config.json, which makes the folder a run's."""
+        _write_whole(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
         _write_whole(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def say(self, text: str, style: str = "") -> None:
@@ -208,18 +212,15 @@ class Progress:
     def __init__(
         self,
         run: Run,
-        num_steps: int,
-        tokens_per_step: int,
-        learning_rate_factor: Callable[[int], float],
-        utilization: Callable[[float], float | None],
+        schedule: Schedule,
+        utilization: Callable[[int, float], float | None],
         training_seconds: float = 0.0,
     ):
-        """`utilization` maps tokens/s to model FLOPs utilisation, or to None where unknown.
+        """`utilization` maps step and tokens/s to model FLOPs utilisation, or to None if unknown.
 
         `training_seconds` is the time that earlier processes spent on this run.
         """
-        self.run, self.num_steps, self.tokens_per_step = run, num_steps, tokens_per_step
-        self.learning_rate_factor, self.utilization = learning_rate_factor, utilization
+        self.run, self.schedule, self.utilization = run, schedule, utilization
         self.training_seconds = training_seconds
         self.unvalidated: dict[str, Any] | None = None  # a record whose validation was broken off
         self._waiting: tuple[int, Mapping[str, Any]] | None = None
@@ -246,8 +247,9 @@ class Progress:
         now = time.perf_counter()
         seconds, self._arrived = now - self._arrived, now
         self.training_seconds += seconds
-        tokens_per_s = self.tokens_per_step / seconds
-        factor = self.learning_rate_factor(step - 1)
+        tokens, num_steps = self.schedule.tokens(step), self.schedule.num_steps
+        tokens_per_s = (tokens - self.schedule.tokens(step - 1)) / seconds
+        factor = self.schedule.rates(step).rate
         if not (isfinite(loss) and isfinite(grad_norm)):
             raise BadNumbers(
                 f"step {step}: loss {loss}, gradient norm {grad_norm}, at {factor:.3f} times the "
@@ -260,15 +262,15 @@ class Progress:
             "grad_norm": grad_norm,
             "spike": spike,
             "learning_rate_factor": factor,
-            "tokens": step * self.tokens_per_step,
+            "tokens": tokens,
             "time_s": self.training_seconds,
             "step_time_s": seconds,
             "tokens_per_s": tokens_per_s,
         }
-        utilization = self.utilization(tokens_per_s)
-        remaining = (self.num_steps - step) * self.training_seconds / step
+        utilization = self.utilization(step, tokens_per_s)
+        remaining = (self.schedule.tokens(num_steps) / tokens - 1) * self.training_seconds
         self.run.say(
-            f"step {step}/{self.num_steps} | train loss {loss:.4f} | lr x {factor:.3f} | "
+            f"step {step}/{num_steps} | train loss {loss:.4f} | lr x {factor:.3f} | "
             f"{1e3 * seconds:.1f} ms | {tokens_per_s:,.0f} tok/s | "
             + (f"MFU {utilization:.1%} | " if utilization is not None else "")
             + f"ETA {timedelta(seconds=round(remaining))}"
@@ -294,7 +296,7 @@ class Progress:
             raise BadNumbers(f"step {record['step']}: validation loss {val_loss}.")
         self.unvalidated = None
         self.run.say(
-            f"step {record['step']}/{self.num_steps} | val loss {val_loss:.4f} | "
+            f"step {record['step']}/{self.schedule.num_steps} | val loss {val_loss:.4f} | "
             f"{record['tokens']:,} tokens | {self.training_seconds:.1f} s",
             style="bold green",
         )

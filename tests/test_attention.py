@@ -104,20 +104,20 @@ on_gpu = pytest.mark.skipif(
 )
 
 
-def some_model(H=64, **how):
-    return GPTConfig(vocab_size=100, num_layers=2, num_heads=2, width=2 * H, windows=(48, 0), **how)
+def some_model(H=64, windows=(48, 0), **how):
+    return GPTConfig(vocab_size=100, num_layers=2, num_heads=2, width=2 * H, windows=windows, **how)
 
 
 @on_cpu
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_cpu_gets_xla_and_is_told_why(dtype):
-    assert choose_attention(some_model(), 128, dtype) == ("xla", "XLA attention (cpu)")
+    assert choose_attention([some_model()], 128, dtype) == ("xla", "XLA attention (cpu)")
 
 
 @on_cpu
 def test_a_float32_run_on_a_gpu_gets_xla_and_is_told_why(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    kernel, reason = choose_attention(some_model(), 128, "float32")
+    kernel, reason = choose_attention([some_model()], 128, "float32")
     assert kernel == "xla"
     assert "needs bfloat16" in reason and "float32" in reason
 
@@ -147,6 +147,10 @@ def without_the_window(*qkv, window, **how):
     return reference_attention(*qkv, **how)
 
 
+def that_looks_too_far_with_a_window_of_20(*qkv, window, **how):
+    return reference_attention(*qkv, window=21 if window == 20 else window, **how)
+
+
 def without_the_documents(q, k, v, documents, **how):
     return reference_attention(q, k, v, **how)
 
@@ -169,11 +173,11 @@ WRONG = [
 ]
 
 
-def choice_on_a_gpu(monkeypatch, model=None, **kernels):
+def choice_on_a_gpu(monkeypatch, *models, **kernels):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     for name, kernel in kernels.items():
         monkeypatch.setitem(nanogpt.attention.KERNELS, name, kernel)
-    kernel, line = choose_attention(model or some_model(), 64, "bfloat16")
+    kernel, line = choose_attention(models or [some_model()], 64, "bfloat16")
     assert "\n" not in line
     return kernel, line
 
@@ -191,6 +195,15 @@ def test_a_cudnn_that_fails_or_is_wrong_is_replaced_by_the_pallas_kernel(monkeyp
     assert kernel == "pallas"
     told = "failed its probe (" if cudnn in BROKEN else "differs from the reference by"
     assert line.startswith("Pallas flash attention, because cuDNN flash attention " + told)
+
+
+@on_cpu
+@pytest.mark.parametrize(("later_window", "chosen"), [(30, "cudnn"), (20, "pallas")])
+def test_a_kernel_must_be_right_for_the_windows_of_every_stage(monkeypatch, later_window, chosen):
+    kernels = {"cudnn": that_looks_too_far_with_a_window_of_20, "pallas": as_the_reference}
+    stages = [some_model(windows=windows) for windows in ((48,), (later_window,))]
+    kernel, _ = choice_on_a_gpu(monkeypatch, *stages, **kernels)
+    assert kernel == chosen
 
 
 @on_cpu

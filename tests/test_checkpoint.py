@@ -31,7 +31,9 @@ from nanogpt.checkpoint import (
 )
 from nanogpt.config import ConfigError
 from nanogpt.mesh import REPLICATED, make_mesh, shapes_on
+from nanogpt.schedule import Stage
 from nanogpt.step import TrainState, make_init
+from train_gpt import PRESETS
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -77,9 +79,15 @@ def run(tmp_path, tmp_path_factory, tiny, state):
     made = tmp_path_factory.getbasetemp() / "run with checkpoints"  # once for all tests
     if not made.exists():
         made.mkdir()
-        (made / "config.json").write_text(json.dumps({"seed": 5, "model": asdict(tiny)}))
+        configure(made, seed=5, model=tiny)
         save(made, state, 10, 20, 30)
     return shutil.copytree(made, tmp_path / "runs" / "a")
+
+
+def configure(folder, **changed):
+    """Write the config.json of a run of the laptop preset with these settings."""
+    settings = asdict(replace(PRESETS["laptop"], **changed))
+    (folder / "config.json").write_text(json.dumps(settings))
 
 
 def save(folder, state, *steps, keep=3, say=say_nothing_is_wrong):
@@ -663,6 +671,26 @@ def test_a_loaded_run_is_the_model_that_was_configured_with_its_newest_weights(
     assert np.asarray(model.embed[...]).tobytes() == np.asarray(params["embed"]).tobytes()
 
 
+@pytest.mark.parametrize(
+    ("num_steps", "windows", "earlier_windows"),
+    [
+        (90, (4, 8), ()),  # step 30 is the last of the first stage
+        (87, (16, 12), (8,)),
+        (60, (16, 12), (8,)),
+        (30, (20, 24), (8, 16)),
+        (29, (20, 24), (8, 16)),  # resumed with fewer steps than it had made
+    ],
+)
+def test_the_model_of_a_loaded_run_is_that_of_the_stage_its_weights_were_saved_in(
+    run, tiny, num_steps, windows, earlier_windows
+):
+    stages = tuple(Stage(windows=each) for each in [(4, 8), (16, 12), (20, 24)])
+    configure(run, num_steps=num_steps, stages=stages, model=tiny)
+    _, graph, params = load_run(run, make_mesh(1))
+    expected = replace(tiny, windows=windows, earlier_windows=earlier_windows)
+    assert nnx.merge(graph, params).config == expected
+
+
 def test_of_a_run_only_the_parameters_are_read(run, state, monkeypatch):
     checkpoint = newest_checkpoint(run, say_nothing_is_wrong)
     shutil.rmtree(checkpoint.folder / "rest")
@@ -703,6 +731,12 @@ def config_cut_short(run):
     (run / "config.json").write_text('{"model": ')
 
 
+def config_without_stages(run):
+    hp = json.loads((run / "config.json").read_text())
+    del hp["stages"]
+    (run / "config.json").write_text(json.dumps(hp))
+
+
 def config_of_another_width(run):
     hp = json.loads((run / "config.json").read_text())
     hp["model"]["width"] *= 2
@@ -735,6 +769,7 @@ def weights_of_another_program(run):
         (no_good_checkpoint, "none of 3 is whole"),
         (config_of_another_program, "config.json is not what train_gpt.py wrote"),
         (config_cut_short, "config.json is not what train_gpt.py wrote"),
+        (config_without_stages, "config.json is not what train_gpt.py wrote"),
         (config_of_another_width, "00000030 is not of the model in config.json.* params.*"),
         (config_of_another_depth, "00000030 is not of the model in config.json.* params.*"),
         (config_with_other_arrays, "00000030 is not of the model in config.json.* params.*"),

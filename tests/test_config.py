@@ -1,10 +1,11 @@
 """The arithmetic of a model's shape, and the shapes that are refused."""
 
 import dataclasses
+import json
 
 import pytest
 
-from nanogpt.config import ConfigError, GPTConfig
+from nanogpt.config import ConfigError, GPTConfig, from_json
 
 
 @pytest.mark.parametrize(
@@ -39,6 +40,17 @@ def test_windows_repeat_over_the_layers_and_zero_means_all(windows, per_layer):
 
 
 @pytest.mark.parametrize(
+    ("mlp_only", "count"), [((), 12), ((0, 7), 10), ((7, 0, 7), 10), ((*range(11),), 1)]
+)
+def test_layers_that_are_named_have_no_attention(mlp_only, count):
+    assert GPTConfig(mlp_only=mlp_only).num_attentions == count
+
+
+def test_a_shape_comes_back_from_json(tiny):
+    assert from_json(GPTConfig, json.loads(json.dumps(dataclasses.asdict(tiny)))) == tiny
+
+
+@pytest.mark.parametrize(
     ("change", "complaint"),
     [
         ({"vocab_size": 0}, "vocab_size must be at least 1, not 0"),
@@ -53,8 +65,25 @@ def test_windows_repeat_over_the_layers_and_zero_means_all(windows, per_layer):
         ({"num_layers": 2, "value_embeddings": 3}, "0 to num_layers, 2, not 3"),
         ({"bigram_buckets": -1}, "bigram_buckets"),
         ({"windows": (4, -1)}, "windows"),
+        ({"windows": (8,), "earlier_windows": (4, 0)}, r"earlier_windows .* 1: \(4, 0\)"),
+        ({"windows": (8, 0), "earlier_windows": (4,)}, "earlier_windows need windows, all of them"),
+        ({"earlier_windows": (4,)}, "earlier_windows need windows, all of them at least 1"),
+        ({"mlp_only": (12,)}, "mlp_only names layer 12, but there are layers 0 to 11"),
+        ({"key_offset": (3, -1)}, "key_offset names layer -1, but there are layers 0 to 11"),
+        ({"backout": 12}, "backout names layer 12, but there are layers 0 to 11"),
+        ({"mlp_only": (*range(12),)}, "mlp_only names all layers, but one must have attention"),
+        ({"width": 8, "num_heads": 1}, "smear reads 12 channels, but width is 8: set it to False"),
+        ({"width": 8, "num_heads": 1, "smear": False}, "attention_gate reads 12 .* width is 8"),
         ({"document_separator": 50257}, "document_separator .* 50,257 token ids, not 50257"),
         ({"document_separator": -1}, "document_separator .* not -1"),
+        ({"attention_scale": 0.0}, "attention_scale must be positive, not 0.0"),
+        ({"attention_scale": float("inf")}, "attention_scale must be positive, not inf"),
+        ({"rope_base": 0.5}, "rope_base must be at least 1, not 0.5"),
+        ({"rope_base": float("nan")}, "rope_base must be at least 1, not nan"),
+        ({"rope_fraction": 1.1}, "rope_fraction must lie between 0 and 1, not at 1.1"),
+        ({"rope_fraction": -0.1}, "rope_fraction must lie between 0 and 1, not at -0.1"),
+        ({"logit_scale": 0.0}, "logit_scale must be positive .* not 0.0 and 0.0"),
+        ({"logit_shift": float("nan")}, "logit_shift a number, not 1.0 and nan"),
         ({"softcap": 0.0}, "softcap .* above 0"),
         ({"softcap": 40.5}, "softcap .* 40, not at 40.5"),
         ({"softcap": float("nan")}, "softcap .* nan"),
@@ -78,6 +107,12 @@ def test_a_shape_that_cannot_be_built_is_refused_in_one_sentence(change, complai
         {"softcap": 40.0},
         {"windows": (0,), "bigram_buckets": 0},
         {"document_separator": 0},
+        {"mlp_only": (*range(11), 0), "key_offset": (0, 11), "backout": 11},
+        {"windows": (1,), "earlier_windows": (1, 5)},
+        {"width": 12, "num_heads": 1},
+        {"width": 8, "num_heads": 1, "attention_gate": False, "smear": False},
+        {"rope_base": 1.0, "rope_fraction": 0.0, "logit_shift": -100.0},
+        {"rope_fraction": 1.0},
     ],
 )
 def test_a_shape_on_the_edge_of_what_can_be_built_is_accepted(change):

@@ -93,7 +93,7 @@ def test_greedy_text_does_not_depend_on_the_seed(model):
 
 @pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 2)])
 def test_tokens_are_drawn_as_often_as_the_softmax_of_their_logits_says(temperature, top_k):
-    config = GPTConfig(5, num_layers=1, num_heads=1, width=8, mlp_width=8, value_embeddings=0)
+    config = GPTConfig(5, num_layers=1, num_heads=1, width=12, mlp_width=8, value_embeddings=0)
     graph, params = graph_of(config), jax.jit(partial(init_params, config))(jax.random.key(0))
     # All tokens look alike to this model, so that every draw is from the same distribution.
     params["embed"] = jnp.broadcast_to(params["embed"][0], params["embed"].shape)

@@ -193,7 +193,7 @@ def ran(monkeypatch, device):
         model = {"num_layers": 2, "width": 64, "num_heads": 2, "mlp_width": 128, "windows": [4]}
         config = {"total_batch_size": 256, "sequence_length": 16, "model": model}
         (run / "config.json").write_text(json.dumps(config))
-        (run / "log.txt").write_text(f"speedrun preset | x, 9 tokens | {device} | Ng = 1\n...\n")
+        (run / "log.txt").write_text(f"baseline preset | x, 9 tokens | {device} | Ng = 1\n...\n")
 
     monkeypatch.setattr(gpu_vs_pytorch, "run", train)
     size = Size(tokens_per_step=256, sequence_length=16, warm_up=2, steps=3, ours="--seed 7")
@@ -213,7 +213,7 @@ def test_our_time_is_the_median_of_the_steps_after_the_warm_up(monkeypatch):
     assert len(train) > 5 * 256  # no token is met twice
     assert len(val) > 16
     assert train.max() < 50257
-    assert "train_gpt.py --preset speedrun --train-files train.bin --val-files val.bin" in command
+    assert "train_gpt.py --preset baseline --train-files train.bin --val-files val.bin" in command
     assert command.endswith("--num-steps 5 --sequence-length 16 --total-batch-size 256 --seed 7")
 
 

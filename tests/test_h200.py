@@ -1,6 +1,7 @@
-"""The speedrun's training step, compiled for H200s: what it holds can be read without one."""
+"""The speedrun's training steps, compiled for H200s: what they hold can be read without one."""
 
 import re
+from collections import Counter
 from functools import cache
 from importlib.util import find_spec
 
@@ -8,25 +9,33 @@ import jax
 import numpy as np
 import pytest
 
-from nanogpt.config import GPTConfig, Kernels
+from nanogpt.config import Kernels
 from nanogpt.hardware import activation_bytes
+from train_gpt import PRESETS
 
 pytestmark = pytest.mark.skipif(
     not (find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin")),
     reason='needs JAX\'s CUDA plugin: pip install -e ".[gpu-compiler]"',
 )
 
-CONFIG = GPTConfig(windows=(384, 0))
-B, T = 64, 1024
-V = CONFIG.padded_vocab_size
+HP = PRESETS["speedrun"]
+V = HP.model.padded_vocab_size
+CUDNN = Kernels("cudnn")
+OWN = Kernels("pallas", "pallas", fp8_head=True)
 
 
 @cache
-def compiled(kernels, num_devices=1):
-    from benchmarks.h200 import Program, compile_step
+def compiled(stage, kernels, num_devices=1):
+    from benchmarks.h200 import Program, compile_stage
 
-    step = compile_step(CONFIG, kernels, num_devices=num_devices, batch_size=B, sequence_length=T)
+    step = compile_stage(HP, stage, kernels, num_devices)
     return step, Program(step)
+
+
+# Stage, kernels and devices: each compiles for some seconds, and serves several tests.
+THIRD_BY_CUDNN = (2, CUDNN)  # the largest batch
+FIRST_BY_OWN = (0, OWN)  # the shortest rows, three targets
+LAST_ON_EIGHT = (3, CUDNN, 8)  # a window of all the row
 
 
 def custom_calls(program, target):
@@ -35,46 +44,45 @@ def custom_calls(program, target):
 
 def stored_logits(program, dtype):
     """Arrays of a number for each token and id that reach the memory."""
-    shape = re.compile(rf"\b{dtype}\[(\d{{4,}}|{B},{T}),{V}\]")
+    shape = re.compile(rf"\b{dtype}\[(\d{{4,}}|\d+,\d{{4,}}),{V}\]")
     return [x for x in program.kernels() if shape.search(x.shape)]
 
 
-CUDNN = Kernels("cudnn")
-OWN = Kernels("pallas", "pallas", fp8_head=True)
-
-
-def test_every_layer_calls_cudnn_forward_and_backward_with_its_window():
-    _, program = compiled(CUDNN)
+@pytest.mark.parametrize(
+    ("which", "short", "long"), [(THIRD_BY_CUDNN, 640, 1408), (LAST_ON_EIGHT, 768, 2048)]
+)
+def test_every_attention_calls_cudnn_forward_and_backward_with_its_window(which, short, long):
+    _, program = compiled(*which)
     for direction in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"):
         calls = custom_calls(program, direction)
         windows = [
             int(re.search(r'"sliding_window_length": ?(\d+)', x.attributes)[1]) for x in calls
         ]
-        assert len(calls) == CONFIG.num_layers
-        assert sorted(windows) == 6 * [0] + 6 * [384]
+        # Of twelve layers two have no attention, two see far, and three have paired heads.
+        assert Counter(windows) == {short: 5, 2 * short: 3, long: 2}
 
 
 def test_the_projects_own_kernels_are_in_the_step_when_asked_for():
-    _, program = compiled(OWN)
+    _, program = compiled(*FIRST_BY_OWN)
     calls = custom_calls(program, "__gpu$xla.gpu.triton")
     of_the_loss = [x for x in calls if "cross_entropy" in x.attributes]
     assert of_the_loss
     # Attention has one kernel forward and two backward.
-    assert len(calls) - len(of_the_loss) == 3 * CONFIG.num_layers
+    assert len(calls) - len(of_the_loss) == 3 * HP.model.num_attentions
     assert not custom_calls(program, "__cudnn$fmhaSoftmax")
 
 
-@pytest.mark.parametrize("kernels", [CUDNN, OWN])
-def test_logits_are_stored_but_never_in_float32(kernels):
-    _, program = compiled(kernels)
+@pytest.mark.parametrize("which", [THIRD_BY_CUDNN, FIRST_BY_OWN])
+def test_logits_are_stored_but_never_in_float32(which):
+    _, program = compiled(*which)
     assert stored_logits(program, "bf16")
     assert not stored_logits(program, "f32")
 
 
-@pytest.mark.parametrize("kernels", [CUDNN, OWN])
-def test_memory_is_what_the_choice_of_the_micro_batch_reckons_with(kernels):
-    step, _ = compiled(kernels)
-    reckoned = B * T * activation_bytes(CONFIG, T, "bfloat16", flash=True)
+@pytest.mark.parametrize("which", [THIRD_BY_CUDNN, FIRST_BY_OWN])
+def test_memory_is_what_the_choice_of_the_micro_batch_reckons_with(which):
+    step, _ = compiled(*which)
+    reckoned = 65_536 * activation_bytes(HP.model, 2048, "bfloat16", flash=True)
     kept = step.memory_analysis().temp_size_in_bytes
     assert 0.7 * reckoned < kept < 1.02 * reckoned
 
@@ -90,8 +98,8 @@ def test_an_fp8_head_multiplies_8_bit_floats_in_all_three_products():
                     found.add((kinds[0][0], kinds[1][0], re.sub(r"\{.*", "", x.shape)))
         return found
 
-    assert not eight_bit_products(compiled(CUDNN)[1])
-    found = eight_bit_products(compiled(OWN)[1])
+    assert not eight_bit_products(compiled(*THIRD_BY_CUDNN)[1])
+    found = eight_bit_products(compiled(*FIRST_BY_OWN)[1])
     assert {kinds[:2] for kinds in found} == {
         ("f8e4m3fn", "f8e4m3fn"),  # logits
         ("f8e5m2", "f8e4m3fn"),  # gradient of the features
@@ -106,25 +114,16 @@ def items_of(shape):
     )
 
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-
-
-def collectives(instructions):
-    """By kind; of the two halves of an asynchronous one, that which has the result's shape."""
-    found = {}
-    for x in instructions:
-        for kind in COLLECTIVES:
-            if x.opcode in (kind, f"{kind}-done"):
-                found.setdefault(kind, []).append(x)
-    return found
-
-
 def test_one_gpu_talks_to_nobody():
-    assert not collectives(compiled(CUDNN)[1])
+    from benchmarks.h200 import collectives
+
+    assert not collectives(compiled(*THIRD_BY_CUDNN)[1])
 
 
 def test_eight_gpus_reduce_each_gradient_once_in_float32_and_nothing_in_a_loop():
-    step, program = compiled(CUDNN, num_devices=8)
+    from benchmarks.h200 import collectives
+
+    step, program = compiled(*LAST_ON_EIGHT)
     found = collectives(program)
     assert set(found) == {"all-reduce", "all-gather"}
     parameters = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(step.in_avals[0][0].params))
@@ -137,7 +136,9 @@ def test_eight_gpus_reduce_each_gradient_once_in_float32_and_nothing_in_a_loop()
 
 
 def test_eight_gpus_gather_the_matrices_that_each_orthogonalised_in_bfloat16():
-    _, program = compiled(CUDNN, num_devices=8)
+    from benchmarks.h200 import collectives
+
+    _, program = compiled(*LAST_ON_EIGHT)
     gathered = [re.search(r"\w+\[[\d,]+\]", x.shape)[0] for x in collectives(program)["all-gather"]]
-    # 48 square and 24 oblong matrices, each kind in eight groups of eight, some of them idle.
+    # 40 square and 24 oblong matrices, each kind in eight groups of eight, some of them idle.
     assert sorted(gathered) == ["bf16[8,8,768,3072]", "bf16[8,8,768,768]"]

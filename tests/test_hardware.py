@@ -1,4 +1,4 @@
-"""What a token costs, held against counting, and against the numbers of the speedrun's model."""
+"""What a token costs, held against counting, and against the numbers of GPT-2 small's size."""
 
 import jax
 import numpy as np
@@ -7,16 +7,26 @@ import pytest
 from nanogpt.config import GPTConfig
 from nanogpt.hardware import activation_bytes, flops_per_token, largest_batch, utilization
 from nanogpt.step import init_params
+from train_gpt import PRESETS
 
 
-def test_the_speedruns_model_costs_741_mflop_in_matrices_and_57_in_attention():
+def test_a_model_of_gpt2_smalls_size_costs_741_mflop_in_matrices_and_57_in_attention():
     # 84.9 M weights in the blocks and 38.6 M in the head, six times; then 12 layers of full
     # attention over 1 ... 1024 keys, 512.5 on average.
     assert flops_per_token(GPTConfig(), 1024) / 1e6 == pytest.approx(741.4 + 56.7, abs=0.1)
 
 
-@pytest.mark.parametrize("windows", [(), (4,), (3, 0), (1, 7, 100)])
-def test_flops_equal_a_count_over_every_weight_and_every_visible_pair(windows):
+@pytest.mark.parametrize(
+    ("windows", "mlp_only", "paired"),
+    [
+        ((), (), ()),
+        ((4,), (1, 2), ()),
+        ((3, 0), (0,), (2,)),
+        ((1, 7, 100), (), (1, 2, 3)),
+        ((5,), (3,), (0, 3)),  # of paired heads that a layer does not have
+    ],
+)
+def test_flops_equal_a_count_over_every_weight_and_every_visible_pair(windows, mlp_only, paired):
     config = GPTConfig(
         vocab_size=100,
         num_layers=4,
@@ -24,22 +34,27 @@ def test_flops_equal_a_count_over_every_weight_and_every_visible_pair(windows):
         width=24,
         mlp_width=40,
         windows=windows,
+        mlp_only=mlp_only,
+        paired_heads=paired,
         value_embeddings=2,
         bigram_buckets=50,
     )
     T = 29
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    blocks = params["blocks"]
-    matrices = [params["head"], *blocks["attention"].values(), *blocks["mlp"].values()]
-    weights = sum(np.prod(m.shape) for m in matrices if m.shape[-1] > 2)  # value_mix is no matrix
-    pairs = 0
-    for layer in range(4):
-        window = windows[layer % len(windows)] if windows else 0
-        for query in range(T):
+    names = [("attention", "qkv"), ("attention", "out"), ("mlp", "up"), ("mlp", "down")]
+    matrices = [params["head"], *(params[kind][name] for kind, name in names)]
+    weights = sum(np.prod(m.shape) for m in matrices)
+    pairs = 0  # of a query and a key, in all heads
+    for layer in set(range(4)) - set(mlp_only):
+        window = (windows[layer % len(windows)] if windows else 0) or T
+        heads, rows = (1, 2 * T) if layer in paired else (2, T)
+        if layer in paired:
+            window *= 2  # as many tokens back, each there twice
+        for query in range(rows):
             for key in range(query + 1):
-                pairs += not window or query - key < window
+                pairs += heads * (query - key < window)
     # A multiplication and an addition, for the scores and the values; twice that backward.
-    per_pair = 2 * 2 * config.width * 3
+    per_pair = 2 * 2 * config.head_size * 3
     assert flops_per_token(config, T) == pytest.approx(6 * weights + per_pair * pairs / T)
 
 
@@ -58,21 +73,34 @@ def test_the_utilization_of_an_unknown_device_is_not_guessed():
 @pytest.mark.parametrize(
     ("rows", "memory", "batch_size"),
     [
-        (512, 135e9, 128),  # an H200, of which JAX takes 90 %: four micro-batches
-        (512, 77e9, 64),  # an H100 of 80 GB
-        (512, 38e9, 32),  # an A100 of 40 GB
-        (64, 135e9, 64),  # one of eight H200s has no more rows than these
-        (512, 1e6, 1),
-        (512, None, 1),  # a CPU does not say; small micro-batches are its fastest anyway
-        (60, 38e9, 30),  # what divides the rows keeps Ng whole
+        (64, 135e9, 64),  # an H200, of which JAX takes 90 %: 64 rows are the first stage's batch
+        (64, 77e9, 32),  # an H100 of 80 GB
+        (64, 38e9, 16),  # an A100 of 40 GB
+        (8, 135e9, 8),  # one of eight H200s has no more rows than these
+        (64, 1e6, 1),
+        (64, None, 1),  # a CPU does not say; small micro-batches are its fastest anyway
+        (60, 38e9, 20),  # what divides the rows keeps Ng whole
     ],
 )
 def test_the_speedruns_micro_batch_fits_two_thirds_of_the_memory(rows, memory, batch_size):
-    row_bytes = 1024 * activation_bytes(GPTConfig(), 1024, "bfloat16", flash=True)
+    model = PRESETS["speedrun"].model
+    row_bytes = 2048 * activation_bytes(model, 2048, "bfloat16", flash=True)
     assert largest_batch(rows, row_bytes, memory) == batch_size
 
 
 def test_the_scores_of_attention_count_only_where_they_are_stored():
-    flash, stored = (activation_bytes(GPTConfig(), 1024, "bfloat16", flash) for flash in (1, 0))
-    # 12 layers of 6 heads and 1,024 keys for each query, in float32 and in bfloat16.
-    assert stored - flash == 12 * 6 * 1024 * (4 + 2)
+    config = GPTConfig(mlp_only=(0, 7), paired_heads=(0, 5))
+    flash, stored = (activation_bytes(config, 1024, "bfloat16", flash) for flash in (1, 0))
+    # 10 attentions of 6 heads and 1,024 keys for each query, in float32 and in bfloat16; in one of
+    # them, whose heads are paired, 3 heads of 2,048 queries and as many keys.
+    assert stored - flash == (9 * 6 * 1024 + 3 * 2 * 2048) * (4 + 2)
+
+
+def test_a_layer_without_attention_needs_memory_for_its_mlp_only():
+    def needed(**shape):
+        return activation_bytes(GPTConfig(**shape), 1024, "bfloat16", flash=True)
+
+    of_attention = needed() - needed(mlp_only=(3,))
+    of_mlp = needed() - needed(num_layers=11) - of_attention
+    assert 0 < of_attention < 2 * 16 * 768
+    assert of_mlp == 2 * (4 * 768 + 2 * 3072)

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import pytest
 from orbax.checkpoint import v1 as ocp
-from test_train_gpt import SCRIPT, SMALL, TIMES, shared_folder
+from test_train_gpt import SCRIPT, SMALL, STAGE_ENDS, STAGED, TIMES, shared_folder, staged_run
 
 import train_gpt
 from nanogpt.config import ConfigError, GPTConfig
@@ -194,6 +194,12 @@ def straight(tmp_path_factory, cache):
     return folder / "runs" / "a"
 
 
+@pytest.fixture(scope="session")
+def staged(tmp_path_factory):
+    """The same of a run through several stages, and the cache that it filled."""
+    return staged_run(tmp_path_factory).folder, shared_folder(tmp_path_factory) / "cache"
+
+
 def died_after(step, straight, place):
     """A copy of the straight run as it would have been left by a crash soon after `step`."""
     run = place / "runs" / "a"
@@ -240,8 +246,13 @@ def without_times(run):
 
 def assert_same_run(run, straight):
     assert without_times(run) == without_times(straight)
-    assert steps(run)[-1] == STEPS
-    ours, theirs = arrays(run, STEPS), arrays(straight, STEPS)
+    assert_same_end(run, straight)
+
+
+def assert_same_end(run, straight):
+    last = steps(straight)[-1]
+    assert steps(run)[-1] == last
+    ours, theirs = arrays(run, last), arrays(straight, last)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name]] == []
 
@@ -342,6 +353,67 @@ def test_a_run_goes_on_with_another_number_of_devices_on_the_same_tokens(straigh
     assert np.abs(np.diff(losses)).min() > 1e-3
 
 
+# Stages
+
+
+def test_a_run_stopped_in_the_validation_that_ends_a_stage_goes_on_with_the_next_to_the_same_end(
+    staged, place
+):
+    straight, cache = staged
+    hp = json.loads((straight / "config.json").read_text())
+    files = [f"--{name}-files={hp[f'{name}_files']}" for name in ("train", "val")]
+    end = STAGE_ENDS[0]
+    # So many tokens that the signal comes while it validates, as it then does for the first time.
+    long = ["--val-loss-every", end, "--val-tokens", "50000"]
+    arguments = [*SMALL, *STAGED, *files, *long, "--run-name", "a"]
+    run = place / "runs" / "a"
+    with Process(arguments, place, cache) as process:
+        process.read_until(f"step {end}/26 | train")
+        process.send(signal.SIGTERM)
+        assert process.end() == 143
+    assert steps(run)[-1] == end
+    assert [record["step"] for record in records(run)] == [*range(1, end)]
+    process, status, errors = resume(
+        run, cache, "--val-loss-every", "3", "--val-tokens", f"{hp['val_tokens']}"
+    )
+    assert (status, errors) == (0, "")
+    assert f"resuming runs/a after step {end}" in process.lines
+    # The first process had not validated before, which is no part of the training.
+    expected = without_times(straight)
+    for record in expected[: end - 1]:
+        record.pop("val_loss", None)
+    assert without_times(run) == expected
+    assert_same_end(run, straight)
+
+
+def test_a_run_goes_on_from_one_stage_through_the_next_on_another_number_of_devices(staged, place):
+    straight, cache = staged
+    run = died_after(21, straight, place)
+    process, status, errors = resume(run, cache, "--batch-size", "1", devices=2)
+    assert (status, errors) == (0, "")
+    assert any(line.endswith("/ (1 * 64 * 2) = 1, 2, 3") for line in process.lines)
+    for ours, theirs in zip(records(run), records(straight), strict=True):
+        for name in ("step", "tokens", "learning_rate_factor"):
+            assert ours[name] == theirs[name]
+        for name in ours.keys() & {"train_loss", "val_loss"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+
+
+def test_a_number_of_steps_that_moves_a_stage_which_has_been_trained_is_refused(staged, place):
+    straight, cache = staged
+    run = died_after(15, straight, place)
+    metrics, whole = (run / "metrics.jsonl").read_bytes(), contents(run / "checkpoints")
+    process, status, errors = resume(run, cache, "--num-steps", "52")
+    assert (status, process.lines) == (2, [])
+    # 9 steps of 128 tokens and 6 of 256; of 52 steps, the first 17 have 128.
+    assert errors == (
+        "num_steps cannot change to 52 while runs/a is resumed: its stages would have had "
+        "1,920 tokens by now instead of 2,688.\n"
+    )
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    assert contents(run / "checkpoints") == whole
+
+
 # What may change, and what may not
 
 
@@ -352,7 +424,7 @@ def another(value):
     if isinstance(value, bool):
         return not value
     if isinstance(value, tuple):
-        return tuple(number / 2 for number in value)
+        return value[::-1] + value[:1]
     return f"{value}x" if isinstance(value, str) else (value or 0) + 1
 
 

@@ -11,7 +11,7 @@ import pytest
 from test_train_gpt import base_run
 
 import sample
-from nanogpt.config import GPTConfig
+from train_gpt import PRESETS
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_a_folder_without_a_run_that_got_somewhere_is_told_in_one_sentence(
     if missing != "everything":
         (folder / "checkpoints").mkdir(parents=True)
     if missing == "checkpoints":
-        (folder / "config.json").write_text(json.dumps({"model": asdict(GPTConfig())}))
+        (folder / "config.json").write_text(json.dumps(asdict(PRESETS["laptop"])))
     told = "has no checkpoint" if missing == "checkpoints" else "it has no config.json"
     assert sample.main([str(folder)]) == 2
     output = capsys.readouterr()

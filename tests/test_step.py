@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from nanogpt.config import GPTConfig
 from nanogpt.mesh import BATCH, REPLICATED, ROWS, make_mesh, put
 from nanogpt.optimizer import make_optimizer
+from nanogpt.schedule import Rates
 from nanogpt.step import (
     TrainState,
     graph_of,
@@ -36,19 +37,17 @@ CONFIG = GPTConfig(
     bigram_buckets=64,
 )
 T, ROWS_PER_STEP, STEPS = 16, 8, 5
+RATES = [Rates(1.0 - 0.1 * step, 0.85 + 0.02 * step) for step in range(STEPS)]
 
 
-def some_optimizer(schedule=lambda step: 1.0):
+def some_optimizer():
     return make_optimizer(
-        schedule=schedule,
         learning_rate=0.05,
         embedding_learning_rate=0.15,
         head_learning_rate=0.008,
         scalar_learning_rate=0.04,
-        momentum=0.95,
-        momentum_warmup_steps=50,
         adam_betas=(0.8, 0.95),
-        weight_decay=0.01,
+        weight_decay=1.0,
     )
 
 
@@ -70,42 +69,53 @@ def first_params():
     return jax.jit(lambda: init_params(CONFIG, jax.random.key(0)))()
 
 
-def train(devices=1, micro_batches=1, dtype="float32"):
+def train(devices=1, micro_batches=1, dtype="float32", target_weights=(1.0,)):
     """The metrics of every step, and every state."""
     mesh, optimizer = make_mesh(devices), some_optimizer()
     params = jax.tree.map(np.asarray, first_params())
     mean, variance = jnp.zeros([]), jnp.zeros([])
     state = TrainState(jnp.int32(0), params, optimizer.init(params), mean, variance)
     states = [jax.device_put(state, NamedSharding(mesh, REPLICATED))]
-    train_step = make_train_step(graph_of(CONFIG), optimizer, mesh, dtype)
+    train_step = make_train_step(
+        graph_of(CONFIG), optimizer, mesh, dtype, target_weights=target_weights
+    )
     metrics = []
-    for rows in some_rows():
+    for rows, rates in zip(some_rows(), RATES, strict=True):
         batch = rows.reshape(micro_batches, -1, T + 1)
-        state, found = train_step(states[-1], placed(mesh, BATCH, batch))
+        state, found = train_step(states[-1], placed(mesh, BATCH, batch), rates)
         states.append(state)
         metrics.append((float(found["loss"]), float(found["grad_norm"])))
     return np.array(metrics), states
 
 
-def train_plainly():
+@cache
+def train_plainly(target_weights=(1.0,)):
     """The same steps on one device, as a textbook has them: no mesh, no accumulation."""
     optimizer, graph = some_optimizer(), graph_of(CONFIG)
 
-    def loss_of(params, rows):
+    def objective_and_loss(params, rows):
         log_p = jax.nn.log_softmax(nnx.merge(graph, params)(rows[:, :-1]))
-        return -jnp.take_along_axis(log_p, rows[:, 1:, None], axis=-1).mean()
+
+        def summed(ahead):  # the cost of the tokens so far ahead, of all that are still in the row
+            predicting = log_p[:, : T + 1 - ahead]
+            return -jnp.take_along_axis(predicting, rows[:, ahead:, None], axis=-1).sum()
+
+        sums = [weight * summed(k) for k, weight in enumerate(target_weights, start=1)]
+        tokens = rows.shape[0] * T
+        return sum(sums) / tokens, summed(1) / tokens
 
     @jax.jit
-    def step(params, state, rows):
-        loss, gradients = jax.value_and_grad(loss_of)(params, rows)
-        updates, state = optimizer.update(gradients, state, params)
+    def step(params, state, rows, rates):
+        grad = jax.value_and_grad(objective_and_loss, has_aux=True)
+        (_, loss), gradients = grad(params, rows)
+        updates, state = optimizer.update(gradients, state, params, **rates._asdict())
         norm = sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients)) ** 0.5
         return optax.apply_updates(params, updates), state, (loss, norm)
 
     params = first_params()
     state, metrics = optimizer.init(params), []
-    for rows in some_rows():
-        params, state, found = step(params, state, rows)
+    for rows, rates in zip(some_rows(), RATES, strict=True):
+        params, state, found = step(params, state, rows, rates)
         metrics.append([float(x) for x in found])
     return np.array(metrics)
 
@@ -134,6 +144,16 @@ def test_devices_and_micro_batches_change_neither_losses_nor_gradients(
     np.testing.assert_allclose(metrics[:, 1], plain[:, 1], rtol=1e-5)
     assert metrics[0, 0] == pytest.approx(np.log(128), rel=1e-6)  # a new model knows nothing
     assert np.ptp(metrics[:, 0]) > 0.1  # and the steps did something
+
+
+def test_the_objective_is_minimised_and_the_loss_of_the_next_token_reported(plain):
+    weights = (1.0, 0.5, 0.25)
+    metrics, _ = train(devices=2, micro_batches=2, target_weights=weights)
+    np.testing.assert_allclose(metrics, train_plainly(weights), rtol=1e-5)
+    assert metrics[0, 0] == pytest.approx(np.log(128), rel=1e-6)  # of one target, not of three
+    # Another objective has other gradients, and leads elsewhere.
+    assert abs(metrics[0, 1] / plain[0, 1] - 1) > 0.1
+    assert abs(metrics[-1, 0] - plain[-1, 0]) > 1e-3
 
 
 def test_the_first_state_is_the_same_to_the_bit_on_any_number_of_devices():
@@ -203,12 +223,20 @@ def collectives(compiled):
     return found_in(inside), found_in(program.keys() - inside)
 
 
-def test_devices_reduce_each_gradient_once_per_step_and_not_in_the_accumulation_loop():
+@cache
+def compiled():
+    """A step on four devices, compiled before there are rates, and the batch and state it takes."""
     mesh, optimizer = make_mesh(4), some_optimizer()
     state = make_init(CONFIG, optimizer, mesh)(jax.random.key(0))
     batch = placed(mesh, BATCH, some_rows(1).reshape(2, 4, T + 1))
     step = make_train_step(graph_of(CONFIG), optimizer, mesh, "float32")
-    inside, outside = collectives(step.lower(state, batch).compile())
+    rates = Rates(*[jax.ShapeDtypeStruct((), jnp.float32)] * 2)
+    return step.lower(state, batch, rates).compile(), batch, state
+
+
+def test_devices_reduce_each_gradient_once_per_step_and_not_in_the_accumulation_loop():
+    program, _, state = compiled()
+    inside, outside = collectives(program)
     assert inside == []
     # However XLA groups them into operations: as many numbers are reduced as there are
     # parameters, and one loss.
@@ -216,6 +244,30 @@ def test_devices_reduce_each_gradient_once_per_step_and_not_in_the_accumulation_
     assert sum(size for _, size in outside) == 1 + sum(
         p.size for p in jax.tree.leaves(state.params)
     )
+
+
+def test_one_program_serves_all_rates():
+    program, batch, state = compiled()
+    state = replace(state, params=state.params | {"head": state.params["embed"].T})
+
+    def moved(rate, momentum):
+        """By how much the parameters, and what the first gradient left in Muon's momentum."""
+        copy = jax.tree.map(jnp.copy, state)  # the step consumes it
+        after, _ = program(copy, batch, Rates(rate, momentum))
+        moves = jax.tree.map(lambda new, old: np.array(new - old), after.params, state.params)
+        return moves, np.array(optax.tree.get(after.opt_state, "momentum")["mlp"]["down"])
+
+    (full, at_09), (quarter, _), (nothing, at_06) = (
+        moved(1.0, 0.9),
+        moved(0.25, 0.9),
+        moved(0.0, 0.6),
+    )
+    for name in ("head", "embed"):
+        assert np.any(full[name])
+        np.testing.assert_allclose(quarter[name], 0.25 * full[name], atol=1e-6)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(nothing))
+    assert np.any(at_09)
+    np.testing.assert_allclose(at_06, 4 * at_09, rtol=1e-5)
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -262,11 +314,15 @@ def test_a_step_consumes_its_state(in_bfloat16):
 # Bad numbers
 
 
-def stepper(skip_spikes=0.0, optimizer=None):
+@cache
+def step_of(skip_spikes):
+    return make_train_step(graph_of(CONFIG), some_optimizer(), make_mesh(2), "float32", skip_spikes)
+
+
+def stepper(skip_spikes=0.0):
     """A training step, and a state before any."""
-    mesh, optimizer = make_mesh(2), optimizer or some_optimizer()
-    state = make_init(CONFIG, optimizer, mesh)(jax.random.key(0))
-    return make_train_step(graph_of(CONFIG), optimizer, mesh, "float32", skip_spikes), state
+    init = make_init(CONFIG, some_optimizer(), make_mesh(2))
+    return step_of(skip_spikes), init(jax.random.key(0))
 
 
 def batch_of(rows):
@@ -287,18 +343,18 @@ def held(state):
 def test_a_step_that_is_not_finite_changes_neither_parameters_nor_optimizer(harm):
     train_step, state = stepper()
     rows = some_rows()
-    state, metrics = train_step(state, batch_of(rows[0]))
+    state, metrics = train_step(state, batch_of(rows[0]), RATES[0])
     assert metrics["applied"]
     if harm == "loss":  # a number that is none, in the row of one token
         embed = state.params["embed"].at[rows[1, 0, 0]].set(jnp.nan)
         params = state.params | {"embed": embed}
     else:  # what the MLPs compute is huge, but nothing of it is read: only its gradient is felt
-        mlp = {"up": 1e14 * state.params["blocks"]["mlp"]["up"]}
-        mlp["down"] = jnp.zeros_like(state.params["blocks"]["mlp"]["down"])
-        params = state.params | {"blocks": state.params["blocks"] | {"mlp": mlp}}
+        mlp = {"up": 1e14 * state.params["mlp"]["up"]}
+        mlp["down"] = jnp.zeros_like(state.params["mlp"]["down"])
+        params = state.params | {"mlp": mlp}
     state = replace(state, params=params)
     before = held(state)
-    state, metrics = train_step(state, batch_of(rows[1]))
+    state, metrics = train_step(state, batch_of(rows[1]), RATES[1])
     assert np.isfinite(metrics["loss"]) == (harm == "gradient")
     assert not np.isfinite(metrics["grad_norm"])
     assert not metrics["applied"]
@@ -312,12 +368,12 @@ def losses_with_a_spike(skip_spikes):
     train_step, state = stepper(skip_spikes)
     losses = []
     for rows in some_rows(99, seed=3):
-        state, metrics = train_step(state, batch_of(rows))
+        state, metrics = train_step(state, batch_of(rows), Rates(1.0, 0.95))
         losses.append(float(metrics["loss"]))
         assert metrics["applied"]
     before = held(state)
     foreign = np.random.default_rng(9).integers(0, CONFIG.vocab_size, (ROWS_PER_STEP, T + 1))
-    state, metrics = train_step(state, batch_of(foreign.astype(np.int32)))
+    state, metrics = train_step(state, batch_of(foreign.astype(np.int32)), RATES[0])
     return losses, metrics, before, held(state)
 
 
@@ -398,13 +454,13 @@ def test_a_source_of_known_entropy_is_learned_to_within_2_percent_and_never_belo
         vocab_size=4, num_layers=2, num_heads=2, width=32, mlp_width=64, value_embeddings=1
     )
     steps, rng = 400, np.random.default_rng(0)
-    optimizer = some_optimizer(lambda step: jnp.minimum(1.0, 2 * (1 - step / steps)))
-    mesh, graph = make_mesh(1), graph_of(config)
+    mesh, graph, optimizer = make_mesh(1), graph_of(config), some_optimizer()
     train_step = make_train_step(graph, optimizer, mesh, "float32")
     state = make_init(config, optimizer, mesh)(jax.random.key(0))
     batches, _ = markov_chain(rng, steps * 32, 33)
-    for batch in batches.reshape(steps, 1, 32, 33):
-        state, _ = train_step(state, placed(mesh, BATCH, batch))
+    for step, batch in enumerate(batches.reshape(steps, 1, 32, 33)):
+        rates = Rates(min(1.0, 2 * (1 - step / steps)), min(0.95, 0.85 + step / 500))
+        state, _ = train_step(state, placed(mesh, BATCH, batch), rates)
 
     # On fresh rows, against the surprise of the source itself at these very symbols. To fall
     # below it, a model would have to see what it predicts.

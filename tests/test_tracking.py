@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from nanogpt import tracking
+from nanogpt.schedule import Schedule, Stage
 from nanogpt.tracking import BadNumbers, Progress, Run, RunError, new_folder
 
 
@@ -43,15 +44,18 @@ def records(run):
 def test_a_run_has_the_folder_it_was_given_and_its_configuration_in_there(tmp_path, name):
     config = {"lr": 0.1, "files": None, "model": {"windows": (8, 0)}}
     with Run(new_folder(tmp_path / "runs", name, "laptop")) as run:
-        run.configure(config)
+        run.configure(config, {"commit": "abc", "accelerators": []})
         assert run.folder == tmp_path / "runs" / name
     assert json.loads((run.folder / "config.json").read_text()) == {
         "lr": 0.1,
         "files": None,
         "model": {"windows": [8, 0]},
     }
+    environment = json.loads((run.folder / "environment.json").read_text())
+    assert environment == {"commit": "abc", "accelerators": []}
     assert {file.name for file in run.folder.iterdir()} == {
         "config.json",
+        "environment.json",
         "log.txt",
         "metrics.jsonl",
         "holder",
@@ -291,8 +295,23 @@ def clock(monkeypatch):
     return clock
 
 
-def progress_of(run, utilization=lambda tokens_per_s: None):
-    return Progress(run, 4, 1000, lambda step: 1 / (1 + step), utilization)
+# Two steps of 1,000 tokens, and two of 3,000 at twice the rate, which falls from the start.
+SCHEDULE = Schedule(
+    stages=(Stage(batch=1 / 3), Stage(rate=2.0)),
+    num_steps=4,
+    total_batch_size=3000,
+    sequence_length=100,
+    cooldown_fraction=1.0,
+    extension_fraction=0.0,
+    final_learning_rate_factor=0.0,
+    momentum=0.9,
+    momentum_warmup_steps=0,
+    momentum_cooldown_steps=0,
+)
+
+
+def progress_of(run, utilization=lambda step, tokens_per_s: None, **more):
+    return Progress(run, SCHEDULE, utilization, **more)
 
 
 def test_a_step_is_reported_when_the_next_has_started_and_not_waited_for_before(run, clock):
@@ -334,11 +353,11 @@ def test_times_are_those_between_arrivals_and_leave_validation_out(run, clock):
     assert [tuple(record[key] for key in keys) for record in records(run)] == [
         (1, 5.0, 0.5, 1000, 2.0, 2.0, 500.0),
         (2, 4.0, 0.25, 2000, 3.0, 5.0, 1000 / 3),
-        (3, 3.0, 0.125, 3000, 4.0, 9.0, 250.0),
-        (4, 2.0, 0.0625, 4000, 1.0, 10.0, 1000.0),
+        (3, 3.0, 0.125, 5000, 4.0, 9.0, 750.0),
+        (4, 2.0, 0.0625, 8000, 1.0, 10.0, 3000.0),
     ]
-    # A step is scaled by the factor after the steps before it.
-    assert [r["learning_rate_factor"] for r in records(run)] == [1, 1 / 2, 1 / 3, 1 / 4]
+    # The share of the steps that is left when each begins, twice that in the second stage.
+    assert [r["learning_rate_factor"] for r in records(run)] == [1, 3 / 4, 2 * 2 / 4, 2 * 1 / 4]
     assert [r.get("val_loss") for r in records(run)] == [None, 3.25, None, None]
 
     lines = log(run).splitlines()
@@ -349,23 +368,25 @@ def test_times_are_those_between_arrivals_and_leave_validation_out(run, clock):
         ("3/4", "3.0000"),
         ("4/4", "2.0000"),
     ]
-    assert [re.search(r"([\d,]+) tok/s", s)[1] for s in steps] == ["500", "333", "250", "1,000"]
-    # What is left at the mean pace so far: 3 * 2/1, 2 * 5/2, 1 * 9/3 and nothing.
-    assert [s.split("ETA ")[1] for s in steps] == ["0:00:06", "0:00:05", "0:00:03", "0:00:00"]
+    assert [re.search(r"([\d,]+) tok/s", s)[1] for s in steps] == ["500", "333", "750", "3,000"]
+    # What is left at the tokens' mean pace so far: 7 * 2/1, 6 * 5/2, 3 * 9/5 and nothing.
+    assert [s.split("ETA ")[1] for s in steps] == ["0:00:14", "0:00:15", "0:00:05", "0:00:00"]
     (validation,) = (line for line in lines if "val loss" in line)
     assert re.search(r"^step 2/4 .*val loss 3\.2500 .*2,000 tokens .*5\.0 s", validation)
 
 
 def test_utilisation_is_shown_where_it_is_known_and_not_where_it_is_not(run, clock):
-    # 1,000 tokens in 2 s: 500 tok/s.
-    for utilization in (lambda tokens_per_s: tokens_per_s / 2000, lambda tokens_per_s: None):
-        progress = progress_of(run, utilization)
-        progress.started(1, {"loss": 5.0, "grad_norm": 1.0, **CALM})
+    # 1,000 tokens in 2 s and 3,000 in 2 s: 500 and 1,500 tok/s.
+    known = {(2, 500.0): 0.25, (3, 1500.0): 0.5}
+    progress = progress_of(run, lambda step, tokens_per_s: known.get((step, tokens_per_s)))
+    for step in (1, 2, 3):
+        progress.started(step, {"loss": 5.0, "grad_norm": 1.0, **CALM})
         clock.now += 2
-        progress.report()
-    known, unknown = log(run).splitlines()
-    assert "MFU 25.0% | " in known
-    assert "MFU" not in unknown
+    progress.report()
+    first, second, third = log(run).splitlines()
+    assert "MFU" not in first
+    assert "MFU 25.0% | " in second
+    assert "MFU 50.0% | " in third
 
 
 @pytest.mark.parametrize(("loss", "norm"), [("nan", 1.0), (2.0, "inf"), ("-inf", "nan")])
@@ -375,7 +396,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_is_not_recorded(run, clock, 
     clock.now += 1
     progress.started(2, {"loss": float(loss), "grad_norm": float(norm), **CALM, "applied": False})
     clock.now += 1
-    with pytest.raises(BadNumbers, match=rf"^step 2: loss {loss}, .* norm {norm}, at 0\.500 times"):
+    with pytest.raises(BadNumbers, match=rf"^step 2: loss {loss}, .* norm {norm}, at 0\.750 times"):
         progress.started(3, {"loss": 4.0, "grad_norm": 1.0, **CALM})
     assert [record["step"] for record in records(run)] == [1]
 
@@ -407,7 +428,7 @@ def test_a_validation_that_was_broken_off_leaves_its_record_for_later(run, clock
 
 
 def test_time_goes_on_from_where_earlier_processes_left_it(run, clock):
-    progress = Progress(run, 4, 1000, lambda step: 1.0, lambda rate: None, training_seconds=10.0)
+    progress = progress_of(run, training_seconds=10.0)
     clock.now += 50
     progress.paused()  # what was before is no training
     progress.started(3, {"loss": 5.0, "grad_norm": 1.0, **CALM})

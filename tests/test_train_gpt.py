@@ -10,24 +10,27 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.special import logsumexp
 
 import train_gpt
 from nanogpt.checkpoint import load_run
-from nanogpt.config import GPTConfig
+from nanogpt.config import ConfigError, GPTConfig
 from nanogpt.mesh import make_mesh
+from nanogpt.schedule import Stage
 from nanogpt.shards import write_shard
-from train_gpt import Hyperparameters
+from nanogpt.step import graph_of
+from train_gpt import PRESETS, Hyperparameters
 
 SCRIPT = Path(train_gpt.__file__).resolve()
 T, TOKENS_PER_STEP, STEPS = 32, 256, 6
@@ -39,6 +42,18 @@ SMALL = (
     "--model.mlp-width 64 --model.value-embeddings 1 --model.bigram-buckets 64"
 ).split()
 TIMES = ("time_s", "step_time_s", "tokens_per_s")
+
+# The speedrun at a thousandth of its size, in batches and rows, and with far fewer and thinner
+# layers. Of its 26 steps, 9, 8, 8 and 1 are in its stages.
+STAGED_STEPS, STAGED_VAL_TOKENS = 26, 300
+STAGED = (
+    "--preset speedrun --batch-size 2 --sequence-length 64 --total-batch-size 384 "
+    f"--num-steps {STAGED_STEPS} --max-document-length 40 --checkpoint-every 3 "
+    f"--keep-checkpoints 9 --val-loss-every 3 --val-tokens {STAGED_VAL_TOKENS} "
+    "--model.num-layers 3 --model.width 16 --model.mlp-width 32 --model.mlp-only 0 "
+    "--model.paired-heads 1 --model.key-offset 2 --model.backout 1 --learning-rate 0.1 "
+    "--model.attention-scale 2 --model.rope-base 16"
+).split()
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,8 @@ def start(arguments, cwd, cache, devices=1, python_options=()):
         "XDG_CACHE_HOME": str(cache),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_ENABLE_COMPILATION_CACHE": "1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.run(
         [sys.executable, *python_options, SCRIPT, *arguments],
@@ -102,9 +119,34 @@ def base_run(tmp_path_factory):
     return trained(tmp_path_factory, "base", "--sample-tokens", "8", "--sample-prompt", "def ")
 
 
+def staged_run(tmp_path_factory):
+    """A run of the speedrun in all its stages; test_resume.py uses it, too."""
+    data = shared_folder(tmp_path_factory) / "documents"
+    data.mkdir(exist_ok=True)
+    for seed, (name, count) in enumerate([("train_0", 6000), ("train_1", 6000), ("val", 60_000)]):
+        if not (data / f"{name}.bin").exists():
+            write_shard(data / f"{name}.bin", some_documents(count, seed))
+    files = "--train-files", data / "train_*.bin", "--val-files", data / "val.bin"
+    return trained(tmp_path_factory, "staged", *STAGED, *map(str, files))
+
+
+def some_documents(count, seed):
+    """So many of GPT-2's tokens: documents of 5 to 90, each after its separator."""
+    random, tokens = np.random.default_rng(seed), []
+    while len(tokens) < count:
+        document = random.integers(97) + 7 * np.arange(random.integers(5, 91))
+        tokens += [50256, *(10_000 + document % 97)]
+    return tokens[:count]
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return base_run(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def staged(tmp_path_factory):
+    return staged_run(tmp_path_factory)
 
 
 # A run
@@ -112,12 +154,18 @@ def base(tmp_path_factory):
 
 def test_a_run_leaves_its_configuration_log_metrics_and_weights(base):
     names = {file.name for file in base.folder.iterdir()}
-    assert names == {"checkpoints", "config.json", "holder", "lock", "log.txt", "metrics.jsonl"}
+    assert names == {
+        *("checkpoints", "config.json", "environment.json", "holder", "lock", "log.txt"),
+        "metrics.jsonl",
+    }
     config = json.loads((base.folder / "config.json").read_text())
     assert config.keys() == {field.name for field in fields(Hyperparameters)}
     assert config["model"].keys() == {field.name for field in fields(GPTConfig)}
     assert (config["preset"], config["total_batch_size"]) == ("laptop", TOKENS_PER_STEP)
     assert config["model"]["width"] == 32
+    environment = json.loads((base.folder / "environment.json").read_text())
+    assert environment["jax"] == jax.__version__
+    assert "train_gpt.py" in environment["command"]
 
 
 def test_the_first_line_names_preset_data_devices_and_accumulation(base):
@@ -166,22 +214,83 @@ def test_the_last_validation_is_that_of_the_weights_on_the_first_tokens_of_the_s
     base, tmp_path_factory
 ):
     (shard,) = (shared_folder(tmp_path_factory) / "cache").rglob("val_*.bin")
-    tokens = np.fromfile(shard, "<u2")[512:][: VAL_TOKENS + 1].astype(np.int32)
     _, graph, params = load_run(base.folder, make_mesh(1))
-    log_probability = jax.jit(lambda t: jax.nn.log_softmax(nnx.merge(graph, params)(t[None])[0]))
+    loss = mean_loss(graph, params, shard, VAL_TOKENS, T)
+    assert base.metrics[-1]["val_loss"] == pytest.approx(loss, abs=1e-5)
+
+
+def mean_loss(graph, params, shard, count, T):
+    """Of the first so many targets of a shard, in rows of T, in NumPy from the logits on."""
+    tokens = np.fromfile(shard, "<u2")[512:][: count + 1].astype(np.int32)
+    logits_of = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens[None])[0])
     loss = 0.0
-    for first in range(0, VAL_TOKENS, T):
+    for first in range(0, count, T):
         row = tokens[first : first + T + 1]
         # A short last row is filled up to need no other compilation: tokens see only earlier ones.
-        inputs = np.pad(row[:-1], (0, T + 1 - len(row)))
-        loss -= log_probability(jnp.array(inputs))[np.arange(len(row) - 1), row[1:]].sum()
-    assert base.metrics[-1]["val_loss"] == pytest.approx(float(loss) / VAL_TOKENS, abs=1e-5)
+        logits = np.asarray(logits_of(np.pad(row[:-1], (0, T + 1 - len(row)))), np.float64)
+        loss += logsumexp(logits[: len(row) - 1], axis=1).sum()
+        loss -= logits[np.arange(len(row) - 1), row[1:]].sum()
+    return loss / count
 
 
 def test_a_run_ends_with_its_sample(base):
     sample = "\n".join(base.console).split("\nsample:\n")[1]
     assert sample.startswith("def ")
     assert len(sample) > len("def ")
+
+
+# Stages
+
+
+STAGE_ENDS = [9, 17, 25, 26]  # round(26 * 0.33), round(26 * 0.66), round(26 * 0.98)
+
+
+def test_the_speedrun_takes_its_tokens_and_rates_from_one_stage_after_the_other(staged):
+    hp = PRESETS["speedrun"]
+    assert staged.console[0].startswith("speedrun preset | ")
+    assert staged.console[0].endswith(" | Ng = 128, 256, 384 / (2 * 64 * 1) = 1, 2, 3")
+    counts = np.diff([0, *STAGE_ENDS])
+    tokens = np.repeat([384 * stage.batch for stage in hp.stages], counts)
+    np.testing.assert_allclose(staged.column("tokens"), np.cumsum(tokens))
+    np.testing.assert_allclose(np.diff(staged.column("tokens"))[[0, 10, 20]], [128, 256, 384])
+    # Rates stand, fall in a straight line to a tenth, and stay there in the last steps.
+    updates = np.arange(STAGED_STEPS)
+    end = STAGED_STEPS * (1 - hp.extension_fraction)
+    begin = end - STAGED_STEPS * hp.cooldown_fraction
+    first, last = np.repeat([stage.rate for stage in hp.stages], counts), 0.1
+    expected = last + (first - last) * np.interp(updates, [begin, end], [1, 0])
+    np.testing.assert_allclose(staged.column("learning_rate_factor"), expected)
+
+
+def test_the_speedrun_learns_and_validates_in_every_stage(staged):
+    losses = staged.column("train_loss")
+    assert losses[0] == pytest.approx(math.log(50304), abs=1e-4)
+    assert losses[-1] < losses[0] - 1.5
+    validated = {r["step"]: r["val_loss"] for r in staged.metrics if "val_loss" in r}
+    assert [*validated] == [3, 6, 9, 12, 15, 18, 21, 24, 26]
+    assert all(one > other for one, other in pairwise(validated.values()))
+
+
+@pytest.mark.parametrize(("step", "stage", "T"), [(6, 0, 32), (24, 2, 64)])
+def test_weights_of_an_early_stage_are_loaded_with_its_windows_and_rotations(
+    staged, tmp_path, tmp_path_factory, step, stage, T
+):
+    run = tmp_path / "run"
+    shutil.copytree(staged.folder, run)
+    for checkpoint in (run / "checkpoints").iterdir():
+        if int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
+    _, graph, params = load_run(run, make_mesh(1))
+    windows = [each.windows for each in PRESETS["speedrun"].stages]
+    config = nnx.merge(graph, params).config
+    assert config.windows == windows[stage]
+    assert config.earlier_windows == tuple(map(max, windows[:stage]))
+    # That model has the loss that the run found, and that of the last stage another.
+    validation = shared_folder(tmp_path_factory) / "documents/val.bin", STAGED_VAL_TOKENS, T
+    found = staged.metrics[step - 1]["val_loss"]
+    assert mean_loss(graph, params, *validation) == pytest.approx(found, abs=2e-6)
+    last = replace(config, windows=windows[-1], earlier_windows=tuple(map(max, windows[:-1])))
+    assert mean_loss(graph_of(last), params, *validation) != pytest.approx(found, abs=1e-5)
 
 
 # Runs that must be alike
@@ -235,17 +344,17 @@ def test_a_micro_batch_that_memory_cannot_hold_is_halved_and_the_losses_stay(
         train_step = make(*arguments)
 
         class Lowered:
-            def __init__(self, state, batch):
-                self.batch, self.lowered = batch, train_step.lower(state, batch)
+            def __init__(self, *inputs):
+                self.lowered = train_step.lower(*inputs)
 
             def compile(self):
                 compiled = self.lowered.compile()
 
-                def run(state, batch):
+                def run(state, batch, rates):
                     if batch.shape[1] > 8:
                         jax.tree.map(lambda x: x.delete(), state)  # it was donated
                         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-                    return compiled(state, batch)
+                    return compiled(state, batch, rates)
 
                 return run
 
@@ -280,9 +389,9 @@ def test_without_a_batch_size_the_micro_batch_is_the_largest_that_should_fit(
 
 
 def test_fineweb_shards_are_read_in_order_each_token_once(tmp_path, tmp_path_factory):
-    # Step s trains on nothing but the token 10,000 + s, which it never saw: it cannot beat a
-    # uniform guess. Had it seen the token before, because the data repeats or skips ahead to the
-    # second epoch, it would.
+    # Step s of the baseline trains on nothing but the token 10,000 + s, which it never saw: it
+    # cannot beat a uniform guess. Had it seen the token before, because the data repeats or skips
+    # ahead to the second epoch, it would.
     data = np.repeat(np.arange(10_001, 10_005), TOKENS_PER_STEP)
     write_shard(tmp_path / "fineweb_train_000001.bin", data[: 2 * TOKENS_PER_STEP + 1])
     write_shard(tmp_path / "fineweb_train_000002.bin", data[[*range(512, 1024), -1]])
@@ -290,19 +399,20 @@ def test_fineweb_shards_are_read_in_order_each_token_once(tmp_path, tmp_path_fac
     run = trained(
         tmp_path_factory,
         "shards",
-        *("--preset", "speedrun", "--dtype", "bfloat16", "--batch-size", "4"),
+        *("--preset", "baseline", "--dtype", "bfloat16", "--batch-size", "4"),
         *("--num-steps", "4", "--val-loss-every", "0", "--model.windows", "8", "0"),
+        *("--model.value-embeddings", "0", "--model.bigram-buckets", "0"),
         *("--train-files", str(tmp_path / "fineweb_train_*.bin")),
         *("--val-files", str(tmp_path / "fineweb_val_*.bin")),
     )
-    assert run.console[0].startswith("speedrun preset | ")
+    assert run.console[0].startswith("baseline preset | ")
     assert "fineweb_train_*.bin, 1,026 tokens | 1 x " in run.console[0]
     assert run.console[0].endswith(" = 2")
     uniform = math.log(50304)
     assert run.metrics[0]["train_loss"] == pytest.approx(uniform, abs=1e-2)
     assert min(run.column("train_loss")) > uniform - 0.05
     assert [record["step"] for record in run.metrics if "val_loss" in record] == [4]
-    assert run.metrics[-1]["val_loss"] < uniform - 0.3  # the token of the last step
+    assert run.metrics[-1]["val_loss"] < uniform - 0.2  # the token of the last step
 
 
 # Mistakes
@@ -340,6 +450,7 @@ def test_a_run_whose_name_is_taken_stops_and_leaves_the_first_untouched(
 
 SHARDS = ["--train-files", "train.bin", "--val-files", "val.bin"]
 ONE_ROW_EACH = ["--batch-size", "1"]  # SMALL on as many as eight devices
+SPEEDRUN = ["--preset", "speedrun", "--model.num-layers", "12"]
 
 
 @pytest.fixture
@@ -348,6 +459,7 @@ def folder(tmp_path, monkeypatch):
     tokens = np.arange(2000) % 256
     write_shard(tmp_path / "train.bin", tokens)
     write_shard(tmp_path / "val.bin", tokens)
+    write_shard(tmp_path / "undivided.bin", tokens % 255)  # without a separator
     write_shard(tmp_path / "beyond.bin", np.where(np.arange(2000) == 1234, 300, tokens))
     (tmp_path / "ruin.bin").write_bytes((tmp_path / "train.bin").read_bytes()[:-2])
     monkeypatch.chdir(tmp_path)
@@ -383,7 +495,28 @@ def folder(tmp_path, monkeypatch):
         (["--val-tokens", "0"], ["val_tokens"]),
         (["--seed", "-1"], ["seed"]),
         (["--cooldown-fraction", "1.5"], ["cooldown_fraction", "1.5"]),
+        (["--extension-fraction", "-0.1"], ["extension_fraction", "-0.1"]),
+        (
+            ["--extension-fraction", "0.6"],
+            ["cooldown_fraction", "extension_fraction", "more than 1"],
+        ),
         (["--momentum", "nan"], ["momentum", "nan"]),
+        (["--neuron-decay", "1"], ["neuron_decay", "1.0"]),
+        (["--adam-every", "0"], ["adam_every", "0"]),
+        (["--max-document-length", "0"], ["max_document_length", "0"]),
+        (
+            [*ONE_ROW_EACH, "--max-document-length", "9", "--train-files", "undivided.bin"],
+            ["undivided.bin", "document separator 255", "max_document_length to None"],
+        ),
+        (
+            [*SPEEDRUN, "--total-batch-size", "768", "--model.windows", "8", "0"],
+            ["model.windows", "(8, 0)", "speedrun"],
+        ),
+        ([*SPEEDRUN, "--total-batch-size", "256"], ["batch of stage 1", "256"]),
+        (
+            [*SPEEDRUN, *ONE_ROW_EACH, "--total-batch-size", "384"],
+            ["384", "in stage 1, 128,", "1 * 32 * 8 = 256", "nearest valid: 768."],
+        ),
         (["--tokenizer", "gpt2"], ["vocab_size 256", "50,257", "gpt2"]),
         (
             ["--tokenizer", "gpt2", "--train-files", "None", "--val-files", "None"],
@@ -401,6 +534,12 @@ def test_settings_that_make_no_sense_are_told_in_one_sentence(folder, capsys, mi
     for words in told:
         assert words in sentence
     assert sorted(folder.iterdir()) == before
+
+
+def test_stages_with_windows_and_without_are_not_mixed():
+    mixed = (Stage(windows=(8,)), Stage())
+    with pytest.raises(ConfigError, match=r"every stage has windows, or none\.$"):
+        replace(PRESETS["speedrun"], stages=mixed).check()
 
 
 @pytest.mark.parametrize(
@@ -451,7 +590,8 @@ def test_help_gives_every_setting_its_meaning_without_loading_jax(tmp_path):
     shown = " ".join(done.stdout.replace("│", " ").split())
     for cls, prefix in ((Hyperparameters, "--"), (GPTConfig, "--model.")):
         for name, meaning in meanings(cls).items():
-            if name != "model":  # its settings are options of their own
+            # The settings of the model are options of their own; stages are a preset's.
+            if name not in ("model", "stages"):
                 assert prefix + name.replace("_", "-") in shown
                 assert " ".join(meaning.split()) in shown
         assert meanings(cls).keys() == {field.name for field in fields(cls)}

@@ -1,0 +1,248 @@
+"""The stages of a run and the rates of its steps, by hand at their corners."""
+
+import json
+from dataclasses import asdict, replace
+from math import inf, nan
+
+import pytest
+
+from nanogpt.config import ConfigError, GPTConfig
+from nanogpt.schedule import Schedule, Stage, stages_from_json
+
+
+def schedule(*stages, **how):
+    """Without stages of its own, and with neither cooldown nor change of momentum."""
+    settings = dict(
+        stages=stages or (Stage(),),
+        num_steps=100,
+        total_batch_size=1024,
+        sequence_length=64,
+        cooldown_fraction=0.0,
+        extension_fraction=0.0,
+        final_learning_rate_factor=0.0,
+        momentum=0.95,
+        momentum_warmup_steps=0,
+        momentum_cooldown_steps=0,
+    )
+    return Schedule(**(settings | how))
+
+
+def rates_at(run, steps):
+    return {step: run.rates(step).rate for step in steps}
+
+
+def momenta_at(run, steps):
+    return {step: run.rates(step).momentum for step in steps}
+
+
+# Stages
+
+
+@pytest.mark.parametrize(
+    ("shares", "num_steps", "ends"),
+    [
+        ((1,), 7, (7,)),
+        ((1, 1, 1), 9, (3, 6, 9)),
+        ((1, 1, 1), 10, (3, 7, 10)),  # 3.33 and 6.67
+        ((1, 1, 1), 11, (4, 7, 11)),
+        ((0.33, 0.33, 0.32, 0.02), 2160, (713, 1426, 2117, 2160)),  # 712.8, 1425.6, 2116.8
+        ((3, 1), 8, (6, 8)),
+        ((0.3, 0.1), 8, (6, 8)),  # shares are relative to their sum
+        ((0.33, 0.33, 0.32, 0.02), 2, (1, 1, 2, 2)),
+        ((1, 1, 1), 1, (0, 1, 1)),
+        ((0.001, 1), 100, (0, 100)),
+    ],
+)
+def test_stages_share_the_steps_and_leave_none_out(shares, num_steps, ends):
+    run = schedule(*map(Stage, shares), num_steps=num_steps)
+    assert run.ends == ends
+    # A step belongs to the first stage that has not ended; a stage without a step has none.
+    stages = [run.stage(step) for step in range(1, num_steps + 1)]
+    assert stages == [
+        next(stage for stage, end in enumerate(ends) if end >= step)
+        for step in range(1, num_steps + 1)
+    ]
+    for stage in range(len(shares)):
+        steps = [step for step, its in enumerate(stages, start=1) if its == stage]
+        assert steps == list(range(run.first_step(stage), ends[stage] + 1))
+
+
+def test_batches_and_rows_of_a_stage_are_shares_of_the_whole():
+    run = schedule(
+        Stage(batch=1 / 3, length=0.5),
+        Stage(batch=2 / 3),
+        total_batch_size=393_216,
+        sequence_length=2048,
+    )
+    run.check()
+    assert [run.tokens_per_step(stage) for stage in (0, 1)] == [131_072, 262_144]
+    assert [run.row_length(stage) for stage in (0, 1)] == [1024, 2048]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 50, 101])
+def test_tokens_are_those_of_all_steps_so_far(num_steps):
+    run = schedule(
+        Stage(0.33, 1 / 4), Stage(0.33, 1 / 2), Stage(0.32), Stage(0.02, 2.0), num_steps=num_steps
+    )
+    tokens = 0
+    assert run.tokens(0) == 0
+    for step in range(1, num_steps + 1):
+        tokens += (256, 512, 1024, 2048)[run.stage(step)]
+        assert run.tokens(step) == tokens
+
+
+# Rates
+
+
+def test_rates_of_three_stages_are_those_of_modded_nanogpts_record_of_2025_11_29():
+    # Thirds at 1, 1.52 and 1.73; from 45 % of the steps on linearly to 0.1. So the second stage
+    # falls from its own rate, and the third is entered in the midst of it.
+    run = schedule(
+        Stage(rate=1.0),
+        Stage(rate=1.52),
+        Stage(rate=1.73),
+        num_steps=1000,
+        cooldown_fraction=0.55,
+        final_learning_rate_factor=0.1,
+    )
+    run.check()
+    assert run.ends == (333, 667, 1000)
+    expected = {
+        1: 1.0,
+        333: 1.0,
+        334: 1.52,
+        451: 1.52,
+        452: 0.1 + 1.42 * 549 / 550,
+        667: 0.1 + 1.42 * 334 / 550,  # 0.962
+        668: 0.1 + 1.63 * 333 / 550,  # 1.087
+        725: 0.1 + 1.63 / 2 + 1.63 / 550,  # one step before the middle of the fall
+        1000: 0.1 + 1.63 / 550,
+    }
+    assert rates_at(run, expected) == pytest.approx(expected)
+
+
+def test_an_extension_stays_at_the_final_rate():
+    run = schedule(cooldown_fraction=0.5, extension_fraction=0.1, final_learning_rate_factor=0.2)
+    # 40 steps at the full rate, 50 in which it falls by 0.8, 10 at what is left.
+    expected = {1: 1.0, 40: 1.0, 41: 1.0, 42: 0.984, 66: 0.6, 90: 0.216, 91: 0.2, 100: 0.2}
+    assert rates_at(run, expected) == pytest.approx(expected)
+
+
+def test_a_run_that_falls_from_first_to_last_and_to_nothing_still_moves_in_its_last_step():
+    expected = {1: 1.0, 2: 0.99, 51: 0.5, 100: 0.01}
+    assert rates_at(schedule(cooldown_fraction=1.0), expected) == pytest.approx(expected)
+
+
+def test_without_a_cooldown_no_step_is_taken_at_less_than_the_rate_of_its_stage():
+    run = schedule(Stage(rate=1.5), Stage(rate=0.5), num_steps=10)
+    assert [run.rates(step).rate for step in range(1, 11)] == [1.5] * 5 + [0.5] * 5
+
+
+# Momentum
+
+
+def test_momentum_rises_from_085_and_falls_back_to_it():
+    run = schedule(num_steps=40, momentum_warmup_steps=20, momentum_cooldown_steps=10)
+    expected = {1: 0.85, 2: 0.855, 11: 0.9, 20: 0.945, 21: 0.95, 31: 0.95}
+    expected |= {32: 0.94, 36: 0.9, 40: 0.86}  # and 0.85 when the last is done
+    assert momenta_at(run, expected) == pytest.approx(expected)
+
+
+def test_momentum_without_warmup_and_cooldown_is_the_same_in_every_step():
+    assert set(momenta_at(schedule(), range(1, 101)).values()) == {0.95}
+
+
+def test_momentum_of_a_run_shorter_than_warmup_and_cooldown_is_the_lower_of_both():
+    run = schedule(num_steps=10, momentum_warmup_steps=20, momentum_cooldown_steps=10)
+    expected = {1: 0.85, 5: 0.87, 7: 0.88, 8: 0.88, 9: 0.87, 10: 0.86}
+    assert momenta_at(run, expected) == pytest.approx(expected)
+
+
+# The model
+
+
+def test_a_stage_trains_the_model_with_its_windows_and_remembers_the_longest_of_those_before():
+    config = GPTConfig(windows=(7,), softcap=11.0)
+    run = schedule(Stage(windows=(3, 5)), Stage(windows=(4, 9)), Stage(windows=(20, 6)))
+    run.check()
+    expected = [((3, 5), ()), ((4, 9), (5,)), ((20, 6), (5, 9))]
+    for stage, (windows, earlier) in enumerate(expected):
+        model = run.model(config, stage)
+        model.check()
+        assert model == replace(config, windows=windows, earlier_windows=earlier)
+
+
+def test_a_stage_without_windows_trains_the_model_as_it_is():
+    config = GPTConfig(windows=(7, 0))
+    run = schedule(Stage(), Stage(batch=0.5))
+    assert [run.model(config, stage) for stage in (0, 1)] == [config, config]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"momentum_warmup_steps": -1}, "momentum_warmup_steps must not be negative, but is -1"),
+        ({"momentum_cooldown_steps": -2}, "momentum_cooldown_steps must not be negative"),
+        ({"cooldown_fraction": -0.1}, "cooldown_fraction must lie between 0 and 1, not at -0.1"),
+        ({"cooldown_fraction": nan}, "cooldown_fraction must lie between 0 and 1, not at nan"),
+        ({"extension_fraction": 1.5}, "extension_fraction must lie between 0 and 1, not at 1.5"),
+        ({"final_learning_rate_factor": 1.1}, "final_learning_rate_factor must lie .* not at 1.1"),
+        (
+            {"cooldown_fraction": 0.6, "extension_fraction": 0.5},
+            "cooldown_fraction and extension_fraction add up to more than 1",
+        ),
+        ({"momentum": 1.0}, "momentum must be 0 or more, below 1: 1.0"),
+        ({"stages": ()}, "at least one stage"),
+        ({"stages": (Stage(windows=(3,)), Stage())}, "Either every stage has windows, or none"),
+        ({"stages": (Stage(), Stage(windows=(3, 0)))}, "Either every stage has windows, or none"),
+        ({"stages": (Stage(windows=(3, 0)),)}, r"windows of stage 1 must be at least 1: \(3, 0\)"),
+        ({"stages": (Stage(windows=()),)}, "windows of stage 1 must be at least 1"),
+        ({"stages": (Stage(), Stage(share=0.0))}, "share of stage 2 must be positive: .*share=0.0"),
+        ({"stages": (Stage(rate=-1.0),)}, "rate of stage 1 must be positive: .*rate=-1.0"),
+        ({"stages": (Stage(batch=inf),)}, "batch of stage 1 must be positive: .*batch=inf"),
+        ({"stages": (Stage(length=nan),)}, "length of stage 1 must be positive: .*length=nan"),
+        ({"stages": (Stage(batch=0.3),)}, r"batch of stage 1, 0.3 \* 1,024, makes no whole number"),
+        ({"stages": (Stage(length=1e-3),)}, r"length of stage 1, 0.001 \* 64, makes no whole"),
+        ({"stages": (Stage(target_weights=()),)}, "target_weights of stage 1 must be positive"),
+        (
+            {"stages": (Stage(target_weights=(0.0, 1.0)),)},
+            "target_weights of stage 1 must be positive",
+        ),
+        (
+            {"stages": (Stage(target_weights=(1.0, 0.0)),)},
+            "target_weights of stage 1 must be positive",
+        ),
+        (
+            {"stages": (Stage(target_weights=(1.0, inf)),)},
+            "target_weights of stage 1 must be positive",
+        ),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_refused_in_one_sentence(change, complaint):
+    schedule().check()
+    with pytest.raises(ConfigError, match=complaint) as refusal:
+        schedule(**change).check()
+    assert str(refusal.value).endswith(".")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"cooldown_fraction": 0.75, "extension_fraction": 0.25},
+        {"final_learning_rate_factor": 1.0, "momentum": 0.0},
+        {"stages": (Stage(share=30, batch=3.0, length=1 / 64, target_weights=(2.0, 1e-3)),)},
+        {"stages": (Stage(windows=(1,)), Stage(windows=(10**6, 1)))},
+    ],
+)
+def test_a_schedule_on_the_edge_of_what_makes_sense_is_accepted(change):
+    schedule(**change).check()
+
+
+def test_stages_come_back_from_json():
+    stages = (Stage(0.5, windows=(3, 4), target_weights=(1.0, 0.5)), Stage(rate=1.5))
+    written = json.loads(json.dumps([asdict(stage) for stage in stages]))
+    assert stages_from_json(written) == stages
