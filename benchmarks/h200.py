@@ -255,7 +255,7 @@ def part_of(kernel: Instruction, scope: dict[str, Instruction], V: int) -> str:
     if "fmha" in kernel.attributes or "flash_attention" in kernel.attributes:
         return "attention"
     if "gemm" in kernel.attributes or "__cublas" in kernel.attributes or kernel.opcode == "dot":
-        return "products with the head" if logits else "products of the blocks"
+        return "products with the head" if logits else "products of the layers"
     if logits:
         return "loss"
     return "elementwise, norms, embeddings"

@@ -206,7 +206,11 @@ def _error_against_reference(
         pairs = zip(fast, exact, strict=True)
         return float(sum(jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in pairs))
 
-    windows = {c.window(layer) for c in configs for layer in range(c.num_layers)}
+    windows = {
+        window * (1 + (layer in c.paired_heads)) if (window := c.window(layer)) else None
+        for c in configs
+        for layer in range(c.num_layers)
+    }
     return float(np.max([error(window) for window in windows]))  # NaN where one is
 
 

@@ -99,9 +99,16 @@ class Schedule:
                         f"{name} of stage {number}, {getattr(stage, name)} * {whole:,}, makes no "
                         "whole number of tokens."
                     )
+            if self.sequence_length % self.row_length(number - 1):
+                raise ConfigError(
+                    f"length of stage {number}, {stage.length}, must be one over a whole number: "
+                    "its rows take the place of long ones."
+                )
             weights = stage.target_weights
             if not weights or not all(0 < weight < inf for weight in weights):
                 raise ConfigError(f"target_weights of stage {number} must be positive: {weights}.")
+            if len(weights) > self.row_length(number - 1):
+                raise ConfigError(f"stage {number} has more target_weights than tokens in a row.")
 
     @cached_property
     def ends(self) -> tuple[int, ...]:

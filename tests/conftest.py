@@ -26,6 +26,7 @@ def tiny():
         value_embeddings=2,
         bigram_buckets=128,
         key_offset=(0, 3),
+        paired_heads=(3,),
         backout=1,
         logit_scale=0.8,
         logit_shift=2.0,

@@ -77,22 +77,22 @@ def numpy_logits(config, params, tokens):
     count = config.value_embeddings
     speeds, scale = numpy_rotation(config)
 
-    def turned(x):  # a pair is a complex number, and a turn a product with another
-        turn = np.exp(-1j * np.outer(np.arange(T), speeds))[:, None]
+    def turned(x, places):  # a pair is a complex number, and a turn a product with another
+        turn = np.exp(-1j * places[:, :, None] * speeds)
         z = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * turn
         return np.concatenate([z.real, z.imag], axis=-1)
 
-    def softmax_attention(q, k, v, window):
+    def softmax_attention(q, k, v, window, places, mates):
+        """Each head sees the keys of its mates at places before its own, and at its own."""
         out = np.zeros_like(v)
-        for b in range(B):
-            for n in range(N):
-                document = 0
-                for t in range(T):
-                    document = t if tokens[b, t] == config.document_separator else document
-                    first = document if not window else max(document, t + 1 - window)
-                    scores = scale * k[b, first : t + 1, n] @ q[b, t, n]
-                    weights = np.exp(scores) / np.exp(scores).sum()
-                    out[b, t, n] = weights @ v[b, first : t + 1, n]
+        documents = np.cumsum(tokens == config.document_separator, axis=1)
+        for b, t, n in np.ndindex(B, T, N):
+            near = places[t, n] - places[:, mates[n]]  # [T, mates]
+            seen = (near >= 0) & (near < (window * len(mates[n]) or np.inf))
+            seen &= (documents[b] == documents[b, t])[:, None]
+            scores = np.where(seen, scale * k[b][:, mates[n]] @ q[b, t, n], -np.inf)
+            weights = np.exp(scores) / np.exp(scores).sum()
+            out[b, t, n] = np.einsum("tm,tmh->h", weights, v[b][:, mates[n]])
         return out
 
     x = p["embed"][tokens]
@@ -127,13 +127,17 @@ def numpy_logits(config, params, tokens):
             elif count == 0 and first_values is not None:
                 v = v + weights["value_mix"][1] * first_values
             first_values = v if first_values is None else first_values
-            q, k = turned(rms_norm(q)), turned(rms_norm(k))
+            # Paired heads take turns: tokens are two places apart, and the second head one behind.
+            pairs = layer in config.paired_heads
+            places = np.arange(T)[:, None] * (1 + pairs) + np.arange(N) % 2 * pairs
+            mates = [[n - n % 2, n - n % 2 + 1] if pairs else [n] for n in range(N)]
+            q, k = turned(rms_norm(q), places), turned(rms_norm(k), places)
             if layer in config.key_offset:
                 for i in np.flatnonzero(speeds == 0):
                     for j in (i, i + H // 2):
                         k[:, :, :, j] = np.pad(k[:, :-1, :, j], ((0, 0), (1, 0), (0, 0)))
             window = config.windows[layer % len(config.windows)] if config.windows else 0
-            y = softmax_attention(q, k, v, window)
+            y = softmax_attention(q, k, v, window, places, mates)
             if config.attention_gate:
                 y = y * sigmoid(read[:, :, :12] @ weights["gate"])[..., None]
             x = x + y.reshape(B, T, N * H) @ weights["out"]
@@ -149,8 +153,8 @@ def numpy_logits(config, params, tokens):
 EVERY_TRICK = GPTConfig(
     vocab_size=100,
     num_layers=5,
-    num_heads=2,
-    width=32,
+    num_heads=4,
+    width=48,
     mlp_width=48,
     mlp_only=(0, 3),
     windows=(3, 300, 6),
@@ -159,6 +163,7 @@ EVERY_TRICK = GPTConfig(
     value_embeddings=2,
     bigram_buckets=61,
     key_offset=(1, 4),
+    paired_heads=(2, 4),
     backout=2,
     attention_scale=0.3,
     rope_base=40.0,

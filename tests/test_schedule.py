@@ -206,6 +206,12 @@ def test_a_stage_without_windows_trains_the_model_as_it_is():
         ({"stages": (Stage(length=nan),)}, "length of stage 1 must be positive: .*length=nan"),
         ({"stages": (Stage(batch=0.3),)}, r"batch of stage 1, 0.3 \* 1,024, makes no whole number"),
         ({"stages": (Stage(length=1e-3),)}, r"length of stage 1, 0.001 \* 64, makes no whole"),
+        ({"stages": (Stage(length=0.75),)}, "length of stage 1, 0.75, must be one over a whole"),
+        ({"stages": (Stage(length=2.0),)}, "length of stage 1, 2.0, must be one over a whole"),
+        (
+            {"stages": (Stage(length=1 / 64, target_weights=(1.0, 1.0)),)},
+            "stage 1 has more target_weights than tokens in a row",
+        ),
         ({"stages": (Stage(target_weights=()),)}, "target_weights of stage 1 must be positive"),
         (
             {"stages": (Stage(target_weights=(0.0, 1.0)),)},
@@ -234,7 +240,7 @@ def test_a_schedule_that_makes_no_sense_is_refused_in_one_sentence(change, compl
     [
         {"cooldown_fraction": 0.75, "extension_fraction": 0.25},
         {"final_learning_rate_factor": 1.0, "momentum": 0.0},
-        {"stages": (Stage(share=30, batch=3.0, length=1 / 64, target_weights=(2.0, 1e-3)),)},
+        {"stages": (Stage(share=30, batch=3.0, length=1 / 32, target_weights=(2.0, 1e-3)),)},
         {"stages": (Stage(windows=(1,)), Stage(windows=(10**6, 1)))},
     ],
 )
