@@ -109,23 +109,17 @@ class Hyperparameters:
     scalar_learning_rate: float = 0.04
     """Rate of Adam for mixing coefficients and gates."""
     cooldown_fraction: float = 0.55
-    """Share of the steps in which all rates fall linearly."""
-    extension_fraction: float = 0.02
-    """Share of the steps, the last ones, which stay at what they fell to."""
+    """Share of the steps, the last ones, in which all rates fall linearly."""
     final_learning_rate_factor: float = 0.1
     """What the rates are multiplied with at the end of the cooldown."""
     momentum: float = 0.95
-    """Muon's momentum, between its warm-up from 0.85 and its cooldown to it."""
+    """Muon's momentum, after its warm-up from 0.85."""
     momentum_warmup_steps: int = 300
     """First steps, in which Muon's momentum rises."""
-    momentum_cooldown_steps: int = 50
-    """Last steps, in which it falls."""
     neuron_decay: float | None = 0.95
     """Decay of the mean squares by which Muon evens out its neurons; None for plain Muon."""
     adam_betas: tuple[float, float] = (0.65, 0.95)
     """Decay of Adam's means of the gradient and of its square."""
-    adam_every: int = 2
-    """Steps whose gradients Adam gathers for each of its own."""
     weight_decay: float = 1.2
     """Of the matrices of the layers: a step takes the rate squared times this off those weights
     which it brings nearer to zero."""
@@ -176,7 +170,6 @@ class Hyperparameters:
             "num_steps",
             "val_tokens",
             "keep_checkpoints",
-            "adam_every",
             "max_document_length",
         ):
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -259,13 +252,10 @@ PRESETS = {
         stages=(Stage(),),
         learning_rate=0.04,
         cooldown_fraction=0.3,
-        extension_fraction=0.0,
         final_learning_rate_factor=0.0,
         momentum_warmup_steps=500,
-        momentum_cooldown_steps=0,
         neuron_decay=None,
         adam_betas=(0.9, 0.95),
-        adam_every=1,
         weight_decay=0.0,
         model=GPTConfig(
             value_embeddings=0,
@@ -293,13 +283,10 @@ PRESETS = {
         learning_rate=0.03,
         embedding_learning_rate=0.15,
         cooldown_fraction=0.5,
-        extension_fraction=0.0,
         final_learning_rate_factor=0.0,
         momentum=0.9,
         momentum_warmup_steps=50,
-        momentum_cooldown_steps=0,
         adam_betas=(0.7, 0.95),
-        adam_every=1,
         weight_decay=0.0,
         val_loss_every=150,
         val_tokens=262_144,
@@ -314,6 +301,8 @@ PRESETS = {
             mlp_width=512,
             value_embeddings=2,
             bigram_buckets=16384,
+            key_offset=(3,),
+            paired_heads=(3,),
         ),
     ),
 }
@@ -603,7 +592,6 @@ def optimizer_of(hp: Hyperparameters, mesh: "Mesh") -> "GradientTransformationEx
         scalar_learning_rate=hp.scalar_learning_rate,
         neuron_decay=hp.neuron_decay,
         adam_betas=hp.adam_betas,
-        adam_every=hp.adam_every,
         weight_decay=hp.weight_decay,
         newton_schulz_dtype=jnp.float32 if on_cpu else jnp.bfloat16,
         mesh=mesh,

@@ -56,7 +56,6 @@ CPU = replace(
     ),
     embedding_learning_rate=0.15,
     momentum_warmup_steps=50,
-    momentum_cooldown_steps=10,
     val_loss_every=0,
     val_tokens=262_144,
     device="cpu",
@@ -144,10 +143,7 @@ PIECES: dict[str, Callable[[Hyperparameters], Hyperparameters]] = {
     "batch schedule": lambda hp: each_stage(hp, batch=2 / 3, rate=1.52),  # the middle one's
     "NorMuon": lambda hp: replace(hp, neuron_decay=None),
     "cautious weight decay": lambda hp: replace(hp, weight_decay=0.0),
-    "Adam every second step": lambda hp: replace(hp, adam_every=1),
     "learning-rate floor": lambda hp: replace(hp, final_learning_rate_factor=0.0),
-    "extension": lambda hp: replace(hp, extension_fraction=0.0),
-    "momentum cooldown": lambda hp: replace(hp, momentum_cooldown_steps=0),
 }
 
 # Pieces that are no settings: what takes them out of the process that calls it.

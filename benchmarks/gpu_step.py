@@ -556,19 +556,16 @@ def orthogonalisation_flops(config: GPTConfig) -> float:
 def floors(hp: Hyperparameters, device_kind: str) -> dict[str, float | None]:
     """Milliseconds of each part of a step at the peaks of the device; None where not known.
 
-    Muon reads weight, momentum and gradient, and writes the first two. Adam has one mean more, and
-    moves these in every n-th step only: n gradients are read, and their sum is written and read
-    n - 1 times.
+    Muon reads weight, momentum and gradient, and writes the first two. Adam has one mean more.
     """
-    c, tokens, n = hp.model, hp.total_batch_size, hp.adam_every
+    c, tokens = hp.model, hp.total_batch_size
     flops, bandwidth = (peaks.get(device_kind, math.nan) for peaks in (PEAK_FLOPS, PEAK_BANDWIDTH))
     *of_layers, head = (6 * math.prod(shape_and_count) for shape_and_count in products(c).values())
     layers = sum(of_layers)
     muon, adam = (
         sum(x.size for x in parameter_shapes(c, groups).values()) for groups in ({"muon"}, ADAM)
     )
-    read_and_written = 5 * muon + (6 + n + 2 * (n - 1)) / n * adam
-    update = 4 * read_and_written / bandwidth + orthogonalisation_flops(c) / flops
+    update = 4 * (5 * muon + 7 * adam) / bandwidth + orthogonalisation_flops(c) / flops
     seconds = {
         "products of the layers": layers * tokens / flops,
         "products with the head": head * tokens / flops,

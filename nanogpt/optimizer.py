@@ -54,7 +54,6 @@ def make_optimizer(
     head_learning_rate: float,
     scalar_learning_rate: float,
     adam_betas: tuple[float, float],
-    adam_every: int = 1,
     weight_decay: float,
     neuron_decay: float | None = 0.95,
     newton_schulz_dtype: jnp.dtype = jnp.float32,
@@ -67,8 +66,6 @@ def make_optimizer(
 
     Args:
         learning_rate: Muon's; the next three are Adam's, by group.
-        adam_every: Adam moves its parameters at every so many-th step only, by the mean gradient
-            of the steps since it last did (modded-nanogpt, 2025-09-30).
         weight_decay: of the matrices, in proportion to the current rate: with r for
             `learning_rate * rate`, a step takes the part r² * weight_decay off every weight which
             it brings nearer to zero.
@@ -77,10 +74,7 @@ def make_optimizer(
 
     def adam(learning_rate: float) -> optax.GradientTransformation:
         b1, b2 = adam_betas
-        rule = optax.chain(optax.scale_by_adam(b1, b2, eps=1e-10), optax.scale(learning_rate))
-        if adam_every > 1:
-            rule = optax.MultiSteps(rule, adam_every).gradient_transformation()
-        return rule
+        return optax.chain(optax.scale_by_adam(b1, b2, eps=1e-10), optax.scale(learning_rate))
 
     rules = {
         "muon": optax.chain(

@@ -60,26 +60,21 @@ class Schedule:
     total_batch_size: int
     sequence_length: int
     cooldown_fraction: float
-    """Share of the steps in which the rates fall linearly to their final value."""
-    extension_fraction: float
-    """Share of the steps, the last ones, which stay at it."""
+    """Share of the steps, the last ones, in which the rates fall linearly to their final value."""
     final_learning_rate_factor: float
     momentum: float
     momentum_warmup_steps: int
     """First steps, in which the momentum rises from 0.85."""
-    momentum_cooldown_steps: int
-    """Last steps, in which it falls to 0.85."""
 
     def check(self) -> None:
         """Raise ConfigError, in a sentence for the user, for a schedule that makes no sense."""
-        for name in ("momentum_warmup_steps", "momentum_cooldown_steps"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}.")
-        for name in ("cooldown_fraction", "extension_fraction", "final_learning_rate_factor"):
+        if self.momentum_warmup_steps < 0:
+            raise ConfigError(
+                f"momentum_warmup_steps must not be negative, but is {self.momentum_warmup_steps}."
+            )
+        for name in ("cooldown_fraction", "final_learning_rate_factor"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} must lie between 0 and 1, not at {getattr(self, name)}.")
-        if self.cooldown_fraction + self.extension_fraction > 1:
-            raise ConfigError("cooldown_fraction and extension_fraction add up to more than 1.")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"momentum must be 0 or more, below 1: {self.momentum}.")
         if not self.stages:
@@ -143,13 +138,11 @@ class Schedule:
     def rates(self, step: int) -> Rates:
         """What holds at a step: constant, then linearly down (Hägele et al., arXiv:2405.18392)."""
         N, before = self.num_steps, step - 1  # updates made before it
-        fallen = N * (1 - self.extension_fraction)
-        left = min(1.0, max(0.0, (fallen - before) / max(1.0, self.cooldown_fraction * N)))
+        left = min(1.0, (N - before) / max(1.0, self.cooldown_fraction * N))
         first, last = self.stages[self.stage(step)].rate, self.final_learning_rate_factor
-        warmup, cooldown = self.momentum_warmup_steps, self.momentum_cooldown_steps
+        warmup = self.momentum_warmup_steps
         warm = min(1.0, before / warmup) if warmup else 1.0
-        cool = min(1.0, (N - before) / cooldown) if cooldown else 1.0
-        momentum = FIRST_MOMENTUM + (self.momentum - FIRST_MOMENTUM) * min(warm, cool)
+        momentum = FIRST_MOMENTUM + (self.momentum - FIRST_MOMENTUM) * warm
         return Rates(last + (first - last) * left, momentum)
 
     def model(self, config: GPTConfig, stage: int) -> GPTConfig:

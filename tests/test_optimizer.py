@@ -109,39 +109,9 @@ def test_later_steps_of_adam_are_those_of_kingma_and_ba():
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("every", [2, 3])
-def test_adam_at_every_nth_step_is_adam_on_the_mean_gradients_of_n_steps(every):
-    gradients = [some(seed) for seed in range(1, 3 * every + 2)]
-    rates = list(np.linspace(1.0, 0.1, len(gradients)))
-    params = some(0)
-    updates, _ = updates_of(optimizer_with(adam_every=every), gradients, params, rates)
-    always, _ = updates_of(optimizer_with(), gradients, params, rates)
-    for name in BY_ADAM:
-        means = [
-            np.mean([g[name].astype("f8") for g in gradients[i : i + every]], axis=0)
-            for i in range(0, 3 * every, every)
-        ]
-        moves = adam_of_kingma_and_ba(means, RATES[name])
-        for step, (moved, rate) in enumerate(zip(updates, rates, strict=True), start=1):
-            # The rate is that of the step at which it moves, and between such steps it rests.
-            expected = 0 if step % every else rate * moves[step // every - 1]
-            np.testing.assert_allclose(moved[name], expected, rtol=1e-4, atol=1e-7)
-    for moved, expected in zip(updates, always, strict=True):  # the matrices move at every step
-        np.testing.assert_array_equal(moved["up"], expected["up"])
-
-
-def test_adam_at_every_step_keeps_no_more_than_two_moments_and_its_count():
-    params = some(0)
-    state = optimizer_with().init(params)
-    arrays = sum(np.prod(shape) for name, shape in SHAPES.items() if name in BY_ADAM) * 2
-    muon = np.prod(SHAPES["up"]) + 2 * 12
-    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == arrays + muon + 3
-
-
-@pytest.mark.parametrize("every", [1, 2])
-def test_the_state_keeps_its_structure_shapes_and_dtypes(every):
+def test_the_state_keeps_its_structure_shapes_and_dtypes():
     # Checkpoints, donation, and leaving out a bad batch rely on that.
-    params, optimizer = some(0), optimizer_with(adam_every=every)
+    params, optimizer = some(0), optimizer_with()
     _, after = updates_of(optimizer, [some(1)], params)
     before, after = (
         jax.tree.map(lambda x: (x.shape, x.dtype), state)

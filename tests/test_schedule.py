@@ -18,11 +18,9 @@ def schedule(*stages, **how):
         total_batch_size=1024,
         sequence_length=64,
         cooldown_fraction=0.0,
-        extension_fraction=0.0,
         final_learning_rate_factor=0.0,
         momentum=0.95,
         momentum_warmup_steps=0,
-        momentum_cooldown_steps=0,
     )
     return Schedule(**(settings | how))
 
@@ -121,13 +119,6 @@ def test_rates_of_three_stages_are_those_of_modded_nanogpts_record_of_2025_11_29
     assert rates_at(run, expected) == pytest.approx(expected)
 
 
-def test_an_extension_stays_at_the_final_rate():
-    run = schedule(cooldown_fraction=0.5, extension_fraction=0.1, final_learning_rate_factor=0.2)
-    # 40 steps at the full rate, 50 in which it falls by 0.8, 10 at what is left.
-    expected = {1: 1.0, 40: 1.0, 41: 1.0, 42: 0.984, 66: 0.6, 90: 0.216, 91: 0.2, 100: 0.2}
-    assert rates_at(run, expected) == pytest.approx(expected)
-
-
 def test_a_run_that_falls_from_first_to_last_and_to_nothing_still_moves_in_its_last_step():
     expected = {1: 1.0, 2: 0.99, 51: 0.5, 100: 0.01}
     assert rates_at(schedule(cooldown_fraction=1.0), expected) == pytest.approx(expected)
@@ -141,21 +132,14 @@ def test_without_a_cooldown_no_step_is_taken_at_less_than_the_rate_of_its_stage(
 # Momentum
 
 
-def test_momentum_rises_from_085_and_falls_back_to_it():
-    run = schedule(num_steps=40, momentum_warmup_steps=20, momentum_cooldown_steps=10)
-    expected = {1: 0.85, 2: 0.855, 11: 0.9, 20: 0.945, 21: 0.95, 31: 0.95}
-    expected |= {32: 0.94, 36: 0.9, 40: 0.86}  # and 0.85 when the last is done
+def test_momentum_rises_from_085():
+    run = schedule(num_steps=40, momentum_warmup_steps=20)
+    expected = {1: 0.85, 2: 0.855, 11: 0.9, 20: 0.945, 21: 0.95, 40: 0.95}
     assert momenta_at(run, expected) == pytest.approx(expected)
 
 
-def test_momentum_without_warmup_and_cooldown_is_the_same_in_every_step():
+def test_momentum_without_warmup_is_the_same_in_every_step():
     assert set(momenta_at(schedule(), range(1, 101)).values()) == {0.95}
-
-
-def test_momentum_of_a_run_shorter_than_warmup_and_cooldown_is_the_lower_of_both():
-    run = schedule(num_steps=10, momentum_warmup_steps=20, momentum_cooldown_steps=10)
-    expected = {1: 0.85, 5: 0.87, 7: 0.88, 8: 0.88, 9: 0.87, 10: 0.86}
-    assert momenta_at(run, expected) == pytest.approx(expected)
 
 
 # The model
@@ -185,15 +169,10 @@ def test_a_stage_without_windows_trains_the_model_as_it_is():
     ("change", "complaint"),
     [
         ({"momentum_warmup_steps": -1}, "momentum_warmup_steps must not be negative, but is -1"),
-        ({"momentum_cooldown_steps": -2}, "momentum_cooldown_steps must not be negative"),
+        ({"momentum_warmup_steps": -2}, "momentum_warmup_steps must not be negative"),
         ({"cooldown_fraction": -0.1}, "cooldown_fraction must lie between 0 and 1, not at -0.1"),
         ({"cooldown_fraction": nan}, "cooldown_fraction must lie between 0 and 1, not at nan"),
-        ({"extension_fraction": 1.5}, "extension_fraction must lie between 0 and 1, not at 1.5"),
         ({"final_learning_rate_factor": 1.1}, "final_learning_rate_factor must lie .* not at 1.1"),
-        (
-            {"cooldown_fraction": 0.6, "extension_fraction": 0.5},
-            "cooldown_fraction and extension_fraction add up to more than 1",
-        ),
         ({"momentum": 1.0}, "momentum must be 0 or more, below 1: 1.0"),
         ({"stages": ()}, "at least one stage"),
         ({"stages": (Stage(windows=(3,)), Stage())}, "Either every stage has windows, or none"),
@@ -238,7 +217,7 @@ def test_a_schedule_that_makes_no_sense_is_refused_in_one_sentence(change, compl
 @pytest.mark.parametrize(
     "change",
     [
-        {"cooldown_fraction": 0.75, "extension_fraction": 0.25},
+        {"cooldown_fraction": 1.0},
         {"final_learning_rate_factor": 1.0, "momentum": 0.0},
         {"stages": (Stage(share=30, batch=3.0, length=1 / 32, target_weights=(2.0, 1e-3)),)},
         {"stages": (Stage(windows=(1,)), Stage(windows=(10**6, 1)))},

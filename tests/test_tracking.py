@@ -302,11 +302,9 @@ SCHEDULE = Schedule(
     total_batch_size=3000,
     sequence_length=100,
     cooldown_fraction=1.0,
-    extension_fraction=0.0,
     final_learning_rate_factor=0.0,
     momentum=0.9,
     momentum_warmup_steps=0,
-    momentum_cooldown_steps=0,
 )
 
 
