@@ -301,8 +301,8 @@ PRESETS = {
             mlp_width=512,
             value_embeddings=2,
             bigram_buckets=16384,
-            key_offset=(3,),
-            paired_heads=(3,),
+            key_offset=(-1,),
+            paired_heads=(-1,),
         ),
     ),
 }

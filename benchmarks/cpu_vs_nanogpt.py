@@ -41,7 +41,8 @@ CONTEXT, BATCH, STEPS = 64, 12, 2000  # nanoGPT's
 OURS = (  # the laptop preset with half the layers and context, for a shorter run
     "--preset laptop --batch-size 12 --sequence-length 64 --total-batch-size 768 --num-steps 220 "
     "--learning-rate 0.05 --adam-betas 0.5 0.95 --model.num-layers 2 --model.attention-scale 0.2 "
-    "--model.bigram-buckets 4096 --model.no-smear --model.no-attention-gate --neuron-decay None "
+    "--model.bigram-buckets 4096 --model.no-smear --model.no-attention-gate --model.key-offset "
+    "--model.paired-heads --neuron-decay None "
     f"--val-loss-every 0 --val-tokens {VAL_TOKENS} --sample-tokens 0"
 ).split()
 

@@ -380,8 +380,9 @@ def attention_row(kernel: AttentionKernel, window: int, paired: bool) -> str:
 
 def attentions(config: GPTConfig) -> list[tuple[int, bool]]:
     """The window of every attention, and whether its heads are paired."""
-    layers = (layer for layer in range(config.num_layers) if layer not in config.mlp_only)
-    return [(config.window(layer), layer in config.paired_heads) for layer in layers]
+    layers = set(range(config.num_layers)) - config.layers(config.mlp_only)
+    paired = config.layers(config.paired_heads)
+    return [(config.window(layer), layer in paired) for layer in sorted(layers)]
 
 
 def products(config: GPTConfig) -> dict[str, tuple[int, int, int]]:

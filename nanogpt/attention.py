@@ -207,7 +207,7 @@ def _error_against_reference(
         return float(sum(jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in pairs))
 
     windows = {
-        window * (1 + (layer in c.paired_heads)) if (window := c.window(layer)) else None
+        window * (1 + (layer in c.layers(c.paired_heads))) if (window := c.window(layer)) else None
         for c in configs
         for layer in range(c.num_layers)
     }

@@ -55,7 +55,7 @@ class GPTConfig:
     """Width of the hidden layer of each MLP, F."""
 
     mlp_only: tuple[int, ...] = ()
-    """Layers without attention, counted from 0."""
+    """Layers without attention, counted from 0, or from -1 backwards."""
 
     windows: tuple[int, ...] = ()
     """Keys that a query sees, itself included, in each layer in turn; 0, or no entry, for all."""
@@ -127,22 +127,25 @@ class GPTConfig:
             raise ConfigError(f"earlier_windows must be at least 1: {self.earlier_windows}.")
         if self.earlier_windows and not min(self.windows, default=0):
             raise ConfigError("earlier_windows need windows, all of them at least 1.")
-        backout = () if self.backout is None else (self.backout,)
+        if self.backout is not None and not 0 <= self.backout < self.num_layers:
+            raise ConfigError(
+                f"backout names layer {self.backout}, but there are layers 0 to "
+                f"{self.num_layers - 1}."
+            )
         for name, layers in {
             "mlp_only": self.mlp_only,
             "key_offset": self.key_offset,
             "paired_heads": self.paired_heads,
-            "backout": backout,
         }.items():
             for layer in layers:
-                if not 0 <= layer < self.num_layers:
+                if not -self.num_layers <= layer < self.num_layers:
                     raise ConfigError(
                         f"{name} names layer {layer}, but there are layers 0 to "
                         f"{self.num_layers - 1}."
                     )
         if self.paired_heads and self.num_heads % 2:
             raise ConfigError(f"paired_heads needs an even num_heads, not {self.num_heads}.")
-        if len(set(self.mlp_only)) == self.num_layers:
+        if self.num_attentions == 0:
             raise ConfigError("mlp_only names all layers, but one must have attention.")
         for name in ("smear", "attention_gate"):
             if getattr(self, name) and self.width < GATE_INPUTS:
@@ -176,10 +179,14 @@ class GPTConfig:
         """H, the width of one attention head."""
         return self.width // self.num_heads
 
+    def layers(self, named: tuple[int, ...]) -> set[int]:
+        """The layers that a setting names, counted from 0."""
+        return {layer % self.num_layers for layer in named}
+
     @property
     def num_attentions(self) -> int:
         """How many layers have attention."""
-        return self.num_layers - len(set(self.mlp_only))
+        return self.num_layers - len(self.layers(self.mlp_only))
 
     @property
     def padded_vocab_size(self) -> int:

@@ -47,8 +47,8 @@ def flops_per_token(config: GPTConfig, sequence_length: int) -> float:
     weights = c.num_attentions * 4 * c.width**2 + c.num_layers * 2 * c.width * c.mlp_width
     weights += c.width * c.padded_vocab_size
     keys = 0.0
-    for layer in set(range(c.num_layers)) - set(c.mlp_only):
-        times = 2 if layer in c.paired_heads else 1
+    for layer in set(range(c.num_layers)) - c.layers(c.mlp_only):
+        times = 2 if layer in c.layers(c.paired_heads) else 1
         earlier = np.arange(1, times * sequence_length + 1)
         keys += np.minimum(earlier, times * (c.window(layer) or sequence_length)).mean()
     return float(6 * weights + 6 * 2 * c.width * keys)
@@ -76,7 +76,7 @@ def activation_bytes(config: GPTConfig, sequence_length: int, dtype: str, flash:
     numbers = c.num_layers * (4 * c.width + 2 * c.mlp_width) + c.num_attentions * 11 * c.width
     scores = 0
     if not flash:
-        paired = set(c.paired_heads) - set(c.mlp_only)
+        paired = c.layers(c.paired_heads) - c.layers(c.mlp_only)
         scores = (c.num_attentions + len(paired)) * c.num_heads * sequence_length
     return itemsize * (numbers + 2 * c.padded_vocab_size) + (4 + itemsize) * scores
 

@@ -274,12 +274,12 @@ class GPT(nnx.Module):
 
         attends, mixed_in = self.attends(tokens), self.value_embeddings(tokens)
         attentions, mlps = unstack(self.attention, c.num_attentions), unstack(self.mlp, L)
-        first_half = []
+        mlp_only, first_half = c.layers(c.mlp_only), []
         for layer, mlp in enumerate(mlps):
             if layer >= L - L // 2:
                 x = x + self.skips[layer - (L - L // 2)] * first_half.pop()
             x = self.shortcuts[layer, 0] * x + self.shortcuts[layer, 1] * x0
-            if layer not in c.mlp_only:
+            if layer not in mlp_only:
                 added, values = next(attentions)(norm(x), mixed_in[layer], attends[layer])
                 x = x + added
                 if not c.value_embeddings and mixed_in[layer] is None:
@@ -301,12 +301,13 @@ class GPT(nnx.Module):
         speed, scale = rotation(c)
 
         how = {"scale": scale, "kernel": self.kernels.attention}
+        offset, paired = c.layers(c.key_offset), c.layers(c.paired_heads)
 
         def attend(q: Array, k: Array, v: Array, layer: int) -> Array:
             q, k, window = norm(q), norm(k), c.window(layer)
-            if layer in c.key_offset:
+            if layer in offset:
                 k = jnp.where(np.tile(speed == 0, 2), before(k), k)
-            if layer not in c.paired_heads:
+            if layer not in paired:
                 q, k = rotary(q, speed), rotary(k, speed)
                 return attention(q, k, v, documents, window=window, **how)
             twice = None if documents is None else jnp.repeat(documents, 2, axis=1)
