@@ -360,7 +360,7 @@ def test_rows_of_documents_go_on_from_an_offset_within_a_document(tmp_path):
 
 def schedule(*stages, num_steps):
     """20 tokens in the batches of a stage whose share is 1, and 4 in its rows."""
-    return Schedule(stages, num_steps, 20, 4, 0.0, 0.0, 0.0, 0.95, 0, 0)
+    return Schedule(stages, num_steps, 20, 4, 0.0, 0.0, 0.95, 0)
 
 
 def trained_on(order, run):

@@ -69,7 +69,7 @@ def test_a_shape_comes_back_from_json(tiny):
         ({"windows": (8, 0), "earlier_windows": (4,)}, "earlier_windows need windows, all of them"),
         ({"earlier_windows": (4,)}, "earlier_windows need windows, all of them at least 1"),
         ({"mlp_only": (12,)}, "mlp_only names layer 12, but there are layers 0 to 11"),
-        ({"key_offset": (3, -1)}, "key_offset names layer -1, but there are layers 0 to 11"),
+        ({"key_offset": (3, -13)}, "key_offset names layer -13, but there are layers 0 to 11"),
         ({"backout": 12}, "backout names layer 12, but there are layers 0 to 11"),
         ({"mlp_only": (*range(12),)}, "mlp_only names all layers, but one must have attention"),
         ({"width": 8, "num_heads": 1}, "smear reads 12 channels, but width is 8: set it to False"),

@@ -231,9 +231,7 @@ def test_the_floors_are_those_of_the_arithmetic_by_hand(fake_device):
     # Mixes of two attentions, shortcuts of three layers, a skip, the backout, the smear's share;
     # gates of four heads and of the smear, from 12 channels.
     scalars = 2 * 2 + 3 * 2 + 1 + 1 + 1 + 12 * (2 * 2 + 1)
-    # In two steps Adam reads two gradients, writes and reads what it gathers, and reads and writes
-    # a weight and two means.
-    adam = (2 + 2 + 6) / 2
+    adam = 1 + 2 * 3  # reads a gradient, and reads and writes a weight and two means
     seconds = {
         "products of the layers": 6 * weights * 768 / 1e9,
         "products with the head": 6 * 64 * 256 * 768 / 1e9,

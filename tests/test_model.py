@@ -234,6 +234,13 @@ def test_logits_and_losses_equal_a_float64_model_in_numpy(config, weights):
     np.testing.assert_allclose(objective, expected_objective, atol=2e-4)
 
 
+def test_layers_may_be_counted_from_the_last_one_backwards():
+    backwards = replace(EVERY_TRICK, mlp_only=(-5, 3), key_offset=(-4, -1), paired_heads=(2, -1))
+    tokens, params = some_tokens(EVERY_TRICK, 1, 9), alive(EVERY_TRICK)
+    expected, found = (build(c, params)(tokens) for c in (EVERY_TRICK, backwards))
+    np.testing.assert_array_equal(found, expected)
+
+
 # Initialisation
 
 
