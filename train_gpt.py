@@ -53,7 +53,7 @@ SPEEDRUN_MODEL = GPTConfig(
 )
 
 # Batch and rates of these stages are those of modded-nanogpt's record of 2025-11-29, the targets
-# those of 2025-12-22; the last stage, at the lowest rate, reads as far back as its rows allow.
+# those of 2025-12-22. The last stage, when the rates are lowest, reads as far back as rows allow.
 SPEEDRUN_STAGES = (
     Stage(0.33, 1 / 3, 0.5, 1.00, windows(128, 384), (1.0, 0.5, 0.25)),
     Stage(0.33, 2 / 3, 1.0, 1.52, windows(384, 896), (1.0, 0.5)),

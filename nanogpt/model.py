@@ -1,4 +1,4 @@
-"""GPT as the NanoGPT speedrun shaped it, in Flax NNX: modded-nanogpt's dense-attention model.
+"""GPT as the NanoGPT speedrun shaped it, in Flax NNX: modded-nanogpt's model.
 
     tokens -> embed -> norm -> x0 -> L layers -> norm -> head -> softcap -> logits
 
@@ -299,7 +299,6 @@ class GPT(nnx.Module):
         if c.document_separator is not None:
             documents = jnp.cumsum(tokens == c.document_separator, axis=1, dtype=jnp.int32)
         speed, scale = rotation(c)
-
         how = {"scale": scale, "kernel": self.kernels.attention}
         offset, paired = c.layers(c.key_offset), c.layers(c.paired_heads)
 

@@ -1,7 +1,7 @@
 """Which rule and rate each parameter learns by.
 
-    matrices of the blocks      Muon and cautious weight decay  (see nanogpt.muon)
-    embeddings, head, scalars   Adam, each with its rate        (Kingma and Ba, arXiv:1412.6980)
+    matrices of the layers      Muon (see nanogpt/muon.py), and cautious weight decay
+    embeddings, head, scalars   Adam, each with its rate (Kingma and Ba, arXiv:1412.6980)
 
 Whoever calls the optimizer gives each step's rate and momentum along with the gradients, so that
 one compiled program serves every schedule.

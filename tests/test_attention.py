@@ -207,6 +207,15 @@ def test_a_kernel_must_be_right_for_the_windows_of_every_stage(monkeypatch, late
 
 
 @on_cpu
+@pytest.mark.parametrize(("paired", "chosen"), [((), "cudnn"), ((1,), "pallas")])
+def test_a_kernel_must_be_right_for_the_doubled_window_of_paired_heads(monkeypatch, paired, chosen):
+    kernels = {"cudnn": that_looks_too_far_with_a_window_of_20, "pallas": as_the_reference}
+    model = some_model(windows=(48, 10), paired_heads=paired)
+    kernel, _ = choice_on_a_gpu(monkeypatch, model, **kernels)
+    assert kernel == chosen
+
+
+@on_cpu
 @pytest.mark.parametrize("pallas", [with_a_long_complaint, off_by_a_tenth])
 def test_without_a_kernel_that_works_the_run_is_told_that_it_will_be_slow(monkeypatch, pallas):
     kernel, line = choice_on_a_gpu(monkeypatch, cudnn=with_a_long_complaint, pallas=pallas)
