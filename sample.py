@@ -1,6 +1,8 @@
-"""Continue a prompt with a trained run: `python3 sample.py runs/<name> --prompt "def "`."""
+"""Continue a prompt with a trained model: `python3 sample.py runs/<name> --prompt "def "`."""
 
+import os
 import sys
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -8,67 +10,149 @@ from typing import Annotated
 import tyro
 
 from nanogpt.config import ConfigError
+from nanogpt.sampling import Sampling, Token
 from nanogpt.tokenizer import TokenizerError, load_tokenizer
 
 
 @dataclass(frozen=True)
 class Options:
-    """Continue a prompt with a trained run."""
+    """Continue a prompt with a trained model."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run, runs/<name>."""
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run, runs/<name>, or one that export.py made."""
     prompt: str = ""
     """What to continue; nothing begins a new document."""
-    num_tokens: int = 500
-    """Tokens to write."""
-    temperature: float = 0.8
-    """Logits are divided by this; 0 always takes the likeliest token."""
-    top_k: int | None = None
-    """Only the so many likeliest tokens may follow; None for all."""
-    seed: int = 0
-    """Another seed, another text."""
+    prompt_file: Path | None = None
+    """File with the prompt, instead; - for standard input."""
+    num_samples: int = 1
+    """Texts to write, all of them at once."""
+    max_new_tokens: int = 500
+    """Tokens of each text."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()  # noqa: RUF009
+    stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """A text ends before this; may be given several times. <|endoftext|> is the end of a
+    document."""
+    serve: bool = False
+    """Open a page in the browser to play with the model, instead."""
+    port: int = 8000
+    """Where that page is served, on this machine only."""
 
     def check(self) -> None:
         """Raise ConfigError, in a sentence for the user, for options that make no sense."""
-        if self.num_tokens < 1:
-            raise ConfigError(f"num_tokens must be at least 1, not {self.num_tokens}.")
-        if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature must be 0 or a positive number: {self.temperature}.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k must be at least 1, not {self.top_k}.")
+        for name in ("num_samples", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.prompt and self.prompt_file:
+            raise ConfigError("prompt and prompt_file cannot both be given: leave one out.")
+        if "" in self.stop:
+            raise ConfigError("stop must not be empty.")
+        self.sampling.check()
+
+
+Write = Callable[..., Iterator[tuple[int, Token]]]  # nanogpt.text.write, of one model
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the prompt and its continuation; return the exit status."""
+    """Print the prompt and its continuation, or serve a page; return the exit status."""
     options = tyro.cli(Options, args=arguments)
     try:
         options.check()
-        print(options.prompt + continuation(options))
+        if options.serve:
+            serve_page(options)
+        else:
+            print_samples(options, read_prompt(options))
     except (ConfigError, TokenizerError) as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the text has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print()
+        return 130
     return 0
 
 
-def continuation(options: Options) -> str:
-    """What the run's model writes after the prompt."""
-    from nanogpt.checkpoint import load_run
-    from nanogpt.generate import generate
-    from nanogpt.mesh import make_mesh
+def read_prompt(options: Options) -> str:
+    """The prompt, wherever it is given; ConfigError if it cannot be read."""
+    path = options.prompt_file
+    try:
+        if path is None:
+            return os.fsencode(options.prompt).decode("utf-8")
+        data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return data.decode("utf-8")
+    except OSError as error:
+        raise ConfigError(f"The prompt cannot be read from {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        where = "The prompt" if path is None else f"The prompt in {path}"
+        raise ConfigError(f"{where} is not UTF-8 (byte {error.start:,}): convert it.") from error
 
-    hp, graph, params = load_run(options.run, make_mesh(1))
-    tokenizer = load_tokenizer(hp["tokenizer"])
-    tokens = generate(
+
+def print_samples(options: Options, prompt: str) -> None:
+    """Write all samples at once: the first as it comes, then the others."""
+    write = load_writer(options.model)
+    later = [""] * options.num_samples
+
+    def heading(number: int) -> None:
+        if options.num_samples > 1:
+            print(f"--- sample {number + 1} ---")
+
+    heading(0)
+    print(prompt, end="", flush=True)
+    for number, token in write(
+        prompts=[prompt] * options.num_samples,
+        num_tokens=options.max_new_tokens,
+        sampling=options.sampling,
+        stop=options.stop,
+    ):
+        if number == 0:
+            print(token.text, end="", flush=True)
+        else:
+            later[number] += token.text
+    print()
+    for number in range(1, options.num_samples):
+        heading(number)
+        print(prompt + later[number])
+
+
+def serve_page(options: Options) -> None:
+    """Serve the playground until Ctrl-C."""
+    from nanogpt.playground import serve
+
+    write = load_writer(options.model)
+
+    def one(prompt: str, max_new_tokens: int, sampling: Sampling) -> Generator[Token, None, None]:
+        for _, token in write(
+            prompts=[prompt], num_tokens=max_new_tokens, sampling=sampling, alternatives=6
+        ):
+            yield token
+
+    serve(one, str(options.model), options.port)
+
+
+def load_writer(folder: Path) -> Write:
+    """The model in a folder, as a function that writes; ConfigError if there is none."""
+    # The memory of a GPU is taken as it is needed: a trainer may be running there.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from functools import partial
+
+    import jax
+
+    from nanogpt.compilation import use_compilation_cache
+    from nanogpt.export import load_model
+    from nanogpt.mesh import make_mesh
+    from nanogpt.text import write
+
+    use_compilation_cache()
+    settings, graph, params = load_model(folder, make_mesh(1))
+    return partial(
+        write,
         graph,
         params,
-        [tokenizer.separator, *tokenizer.encode(options.prompt)],
-        num_tokens=options.num_tokens,
-        context=hp["sequence_length"],
-        temperature=options.temperature,
-        top_k=options.top_k,
-        seed=options.seed,
+        load_tokenizer(settings["tokenizer"]),
+        context=settings["sequence_length"],
+        # CPUs emulate bfloat16.
+        dtype="float32" if jax.default_backend() == "cpu" else settings["dtype"],
     )
-    return tokenizer.decode(tokens)
 
 
 if __name__ == "__main__":

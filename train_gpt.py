@@ -10,6 +10,7 @@ The file reads from top to bottom: the hyperparameters, the presets, then the tr
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.util import find_spec
@@ -22,7 +23,14 @@ import tyro
 from nanogpt.config import ConfigError, GPTConfig, Kernels, LossKernel
 from nanogpt.corpus import CorpusError, embedded_corpus
 from nanogpt.interruption import Interruption
-from nanogpt.resume import check_same_data, resumed_settings, run_to_resume
+from nanogpt.resume import (
+    check_same_data,
+    resumed_settings,
+    run_to_resume,
+    settings_with,
+    weights_in,
+)
+from nanogpt.sampling import Sampling
 from nanogpt.schedule import Rates, Schedule, Stage
 from nanogpt.shards import ShardError, check_vocabulary, find_shards, read_shard
 from nanogpt.tokenizer import TOKENIZERS, TokenizerError, load_tokenizer
@@ -71,7 +79,8 @@ class Hyperparameters:
     """Every setting of a run. The defaults are the `speedrun` preset."""
 
     preset: Literal["auto", "speedrun", "baseline", "laptop"] = "auto"
-    """Where the other settings start: auto is speedrun with an accelerator, else laptop."""
+    """Where the other settings start: auto is speedrun with an accelerator, else laptop; with
+    init_from it is the settings of that run."""
 
     # Data
     train_files: str | None = "fineweb10B/fineweb_train_*.bin"
@@ -149,6 +158,11 @@ class Hyperparameters:
     """Folder under runs/, which must be new; by default preset, date and time."""
     resume: str | None = None
     """Go on with a run from its newest checkpoint: runs/<name>, or auto for the latest run."""
+    init_from: str | None = None
+    """Begin a run with the newest weights of another, runs/<name>, or of a folder that export.py
+    made, and with a new optimizer and schedule: fine-tuning. Model, tokenizer and sequence_length
+    are those of the weights. The other settings start from that run's, or from a preset if one is
+    named or the folder is an exported one; in either case with a single stage."""
     checkpoint_every: int = 500
     """Steps between checkpoints; the last step always makes one. 0 for that one only."""
     keep_checkpoints: int = 2
@@ -315,14 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = override()  # a misspelt argument ends here
     try:
         with Interruption() as interruption:
-            if given.resume is not None:
-                run = run_to_resume(given.resume)
-                hp = resumed_settings(Hyperparameters, run, lambda hp: override(default=hp))
-            else:
-                preset = given.preset
-                if preset == "auto":
-                    preset = preset_for_hardware(given.device)
-                hp = replace(override(default=PRESETS[preset]), preset=preset)
+            hp = settings(given, lambda start: override(default=start))
             hp.check()
             return train(hp, interruption)
     except (ConfigError, ShardError, CorpusError, TokenizerError, RunError) as error:
@@ -331,6 +338,29 @@ def main(arguments: list[str] | None = None) -> int:
     except BadNumbers as error:
         print(error, file=sys.stderr)
         return 3
+
+
+def settings(
+    given: Hyperparameters, override: Callable[[Hyperparameters], Hyperparameters]
+) -> Hyperparameters:
+    """The settings that the arguments ask for: `given`, and what `override` makes of others."""
+    if given.resume is not None and given.init_from is not None:
+        raise ConfigError(
+            "resume goes on with a run, and init_from begins another: give only one of them."
+        )
+    if given.resume is not None:
+        return resumed_settings(Hyperparameters, run_to_resume(given.resume), override)
+    weights = None
+    if given.init_from is not None:
+        weights = weights_in(Hyperparameters, Path(given.init_from))
+    if given.preset != "auto":
+        start = PRESETS[given.preset]
+    elif weights and weights.settings:
+        start = weights.settings
+    else:
+        start = PRESETS[preset_for_hardware(given.device)]
+    hp = settings_with(weights, start, override) if weights else override(start)
+    return replace(hp, preset=start.preset)
 
 
 def preset_for_hardware(device: str) -> str:
@@ -353,6 +383,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     from nanogpt.checkpoint import Checkpoints, load_state, newest_checkpoint
     from nanogpt.compilation import compile_all, first_that_fits, use_compilation_cache
     from nanogpt.environment import environment
+    from nanogpt.export import load_model
     from nanogpt.hardware import (
         activation_bytes,
         device_memory,
@@ -416,6 +447,8 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
                 )
             run.rewind(checkpoint.step - 1 if unvalidated else checkpoint.step)
             run.say(f"resuming {folder} after step {checkpoint.step}")
+        elif hp.init_from:
+            run.say(f"beginning with the weights in {hp.init_from}")
         run.configure(asdict(replace(hp, resume=None)), environment())
         per_step = dict.fromkeys(map(schedule.tokens_per_step, stages))
         per_pass = batch_size * hp.sequence_length * mesh.size
@@ -489,6 +522,8 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         shapes, programs, seconds = first_that_fits(prepare, batch_size, say_smaller)
         state_shapes = shapes_on(mesh, REPLICATED, jax.eval_shape(init, key))
         state = load_state(checkpoint, state_shapes) if checkpoint else init(key)
+        if hp.init_from and not checkpoint:
+            state = replace(state, params=load_model(Path(hp.init_from), mesh)[2])
         each = ", ".join(f"{what} {took:.1f} s" for (what, _), took in seconds.items())
         ready = time.perf_counter() - start
         run.say(f"compiled ({each}) and tried in {ready:.1f} s, in no time given below")
@@ -660,22 +695,23 @@ def rows_of(hp: Hyperparameters, data: Data, T: int, start: int) -> "Rows":
 
 def sample(hp: Hyperparameters, graph: "nnx.GraphDef", params: "Params") -> str:
     """A continuation of `sample_prompt`, or why there is none."""
-    from nanogpt.generate import generate
+    from nanogpt.text import write
 
     try:
         tokenizer = load_tokenizer(hp.tokenizer)
     except TokenizerError as error:
         return f"no sample: {error}"
-    prompt = [tokenizer.separator, *tokenizer.encode(hp.sample_prompt)]
-    tokens = generate(
+    tokens = write(
         graph,
         params,
-        prompt,
+        tokenizer,
+        [hp.sample_prompt],
         num_tokens=hp.sample_tokens,
         context=hp.sequence_length,
-        seed=hp.seed,
+        sampling=Sampling(seed=hp.seed),
+        dtype=hp.dtype,
     )
-    return f"sample:\n{hp.sample_prompt}{tokenizer.decode(tokens)}"
+    return f"sample:\n{hp.sample_prompt}{''.join(token.text for _, token in tokens)}"
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def reference_attention(
     scale: float,
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(scale * q kᵀ) v over the visible keys; the softmax is taken in float32.
+    """softmax(scale * q kᵀ) v over the visible keys.
 
     Heads go before the sequence while the matrices are multiplied, which suits XLA on CPUs.
     """
@@ -59,10 +59,21 @@ def reference_attention(
     mask = visible(q.shape[2], window)
     if documents is not None:
         mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
-    scores = jnp.einsum("bnqh,bnkh->bnqk", q, k, preferred_element_type=jnp.float32)
+    return softmax_attention(q, k, v, mask, scale).swapaxes(1, 2)
+
+
+def softmax_attention(
+    q: Float[Array, "*heads Q H"],
+    k: Float[Array, "*heads K H"],
+    v: Float[Array, "*heads K H"],
+    mask: Bool[Array, "*#heads Q K"],
+    scale: float,
+) -> Float[Array, "*heads Q H"]:
+    """softmax(scale * q kᵀ) v where the mask is true; the softmax is taken in float32."""
+    scores = jnp.einsum("...qh,...kh->...qk", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask, scale * scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bnqk,bnkh->bnqh", weights, v).swapaxes(1, 2)
+    return jnp.einsum("...qk,...kh->...qh", weights, v)
 
 
 def cudnn_attention(

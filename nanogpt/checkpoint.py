@@ -187,10 +187,10 @@ def load_state(checkpoint: Checkpoint, shapes: TrainState) -> TrainState:
     return TrainState(params=loaded["params"], **loaded["rest"])
 
 
-def load_run(run: Path, mesh: Mesh) -> tuple[dict[str, Any], nnx.GraphDef, Params]:
-    """The hyperparameters of a run, its model, and its newest weights, whole on every device.
+def load_run(run: Path, mesh: Mesh) -> tuple[dict[str, Any], nnx.GraphDef, Params, Checkpoint]:
+    """The hyperparameters of a run, its model, its newest weights, and whence these come.
 
-    The model is that of the stage in which the weights were saved.
+    The weights are whole on every device; the model is that of the stage in which they were saved.
 
     Raises ConfigError when the folder is not that of a run with a checkpoint.
     """
@@ -213,7 +213,7 @@ def load_run(run: Path, mesh: Mesh) -> tuple[dict[str, Any], nnx.GraphDef, Param
     config = schedule.model(whole, schedule.stage(min(checkpoint.step, schedule.num_steps)))
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     loaded = _load(checkpoint, {"params": shapes_on(mesh, REPLICATED, shapes)})
-    return hp, graph_of(config), loaded["params"]
+    return hp, graph_of(config), loaded["params"], checkpoint
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

@@ -47,9 +47,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from nanogpt.attention import attention
 from nanogpt.config import GATE_INPUTS, GPTConfig, Kernels
 from nanogpt.loss import Softcap, linear_cross_entropy, softcap
+from nanogpt.past import Next, Rows
 from nanogpt.rotary import rotary, rotation
 
 Attend = Callable[[Array, Array, Array], Array]  # (q, k, v) to what each query takes from them
@@ -74,11 +74,6 @@ def project(x: Float[Array, "*B I"], weight: Float[Array, "I O"]) -> Float[Array
     return (x.reshape(-1, weight.shape[0]) @ weight).reshape(*x.shape[:-1], weight.shape[1])
 
 
-def before(x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
-    """What stood one token before, and zero before the first."""
-    return jnp.pad(x, ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)))[:, :-1]
-
-
 def pair(x: Float[Array, "B T N H"]) -> Float[Array, "B 2T N/2 H"]:
     """Two heads as one whose sequence is twice as long: a token of one, then of the other."""
     B, T, N, H = x.shape
@@ -91,11 +86,13 @@ def part(x: Float[Array, "B 2T N/2 H"]) -> Float[Array, "B T N H"]:
     return x.reshape(B, T2 // 2, 2, pairs, H).swapaxes(2, 3).reshape(B, T2 // 2, 2 * pairs, H)
 
 
-def bigram_bucket(tokens: Int[Array, "B T"], buckets: int) -> Int[Array, "B T"]:
-    """A bucket for each pair of a token and the one before it; a row begins with a pair (0, t)."""
+def bigram_bucket(
+    tokens: Int[Array, "B T"], before: Int[Array, "B T"], buckets: int
+) -> Int[Array, "B T"]:
+    """A bucket for each pair of a token and the one before it."""
     # Two odd constants (2³² over the golden ratio, a prime of xxHash) spread the pairs mod 2³².
     mixed = tokens.astype(jnp.uint32) * np.uint32(0x9E3779B1)
-    mixed ^= before(tokens).astype(jnp.uint32) * np.uint32(0x85EBCA77)
+    mixed ^= before.astype(jnp.uint32) * np.uint32(0x85EBCA77)
     return ((mixed ^ (mixed >> 15)) % np.uint32(buckets)).astype(jnp.int32)
 
 
@@ -144,9 +141,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
         """What to add to the stream, and the values. `mixed_in` is added to the values."""
         B, T, D = x.shape
-        # One product for all three, with values scaled by way of their weights: far fewer numbers.
-        scale = jnp.concatenate([jnp.ones(2, x.dtype), self.value_mix[:1]])
-        weight = (scale[:, None, None] * self.qkv[...]).swapaxes(0, 1).reshape(D, 3 * D)
+        weight = self.joined() if self.qkv.ndim == 3 else self.qkv[...]
         q, k, v = jnp.unstack(project(x, weight).reshape(B, T, 3, self.num_heads, -1), axis=2)
         if mixed_in is not None:
             v = v + self.value_mix[1] * mixed_in.reshape(v.shape)
@@ -154,6 +149,15 @@ class Attention(nnx.Module):
         if hasattr(self, "gate"):
             y = y * jax.nn.sigmoid(project(x[:, :, :GATE_INPUTS], self.gate[...]))[..., None]
         return project(y.reshape(B, T, D), self.out[...]), v.reshape(B, T, D)
+
+    def joined(self) -> Float[Array, "D 3D"]:
+        """The matrices side by side, for one product of all three.
+
+        Values are scaled by way of their matrix: far fewer numbers.
+        """
+        scale = jnp.concatenate([jnp.ones(2, self.qkv.dtype), self.value_mix[:1]])
+        scaled = scale[:, None, None] * self.qkv[...]
+        return scaled.swapaxes(0, 1).reshape(scaled.shape[1], -1)
 
 
 class MLP(nnx.Module):
@@ -174,9 +178,11 @@ class Smear(nnx.Module):
         self.gate = nnx.Param(jnp.zeros((GATE_INPUTS, 1)))
         self.share = nnx.Param(jnp.zeros(()))
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], before: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
         gate = jax.nn.sigmoid(project(x[:, :, :GATE_INPUTS], self.gate[...].astype(x.dtype)))
-        return x + self.share * gate * before(x)
+        return x + self.share * gate * before
 
 
 def stack(kind: type[nnx.Module], count: int, config: GPTConfig, key: Key[Array, ""]) -> nnx.Module:
@@ -191,6 +197,9 @@ def unstack(stacked: nnx.Module, count: int) -> Iterator[nnx.Module]:
     One split of each stacked array, rather than a slice per layer, has one concatenation as its
     gradient instead of a sum of zero-padded arrays.
     """
+    if isinstance(stacked, nnx.List):  # that of `unrolled`
+        yield from stacked
+        return
     graphdef, arrays = nnx.split(stacked)
     leaves, structure = jax.tree.flatten(arrays)
     rows = [jnp.split(leaf, count) for leaf in leaves]
@@ -262,17 +271,24 @@ class GPT(nnx.Module):
         c = self.config
         return Softcap(c.softcap, c.softcap / c.logit_scale, c.logit_shift)
 
-    def features(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """What the head reads: the normalised residual stream after the last layer."""
+    def features(
+        self, tokens: Int[Array, "B T"], past: Rows | Next | None = None
+    ) -> Float[Array, "B T D"]:
+        """What the head reads: the normalised residual stream after the last layer.
+
+        `past` is what the tokens see of those before them; None takes them for whole rows.
+        """
         c, L = self.config, self.config.num_layers
+        past = past or Rows(c, tokens, self.kernels.attention)
         x = self.embed[tokens]
         if c.bigram_buckets:
-            x = x + self.bigram_embed[bigram_bucket(tokens, c.bigram_buckets)]
+            bucket = bigram_bucket(tokens, past.before("token", tokens), c.bigram_buckets)
+            x = x + self.bigram_embed[bucket]
         if c.smear:
-            x = self.smear(x)
+            x = self.smear(x, past.before("embedding", x))
         x = x0 = norm(x).astype(self.head.dtype)
 
-        attends, mixed_in = self.attends(tokens), self.value_embeddings(tokens)
+        mixed_in = self.value_embeddings(tokens)
         attentions, mlps = unstack(self.attention, c.num_attentions), unstack(self.mlp, L)
         mlp_only, first_half = c.layers(c.mlp_only), []
         for layer, mlp in enumerate(mlps):
@@ -280,7 +296,9 @@ class GPT(nnx.Module):
                 x = x + self.skips[layer - (L - L // 2)] * first_half.pop()
             x = self.shortcuts[layer, 0] * x + self.shortcuts[layer, 1] * x0
             if layer not in mlp_only:
-                added, values = next(attentions)(norm(x), mixed_in[layer], attends[layer])
+                added, values = next(attentions)(
+                    norm(x), mixed_in[layer], partial(self.attend, past, layer)
+                )
                 x = x + added
                 if not c.value_embeddings and mixed_in[layer] is None:
                     mixed_in = [values] * L
@@ -293,27 +311,18 @@ class GPT(nnx.Module):
             x = x - self.backout * taken_back
         return norm(x)
 
-    def attends(self, tokens: Int[Array, "B T"]) -> list[Attend]:
-        """What each layer does with its queries, keys and values."""
-        c, documents = self.config, None
-        if c.document_separator is not None:
-            documents = jnp.cumsum(tokens == c.document_separator, axis=1, dtype=jnp.int32)
-        speed, scale = rotation(c)
-        how = {"scale": scale, "kernel": self.kernels.attention}
-        offset, paired = c.layers(c.key_offset), c.layers(c.paired_heads)
-
-        def attend(q: Array, k: Array, v: Array, layer: int) -> Array:
-            q, k, window = norm(q), norm(k), c.window(layer)
-            if layer in offset:
-                k = jnp.where(np.tile(speed == 0, 2), before(k), k)
-            if layer not in paired:
-                q, k = rotary(q, speed), rotary(k, speed)
-                return attention(q, k, v, documents, window=window, **how)
-            twice = None if documents is None else jnp.repeat(documents, 2, axis=1)
-            q, k, v = rotary(pair(q), speed), rotary(pair(k), speed), pair(v)
-            return part(attention(q, k, v, twice, window=window and 2 * window, **how))
-
-        return [partial(attend, layer=layer) for layer in range(c.num_layers)]
+    def attend(self, past: Rows | Next, layer: int, q: Array, k: Array, v: Array) -> Array:
+        """What a layer does with its queries, keys and values [B, T, N, H]."""
+        speed, scale = rotation(self.config)
+        paired = layer in self.config.layers(self.config.paired_heads)
+        q, k = norm(q), norm(k)
+        if layer in self.config.layers(self.config.key_offset):
+            k = jnp.where(np.tile(speed == 0, 2), past.before(f"key {layer}", k), k)
+        if paired:
+            q, k, v = pair(q), pair(k), pair(v)
+        angle = past.angles(speed, q.shape[1])
+        y = past.attention(layer, rotary(q, angle), rotary(k, angle), v, scale)
+        return part(y) if paired else y
 
     def value_embeddings(self, tokens: Int[Array, "B T"]) -> list[Float[Array, "B T D"] | None]:
         """What each layer mixes into its values: tables 0, 1, 2, none, ..., none, 0, 1, 2."""
@@ -321,3 +330,17 @@ class GPT(nnx.Module):
         tables = jnp.split(self.value_embed[...], count) if count else []
         looked_up = [table[0][tokens].astype(self.head.dtype) for table in tables]
         return (looked_up + [None] * (L - 2 * count) + looked_up[max(0, 2 * count - L) :])[:L]
+
+
+def unrolled(model: GPT) -> GPT:
+    """The model with its layers apart, as a loop over tokens needs them.
+
+    XLA would take them out of their stacks again for each token, and that costs more than the
+    token itself.
+    """
+    attentions = list(unstack(model.attention, model.config.num_attentions))
+    for attention in attentions:
+        attention.qkv = nnx.Param(attention.joined())
+    model.attention = nnx.List(attentions)
+    model.mlp = nnx.List(unstack(model.mlp, model.config.num_layers))
+    return model

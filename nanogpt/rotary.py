@@ -6,6 +6,7 @@ depends on how far apart they stand. Shapes: B batch, T sequence, N heads, H hea
 
 from itertools import pairwise
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
@@ -36,11 +37,11 @@ def rotation(config: GPTConfig) -> tuple[Float[np.ndarray, "H/2"], float]:
     return speed, float(scale)
 
 
-def rotary(x: Float[Array, "B T N H"], speed: Float[np.ndarray, "H/2"]) -> Float[Array, "B T N H"]:
-    """Turn the pairs (i, i + H/2) of each head by `speed[i]` radians per token."""
-    T, H = x.shape[1], x.shape[3]
-    angle = np.arange(T)[:, None, None, None] * speed  # [T, 1, 1, H/2]
-    cos = np.cos(angle).astype(x.dtype)
-    sin = np.concatenate([np.sin(angle), -np.sin(angle)], axis=2).astype(x.dtype)
-    pairs = x.reshape(*x.shape[:3], 2, H // 2)
+def rotary(x: Float[Array, "B T N H"], angle: Float[Array, "#B T H/2"]) -> Float[Array, "B T N H"]:
+    """Turn the pairs (i, i + H/2) of each head by these angles, in radians."""
+    xp = np if isinstance(angle, np.ndarray) else jnp  # known angles become constants, in float64
+    angle = angle[:, :, None, None]
+    cos = xp.cos(angle).astype(x.dtype)
+    sin = xp.concatenate([xp.sin(angle), -xp.sin(angle)], axis=3).astype(x.dtype)
+    pairs = x.reshape(*x.shape[:3], 2, -1)
     return (pairs * cos + pairs[:, :, :, ::-1] * sin).reshape(x.shape)

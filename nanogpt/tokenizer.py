@@ -32,6 +32,10 @@ class Tokenizer(Protocol):
         """The text of `tokens`; separators and padding show as nothing, broken UTF-8 as U+FFFD."""
         ...
 
+    def token_bytes(self, token: int) -> bytes:
+        """What one of the `vocab_size` tokens stands for; the separator shows as <|endoftext|>."""
+        ...
+
 
 class ByteTokenizer:
     """One token per UTF-8 byte. The separator is 0xFF, a byte that UTF-8 never uses."""
@@ -47,6 +51,9 @@ class ByteTokenizer:
         ids = np.asarray(tokens, np.int64)
         text = ids[ids < self.separator]
         return text.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        return b"<|endoftext|>" if token == self.separator else bytes([token])
 
 
 class GPT2Tokenizer:
@@ -69,6 +76,9 @@ class GPT2Tokenizer:
     def decode(self, tokens: Integer[np.ndarray, "tokens"] | Sequence[int]) -> str:
         ids = np.asarray(tokens, np.int64)
         return self._encoding.decode(ids[ids < self.separator].tolist(), errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        return self._encoding.decode_single_token_bytes(token)
 
 
 TOKENIZERS = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}

@@ -9,8 +9,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")  # each test compiles what it tests
 
 
-@pytest.fixture
-def tiny():
+def with_every_trick():
     """A model small enough to differentiate in a test, with every trick on."""
     from nanogpt.config import GPTConfig
 
@@ -31,3 +30,9 @@ def tiny():
         logit_scale=0.8,
         logit_shift=2.0,
     )
+
+
+@pytest.fixture
+def tiny():
+    """The configuration of a small model with every trick on."""
+    return with_every_trick()

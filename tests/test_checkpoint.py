@@ -663,7 +663,7 @@ def assert_is_what_the_child_had(checkpoint):
 def test_a_loaded_run_is_the_model_that_was_configured_with_its_newest_weights(
     run, tiny, state, devices
 ):
-    hp, graph, params = load_run(run, make_mesh(devices))
+    hp, graph, params, _ = load_run(run, make_mesh(devices))
     assert hp["seed"] == 5
     assert_same_bits(params, state(30).params)
     model = nnx.merge(graph, params)
@@ -686,7 +686,7 @@ def test_the_model_of_a_loaded_run_is_that_of_the_stage_its_weights_were_saved_i
 ):
     stages = tuple(Stage(windows=each) for each in [(4, 8), (16, 12), (20, 24)])
     configure(run, num_steps=num_steps, stages=stages, model=tiny)
-    _, graph, params = load_run(run, make_mesh(1))
+    _, graph, params, _ = load_run(run, make_mesh(1))
     expected = replace(tiny, windows=windows, earlier_windows=earlier_windows)
     assert nnx.merge(graph, params).config == expected
 
@@ -703,7 +703,7 @@ def test_a_run_is_found_from_a_relative_path_and_damage_told_on_the_side(
 ):
     flip_a_byte(run / "checkpoints" / "00000030")
     monkeypatch.chdir(run.parent.parent)
-    _, _, params = load_run(run.relative_to(run.parent.parent), make_mesh(1))
+    _, _, params, _ = load_run(run.relative_to(run.parent.parent), make_mesh(1))
     assert_same_bits(params, state(20).params)
     output = capsys.readouterr()
     assert output.out == ""

@@ -1,114 +1,271 @@
-"""Decoding, held against a loop that runs the model on the text so far, and against its softmax."""
+"""Decoding from a cache, held against whole passes over the text, and against its softmax."""
 
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import with_every_trick
 from flax import nnx
 
+import nanogpt.model
 from nanogpt.config import GPTConfig
-from nanogpt.generate import generate
+from nanogpt.generate import CHUNK, generate
+from nanogpt.rotary import rotation
+from nanogpt.sampling import Sampling
 from nanogpt.step import graph_of, init_params
 
-CONTEXT = 10  # more than the window of 8 that `tiny` has in every other layer
-PROMPT = [99, 3, 41, 7, 7, 20, 64, 5]
-TOKENS = 20  # one number in most tests: another would mean another compilation
+CONTEXT = 20  # between the windows of 8 and 24 that the layers have in turn
+PROMPTS = ([99, 3, 41, 7, 7, 20, 64, 5], [4], [1, 2, 3, 7, 5] * 5)  # the last is cut at CONTEXT
+TOKENS = 40  # no multiple of CHUNK
+GREEDY = Sampling(temperature=0)
+
+# Each has its way to look back; the first two have none without a window.
+MODELS = {
+    "every trick": with_every_trick(),
+    "documents": replace(with_every_trick(), document_separator=7),
+    "value residual": replace(
+        with_every_trick(), value_embeddings=0, mlp_only=(), backout=None, attention_gate=False
+    ),
+    "dense": replace(with_every_trick(), windows=(), earlier_windows=()),
+    "all heads paired": replace(with_every_trick(), paired_heads=(0, 2, 3), windows=(5, 0)),
+}
+MODELS["all heads paired"] = replace(MODELS["all heads paired"], earlier_windows=())
 
 
-@pytest.fixture
-def model(tiny):
-    """Its graph and its parameters, none of which is zero as it would be before training."""
+@cache
+def trained(name):
+    """A model's graph and its parameters, none of which is zero as it would be before training."""
+    config = MODELS[name]
     random = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(tiny, jax.random.key(0)))
-    params = jax.tree.map(lambda p: jnp.float32(random.normal(0, 0.4, p.shape)), shapes)
-    return graph_of(tiny), params
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    params = jax.tree.map(lambda p: jnp.float32(random.normal(0, 0.3, p.shape)), shapes)
+    return graph_of(config), params
 
 
-@partial(jax.jit, static_argnums=0)
-def all_logits(graph, params, tokens):
-    return nnx.merge(graph, params)(tokens[None])[0]
+def written(
+    graph,
+    params,
+    prompts,
+    num_tokens=TOKENS,
+    context=CONTEXT,
+    sampling=GREEDY,
+    alternatives=3,
+    **how,
+):
+    """All that is told of the tokens, over all chunks."""
+    chunks = list(
+        generate(
+            graph,
+            params,
+            prompts,
+            num_tokens=num_tokens,
+            context=context,
+            sampling=sampling,
+            alternatives=alternatives,
+            **how,
+        )
+    )
+    assert [len(chunk.tokens) for chunk in chunks[:-1]] == [CHUNK] * (len(chunks) - 1)
+    return tuple(np.concatenate(parts) for parts in zip(*chunks, strict=True))
 
 
-def last_logits(graph, params, tokens):
-    """The logits after `tokens`, by a model that is given those and nothing else."""
-    return np.asarray(all_logits(graph, params, jnp.array(tokens))[-1])
+def whole_pass(name, monkeypatch):
+    """A function from a text to the probabilities of the next token, by the model as it trains.
+
+    Its windows are at most CONTEXT; its rotations are those that it was trained with.
+    """
+    config = MODELS[name]
+    _, params = trained(name)
+    turns = rotation(config)
+    windows = [min(config.window(layer) or CONTEXT, CONTEXT) for layer in range(config.num_layers)]
+    limited = graph_of(replace(config, windows=tuple(windows)))
+
+    @jax.jit
+    def logits(tokens):
+        return nnx.merge(limited, params)(tokens[None])[0]
+
+    def next_probabilities(text):
+        with monkeypatch.context() as patch:
+            patch.setattr(nanogpt.model, "rotation", lambda _: turns)
+            row = np.zeros(64, np.int32)  # what follows a token does not change what it sees
+            row[: len(text)] = text
+            last = np.asarray(logits(row)[len(text) - 1], "f8")[:100]
+        odds = np.exp(last - last.max())
+        return odds / odds.sum()
+
+    return next_probabilities
 
 
-@pytest.mark.parametrize("prompt", [PROMPT, list(range(CONTEXT)), list(range(17))])
-def test_greedy_text_is_that_of_a_plain_loop_before_and_past_the_context(model, prompt):
-    text = list(prompt)
-    for _ in range(TOKENS):
-        text.append(int(last_logits(*model, text[-CONTEXT:])[:100].argmax()))
-    expected = text[len(prompt) :]
-    assert len(set(expected)) >= 5  # a model that repeats one token would prove little
-    tokens = generate(*model, prompt, num_tokens=TOKENS, context=CONTEXT, temperature=0)
-    assert tokens.tolist() == expected
+@pytest.mark.parametrize("name", MODELS)
+def test_each_token_is_predicted_as_by_a_whole_pass_for_prompts_of_any_length_and_past_the_context(
+    name, monkeypatch
+):
+    next_probabilities = whole_pass(name, monkeypatch)
+    tokens, probabilities, likeliest, theirs = written(
+        *trained(name), PROMPTS, sampling=Sampling(2.0)
+    )
+    assert tokens.shape == probabilities.shape == (TOKENS, len(PROMPTS))
+    assert likeliest.shape == theirs.shape == (TOKENS, len(PROMPTS), 3)
+    for number, prompt in enumerate(PROMPTS):
+        text = prompt[-CONTEXT:]
+        for step in range(TOKENS):
+            expected = next_probabilities(text)
+            order = np.argsort(-expected)
+            token = tokens[step, number]
+            assert probabilities[step, number] == pytest.approx(expected[token], rel=1e-3, abs=1e-6)
+            np.testing.assert_array_equal(likeliest[step, number], order[:3])
+            np.testing.assert_allclose(theirs[step, number], expected[order[:3]], rtol=1e-3)
+            text = [*text, token]
+    assert len(set(tokens.ravel().tolist())) >= 30  # few tokens again and again prove little
 
 
-def test_the_ids_that_only_pad_the_vocabulary_never_appear(model):
-    graph, params = model
+def test_a_greedy_text_is_that_of_whole_passes(monkeypatch):
+    next_probabilities = whole_pass("dense", monkeypatch)
+    tokens, *_ = written(*trained("dense"), PROMPTS)
+    for number, prompt in enumerate(PROMPTS):
+        text = prompt[-CONTEXT:]
+        for _ in range(TOKENS):
+            text = [*text, int(next_probabilities(text).argmax())]
+        assert tokens[:, number].tolist() == text[-TOKENS:]
+    assert len(set(tokens.ravel().tolist())) >= 5
+
+
+def test_logits_from_the_cache_are_those_of_a_whole_pass_at_positions_in_the_thousands():
+    # In float32 a product of speed and position would be off by 1e-4 there, and scores by more.
+    config = GPTConfig(
+        40, num_layers=2, num_heads=2, width=32, mlp_width=16, rope_base=64.0, paired_heads=(1,)
+    )
+    config = replace(config, windows=(64,), value_embeddings=0)
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    params = jax.tree.map(lambda p: jnp.float32(random.normal(0, 0.3, p.shape)), shapes)
+    params["head"] *= 5
+    graph, prompt = graph_of(config), random.integers(0, 40, 2100).tolist()
+    tokens, probabilities, *_ = written(graph, params, [prompt], context=4096)
+    text = jnp.array([*prompt, *tokens[:, 0].tolist()])
+    logits = nnx.merge(graph, params)(text[None])[0, len(prompt) - 1 : -1, :40]
+    expected = np.asarray(jax.nn.softmax(logits, axis=1))
+    np.testing.assert_array_equal(tokens[:, 0], expected.argmax(axis=1))
+    np.testing.assert_allclose(probabilities[:, 0], expected.max(axis=1), atol=1e-4)
+    assert np.ptp(expected) > 0.5
+
+
+def test_in_bfloat16_the_probabilities_are_nearly_those_of_float32():
+    exact, rough = (
+        written(*trained("every trick"), PROMPTS, num_tokens=1, dtype=dtype, alternatives=100)
+        for dtype in ("float32", "bfloat16")
+    )
+    # Both list all tokens: put into the order of their numbers.
+    exact, rough = (np.take_along_axis(x[3], np.argsort(x[2]), -1) for x in (exact, rough))
+    assert 1e-4 < abs(exact - rough).max() < 0.1
+    np.testing.assert_allclose(rough.sum(-1), 1, atol=0.01)
+
+
+def test_the_ids_that_only_pad_the_vocabulary_never_appear():
+    graph, params = trained("every trick")
     # Of two opposite columns one always has a positive logit: far above all others here.
     column = 1000 * jax.random.normal(jax.random.key(2), params["head"].shape[:1])
-    params["head"] = params["head"].at[:, 100:].set(column[:, None]).at[:, 110:].multiply(-1)
-    assert last_logits(graph, params, PROMPT).argmax() >= 100
-    for top_k in (None, 128):
+    head = params["head"].at[:, 100:].set(column[:, None]).at[:, 110:].multiply(-1)
+    params = params | {"head": head}
+    assert nnx.merge(graph, params)(jnp.array([PROMPTS[0]]))[0, -1].argmax() >= 100
+    for how in ({}, {"top_k": 128}, {"top_p": 0.99}):
         for temperature in (0.0, 1.0, 100.0):
-            tokens = generate(
-                graph,
-                params,
-                PROMPT,
-                num_tokens=TOKENS,
-                context=CONTEXT,
-                temperature=temperature,
-                top_k=top_k,
+            sampling = Sampling(temperature, **how)
+            tokens, _, likeliest, _ = written(
+                graph, params, PROMPTS, sampling=sampling, alternatives=200
             )
-            assert tokens.shape == (TOKENS,)
             assert 0 <= tokens.min() <= tokens.max() < 100
+            assert likeliest.shape[2] == 100
+            assert 0 <= likeliest.min() <= likeliest.max() < 100
 
 
-def test_the_likeliest_of_one_is_the_likeliest_of_all_at_any_temperature(model):
-    greedy = generate(*model, PROMPT, num_tokens=TOKENS, context=CONTEXT, temperature=0)
-    hot = generate(*model, PROMPT, num_tokens=TOKENS, context=CONTEXT, temperature=9.0, top_k=1)
-    assert hot.tolist() == greedy.tolist()
+@pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_the_likeliest_of_one_is_the_likeliest_of_all_at_any_temperature(limit):
+    greedy, *_ = written(*trained("dense"), PROMPTS)
+    hot, *_ = written(*trained("dense"), PROMPTS, sampling=Sampling(9.0, **limit))
+    np.testing.assert_array_equal(hot, greedy)
 
 
-def test_a_seed_gives_one_text_and_another_seed_another(model):
+def test_a_seed_gives_one_text_and_another_seed_another():
     texts = [
-        generate(*model, PROMPT, num_tokens=TOKENS, context=CONTEXT, seed=seed).tolist()
-        for seed in (0, 0, 1, 2)
+        written(*trained("dense"), PROMPTS, sampling=Sampling(seed=seed))[0].T.tolist()
+        for seed in (0, 0, 1, 2**32 - 1)
     ]
     assert texts[0] == texts[1]
-    assert len(set(map(tuple, texts))) == 3
+    assert len({tuple(text) for batch in texts[1:] for text in batch}) == 9
 
 
-def test_greedy_text_does_not_depend_on_the_seed(model):
+def test_samples_of_one_prompt_differ_and_none_depends_on_how_many_there_are_or_how_long():
+    def texts(count, num_tokens):
+        prompts = [PROMPTS[0]] * count
+        sampling = Sampling(temperature=1.0)
+        return written(*trained("dense"), prompts, num_tokens, sampling=sampling)[0].T.tolist()
+
+    three, one = texts(3, 40), texts(1, 20)
+    assert len(set(map(tuple, three))) == 3
+    assert one[0] == three[0][:20]
+
+
+def test_greedy_text_does_not_depend_on_the_seed():
     texts = [
-        generate(*model, PROMPT, num_tokens=TOKENS, context=CONTEXT, temperature=0, seed=seed)
+        written(*trained("dense"), PROMPTS, sampling=Sampling(0.0, seed=seed))[0].tolist()
         for seed in (0, 1)
     ]
-    assert texts[0].tolist() == texts[1].tolist()
+    assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize(("temperature", "top_k"), [(1.0, None), (0.5, None), (2.0, 2)])
-def test_tokens_are_drawn_as_often_as_the_softmax_of_their_logits_says(temperature, top_k):
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1.0),
+        Sampling(0.5),
+        Sampling(2.0, top_k=2),
+        Sampling(1.0, top_p=0.7),
+        Sampling(2.0, top_k=4, top_p=0.8),
+    ],
+)
+def test_tokens_are_drawn_as_often_as_the_softmax_of_their_logits_says(sampling):
     config = GPTConfig(5, num_layers=1, num_heads=1, width=12, mlp_width=8, value_embeddings=0)
     graph, params = graph_of(config), jax.jit(partial(init_params, config))(jax.random.key(0))
     # All tokens look alike to this model, so that every draw is from the same distribution.
     params["embed"] = jnp.broadcast_to(params["embed"][0], params["embed"].shape)
     params["head"] = 0.5 * jax.random.normal(jax.random.key(3), params["head"].shape)
 
-    logits = last_logits(graph, params, [0])[:5].astype(np.float64)
-    odds = np.exp(logits / temperature)
-    odds[np.argsort(-logits)[top_k or 5 :]] = 0
+    logits = np.asarray(nnx.merge(graph, params)(jnp.array([[0]])), "f8")[0, 0, :5]
+    odds = np.exp(logits / sampling.temperature)
+    order = np.argsort(-odds)
+    odds[order[sampling.top_k or 5 :]] = 0
+    kept, total = 0, 0.0
+    while total < sampling.top_p - 1e-9 and kept < 5:  # the fewest that reach it
+        total += odds[order[kept]] / odds.sum()
+        kept += 1
+    odds[order[kept:]] = 0
     expected = odds / odds.sum()
 
-    count = 4000
-    tokens = generate(
-        graph, params, [0], num_tokens=count, context=2, temperature=temperature, top_k=top_k
+    rows, steps = 50, 80
+    tokens, probabilities, *_ = written(
+        graph, params, [[0]] * rows, num_tokens=steps, context=2, sampling=sampling
     )
-    drawn = np.bincount(tokens, minlength=5) / count
-    deviation = np.sqrt(expected * (1 - expected) / count)
+    drawn = np.bincount(tokens.ravel(), minlength=5) / tokens.size
+    deviation = np.sqrt(expected * (1 - expected) / tokens.size)
     assert (abs(drawn - expected) <= 4 * deviation).all()
-    assert len(expected[expected > 0.05]) >= 2
+    assert (expected > 0.05).sum() >= 2
+    # What is told of a token is the model's own, whatever the sampling.
+    own = np.exp(logits) / np.exp(logits).sum()
+    np.testing.assert_allclose(probabilities, own[tokens], atol=1e-5)
+
+
+def test_programs_are_shared_by_prompts_and_texts_of_nearly_the_same_length():
+    from nanogpt.generate import _read, _write
+
+    graph, params = trained("dense")
+    written(graph, params, [[1] * 9], num_tokens=5, context=64)
+    before = _read._cache_size(), _write._cache_size()
+    for length, num_tokens in ((10, 6), (16, 16), (12, 20)):
+        sampling = Sampling(0.3 * length, seed=length)
+        written(graph, params, [[1] * length], num_tokens, context=64, sampling=sampling)
+    # The texts of 28 and 32 tokens share a cache of 32.
+    assert (_read._cache_size(), _write._cache_size()) == (before[0] + 1, before[1] + 1)

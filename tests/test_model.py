@@ -15,12 +15,12 @@ from nanogpt.model import (
     GPT,
     Attention,
     Smear,
-    before,
     bigram_bucket,
     compute_copy,
     norm,
     relu_squared,
 )
+from nanogpt.past import Rows
 from nanogpt.step import graph_of, init_params
 
 
@@ -300,7 +300,9 @@ def influence(config):
     tokens = np.random.default_rng(1).permutation(config.vocab_size)[:T][None]
     rows = {"embed": tokens[0], "value_embed": tokens[0]}
     if config.bigram_buckets:
-        rows["bigram_embed"] = np.asarray(bigram_bucket(tokens, config.bigram_buckets))[0]
+        rows["bigram_embed"] = np.asarray(
+            bigram_bucket(tokens, np.pad(tokens, ((0, 0), (1, 0)))[:, :-1], config.bigram_buckets)
+        )[0]
         assert len(set(rows["bigram_embed"].tolist())) == T
     probe = np.random.default_rng(2).standard_normal(config.padded_vocab_size).astype("f4")
 
@@ -384,10 +386,7 @@ def run_on_values(monkeypatch):
             given.append(v.reshape(*tokens.shape, -1))
             return v
 
-        def attends(self, tokens):
-            return [partial(attend, layer=layer) for layer in range(config.num_layers)]
-
-        monkeypatch.setattr(GPT, "attends", attends)
+        monkeypatch.setattr(GPT, "attend", lambda self, past, layer, *qkv: attend(*qkv, layer))
         features, values = jax.jit(lambda: (build(config, params).features(tokens), given))()
         return features, layers, values
 
@@ -396,6 +395,7 @@ def run_on_values(monkeypatch):
 
 def test_before_moves_everything_one_token_on():
     x = np.arange(12).reshape(2, 3, 2)
+    before = partial(Rows.before, None, "any")
     assert before(x).tolist() == [
         [[0, 0], [0, 1], [2, 3]],
         [[0, 0], [6, 7], [8, 9]],
@@ -412,7 +412,8 @@ def test_smear_adds_a_gated_share_of_the_token_before():
         opened = sigmoid(np.dot(x[b, t, :12].astype("f8"), gate[:, 0]))
         assert 0.01 < opened < 0.99
         expected[b, t] += share * opened * (x[b, t - 1] if t else 0)
-    np.testing.assert_allclose(smear(x), expected, atol=1e-5)
+    before = np.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    np.testing.assert_allclose(smear(x, before), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -515,8 +516,10 @@ def test_the_half_of_a_key_that_is_not_rotated_is_that_of_the_token_before():
     )
     tokens = some_tokens(config, B=1, T=5)
     q, k, v = fixed(3, 1, 5, 2, 8)
-    attends = build(config, alive(config)).attends(tokens)
-    found = jax.jit(lambda: [attend(*map(jnp.asarray, (q, k, v))) for attend in attends])()
+    model, past = build(config, alive(config)), Rows(config, tokens, "xla")
+    found = jax.jit(
+        lambda: [model.attend(past, layer, *map(jnp.asarray, (q, k, v))) for layer in range(2)]
+    )()
 
     # Of 4 pairs (i, i + 4) two turn, by 1 and 0.1 radians per token, and two stand still.
     turn = np.exp(-1j * np.outer(np.arange(5), [1, 0.1, 0, 0]))[:, None]

@@ -2,14 +2,17 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import urllib.request
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from test_train_gpt import base_run
 
+import export
 import sample
 from train_gpt import PRESETS
 
@@ -24,7 +27,7 @@ def text(capsys):
     """What sample.py prints with these arguments."""
 
     def text(*arguments):
-        assert sample.main([*map(str, arguments), "--num-tokens", "12"]) == 0
+        assert sample.main([*map(str, arguments), "--max-new-tokens", "12"]) == 0
         output = capsys.readouterr()
         assert output.err == ""
         return output.out
@@ -51,10 +54,110 @@ def test_at_temperature_zero_and_with_one_choice_the_seed_does_not_matter(run, t
     assert len({*cold, *one}) == 1
 
 
+def test_a_prompt_comes_from_a_file_or_from_standard_input_as_well(run, text, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes("def f(x):\r\n\té".encode())
+    by_file = text(run, "--prompt-file", tmp_path / "prompt.txt")
+    assert by_file == text(run, "--prompt", "def f(x):\r\n\té")
+    script = [sys.executable, sample.__file__, run, "--prompt-file", "-", "--max-new-tokens", "12"]
+    done = subprocess.run(
+        script, input="def f(x):\r\n\té".encode(), capture_output=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.decode() == by_file
+
+
+def test_several_samples_come_under_their_headings_and_the_first_is_that_of_one(run, text):
+    several = text(run, "--prompt", "def ", "--num-samples", 3)
+    pieces = re.split(r"--- sample (\d) ---\n", several)
+    assert pieces[:1] + pieces[1::2] == ["", "1", "2", "3"]
+    assert pieces[2] == text(run, "--prompt", "def ")
+    assert len(set(pieces[2::2])) == 3
+    assert all(piece.startswith("def ") for piece in pieces[2::2])
+
+
+def test_a_text_ends_before_a_stop_string(run, text):
+    whole = text(run, "--prompt", "def ", "--seed", 3)
+    written = whole.removeprefix("def ").removesuffix("\n")
+    stop = written[4:6]
+    ended = text(run, "--prompt", "def ", "--seed", 3, "--stop", "never", "--stop", stop)
+    assert ended == "def " + written[: written.index(stop)] + "\n"
+    assert len(ended) < len(whole)
+
+
+def test_an_exported_model_writes_what_its_run_writes(run, text, tmp_path):
+    assert export.main([str(run), "--out", str(tmp_path / "model")]) == 0
+    assert text(tmp_path / "model", "--prompt", "def ").endswith(text(run, "--prompt", "def "))
+
+
+def test_text_is_shown_as_it_is_written(run):
+    script = [sys.executable, "-u", sample.__file__, run, "--prompt", "def ", "--seed", "1"]
+    process = subprocess.Popen(
+        [*script, "--max-new-tokens", "100000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert len(process.stdout.read(200)) == 200  # of a text that would go on for hours
+    process.stdout.close()  # as `head` does
+    assert process.wait(60) == 0
+    assert process.stderr.read() == b""
+
+
+def test_ctrl_c_ends_a_text_quietly(run):
+    process = subprocess.Popen(
+        [sys.executable, sample.__file__, run, "--max-new-tokens", "100000000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.read(20)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, b"")
+    assert output.endswith(b"\n")
+
+
+@pytest.mark.parametrize("prompt", ["\udcff", None])
+def test_a_prompt_that_cannot_be_read_is_told_in_one_sentence(run, tmp_path, capsys, prompt):
+    arguments = ["--prompt", prompt] if prompt else ["--prompt-file", str(tmp_path / "none")]
+    assert sample.main([str(run), *arguments]) == 2
+    told = "is not UTF-8" if prompt else "No such file"
+    assert re.fullmatch(rf"The prompt .*{told}.*\.\n", capsys.readouterr().err)
+
+
+def test_a_prompt_given_twice_and_an_empty_stop_are_told_in_one_sentence(tmp_path, capsys):
+    assert sample.main([str(tmp_path), "--prompt", "a", "--prompt-file", "b"]) == 2
+    assert "cannot both be given" in capsys.readouterr().err
+    assert sample.main([str(tmp_path), "--stop", ""]) == 2
+    assert "stop must not be empty" in capsys.readouterr().err
+
+
+def test_the_page_is_served_with_the_model(run):
+    pytest.importorskip("starlette", reason="needs the extra serve")
+    process = subprocess.Popen(
+        [sys.executable, sample.__file__, run, "--serve", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    address = re.search(r"http://\S+", process.stdout.readline())[0]
+    order = {"prompt": "def ", "num_tokens": 12, "temperature": 0, "top_k": None, "top_p": 1}
+    request = urllib.request.Request(
+        f"{address}/generate",
+        json.dumps(order | {"seed": 0}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        *tokens, end = map(json.loads, answer)
+    assert end == {"done": "length"}
+    assert len(tokens) == 12
+    for token in tokens:  # at temperature zero each is the likeliest
+        assert token["probability"] == pytest.approx(token["alternatives"][0][1], rel=1e-5)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
+
+
 def test_it_is_a_script_that_runs_from_anywhere(run, text, tmp_path):
     script = Path(sample.__file__).resolve()
     done = subprocess.run(
-        [sys.executable, script, run, "--prompt", "def ", "--num-tokens", "12"],
+        [sys.executable, script, run, "--prompt", "def ", "--max-new-tokens", "12"],
         cwd=tmp_path,
         capture_output=True,
         encoding="utf-8",
@@ -83,11 +186,16 @@ def test_a_folder_without_a_run_that_got_somewhere_is_told_in_one_sentence(
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("num-tokens", "0"),
+        ("max-new-tokens", "0"),
+        ("num-samples", "0"),
         ("temperature", "-1"),
         ("temperature", "nan"),
         ("temperature", "inf"),
         ("top-k", "0"),
+        ("top-p", "0"),
+        ("top-p", "1.01"),
+        ("top-p", "nan"),
+        ("seed", "-1"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_named_with_its_value(tmp_path, capsys, option, value):

@@ -214,7 +214,7 @@ def test_the_last_validation_is_that_of_the_weights_on_the_first_tokens_of_the_s
     base, tmp_path_factory
 ):
     (shard,) = (shared_folder(tmp_path_factory) / "cache").rglob("val_*.bin")
-    _, graph, params = load_run(base.folder, make_mesh(1))
+    _, graph, params, _ = load_run(base.folder, make_mesh(1))
     loss = mean_loss(graph, params, shard, VAL_TOKENS, T)
     assert base.metrics[-1]["val_loss"] == pytest.approx(loss, abs=1e-5)
 
@@ -279,7 +279,7 @@ def test_weights_of_an_early_stage_are_loaded_with_its_windows_and_rotations(
     for checkpoint in (run / "checkpoints").iterdir():
         if int(checkpoint.name) > step:
             shutil.rmtree(checkpoint)
-    _, graph, params = load_run(run, make_mesh(1))
+    _, graph, params, _ = load_run(run, make_mesh(1))
     windows = [each.windows for each in PRESETS["speedrun"].stages]
     config = nnx.merge(graph, params).config
     assert config.windows == windows[stage]

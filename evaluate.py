@@ -1,0 +1,261 @@
+"""How good is a trained run? `python3 evaluate.py runs/<name>` tells, and keeps it there.
+
+The loss on all its validation tokens, the same in bits per byte of text, and with `--hellaswag`
+the share of HellaSwag's items that it gets right. docs/evaluation.md says what each figure means.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from math import fsum, log
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
+
+import numpy as np
+import tyro
+from jaxtyping import Int64
+from rich.console import Console
+from rich.progress import track
+
+from cached_fineweb10B import DownloadError, patiently
+from nanogpt.config import ConfigError
+from nanogpt.corpus import CorpusError, embedded_corpus
+from nanogpt.schedule import Schedule, stages_from_json
+from nanogpt.shards import ShardError, find_shards
+from nanogpt.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+
+if TYPE_CHECKING:
+    from flax import nnx
+    from jax.sharding import Mesh
+
+    from nanogpt.batches import ValidationRows
+    from nanogpt.hellaswag import Item
+    from nanogpt.step import Params
+
+Step = TypeVar("Step")
+
+TOKENS_PER_PASS = 8192  # of each device: work enough for a GPU, and room beside a trainer
+
+
+@dataclass(frozen=True)
+class Options:
+    """Tell how good a trained run is."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run, runs/<name>."""
+    val_files: str | None = None
+    """Glob of other validation shards, of the same tokenizer; None for those of the run."""
+    val_tokens: int | None = None
+    """Tokens to validate on, the first ones of the shards; None for as many as the run did."""
+    hellaswag: bool = False
+    """Score HellaSwag, too; on a CPU that takes hours for a model of the speedrun's size."""
+    hellaswag_items: int | None = None
+    """Only the first so many items of it; None for all 10,042."""
+    batch_size: int | None = None
+    """Rows per device in one pass; None for as many as make 8,192 tokens. It changes no result."""
+
+    def check(self) -> None:
+        """Raise ConfigError, in a sentence for the user, for options that make no sense."""
+        for name in ("val_tokens", "hellaswag_items", "batch_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if self.hellaswag_items is not None and not self.hellaswag:
+            raise ConfigError("hellaswag_items says how much of HellaSwag: add --hellaswag.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Evaluate what the command line asks for; return the exit status."""
+    options = tyro.cli(Options, args=arguments)
+    try:
+        options.check()
+        evaluate(options)
+    except (ConfigError, ShardError, CorpusError, TokenizerError, DownloadError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def evaluate(options: Options) -> None:
+    """Print the figures, and write each to the run's folder as soon as it is known."""
+    # So that this takes no more of a GPU that trains at the same time than it needs.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    from nanogpt.batches import ValidationRows
+    from nanogpt.compilation import first_that_fits, use_compilation_cache
+    from nanogpt.hellaswag import read_items, retokenized
+    from nanogpt.mesh import make_mesh
+
+    use_compilation_cache()
+    run = load(options.run, make_mesh())
+
+    # What may be missing is looked for before the long work begins.
+    files, name = validation_files(options.val_files or run.hp["val_files"])
+    count = options.val_tokens or run.hp["val_tokens"]
+    rows = ValidationRows(files, run.row_length, count, run.hp["model"]["vocab_size"])
+    tokenizer = load_tokenizer(run.hp["tokenizer"])
+    num_bytes = int(bytes_per_token(tokenizer)[rows.tokens[1:]].sum())
+    if options.hellaswag:
+        items = read_items(hellaswag_file())[: options.hellaswag_items]
+        items = retokenized(items, tokenizer)
+
+    def fitting(measure: Callable[[int], Any]) -> Any:
+        """What `measure` tells with so many rows per device, or fewer where memory runs out."""
+        return first_that_fits(
+            measure,
+            options.batch_size or max(1, TOKENS_PER_PASS // run.row_length),
+            lambda rows, fewer: print(
+                f"out of memory with {rows} rows per device: now {fewer}", file=sys.stderr
+            ),
+        )
+
+    def tell(line: str) -> None:
+        print(f"step {run.step} | {line}", flush=True)
+
+    nats = fitting(partial(validation_nats, run, rows))
+    results = {"val_files": name, "val_tokens": count, "val_loss": nats / count}
+    results["bits_per_byte"] = nats / log(2) / num_bytes
+    tell(f"val loss {nats / count:.4f} | {count:,} tokens of {name}")
+    tell(f"bits per byte {results['bits_per_byte']:.4f} | {num_bytes:,} bytes of text")
+    write_results(options.run, run.step, results)
+
+    if options.hellaswag:
+        results = fitting(partial(hellaswag, run, items, tokenizer.separator))
+        tell(
+            f"hellaswag accuracy_norm {results['accuracy_norm']:.4f} +- "
+            f"{results['standard_error']:.4f} | accuracy {results['accuracy']:.4f} | "
+            f"{results['items']:,} items"
+        )
+        write_results(options.run, run.step, {"hellaswag": results})
+
+
+class Trained(NamedTuple):
+    """The newest weights of a run, and what is needed to use them."""
+
+    step: int  # after which they were saved
+    hp: dict[str, Any]  # config.json
+    row_length: int  # tokens per row, T, of the stage that the step belongs to
+    graph: "nnx.GraphDef"  # the model of that stage
+    params: "Params"  # whole on every device
+    mesh: "Mesh"
+
+
+def load(folder: Path, mesh: "Mesh") -> Trained:
+    """The newest weights of the run in a folder; ConfigError where there are none."""
+    from nanogpt.checkpoint import load_run
+
+    hp, graph, params, checkpoint = load_run(folder, mesh)
+    step = checkpoint.step
+    named = {field.name: hp[field.name] for field in fields(Schedule)}
+    schedule = Schedule(**named | {"stages": stages_from_json(hp["stages"])})
+    T = schedule.row_length(schedule.stage(min(step, schedule.num_steps)))
+    return Trained(step, hp, T, graph, params, mesh)
+
+
+def validation_files(pattern: str | None) -> tuple[list[Path], str]:
+    """The validation shards that match a glob, or those of the embedded corpus; and their name."""
+    if pattern is not None:
+        return find_shards(pattern), pattern
+    corpus = embedded_corpus()
+    return find_shards(corpus.val_files), f"embedded corpus {corpus.fingerprint}"
+
+
+def bytes_per_token(tokenizer: Tokenizer) -> Int64[np.ndarray, "65536"]:
+    """UTF-8 bytes of the text of each token; separators, and ids that mean nothing, have none."""
+    lengths = np.zeros(2**16, np.int64)
+    texts = map(tokenizer.token_bytes, range(tokenizer.separator))
+    lengths[: tokenizer.separator] = [*map(len, texts)]
+    return lengths
+
+
+def validation_nats(run: Trained, rows: "ValidationRows", batch_size: int) -> float:
+    """The loss of all targets in the rows, added up, in the run's own dtype."""
+    from flax import nnx
+
+    from nanogpt.attention import choose_attention
+    from nanogpt.config import Kernels
+    from nanogpt.mesh import ROWS, put
+    from nanogpt.step import graph_of, make_eval_step
+
+    T, dtype = run.row_length, run.hp["dtype"]
+    config = nnx.merge(run.graph, run.params).config
+    attention, _ = choose_attention([config], T, dtype)
+    eval_step = make_eval_step(graph_of(config, Kernels(attention)), run.mesh, dtype)
+    devices = run.mesh.size
+    R = min(batch_size, -(-len(rows) // devices)) * devices
+    return fsum(
+        float(eval_step(run.params, put(run.mesh, ROWS, (R, T + 1), partial(rows, first, R))))
+        for first in progress(range(0, len(rows), R), "validation")
+    )
+
+
+def hellaswag_file() -> Path:
+    """Where HellaSwag lies in the hub's cache, after a download if need be.
+
+    Raises DownloadError when it cannot be had.
+    """
+    from huggingface_hub import hf_hub_download
+
+    from nanogpt.hellaswag import FILE, REPOSITORY, REVISION
+
+    get = partial(hf_hub_download, REPOSITORY, FILE, repo_type="dataset", revision=REVISION)
+    try:
+        return Path(patiently(FILE, get))
+    except OSError as error:
+        raise DownloadError(
+            f"{FILE} cannot be kept in the cache of the Hugging Face hub ({error.strerror}): make "
+            "room there, or set HF_HOME to a folder that can be written."
+        ) from error
+
+
+def hellaswag(
+    run: Trained, items: "Sequence[Item]", separator: int, batch_size: int
+) -> dict[str, float | int]:
+    """How many items of HellaSwag the run gets right, for JSON."""
+    from nanogpt.hellaswag import losses_of, make_row_losses, row_of, scores
+
+    T = run.row_length
+    rows = [row_of(item.context, end, separator, T) for item in items for end in item.endings]
+    losses = losses_of(
+        rows,
+        make_row_losses(run.graph, run.mesh, run.hp["dtype"]),
+        run.params,
+        run.mesh,
+        tokens_per_device=batch_size * T,
+        progress=partial(progress, description="hellaswag"),
+    )
+    return scores(losses.reshape(len(items), -1), items)
+
+
+def progress(passes: Sequence[Step], description: str) -> Iterable[Step]:
+    """The passes one by one, with a bar on the terminal if there is one."""
+    console = Console(stderr=True)
+    return track(passes, description, console=console, disable=not console.is_terminal)
+
+
+def write_results(folder: Path, step: int, results: dict[str, Any]) -> None:
+    """Add results to evaluation.json, whole or not at all; those of another step are dropped."""
+    from nanogpt.environment import environment
+
+    path = folder / "evaluation.json"
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        earlier = earlier if earlier["step"] == step else {}
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or none that can be read
+        earlier = {}
+    everything = {"step": step, **earlier, **results, "environment": environment()}
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ConfigError(
+            f"{path} cannot be written ({error.strerror}): make room there, or copy the run to "
+            "where you may write."
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,404 @@
+"""evaluate.py on the runs that test_train_gpt.py made, and on a made-up hub's HellaSwag."""
+
+import hashlib
+import http.server
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from scipy.special import log_softmax
+from test_hellaswag import file_of
+from test_train_gpt import VAL_TOKENS, T, base_run, mean_loss, shared_folder, staged_run
+
+import evaluate
+import nanogpt.mesh
+from nanogpt import hellaswag
+from nanogpt.checkpoint import load_run
+from nanogpt.hellaswag import FILE, REPOSITORY, REVISION, Item
+from nanogpt.mesh import make_mesh
+from nanogpt.shards import write_shard
+from nanogpt.tokenizer import ByteTokenizer, GPT2Tokenizer
+
+needs_gpt2 = pytest.mark.skipif(
+    "TIKTOKEN_CACHE_DIR" not in os.environ,
+    reason="set TIKTOKEN_CACHE_DIR to a folder with GPT-2's vocabulary",
+)
+
+
+@pytest.fixture
+def cache(tmp_path_factory, monkeypatch):
+    """The folder with the embedded corpus that the runs were trained on."""
+    folder = shared_folder(tmp_path_factory) / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def base(tmp_path_factory, tmp_path, cache):
+    """A copy of the run, as other tests look at what it left."""
+    return shutil.copytree(base_run(tmp_path_factory).folder, tmp_path / "base")
+
+
+@pytest.fixture
+def staged(tmp_path_factory, tmp_path, cache):
+    return shutil.copytree(staged_run(tmp_path_factory).folder, tmp_path / "staged")
+
+
+@pytest.fixture
+def shard(tmp_path):
+    """Other validation data of bytes: the end of a document of ASCII, then four more."""
+    random, tokens = np.random.default_rng(0), [*b"it."]
+    for _ in range(4):
+        tokens += [0xFF, *random.integers(32, 127, 200)]
+    write_shard(tmp_path / "other.bin", tokens)
+    return tmp_path / "other.bin"
+
+
+def results(run, *arguments):
+    """What evaluation.json holds afterwards."""
+    assert evaluate.main([str(run), *map(str, arguments)]) == 0
+    return json.loads((run / "evaluation.json").read_text())
+
+
+def logged(run, step):
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return next(record["val_loss"] for record in records if record["step"] == step)
+
+
+# The loss
+
+
+def test_the_loss_is_the_one_that_training_logged_last(base, capsys):
+    found = results(base)
+    assert found["val_loss"] == pytest.approx(logged(base, 6), abs=1e-5)
+    assert (found["step"], found["val_tokens"]) == (6, VAL_TOKENS)
+    assert re.fullmatch("embedded corpus [0-9a-f]{12}", found["val_files"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"step 6 | val loss {found['val_loss']:.4f} | 268 tokens of embed")
+    assert lines[1].startswith(f"step 6 | bits per byte {found['bits_per_byte']:.4f} | ")
+
+
+@needs_gpt2
+@pytest.mark.parametrize("step", [26, 9])
+def test_the_loss_is_that_of_the_stage_in_which_the_weights_were_saved(staged, step):
+    for later in (staged / "checkpoints").glob("[0-9]*"):
+        if int(later.name) > step:
+            shutil.rmtree(later)
+    found = results(staged)
+    assert found["step"] == step  # the last of all, whose rows are twice those of the other
+    assert found["val_loss"] == pytest.approx(logged(staged, step), abs=1e-5)
+
+
+def test_neither_the_devices_nor_their_rows_change_the_loss(base, monkeypatch):
+    one = results(base, "--batch-size", 1)["val_loss"]
+    monkeypatch.setattr(nanogpt.mesh, "make_mesh", lambda: make_mesh(1))
+    other = results(base, "--batch-size", 4)["val_loss"]  # 9 rows: 4, 4 and 1
+    assert other == pytest.approx(one, rel=1e-6)
+
+
+def test_other_shards_and_another_count_of_tokens_can_be_asked_for(base, shard):
+    found = results(base, "--val-files", shard, "--val-tokens", 500)
+    _, graph, params, _ = load_run(base, make_mesh(1))
+    loss = mean_loss(graph, params, shard, 500, T)
+    assert found["val_loss"] == pytest.approx(loss, abs=1e-5)
+    assert (found["val_files"], found["val_tokens"]) == (str(shard), 500)
+
+
+def test_more_tokens_than_there_are_is_an_answer_in_one_sentence(base, shard, capsys):
+    arguments = [str(base), "--val-files", str(shard), "--val-tokens", "807"]
+    assert evaluate.main(arguments) == 2
+    assert re.fullmatch(
+        r"val_tokens is 807, but .* have 806 tokens .*\.\n", capsys.readouterr().err
+    )
+
+
+# Bits per byte
+
+
+def test_bits_per_byte_are_all_the_nats_over_the_bytes_of_the_text(base, shard):
+    found = results(base, "--val-files", shard, "--val-tokens", 500)
+    text = ByteTokenizer().decode(np.fromfile(shard, "<u2")[512:][1:501]).encode()
+    assert len(text) == 497  # three of the targets begin a document
+    bits = 500 * found["val_loss"] / math.log(2)
+    assert found["bits_per_byte"] == pytest.approx(bits / 497)
+
+
+@needs_gpt2
+def test_the_bytes_of_gpt2s_tokens_are_those_of_their_text():
+    tokenizer = GPT2Tokenizer()
+    lengths = evaluate.bytes_per_token(tokenizer)
+    text = "def f(x):\n    return 'naïve 日本語 🙂'  # <|endoftext|>\r\n" * 3
+    tokens = tokenizer.encode(text)
+    assert lengths[tokens].sum() == len(text.encode())
+    single = [token for token in range(256, 50256, 7) if "�" not in tokenizer.decode([token])]
+    assert lengths[single].tolist() == [len(tokenizer.decode([t]).encode()) for t in single]
+    assert lengths[50256:].tolist() == [0] * (2**16 - 50256)
+
+
+def test_a_byte_is_a_byte_and_its_separator_none():
+    lengths = evaluate.bytes_per_token(ByteTokenizer())
+    assert lengths[:255].tolist() == [1] * 255
+    assert not lengths[255:].any()
+
+
+# What is kept
+
+
+def test_results_of_the_same_step_are_added_to_and_those_of_another_dropped(tmp_path):
+    def write(step, **found):
+        evaluate.write_results(tmp_path, step, found)
+        kept = json.loads((tmp_path / "evaluation.json").read_text())
+        assert kept.pop("environment").keys() >= {"commit", "date", "jax", "hardware"}
+        return kept
+
+    assert write(3, val_loss=2.0) == {"step": 3, "val_loss": 2.0}
+    assert write(3, hellaswag={"items": 1}) == {
+        "step": 3,
+        "val_loss": 2.0,
+        "hellaswag": {"items": 1},
+    }
+    assert write(3, val_loss=1.5) == {"step": 3, "val_loss": 1.5, "hellaswag": {"items": 1}}
+    assert write(4, val_loss=1.0) == {"step": 4, "val_loss": 1.0}
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", '{"step": 3'])
+def test_a_file_of_results_that_cannot_be_read_is_replaced(tmp_path, content):
+    (tmp_path / "evaluation.json").write_text(content)
+    evaluate.write_results(tmp_path, 3, {"val_loss": 2.0})
+    assert json.loads((tmp_path / "evaluation.json").read_text())["val_loss"] == 2.0
+
+
+def test_a_write_that_fails_leaves_the_earlier_results_and_no_other_file(tmp_path, monkeypatch):
+    evaluate.write_results(tmp_path, 3, {"val_loss": 2.0})
+    before = (tmp_path / "evaluation.json").read_bytes()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(evaluate.ConfigError, match=r"No space left on device.*\.$"):
+        evaluate.write_results(tmp_path, 3, {"val_loss": 1.0})
+    assert (tmp_path / "evaluation.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_a_checkpoint_that_is_saved_meanwhile_is_not_taken_for_the_one_that_was_read(
+    staged, tmp_path, monkeypatch
+):
+    newest = tmp_path / "00000026"
+    shutil.move(staged / "checkpoints" / newest.name, newest)
+    mesh = make_mesh(1)
+    _, _, params, checkpoint = load_run(staged, mesh)
+
+    def read_and_save(*arguments):
+        found = load_run(*arguments)
+        shutil.move(newest, staged / "checkpoints" / newest.name)
+        return found
+
+    monkeypatch.setattr("nanogpt.checkpoint.load_run", read_and_save)
+    run = evaluate.load(staged, mesh)
+    assert run.step == checkpoint.step < 26
+    np.testing.assert_array_equal(run.params["head"], params["head"])
+
+
+# HellaSwag, from a hub
+
+
+class Hub:
+    """A hub that has one file, or whatever a test makes of its answers."""
+
+    def __init__(self, content):
+        self.content, self.status, self.requests = content, 200, []
+        hub = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_HEAD(self):
+                hub.requests.append((self.command, self.path))
+                there = self.path == f"/datasets/{REPOSITORY}/resolve/{REVISION}/{FILE}"
+                self.send_response(hub.status if there else 404)
+                self.send_header("Content-Length", str(len(hub.content)))
+                self.send_header("X-Repo-Commit", REVISION)
+                self.send_header("ETag", f'"{hashlib.sha256(hub.content).hexdigest()}"')
+                self.end_headers()
+
+            def do_GET(self):
+                self.do_HEAD()
+                self.wfile.write(hub.content)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+
+@pytest.fixture
+def items():
+    """Items of text in GPT-2's tokens, as llm.c made them."""
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("set TIKTOKEN_CACHE_DIR to a folder with GPT-2's vocabulary")
+    encode = GPT2Tokenizer().encode
+    texts = [
+        ("A man sits.", " He naps.", " He is a roof.", " Up he is.", " A he."),
+        ("def f(x):", " return x", " import", " y", " pass"),
+        ("One, two,", " three, four", " five", " six", " none at all, or so it seems to me"),
+    ]
+    return [
+        Item(encode(context), [*map(encode, endings)], label)
+        for label, (context, *endings) in enumerate(texts)
+    ]
+
+
+@pytest.fixture
+def hub(items, tmp_path, monkeypatch):
+    """A hub of our own, and an empty cache; its file is the one that is expected."""
+    from huggingface_hub import constants
+
+    hub = Hub(file_of(items))
+    template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hellaswag, "SHA256", hashlib.sha256(hub.content).hexdigest())
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield hub
+    hub.server.shutdown()
+    hub.server.server_close()
+
+
+def test_hellaswag_is_scored_item_by_item_and_kept_beside_the_loss(base, hub, items, capsys):
+    found = results(base, "--hellaswag")
+    _, graph, params, _ = load_run(base, make_mesh(1))
+    logits_of = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens[None])[0])
+    gpt2, bytes_ = GPT2Tokenizer(), ByteTokenizer()
+    correct = {"accuracy_norm": 0, "accuracy": 0}
+    for item in items:
+        losses = []
+        for ending in item.endings:
+            context, ending = (bytes_.encode(gpt2.decode(part)) for part in (item.context, ending))
+            row = np.concatenate([[0xFF], context, ending])[-T - 1 :]
+            logits = np.asarray(logits_of(np.pad(row, (0, 64 - len(row)))), np.float64)
+            places = np.arange(len(row) - len(ending), len(row))
+            loss = -log_softmax(logits, axis=-1)[places - 1, row[places]].sum()
+            losses.append((loss, len(ending)))
+        sums, lengths = map(np.array, zip(*losses, strict=True))
+        correct["accuracy"] += np.argmin(sums) == item.label
+        correct["accuracy_norm"] += np.argmin(sums / lengths) == item.label
+    norm = correct["accuracy_norm"] / 3
+    assert found["hellaswag"] == {
+        "accuracy_norm": pytest.approx(norm),
+        "accuracy": pytest.approx(correct["accuracy"] / 3),
+        "standard_error": pytest.approx(math.sqrt(norm * (1 - norm) / 3)),
+        "items": 3,
+    }
+    assert found["val_loss"] == pytest.approx(logged(base, 6), abs=1e-5)
+    line = f"step 6 | hellaswag accuracy_norm {norm:.4f} +- "
+    assert capsys.readouterr().out.splitlines()[2].startswith(line)
+
+
+def test_only_the_first_items_can_be_asked_for_and_the_file_is_fetched_once(base, hub):
+    assert results(base, "--hellaswag", "--hellaswag-items", 1)["hellaswag"]["items"] == 1
+    assert [method for method, _ in hub.requests] == ["HEAD", "GET"]
+    hub.status = 503
+    evaluate.hellaswag_file()
+    assert len(hub.requests) == 2
+
+
+@pytest.mark.parametrize("status", [401, 404, 410])
+def test_a_hub_without_the_file_is_told_in_one_sentence(base, hub, capsys, status):
+    hub.status = status
+    assert evaluate.main([str(base), "--hellaswag"]) == 2
+    output = capsys.readouterr()
+    assert re.fullmatch(rf"Cannot download {FILE} \(.*\): check the network .*\.\n", output.err)
+    assert output.out == ""  # before the long work, not after it
+
+
+def test_another_file_than_llm_cs_is_refused_before_anything_is_scored(base, hub, capsys):
+    hub.content = hub.content[:-1] + b"x"
+    assert evaluate.main([str(base), "--hellaswag"]) == 2
+    output = capsys.readouterr()
+    assert re.fullmatch(rf".*{FILE} is not llm\.c's .* SHA-256 .*\.\n", output.err)
+    assert output.out == ""
+
+
+def test_being_offline_is_one_sentence(base, hub, capsys, monkeypatch):
+    from huggingface_hub import constants
+
+    nobody = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"  # the discard port
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the library's attempts
+    assert evaluate.main([str(base), "--hellaswag"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]  # after what the library says of them
+    assert re.fullmatch(rf"Cannot download {FILE} \(.*\): check .*\.", last)
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(base, hub, tmp_path, capsys):
+    (tmp_path / "hub").write_text("a file is in the way")
+    assert evaluate.main([str(base), "--hellaswag"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(rf"{FILE} cannot be kept .* HF_HOME .*\.", last)
+
+
+# Mistakes
+
+
+def test_it_is_a_script_that_runs_from_anywhere(base, tmp_path, cache):
+    script = Path(evaluate.__file__).resolve()
+    done = subprocess.run(
+        [sys.executable, script, base], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.match(r"step 6 \| val loss \d\.\d{4} \| ", done.stdout)
+
+
+def test_help_and_mistakes_need_no_jax(tmp_path):
+    code = (
+        "import sys, evaluate; sys.exit(10 * evaluate.main(sys.argv[1:]) + ('jax' in sys.modules))"
+    )
+    script = Path(evaluate.__file__).resolve()
+    command = [sys.executable, "-c", code, str(tmp_path), "--batch-size", "0"]
+    done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (20, "batch_size must be at least 1, not 0.\n")
+
+
+@pytest.mark.parametrize("missing", ["everything", "checkpoints"])
+def test_a_folder_without_a_run_that_got_somewhere_is_told_in_one_sentence(
+    tmp_path, base, capsys, missing
+):
+    folder = tmp_path / "runs" / "a"
+    if missing == "checkpoints":
+        folder.mkdir(parents=True)
+        shutil.copy(base / "config.json", folder)
+    told = "has no checkpoint" if missing == "checkpoints" else "it has no config.json"
+    assert evaluate.main([str(folder)]) == 2
+    assert re.fullmatch(rf"{folder} .*{told}.*\.\n", capsys.readouterr().err)
+    assert not (folder / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--val-tokens", "0"], "val_tokens must be at least 1, not 0"),
+        (["--batch-size", "-2"], "batch_size must be at least 1, not -2"),
+        (["--hellaswag", "--hellaswag-items", "0"], "hellaswag_items must be at least 1, not 0"),
+        (["--hellaswag-items", "5"], "add --hellaswag"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_told_in_one_sentence(tmp_path, capsys, arguments, told):
+    assert evaluate.main([str(tmp_path), *arguments]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert re.fullmatch(rf".*{told}.*\.\n", output.err)

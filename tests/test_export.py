@@ -1,0 +1,290 @@
+"""Exported models: the files alone make the same logits, here and by a program that is not ours."""
+
+import json
+import os
+import re
+import resource
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_model
+from flax import nnx, traverse_util
+from safetensors.numpy import load_file, save_file
+from test_train_gpt import base_run
+
+import export
+from nanogpt.checkpoint import load_run
+from nanogpt.config import ConfigError, GPTConfig
+from nanogpt.export import load_model, save_model
+from nanogpt.mesh import make_mesh
+
+TOKENS = np.random.default_rng(0).integers(0, 256, (2, 21))
+SOURCE = {"run": "a", "step": 5, "tokens": 500, "commit": "abc", "val_loss": 1.25}
+SETTINGS = {"tokenizer": "bytes", "sequence_length": 16, "dtype": "float32", "from": SOURCE}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return base_run(tmp_path_factory).folder
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """The folder that the script makes of a run."""
+    out = tmp_path_factory.mktemp("exports") / "new" / "gpt"
+    assert export.main([str(run), "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture
+def copy(exported, tmp_path):
+    """A copy of it, to be damaged."""
+    return shutil.copytree(exported, tmp_path / "gpt")
+
+
+def logits_of(graph, params):
+    return np.asarray(jax.jit(lambda p: nnx.merge(graph, p)(jnp.asarray(TOKENS)))(params))
+
+
+# The same model
+
+
+def test_an_exported_run_has_three_files_with_all_that_is_needed_to_use_it(run, exported):
+    assert {file.name for file in exported.iterdir()} == {
+        *("model.safetensors", "config.json", "MODEL.md")
+    }
+    modes = {file.stat().st_mode & 0o777 for file in exported.iterdir()}
+    assert len(modes) == 1  # as the umask has it, for whoever gets the folder
+    hp, graph, params, _ = load_run(run, make_mesh(1))
+    settings = json.loads((exported / "config.json").read_text())
+    source, model = settings.pop("from"), settings.pop("model")
+    assert model == json.loads(json.dumps(asdict(nnx.merge(graph, params).config)))
+    assert settings == {name: hp[name] for name in ("tokenizer", "sequence_length", "dtype")}
+    record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    environment = json.loads((run / "environment.json").read_text())
+    expected = {name: record[name] for name in ("step", "tokens", "val_loss")}
+    assert source == expected | {"run": "base", "commit": environment["commit"]}
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_an_exported_model_has_the_logits_of_its_run_to_the_last_bit(run, exported, devices):
+    mesh = make_mesh(devices)
+    hp, *model = load_model(run, mesh)
+    settings, *same = load_model(exported, mesh)
+    np.testing.assert_array_equal(logits_of(*same), logits_of(*model))
+    for one, other in zip(*(jax.tree.leaves_with_path(x[1]) for x in (same, model)), strict=True):
+        assert one[0] == other[0]
+        assert (one[1].dtype, one[1].sharding) == (jnp.float32, other[1].sharding)
+        assert one[1].sharding.is_fully_replicated
+        np.testing.assert_array_equal(one[1], other[1])
+    assert hp.items() >= {k: v for k, v in settings.items() if k not in ("model", "from")}.items()
+
+
+def test_a_second_model_in_numpy_makes_the_same_logits_of_the_bare_file(run, exported):
+    arrays = load_file(exported / "model.safetensors")
+    assert {array.dtype for array in arrays.values()} == {np.dtype("f4")}
+    _, graph, params, _ = load_run(run, make_mesh(1))
+    # The one of test_model.py counts layers from the first.
+    config = replace(nnx.merge(graph, params).config, key_offset=(1,), paired_heads=(1,))
+    nested = traverse_util.unflatten_dict(arrays, sep=".")
+    expected = test_model.numpy_logits(config, nested, TOKENS)
+    np.testing.assert_allclose(logits_of(graph, params), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        test_model.EVERY_TRICK,
+        test_model.VALUE_RESIDUAL,
+        test_model.OVERLAPPING,
+        test_model.BARE,
+        replace(test_model.OVERLAPPING, num_heads=2, smear=False, key_offset=(-1,)),
+        replace(test_model.BARE, num_layers=2, bigram_buckets=7, windows=(2, 5)),
+    ],
+    ids=["every trick", "value residual", "overlapping", "bare", "from the last", "windows"],
+)
+def test_the_program_in_the_note_is_the_model_with_whatever_tricks_it_has(
+    tmp_path, monkeypatch, config
+):
+    params = test_model.alive(config)
+    save_model(tmp_path / "gpt", config, params, SETTINGS, export.note(config, SETTINGS, params))
+    monkeypatch.chdir(tmp_path / "gpt")
+    (program,) = re.findall(r"```python\n(.*?)```", Path("MODEL.md").read_text(), re.DOTALL)
+    names = {}
+    exec(program, names)
+    tokens = TOKENS % config.vocab_size
+    tokens[0, 7] = 4  # the separator of EVERY_TRICK
+    expected = jax.jit(test_model.build(config, params))(tokens)
+    for row, logits in zip(tokens, expected, strict=True):
+        np.testing.assert_allclose(names["logits"](row), logits, atol=2e-4)
+
+
+def test_the_note_names_every_array_with_its_shape_and_where_it_comes_from(tmp_path):
+    config = replace(test_model.EVERY_TRICK, vocab_size=50257)
+    params = test_model.alive(config)
+    text = export.note(config, SETTINGS | {"tokenizer": "gpt2"}, params)
+    for name, array in traverse_util.flatten_dict(params, sep=".").items():
+        assert f"| `{name}` | {list(array.shape)} | " in text
+    for words in ("step 5,", "500 tokens", "1.2500", "commit abc", "50256", "tiktoken", "50,304"):
+        assert words in text
+
+
+# The folder
+
+
+def one_sentence(error, *told):
+    (line,) = str(error).splitlines()
+    assert line.endswith(".")
+    for words in told:
+        assert words in line
+    return True
+
+
+def test_an_empty_folder_may_be_written_and_a_taken_one_is_left_as_it_was(
+    run, exported, tmp_path, capsys
+):
+    (tmp_path / "empty").mkdir()
+    assert export.main([str(run), "--out", str(tmp_path / "empty")]) == 0
+    same = [
+        (tmp_path / "empty" / file.name).read_bytes() == file.read_bytes()
+        for file in exported.iterdir()
+    ]
+    assert same == [True] * 3
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("all of it")
+    (tmp_path / "file").write_text("something")
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    for name in ("taken", "file"):
+        assert export.main([str(run), "--out", str(tmp_path / name)]) == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert one_sentence(output.err, name, "exists already")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_cannot_be_written_whole_is_not_written_at_all(exported, tmp_path):
+    _, graph, params = load_model(exported, make_mesh(1))
+    config = nnx.merge(graph, params).config
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # of a file, like a full disk
+    try:
+        with pytest.raises(ConfigError) as error:
+            save_model(tmp_path / "gpt", config, params, SETTINGS, "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert one_sentence(error.value, "gpt cannot be written", "File too large")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_only_a_run_can_be_exported(exported, tmp_path, capsys):
+    for folder in (tmp_path / "nothing", exported):
+        assert export.main([str(folder), "--out", str(tmp_path / "gpt")]) == 2
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert one_sentence(output.err, str(folder), "config.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Damage
+
+
+def truncated(folder):
+    file = folder / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def empty(folder):
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def rewrite(folder, change):
+    """The arrays, changed."""
+    arrays = load_file(folder / "model.safetensors")
+    change(arrays)
+    save_file(arrays, folder / "model.safetensors")
+
+
+def array_missing(folder):
+    rewrite(folder, lambda arrays: arrays.pop("attention.qkv"))
+
+
+def array_too_many(folder):
+    rewrite(folder, lambda arrays: arrays.update(lm_bias=np.zeros(3, "f4")))
+
+
+def array_misshapen(folder):
+    rewrite(folder, lambda arrays: arrays.update(head=arrays["head"].T.copy()))
+
+
+def array_of_halves(folder):
+    rewrite(folder, lambda arrays: arrays.update(head=arrays["head"].astype("f2")))
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def config_cut_short(folder):
+    (folder / "config.json").write_text((folder / "config.json").read_text()[:-9])
+
+
+def config_of(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+def config_of_another_program(folder):
+    (folder / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+
+
+def config_that_is_a_list(folder):
+    (folder / "config.json").write_text("[1, 2]")
+
+
+def model_of_words(folder):
+    config_of(folder, model=asdict(GPTConfig()) | {"width": "wide"})
+
+
+def unknown_tokenizer(folder):
+    config_of(folder, tokenizer="words")
+
+
+def no_rows(folder):
+    config_of(folder, sequence_length=0)
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (truncated, ["model.safetensors is damaged"]),
+        (empty, ["model.safetensors is damaged"]),
+        (array_missing, ["nothing", "attention.qkv", "[2, 3, 32, 32]"]),
+        (array_too_many, ["nothing", "lm_bias", "[3]"]),
+        (array_misshapen, ["head", "[32, 256]", "[256, 32]"]),
+        (array_of_halves, ["head", "F32[32, 256]", "F16[32, 256]"]),
+        (no_config, ["config.json", "FileNotFoundError"]),
+        (config_cut_short, ["config.json", "JSONDecodeError"]),
+        (config_of_another_program, ["config.json", "KeyError", "model"]),
+        (config_that_is_a_list, ["config.json", "TypeError"]),
+        (model_of_words, ["config.json", "TypeError"]),
+        (unknown_tokenizer, ["config.json", "tokenizer"]),
+        (no_rows, ["config.json", "sequence_length"]),
+    ],
+)
+def test_a_damaged_folder_is_told_in_one_sentence_that_names_what_is_wrong(copy, harm, told):
+    harm(copy)
+    with pytest.raises(ConfigError) as error:
+        load_model(copy, make_mesh(1))
+    assert one_sentence(error.value, str(copy), *told)
+
+
+def test_a_folder_with_neither_run_nor_model_is_told_in_one_sentence(tmp_path):
+    with pytest.raises(ConfigError) as error:
+        load_model(tmp_path, make_mesh(1))
+    assert one_sentence(error.value, str(tmp_path), "not the folder of a run")
