@@ -70,7 +70,7 @@ def known(run: Path, step: int) -> dict[str, Any]:
     """The commit that trained a run and its validation loss at a step, as far as it tells."""
     facts = {}
     with suppress(OSError, ValueError, KeyError):
-        facts["commit"] = json.loads((run / "environment.json").read_text("utf-8"))["commit"]
+        facts["commit"] = json.loads((run / "run.json").read_text("utf-8"))["commit"]
     with suppress(OSError, ValueError, KeyError):
         for line in (run / "metrics.jsonl").read_text("utf-8").splitlines():
             record = json.loads(line)

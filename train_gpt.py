@@ -7,11 +7,13 @@ needs no download and takes a few minutes. `--help` lists every setting.
 The file reads from top to bottom: the hyperparameters, the presets, then the training loop.
 """
 
+import hashlib
 import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from math import gcd, inf
@@ -27,6 +29,7 @@ from nanogpt.resume import (
     check_same_data,
     resumed_settings,
     run_to_resume,
+    saved_settings,
     settings_with,
     weights_in,
 )
@@ -34,6 +37,7 @@ from nanogpt.sampling import Sampling
 from nanogpt.schedule import Rates, Schedule, Stage
 from nanogpt.shards import ShardError, check_vocabulary, find_shards, read_shard
 from nanogpt.tokenizer import TOKENIZERS, TokenizerError, load_tokenizer
+from nanogpt.trackers import check_trackers, open_trackers
 from nanogpt.tracking import BadNumbers, Progress, Run, RunError, new_folder
 
 if TYPE_CHECKING:
@@ -81,6 +85,8 @@ class Hyperparameters:
     preset: Literal["auto", "speedrun", "baseline", "laptop"] = "auto"
     """Where the other settings start: auto is speedrun with an accelerator, else laptop; with
     init_from it is the settings of that run."""
+    config: str | None = None
+    """Start them instead from the config.json of an earlier run, to repeat it."""
 
     # Data
     train_files: str | None = "fineweb10B/fineweb_train_*.bin"
@@ -167,6 +173,11 @@ class Hyperparameters:
     """Steps between checkpoints; the last step always makes one. 0 for that one only."""
     keep_checkpoints: int = 2
     """How many of them are kept, the newest."""
+    tensorboard: bool = False
+    """Show the curves in TensorBoard, too: tensorboard --logdir runs."""
+    wandb: bool = False
+    """Show them in Weights & Biases, too, in the project that WANDB_PROJECT names, by default
+    nanogpt-jax; WANDB_MODE=offline keeps them on this disk."""
     sample_tokens: int = 256
     """Tokens to write at the end, as a sample; 0 for none."""
     sample_prompt: str = "The"
@@ -344,12 +355,18 @@ def settings(
     given: Hyperparameters, override: Callable[[Hyperparameters], Hyperparameters]
 ) -> Hyperparameters:
     """The settings that the arguments ask for: `given`, and what `override` makes of others."""
-    if given.resume is not None and given.init_from is not None:
+    sources = [name for name in ("resume", "init_from", "config") if getattr(given, name)]
+    if len(sources) > 1:
         raise ConfigError(
-            "resume goes on with a run, and init_from begins another: give only one of them."
+            f"{' and '.join(sources)} each say where the settings start: give only one of them."
         )
     if given.resume is not None:
         return resumed_settings(Hyperparameters, run_to_resume(given.resume), override)
+    if given.config is not None:
+        if given.preset != "auto":
+            raise ConfigError("preset and config both say where the settings start: leave one out.")
+        start = saved_settings(Hyperparameters, Path(given.config))
+        return replace(override(replace(start, run_name="", resume=None)), preset=start.preset)
     weights = None
     if given.init_from is not None:
         weights = weights_in(Hyperparameters, Path(given.init_from))
@@ -381,7 +398,12 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     from nanogpt.attention import choose_attention
     from nanogpt.batches import RowOrder, ValidationRows, prefetch, train_batch
     from nanogpt.checkpoint import Checkpoints, load_state, newest_checkpoint
-    from nanogpt.compilation import compile_all, first_that_fits, use_compilation_cache
+    from nanogpt.compilation import (
+        compile_all,
+        first_that_fits,
+        memory_of,
+        use_compilation_cache,
+    )
     from nanogpt.environment import environment
     from nanogpt.export import load_model
     from nanogpt.hardware import (
@@ -389,12 +411,14 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         device_memory,
         flops_per_token,
         largest_batch,
+        peak_memory,
         utilization,
     )
     from nanogpt.mesh import BATCH, REPLICATED, ROWS, make_mesh, put, shapes_on
     from nanogpt.step import graph_of, make_eval_step, make_init, make_train_step
 
     # Devices and data.
+    check_trackers(hp.tensorboard, hp.wandb)
     use_device(hp.device)
     use_compilation_cache()
     mesh = make_mesh()
@@ -449,15 +473,25 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             run.say(f"resuming {folder} after step {checkpoint.step}")
         elif hp.init_from:
             run.say(f"beginning with the weights in {hp.init_from}")
-        run.configure(asdict(replace(hp, resume=None)), environment())
+        config = asdict(replace(hp, resume=None, config=None))
+        run.configure(config, environment() | {"data": {"name": data.name, "sha256": data.sha256}})
+        run.trackers = open_trackers(
+            folder,
+            config,
+            first - 1 if unvalidated else first,
+            run.say,
+            tensorboard=hp.tensorboard,
+            wandb=hp.wandb,
+        )
         per_step = dict.fromkeys(map(schedule.tokens_per_step, stages))
         per_pass = batch_size * hp.sequence_length * mesh.size
-        run.say(
-            f"{hp.preset} preset | {data.name} | {mesh.size} x {device.device_kind} | Ng = "
-            f"{', '.join(f'{tokens:,}' for tokens in per_step)} / "
+        devices = f"{mesh.size} x {device.device_kind}"
+        accumulation = (
+            f"Ng = {', '.join(f'{tokens:,}' for tokens in per_step)} / "
             f"({batch_size} * {hp.sequence_length} * {mesh.size}) = "
             f"{', '.join(f'{tokens // per_pass}' for tokens in per_step)}"
         )
+        run.say(f"{hp.preset} preset | {data.name} | {devices} | {accumulation}")
         run.say(attention_line)
         if hp.batch_size is None:
             size = f"{memory / 1e9:.1f} GB" if memory else "an unknown amount"
@@ -502,7 +536,11 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             programs, seconds = compile_all(lowered, run.console)
             for stage, step in ahead.items():
                 batch, train_step = read_batch(step, shapes), programs["training step", stage]
-                jax.block_until_ready(train_step(init(key), batch, schedule.rates(step)))
+                for _ in range(2):  # the second is as fast as those to come
+                    fresh = jax.block_until_ready(init(key))
+                    start = time.perf_counter()
+                    jax.block_until_ready(train_step(fresh, batch, schedule.rates(step)))
+                step_seconds[stage] = time.perf_counter() - start
             return shapes, programs, seconds
 
         def say_smaller(failed: int, smaller: int) -> None:
@@ -517,22 +555,50 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         for step in range(first - 1 if unvalidated else first, hp.num_steps + 1):
             ahead.setdefault(schedule.stage(step), step)
 
+        flops = [flops_per_token(configs[stage], schedule.row_length(stage)) for stage in stages]
+        progress = Progress(
+            run,
+            schedule,
+            utilization=lambda step, rate: utilization(
+                rate, flops[schedule.stage(step)], device.device_kind, mesh.size
+            ),
+            training_seconds=facts.get("training_seconds", 0.0),
+        )
+
         # Everything is compiled before the first step.
-        start = time.perf_counter()
+        step_seconds: dict[int, float] = {}  # by stage
         shapes, programs, seconds = first_that_fits(prepare, batch_size, say_smaller)
         state_shapes = shapes_on(mesh, REPLICATED, jax.eval_shape(init, key))
         state = load_state(checkpoint, state_shapes) if checkpoint else init(key)
         if hp.init_from and not checkpoint:
             state = replace(state, params=load_model(Path(hp.init_from), mesh)[2])
         each = ", ".join(f"{what} {took:.1f} s" for (what, _), took in seconds.items())
-        ready = time.perf_counter() - start
-        run.say(f"compiled ({each}) and tried in {ready:.1f} s, in no time given below")
+        progress.paused("compile")
+        run.say(
+            f"compiled ({each}) and tried in {progress.seconds['compile']:.1f} s, in no time given "
+            "below"
+        )
+        estimate = sum(
+            step_seconds[schedule.stage(step)] for step in range(first, hp.num_steps + 1)
+        )
+        needed = max(map(memory_of, programs.values())) / 1e9
         run.table(
             {
+                "preset": hp.preset,
                 "run": str(run.folder),
+                "model": f"{hp.model.num_layers} layers, width {hp.model.width}, "
+                f"{hp.model.num_heads} heads",
                 "parameters": f"{sum(p.size for p in jax.tree.leaves(state.params)):,}",
+                "data": data.name,
                 "tokens": f"{schedule.tokens(hp.num_steps):,} in {hp.num_steps:,} steps",
+                "devices": devices,
+                "batch": accumulation,
+                "attention": attention_line,
                 "dtype": hp.dtype,
+                "memory": f"about {needed:.1f} GB"
+                + (f" of {memory / 1e9:.1f} GB" if memory else "")
+                + " per device",
+                "time": f"about {timedelta(seconds=round(estimate))} to train",
             }
         )
 
@@ -547,16 +613,6 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
                 sums.append(programs["validation", stage](state.params, batch))
             return sum(map(float, sums)) / hp.val_tokens
 
-        flops = [flops_per_token(configs[stage], schedule.row_length(stage)) for stage in stages]
-        progress = Progress(
-            run,
-            schedule,
-            utilization=lambda step, rate: utilization(
-                rate, flops[schedule.stage(step)], device.device_kind, mesh.size
-            ),
-            training_seconds=facts.get("training_seconds", 0.0),
-        )
-
         def save() -> None:
             """Begin a checkpoint, of what has been reported and found good."""
             progress.report()
@@ -570,7 +626,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
                     "data": data.sizes,
                 },
             )
-            progress.paused()
+            progress.paused("checkpoint")
 
         # The loop.
         interruption.patient = True
@@ -578,8 +634,9 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         if unvalidated:
             progress.validate(unvalidated, validate)
             if interruption.hurries:
+                run.trackers.close(interruption.exit_status)
                 return interruption.exit_status
-        progress.paused()
+        progress.paused("compile")
         batches = prefetch(partial(read_batch, shapes=shapes), range(first, hp.num_steps + 1))
         try:
             for step, batch in enumerate(batches, start=first):
@@ -602,10 +659,25 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
                 good = str(failure)
             raise BadNumbers(f"{error} {good}") from error
         checkpoints.wait()
+        progress.paused("checkpoint")
         interruption.patient = False
+        run.progress_ended()
+        peak = peak_memory(device)
+        run.table(
+            progress.summary()
+            | {"peak memory": f"{peak / 1e9:.1f} GB per device" if peak else "n/a"}
+        )
         run.say(f"weights and metrics of {step:,} steps are in {folder}")
+        if find_spec("matplotlib"):
+            from nanogpt.curves import loss_png
+
+            try:
+                run.say(f"a picture of the loss is in {loss_png(folder)}")
+            except (OSError, RunError) as error:
+                run.say(f"no picture of the loss: {error}")
         if stop or interruption.hurries:
             run.say(f"interrupted: go on with --resume {folder}")
+            run.trackers.close(interruption.exit_status)
             return interruption.exit_status
 
         if hp.sample_tokens:
@@ -654,6 +726,7 @@ class Data(NamedTuple):
     val_files: list[Path]
     name: str
     sizes: list[tuple[str, int]]  # name and tokens of each training shard
+    sha256: str  # of the names and sizes of all shards, and of the first and last tokens in each
 
 
 def find_data(hp: Hyperparameters) -> Data:
@@ -666,15 +739,17 @@ def find_data(hp: Hyperparameters) -> Data:
         train_glob, val_glob = hp.train_files, hp.val_files
         name = hp.train_files
     train_files, val_files = find_shards(train_glob), find_shards(val_glob)
-    sizes = []
+    sizes, digest = [], hashlib.sha256()
     for file in train_files + val_files:
         tokens = read_shard(file)
+        digest.update(f"{file.name} {len(tokens)} ".encode())
+        digest.update(tokens[:4096].tobytes() + tokens[-4096:].tobytes())
         sample = None if hp.verify_data else 1_000_000
         check_vocabulary(file, tokens, hp.model.vocab_size, sample)
         if file in train_files:
             sizes.append((file.name, len(tokens)))
     total = sum(count for _, count in sizes)
-    return Data(train_files, val_files, f"{name}, {total:,} tokens", sizes)
+    return Data(train_files, val_files, f"{name}, {total:,} tokens", sizes, digest.hexdigest())
 
 
 def rows_of(hp: Hyperparameters, data: Data, T: int, start: int) -> "Rows":

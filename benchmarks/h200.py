@@ -32,6 +32,7 @@ from jax.sharding import AxisType, Mesh
 from jax.stages import Compiled
 
 from benchmarks.results import save
+from nanogpt.compilation import memory_of
 from nanogpt.config import GPTConfig, Kernels
 from nanogpt.mesh import BATCH, REPLICATED, shapes_on
 from nanogpt.schedule import Rates
@@ -259,12 +260,6 @@ def part_of(kernel: Instruction, scope: dict[str, Instruction], V: int) -> str:
     if logits:
         return "loss"
     return "elementwise, norms, embeddings"
-
-
-def memory_of(compiled: Compiled) -> float:
-    """Bytes per device: the state, which the new one replaces, the batch, and what a step keeps."""
-    planned = compiled.memory_analysis()
-    return planned.argument_size_in_bytes + planned.temp_size_in_bytes
 
 
 def moved_by_part(compiled: Compiled, V: int) -> dict[str, float]:

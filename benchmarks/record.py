@@ -34,7 +34,7 @@ from nanogpt.environment import PACKAGES
 VAL_TOKENS = 10_485_760  # the first ones of FineWeb's validation shard
 SETTINGS = ("model", "num_steps", "seed", "shuffle", "train_files", "val_files", "val_tokens")
 CIRCUMSTANCES = ("command", "date", "commit", "hardware", "accelerators", "python", *PACKAGES)
-FILES = ("config.json", "environment.json", "log.txt", "metrics.jsonl")
+FILES = ("config.json", "run.json", "log.txt", "metrics.jsonl")
 MAY_DIFFER = {"seed", "run_name", "resume", "command", "date"}
 
 
@@ -85,7 +85,7 @@ def read_run(folder: Path) -> Run:
         if not (folder / name).is_file():
             raise RecordError(f"{folder} has no {name}: give the folder of a run, runs/<name>.")
     config = read_object(folder / "config.json", SETTINGS)
-    environment = read_object(folder / "environment.json", CIRCUMSTANCES)
+    environment = read_object(folder / "run.json", CIRCUMSTANCES)
     return Run(folder, config, environment, end(folder / "metrics.jsonl"))
 
 

@@ -43,7 +43,8 @@ def compile_all(
 
     def compile_one(name: Name) -> tuple[Compiled, float]:
         start = time.perf_counter()
-        task = progress.add_task(str(name), total=1)
+        told = name if isinstance(name, str) else " ".join(map(str, name))
+        task = progress.add_task(told, total=1)
         compiled = functions[name].compile()
         progress.advance(task)
         return compiled, time.perf_counter() - start
@@ -54,6 +55,12 @@ def compile_all(
         {name: compiled for name, (compiled, _) in results.items()},
         {name: seconds for name, (_, seconds) in results.items()},
     )
+
+
+def memory_of(compiled: Compiled) -> float:
+    """Bytes that a program needs on each device: its input, and what it keeps while it runs."""
+    planned = compiled.memory_analysis()
+    return planned.argument_size_in_bytes + planned.temp_size_in_bytes
 
 
 def first_that_fits(

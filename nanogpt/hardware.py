@@ -9,29 +9,55 @@ from nanogpt.config import GPTConfig
 if TYPE_CHECKING:
     import jax
 
-# Dense bfloat16 FLOP/s by the name the device gives itself, from the makers' data sheets.
-# A device that is not here has no known peak: its utilisation is not shown, rather than guessed.
-PEAK_FLOPS = {
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H200": 989.4e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
+# What the makers promise: dense bfloat16 TFLOP/s, added up in float32, and TB/s of memory, by the
+# name that the device gives itself in JAX. Data sheets of Hopper and newer, and of the L4, print
+# FLOP/s with sparsity, which are twice these. A device that is not here has no known peak, and its
+# utilisation is not shown rather than guessed; so have those without bfloat16 (V100, T4), and CPUs.
+PEAKS = {
+    # NVIDIA A100 Tensor Core GPU, data sheet.
+    "NVIDIA A100-SXM4-40GB": (312.0, 1.555),
+    "NVIDIA A100-PCIE-40GB": (312.0, 1.555),
+    "NVIDIA A100-SXM4-80GB": (312.0, 2.039),
+    "NVIDIA A100 80GB PCIe": (312.0, 1.935),
+    # NVIDIA H100 Tensor Core GPU, architecture white paper (SXM5 and PCIe) and data sheet (NVL).
+    "NVIDIA H100 80GB HBM3": (989.4, 3.35),
+    "NVIDIA H100 PCIe": (756.0, 2.0),
+    "NVIDIA H100 NVL": (835.5, 3.9),
+    # NVIDIA H200 Tensor Core GPU, data sheet; the same cores as those of the H100.
+    "NVIDIA H200": (989.4, 4.8),
+    "NVIDIA H200 NVL": (835.5, 4.8),
+    # NVIDIA GH200 Grace Hopper Superchip, data sheet; the memory of the GPU, HBM3 or HBM3e.
+    "NVIDIA GH200 480GB": (989.4, 4.0),
+    "NVIDIA GH200 144G HBM3e": (989.4, 4.9),
+    # NVIDIA DGX B200, DGX B300 and GB200 NVL72, data sheets, divided by their 8 or 72 GPUs.
+    "NVIDIA B200": (2250.0, 8.0),
+    "NVIDIA B300": (2250.0, 8.0),
+    "NVIDIA GB200": (2500.0, 8.0),
+    # NVIDIA A10, L4, L40 and L40S, data sheets; A10G: the data sheet that AWS has of it.
+    "NVIDIA A10": (125.0, 0.6),
+    "NVIDIA A10G": (70.0, 0.6),
+    "NVIDIA L4": (121.0, 0.3),
+    "NVIDIA L40": (181.05, 0.864),
+    "NVIDIA L40S": (362.05, 0.864),
+    # NVIDIA RTX Blackwell architecture white paper, table 3; Ampere GA102 white paper (A6000); RTX
+    # PRO Blackwell white paper, table 4 (6000 Ada).
+    "NVIDIA GeForce RTX 3090": (71.2, 0.936),
+    "NVIDIA GeForce RTX 4090": (165.2, 1.008),
+    "NVIDIA GeForce RTX 5090": (209.5, 1.792),
+    "NVIDIA RTX A6000": (154.8, 0.768),
+    "NVIDIA RTX 6000 Ada Generation": (364.0, 0.96),
+    # Google Cloud's documentation, docs.cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e and tpu7x.
+    # Of v3 and TPU7x, JAX shows the two halves of a chip as a device each. v5p has two names.
+    "TPU v3": (123 / 2, 0.9 / 2),
+    "TPU v4": (275.0, 1.228),
+    "TPU v5 lite": (197.0, 0.819),
+    "TPU v5": (459.0, 2.765),
+    "TPU v5p": (459.0, 2.765),
+    "TPU v6 lite": (918.0, 1.64),
+    "TPU7x": (2307 / 2, 7.38 / 2),
 }
-# Bytes/s of the device's memory, likewise.
-PEAK_BANDWIDTH = {
-    "NVIDIA A100-SXM4-40GB": 1.555e12,
-    "NVIDIA A100-SXM4-80GB": 2.039e12,
-    "NVIDIA H100 80GB HBM3": 3.35e12,
-    "NVIDIA H200": 4.8e12,
-    "TPU v4": 1.228e12,
-    "TPU v5 lite": 0.819e12,
-    "TPU v5p": 2.765e12,
-    "TPU v6 lite": 1.64e12,
-}
+PEAK_FLOPS = {kind: 1e12 * flops for kind, (flops, _) in PEAKS.items()}  # FLOP/s
+PEAK_BANDWIDTH = {kind: 1e12 * bandwidth for kind, (_, bandwidth) in PEAKS.items()}  # bytes/s
 
 
 def flops_per_token(config: GPTConfig, sequence_length: int) -> float:
@@ -84,6 +110,15 @@ def activation_bytes(config: GPTConfig, sequence_length: int, dtype: str, flash:
 def device_memory(device: "jax.Device") -> float | None:
     """Bytes of a device's memory that JAX may use; None where it does not say, as on CPUs."""
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def peak_memory(device: "jax.Device") -> float | None:
+    """The most bytes of a device's memory that arrays and programs took at once, so far.
+
+    None where JAX does not count, as on CPUs: the peak of the process would tell of the compiler
+    and of the data rather than of the model.
+    """
+    return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def largest_batch(rows: int, bytes_per_row: float, memory: float | None) -> int:

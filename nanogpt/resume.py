@@ -31,6 +31,8 @@ CHANGEABLE = {
     "keep_checkpoints",
     "sample_tokens",
     "sample_prompt",
+    "tensorboard",
+    "wandb",
 }
 
 # What weights bind whoever begins with them: the settings on which their shapes depend, or their
@@ -67,9 +69,8 @@ def run_to_resume(resume: str) -> Path:
     return max(runs, key=lambda run: (run / "config.json").stat().st_mtime_ns)
 
 
-def saved_settings(kind: type[Settings], run: Path) -> Settings:
-    """The settings that a run was last started with; ConfigError if they cannot be read."""
-    path = run / "config.json"
+def saved_settings(kind: type[Settings], path: Path) -> Settings:
+    """The settings in a run's config.json; ConfigError if they cannot be read."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         nested = {
@@ -91,7 +92,7 @@ def resumed_settings(
 
     Raises ConfigError if they cannot be read, or if `override` changes what may not change.
     """
-    before = saved_settings(kind, run)
+    before = saved_settings(kind, run / "config.json")
     after = override(before)
     for name in (field.name for field in fields(kind)):
         old, new = getattr(before, name), getattr(after, name)
@@ -143,7 +144,7 @@ def weights_in(kind: type[Settings], folder: Path) -> Weights:
             f"{folder} holds no weights to begin with: it has neither a run's config.json nor an "
             "exported model."
         )
-    saved = saved_settings(kind, folder)
+    saved = saved_settings(kind, folder / "config.json")
     step = newest_checkpoint(folder, lambda line: print(line, file=sys.stderr)).step
     stage = saved.schedule.stage(min(step, saved.num_steps))
     model = saved.schedule.model(saved.model, stage)

@@ -1,7 +1,8 @@
 """What a run tells: lines on the console and in log.txt, one JSON object per step in metrics.jsonl.
 
 runs/<name>/config.json        every hyperparameter
-            environment.json   command, commit, hardware and versions, as last started
+            run.json           all that is needed to repeat it, as last started: these, command,
+                               commit, data, hardware and versions
             log.txt            what the console showed
             metrics.jsonl      one object per step, as it happens
             checkpoints/       see nanogpt/checkpoint.py
@@ -14,6 +15,7 @@ import platform
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -23,11 +25,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import rich.progress
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nanogpt.schedule import Schedule
+from nanogpt.trackers import Trackers
 
 SPIKE = 6.0  # standard deviations above the latest losses at which a loss is remarked upon
 
@@ -42,6 +47,8 @@ class Run:
     def __init__(self, folder: Path):
         """Hold the folder, which exists. Raises RunError when another process holds it."""
         self.console = Console(highlight=False)
+        self._bar: rich.progress.Progress | None = None
+        self.trackers = Trackers(self.say)
         self.folder = folder
         self._lock = _hold(folder)
         self._log = (folder / "log.txt").open("ab", buffering=0)
@@ -57,35 +64,66 @@ class Run:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.progress_ended()
+        self.trackers.close(1 if kind else 0)
         self._log.close()
         self._metrics.close()
         self._lock.release()
 
-    def configure(self, config: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Write environment.json, and config.json, which makes the folder a run's."""
-        _write_whole(self.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+    def configure(self, config: dict[str, Any], circumstances: dict[str, Any]) -> None:
+        """Write run.json, and config.json, which makes the folder a run's."""
+        everything = circumstances | {"config": config}
+        _write_whole(self.folder / "run.json", json.dumps(everything, indent=2) + "\n")
         _write_whole(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def say(self, text: str, style: str = "") -> None:
         """A line on the console, with a style of rich's on a terminal, and in log.txt."""
         try:
-            if style and self.console.is_terminal:
-                self.console.print(text, style=style, markup=False, soft_wrap=True)
+            if self.console.is_terminal:
+                self.console.print(text, style=style or None, markup=False, soft_wrap=True)
             else:
                 print(text, flush=True)
         except OSError:  # the console is gone; log.txt is not
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _append(self._log, f"{text}\n".encode())
 
-    def table(self, rows: dict[str, str]) -> None:
-        """A table of two columns, on a terminal only; log.txt has the rows as lines."""
+    def table(self, rows: Mapping[str, str]) -> None:
+        """A table of two columns; off a terminal, and in log.txt, its rows are lines."""
+        if not self.console.is_terminal:
+            for name, value in rows.items():
+                self.say(f"{name}: {value}")
+            return
+        table = Table(show_header=False)
         for name, value in rows.items():
             _append(self._log, f"{name}: {value}\n".encode())
-        if self.console.is_terminal:
-            table = Table(show_header=False)
-            for name, value in rows.items():
-                table.add_row(name, value, style="cyan")
+            table.add_row(name, Text(value), style="cyan")
+        with suppress(OSError):  # as in `say`
             self.console.print(table)
+
+    def progress(self, step: int, num_steps: int, told: str) -> None:
+        """On a terminal, a line below all others that shows how far the run is."""
+        if self._bar is None:
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("{task.completed:,}/{task.total:,}"),
+                rich.progress.BarColumn(bar_width=None),
+                rich.progress.TaskProgressColumn(),
+                rich.progress.TextColumn("{task.description}", markup=False),
+                console=self.console,
+                disable=not self.console.is_terminal,
+                transient=True,
+                expand=True,
+                refresh_per_second=2,
+            )
+            self._bar.add_task(told, total=num_steps)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=step, description=told)
+
+    def progress_ended(self) -> None:
+        """Take that line away."""
+        if self._bar is not None:
+            with suppress(OSError):  # as in `say`
+                self._bar.stop()
+            self._bar = None
 
     def record(self, metrics: dict[str, float]) -> None:
         """A line of metrics.jsonl; while the disk is full it waits."""
@@ -94,6 +132,7 @@ class Run:
             del self._waiting[0]
         if len(self._waiting) == 1:
             self.say(f"WARNING: {self._metrics.name} cannot be written; its lines wait for room.")
+        self.trackers.log(metrics)
 
     def rewind(self, step: int) -> None:
         """Drop the records of steps after `step`, which an earlier process made and lost."""
@@ -222,6 +261,10 @@ class Progress:
         """
         self.run, self.schedule, self.utilization = run, schedule, utilization
         self.training_seconds = training_seconds
+        self.seconds: Counter[str] = Counter()  # what this process spent its time on
+        self._losses: dict[str, float] = {}  # the latest of training and of validation
+        self._trained = 0  # tokens, by this process
+        self._utilized: float | None = None  # seconds of training, times utilisation
         self.unvalidated: dict[str, Any] | None = None  # a record whose validation was broken off
         self._waiting: tuple[int, Mapping[str, Any]] | None = None
         self._arrived = time.perf_counter()
@@ -231,9 +274,11 @@ class Progress:
         self.report()
         self._waiting = step, metrics
 
-    def paused(self) -> None:
-        """What was done since the last report is not training."""
-        self._arrived = time.perf_counter()
+    def paused(self, what: str) -> None:
+        """What was done since the last report is not training: its time is that of `what`."""
+        now = time.perf_counter()
+        self.seconds[what] += now - self._arrived
+        self._arrived = now
 
     def report(self, validate: Callable[[], float | None] | None = None) -> None:
         """Wait for the step that was started last and report it, with its validation if asked.
@@ -247,8 +292,11 @@ class Progress:
         now = time.perf_counter()
         seconds, self._arrived = now - self._arrived, now
         self.training_seconds += seconds
+        self.seconds["train"] += seconds
         tokens, num_steps = self.schedule.tokens(step), self.schedule.num_steps
-        tokens_per_s = (tokens - self.schedule.tokens(step - 1)) / seconds
+        trained = tokens - self.schedule.tokens(step - 1)
+        self._trained += trained
+        tokens_per_s = trained / seconds
         factor = self.schedule.rates(step).rate
         if not (isfinite(loss) and isfinite(grad_norm)):
             raise BadNumbers(
@@ -267,16 +315,21 @@ class Progress:
             "step_time_s": seconds,
             "tokens_per_s": tokens_per_s,
         }
+        self._losses["train"] = loss
         utilization = self.utilization(step, tokens_per_s)
+        if utilization is not None:
+            self._utilized = (self._utilized or 0.0) + seconds * utilization
         remaining = (self.schedule.tokens(num_steps) / tokens - 1) * self.training_seconds
+        eta = f"ETA {timedelta(seconds=round(remaining))}"
         self.run.say(
             f"step {step}/{num_steps} | train loss {loss:.4f} | lr x {factor:.3f} | "
             f"{1e3 * seconds:.1f} ms | {tokens_per_s:,.0f} tok/s | "
             + (f"MFU {utilization:.1%} | " if utilization is not None else "")
-            + f"ETA {timedelta(seconds=round(remaining))}"
+            + eta
             + (f" | SPIKE, {spike:.1f} standard deviations" if spike > SPIKE else "")
             + ("" if applied else ", SKIPPED")
         )
+        self.run.progress(step, num_steps, f"train loss {loss:.4f} | {eta}")
         if validate is None:
             self.run.record(record)
         else:
@@ -288,16 +341,27 @@ class Progress:
         Raises BadNumbers if the loss is not finite.
         """
         val_loss = validate()
-        self.paused()
+        self.paused("validate")
         if val_loss is None:
             self.unvalidated = record
             return
         if not isfinite(val_loss):
             raise BadNumbers(f"step {record['step']}: validation loss {val_loss}.")
         self.unvalidated = None
+        self._losses["val"] = val_loss
         self.run.say(
             f"step {record['step']}/{self.schedule.num_steps} | val loss {val_loss:.4f} | "
             f"{record['tokens']:,} tokens | {self.training_seconds:.1f} s",
             style="bold green",
         )
         self.run.record(record | {"val_loss": val_loss})
+
+    def summary(self) -> dict[str, str]:
+        """What this process did, in words: losses, time by what it was spent on, speed."""
+        spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.seconds.items())
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self._losses.items())
+        rows = {"final loss": losses, "tokens": f"{self._trained:,}", "time": spent}
+        if training := self.seconds["train"]:
+            utilization = "n/a" if self._utilized is None else f"{self._utilized / training:.1%}"
+            rows["speed"] = f"{self._trained / training:,.0f} tok/s, MFU {utilization}"
+        return rows

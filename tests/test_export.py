@@ -66,7 +66,7 @@ def test_an_exported_run_has_three_files_with_all_that_is_needed_to_use_it(run, 
     assert model == json.loads(json.dumps(asdict(nnx.merge(graph, params).config)))
     assert settings == {name: hp[name] for name in ("tokenizer", "sequence_length", "dtype")}
     record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    environment = json.loads((run / "environment.json").read_text())
+    environment = json.loads((run / "run.json").read_text())
     expected = {name: record[name] for name in ("step", "tokens", "val_loss")}
     assert source == expected | {"run": "base", "commit": environment["commit"]}
 

@@ -1,12 +1,22 @@
 """What a token costs, held against counting, and against the numbers of GPT-2 small's size."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from nanogpt.config import GPTConfig
-from nanogpt.hardware import activation_bytes, flops_per_token, largest_batch, utilization
-from nanogpt.step import init_params
+from nanogpt.hardware import (
+    PEAK_BANDWIDTH,
+    PEAK_FLOPS,
+    activation_bytes,
+    flops_per_token,
+    largest_batch,
+    peak_memory,
+    utilization,
+)
+from nanogpt.step import graph_of, init_params
 from train_gpt import PRESETS
 
 
@@ -58,6 +68,34 @@ def test_flops_equal_a_count_over_every_weight_and_every_visible_pair(windows, m
     assert flops_per_token(config, T) == pytest.approx(6 * weights + per_pair * pairs / T)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"value_embeddings": 0, "smear": False, "attention_gate": False},  # GPT-2 small's
+        {"mlp_only": (0, 7), "paired_heads": (2, 5, 9), "key_offset": (4, 11), "backout": 8},
+        {"num_layers": 4, "num_heads": 8, "width": 1024, "mlp_width": 2048, "vocab_size": 1000},
+    ],
+)
+def test_flops_are_those_that_xla_counts_in_the_loss_and_its_gradient(shape):
+    config, B, T = GPTConfig(bigram_buckets=1000, **shape), 2, 1024
+    graph = graph_of(config)
+
+    def loss(params, rows):
+        return nnx.merge(graph, params).loss(rows[:, :-1], rows[:, 1:])[0].mean()
+
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    rows = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
+    lowered = jax.jit(jax.value_and_grad(loss)).lower(params, rows)
+    counted = lowered.cost_analysis()["flops"] / (B * T)
+    # XLA multiplies what the mask hides, too: of the keys in a row, all but (1 + row) / 2.
+    mlp_only, paired = config.layers(config.mlp_only), config.layers(config.paired_heads)
+    rows_of = [2 * T if layer in paired else T for layer in {*range(config.num_layers)} - mlp_only]
+    hidden = sum(row - (1 + row) / 2 for row in rows_of)
+    needed = flops_per_token(config, T) + 6 * 2 * config.width * hidden
+    # It also counts what is done element by element: softmax, norms, rotations, tanh, and so on.
+    assert needed < counted < 1.004 * needed
+
+
 def test_utilization_is_the_share_of_the_peak_of_all_devices():
     # 600,000 tokens/s of 798.1 MFLOP are 479 TFLOP/s, of the 989.4 that an H100 is sold for.
     assert utilization(600e3, 798.1e6, "NVIDIA H100 80GB HBM3", 1) == pytest.approx(0.484, abs=1e-3)
@@ -66,8 +104,76 @@ def test_utilization_is_the_share_of_the_peak_of_all_devices():
     )
 
 
-def test_the_utilization_of_an_unknown_device_is_not_guessed():
-    assert utilization(600e3, 798.1e6, "cpu", 1) is None
+@pytest.mark.parametrize(
+    "kind", ["cpu", "Tesla V100-SXM2-16GB", "NVIDIA H100", "NVIDIA H200 MIG 1g.18gb", "TPU v9"]
+)
+def test_the_utilization_of_an_unknown_device_is_not_guessed(kind):
+    assert utilization(600e3, 798.1e6, kind, 1) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "units", "per_unit", "gigahertz"),
+    [  # multiprocessors, and what each multiplies and adds in a clock; the boost clock
+        ("NVIDIA A100-SXM4-80GB", 108, 1024, 1.41),
+        ("NVIDIA A100 80GB PCIe", 108, 1024, 1.41),
+        ("NVIDIA A100-PCIE-40GB", 108, 1024, 1.41),
+        ("NVIDIA H100 80GB HBM3", 132, 2048, 1.83),
+        ("NVIDIA H200", 132, 2048, 1.83),
+        ("NVIDIA GH200 480GB", 132, 2048, 1.83),
+        ("NVIDIA H100 PCIe", 114, 2048, 1.62),
+        ("NVIDIA A10", 72, 512, 1.695),
+        ("NVIDIA A10G", 80, 256, 1.71),
+        ("NVIDIA L4", 58, 512, 2.04),
+        ("NVIDIA L40", 142, 256, 2.49),
+        ("NVIDIA L40S", 142, 512, 2.49),
+        ("NVIDIA GeForce RTX 3090", 82, 256, 1.695),
+        ("NVIDIA GeForce RTX 4090", 128, 256, 2.52),
+        ("NVIDIA GeForce RTX 5090", 170, 256, 2.407),
+        ("NVIDIA RTX A6000", 84, 512, 1.8),
+        ("NVIDIA RTX 6000 Ada Generation", 142, 512, 2.505),
+        # Matrix units of a device, and their cells.
+        ("TPU v3", 2, 128**2, 0.94),
+        ("TPU v4", 8, 128**2, 1.05),
+        ("TPU v5 lite", 4, 128**2, 1.5),
+        ("TPU v5p", 8, 128**2, 1.75),
+        ("TPU v6 lite", 4, 256**2, 1.75),
+    ],
+)
+def test_a_peak_is_what_the_multipliers_of_the_device_do_at_their_clock(
+    kind, units, per_unit, gigahertz
+):
+    assert PEAK_FLOPS[kind] == pytest.approx(2 * units * per_unit * gigahertz * 1e9, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wires", "gigabits"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 5120, 2.43),
+        ("NVIDIA A100-PCIE-40GB", 5120, 2.43),
+        ("NVIDIA A100-SXM4-80GB", 5120, 3.186),
+        ("NVIDIA A100 80GB PCIe", 5120, 3.024),
+        ("NVIDIA A10", 384, 12.5),
+        ("NVIDIA L4", 192, 12.5),
+        ("NVIDIA L40S", 384, 18.0),
+        ("NVIDIA GeForce RTX 3090", 384, 19.5),
+        ("NVIDIA GeForce RTX 4090", 384, 21.0),
+        ("NVIDIA GeForce RTX 5090", 512, 28.0),
+        ("NVIDIA RTX A6000", 384, 16.0),
+        ("NVIDIA RTX 6000 Ada Generation", 384, 20.0),
+    ],
+)
+def test_a_bandwidth_is_what_the_wires_to_the_memory_carry(kind, wires, gigabits):
+    assert PEAK_BANDWIDTH[kind] == pytest.approx(wires * gigabits * 1e9 / 8, rel=0.005)
+
+
+def test_the_peak_of_memory_is_what_the_device_counted_and_a_cpu_counts_none():
+    class Device:
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+    stats = {"bytes_in_use": 1, "peak_bytes_in_use": 3e9, "bytes_limit": 8e9}
+    assert peak_memory(Device(stats)) == 3e9
+    assert peak_memory(jax.devices("cpu")[0]) is None
 
 
 @pytest.mark.parametrize(

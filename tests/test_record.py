@@ -43,7 +43,7 @@ def make_run(name, seed=0, val_loss=3.277, steps=4, *, environment=(), metrics=N
     }
     config |= {"run_name": name, **settings}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "environment.json").write_text(json.dumps(CIRCUMSTANCES | dict(environment)))
+    (folder / "run.json").write_text(json.dumps(CIRCUMSTANCES | dict(environment)))
     (folder / "log.txt").write_text(f"the log of {name}\n")
     if metrics is None:
         lines = [
@@ -171,7 +171,7 @@ def test_runs_are_named_by_folder_by_the_folder_of_all_or_by_their_metrics(runs,
 
 def test_metrics_alone_do_without_the_other_files(runs, capsys):
     for run in runs:
-        for name in ("config.json", "log.txt", "environment.json"):
+        for name in ("config.json", "log.txt", "run.json"):
             (run / name).unlink()
     assert record_check.main(["runs", "--target", "3.3"]) == 0
 
@@ -233,7 +233,7 @@ def good_runs():
 def test_a_record_holds_what_each_run_logged_byte_for_byte(good_runs):
     assert make_record(*good_runs) == 0
     made = {str(path.relative_to("records")) for path in Path("records").rglob("*.*")}
-    names = ("config.json", "environment.json", "log.txt", "metrics.jsonl")
+    names = ("config.json", "run.json", "log.txt", "metrics.jsonl")
     assert made == {"some/README.md"} | {f"some/seed-{i}/{x}" for i in range(4) for x in names}
     for seed, run in enumerate(good_runs):
         for name in names:
@@ -270,7 +270,7 @@ def test_the_page_of_a_record_tells_runs_statistics_and_how_to_repeat_it(good_ru
 
 def test_the_line_for_the_history_has_the_mean_time_and_the_date_of_the_last_run(good_runs, capsys):
     later = CIRCUMSTANCES | {"date": "2026-11-23T01:00:00+00:00"}
-    (good_runs[1] / "environment.json").write_text(json.dumps(later))
+    (good_runs[1] / "run.json").write_text(json.dumps(later))
     assert make_record(*good_runs) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
         "| 8 x NVIDIA H200 | 41.5 s | [Something new.](records/some/README.md) | 2026-11-23 |"
@@ -336,7 +336,7 @@ def test_runs_that_differ_in_more_than_their_seed_are_refused(good_runs, capsys,
     assert told in refusal(capsys, *good_runs, odd)
 
 
-@pytest.mark.parametrize("name", ["config.json", "environment.json", "log.txt", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["config.json", "run.json", "log.txt", "metrics.jsonl"])
 def test_a_run_without_one_of_its_files_is_refused(good_runs, capsys, name):
     (good_runs[3] / name).unlink()
     assert refusal(capsys, *good_runs).startswith(f"runs/r3 has no {name}")
@@ -348,7 +348,7 @@ def test_a_run_without_one_of_its_files_is_refused(good_runs, capsys, name):
         ("config.json", "{", "is not JSON"),
         ("config.json", "[]", "holds no JSON object"),
         ("config.json", "{}", "has no model"),
-        ("environment.json", '{"command": "a"}', "has no date"),
+        ("run.json", '{"command": "a"}', "has no date"),
     ],
 )
 def test_a_file_that_is_not_what_a_run_writes_is_named(good_runs, capsys, name, text, told):

@@ -51,11 +51,12 @@ def test_a_run_has_the_folder_it_was_given_and_its_configuration_in_there(tmp_pa
         "files": None,
         "model": {"windows": [8, 0]},
     }
-    environment = json.loads((run.folder / "environment.json").read_text())
-    assert environment == {"commit": "abc", "accelerators": []}
+    everything = json.loads((run.folder / "run.json").read_text())
+    config = json.loads((run.folder / "config.json").read_text())
+    assert everything == {"commit": "abc", "accelerators": [], "config": config}
     assert {file.name for file in run.folder.iterdir()} == {
         "config.json",
-        "environment.json",
+        "run.json",
         "log.txt",
         "metrics.jsonl",
         "holder",
@@ -260,9 +261,9 @@ def test_a_terminal_gets_colours_and_the_log_does_not(run):
     assert log(run) == "val loss 3.2\nparameters: 12\n"
 
 
-def test_off_a_terminal_a_table_goes_to_the_log_alone(run, capsys):
+def test_off_a_terminal_the_rows_of_a_table_are_lines(run, capsys):
     run.table({"parameters": "12", "dtype": "float32"})
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "parameters: 12\ndtype: float32\n"
     assert log(run) == "parameters: 12\ndtype: float32\n"
 
 
@@ -428,7 +429,7 @@ def test_a_validation_that_was_broken_off_leaves_its_record_for_later(run, clock
 def test_time_goes_on_from_where_earlier_processes_left_it(run, clock):
     progress = progress_of(run, training_seconds=10.0)
     clock.now += 50
-    progress.paused()  # what was before is no training
+    progress.paused("compile")  # what was before is no training
     progress.started(3, {"loss": 5.0, "grad_norm": 1.0, **CALM})
     clock.now += 2
     progress.report()

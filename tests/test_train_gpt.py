@@ -155,7 +155,7 @@ def staged(tmp_path_factory):
 def test_a_run_leaves_its_configuration_log_metrics_and_weights(base):
     names = {file.name for file in base.folder.iterdir()}
     assert names == {
-        *("checkpoints", "config.json", "environment.json", "holder", "lock", "log.txt"),
+        *("checkpoints", "config.json", "run.json", "holder", "lock", "log.txt", "loss.png"),
         "metrics.jsonl",
     }
     config = json.loads((base.folder / "config.json").read_text())
@@ -163,9 +163,11 @@ def test_a_run_leaves_its_configuration_log_metrics_and_weights(base):
     assert config["model"].keys() == {field.name for field in fields(GPTConfig)}
     assert (config["preset"], config["total_batch_size"]) == ("laptop", TOKENS_PER_STEP)
     assert config["model"]["width"] == 32
-    environment = json.loads((base.folder / "environment.json").read_text())
-    assert environment["jax"] == jax.__version__
-    assert "train_gpt.py" in environment["command"]
+    repeat = json.loads((base.folder / "run.json").read_text())
+    assert repeat["jax"] == jax.__version__
+    assert "train_gpt.py" in repeat["command"]
+    assert repeat["config"] == config
+    assert re.fullmatch(r"[0-9a-f]{64}", repeat["data"]["sha256"])
 
 
 def test_the_first_line_names_preset_data_devices_and_accumulation(base):
@@ -174,13 +176,78 @@ def test_the_first_line_names_preset_data_devices_and_accumulation(base):
     assert re.search(r"\| 1 x .*cpu.* \| Ng = .* = 1$", first)
 
 
-def test_the_log_is_the_console_and_the_table_that_only_a_terminal_shows(base):
+def test_the_log_is_the_console(base):
     # The sample may hold bytes that a console does not show.
     log, console = (lines[: lines.index("sample:")] for lines in (base.log, base.console))
-    table = [line for line in log if line not in console]
-    assert [line for line in log if line in console] == console
-    assert {line.split(": ")[0] for line in table} >= {"run", "parameters", "tokens", "dtype"}
+    assert log == console
     assert not any("\x1b" in line for line in base.console + base.log)
+
+
+def test_a_table_tells_of_the_run_before_its_first_step_and_another_at_its_end(base):
+    steps = [at for at, line in enumerate(base.console) if line.startswith("step ")]
+    first, last = base.console[: steps[0]], base.console[steps[-1] + 1 :]
+    before, after = (
+        dict(re.findall(r"^([a-z ]+): (.+)$", "\n".join(x), re.M)) for x in (first, last)
+    )
+    _, _, params, _ = load_run(base.folder, make_mesh(1))
+    assert before["parameters"] == f"{sum(p.size for p in jax.tree.leaves(params)):,}"
+    assert before["preset"] == "laptop"
+    assert before["run"] == "runs/base"
+    assert before["devices"] == "1 x cpu"
+    assert before["tokens"] == f"{6 * TOKENS_PER_STEP:,} in 6 steps"
+    assert before["batch"].endswith(" = 1")
+    assert before["attention"] == "XLA attention (cpu)"
+    assert before["dtype"] == "float32"
+    assert before["model"] == "2 layers, width 32, 2 heads"
+    assert before["data"].startswith("embedded corpus ")
+    assert re.fullmatch(r"about \d+\.\d GB per device", before["memory"])
+    assert re.fullmatch(r"about \d+:\d\d:\d\d to train", before["time"])
+    losses = dict(re.findall(r"(\w+) (\d\.\d{4})", after["final loss"]))
+    assert float(losses["train"]) == pytest.approx(base.metrics[-1]["train_loss"], abs=6e-5)
+    assert float(losses["val"]) == pytest.approx(base.metrics[-1]["val_loss"], abs=6e-5)
+    assert after["tokens"] == f"{6 * TOKENS_PER_STEP:,}"
+    spent = dict(re.findall(r"(\w+) (\d+\.\d) s", after["time"]))
+    assert spent.keys() >= {"compile", "train", "validate", "checkpoint"}
+    assert float(spent["train"]) == pytest.approx(base.metrics[-1]["time_s"], abs=0.06)
+    speed = int(re.match(r"([\d,]+) tok/s, MFU n/a$", after["speed"])[1].replace(",", ""))
+    assert speed == pytest.approx(6 * TOKENS_PER_STEP / base.metrics[-1]["time_s"], rel=0.01)
+    assert re.fullmatch(r"\d+\.\d GB.*|n/a", after["peak memory"])
+
+
+def test_a_run_can_be_repeated_from_its_configuration(base, tmp_path, tmp_path_factory):
+    cache = shared_folder(tmp_path_factory) / "cache"
+    config = base.folder / "config.json"
+    arguments = ["--config", config, "--run-name", "again", "--sample-tokens", "0"]
+    done = start(map(str, arguments), tmp_path, cache)
+    assert (done.returncode, done.stderr) == (0, "")
+    again = tmp_path / "runs/again"
+    records = map(json.loads, (again / "metrics.jsonl").read_text().splitlines())
+    assert [record["train_loss"] for record in records] == base.column("train_loss")
+    differing = {"run_name": "again", "sample_tokens": 0}
+    assert (
+        json.loads((again / "config.json").read_text())
+        == json.loads(config.read_text()) | differing
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--config", "{config}", "--resume", "auto"], "resume and config each say"),
+        (["--config", "{config}", "--init-from", "runs/a"], "init_from and config each say"),
+        (["--config", "{config}", "--preset", "laptop"], "preset and config both say"),
+        (["--config", "none/config.json"], "none/config.json is not what"),
+    ],
+)
+def test_settings_that_start_from_two_places_or_none_are_told_in_one_sentence(
+    base, capsys, arguments, told
+):
+    arguments = [word.format(config=base.folder / "config.json") for word in arguments]
+    assert train_gpt.main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (sentence,) = output.err.splitlines()
+    assert told in sentence
 
 
 def test_every_step_is_a_line_that_grep_finds(base):
@@ -357,6 +424,7 @@ def test_a_micro_batch_that_memory_cannot_hold_is_halved_and_the_losses_stay(
                         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
                     return compiled(state, batch, rates)
 
+                run.memory_analysis = compiled.memory_analysis
                 return run
 
         return type("Step", (), {"lower": staticmethod(Lowered)})
