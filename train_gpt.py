@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 from functools import partial
+from glob import glob
 from importlib.util import find_spec
 from math import gcd, inf
 from pathlib import Path
@@ -24,7 +25,9 @@ import tyro
 
 from nanogpt.config import ConfigError, GPTConfig, Kernels, LossKernel
 from nanogpt.corpus import CorpusError, embedded_corpus
+from nanogpt.documents import DataError
 from nanogpt.interruption import Interruption
+from nanogpt.prepare import prepare
 from nanogpt.resume import (
     check_same_data,
     resumed_settings,
@@ -94,7 +97,13 @@ class Hyperparameters:
     val_files: str | None = "fineweb10B/fineweb_val_*.bin"
     """Glob of the validation shards; None for the embedded corpus."""
     tokenizer: Literal["gpt2", "bytes"] = "gpt2"
-    """What made the shards; decodes samples."""
+    """What made the shards, or makes them from `data`; decodes samples."""
+    data: tuple[str, ...] = ()
+    """Text of your own to train on, in place of shards: files, folders and globs of text, JSON
+    lines and Parquet; see docs/own-text.md. It starts from shuffled rows with all of every
+    document, and from the tokenizer's vocabulary."""
+    data_field: str = "text"
+    """Where JSON lines and Parquet in `data` have their text: the member or column."""
     shuffle: bool = False
     """Visit the rows in random order from the first epoch on; later epochs always do."""
 
@@ -221,10 +230,10 @@ class Hyperparameters:
             raise ConfigError(f"seed must be 0 or more, below 2**32, not {self.seed}.")
         if (self.train_files is None) != (self.val_files is None):
             raise ConfigError("train_files and val_files must both be globs, or both None.")
-        if self.train_files is None and self.tokenizer != "bytes":
+        if self.train_files is None and not self.data and self.tokenizer != "bytes":
             raise ConfigError(
                 f"The embedded corpus is made of bytes, not of {self.tokenizer} tokens: set "
-                "tokenizer to bytes, or train_files and val_files to shards of your own."
+                "tokenizer to bytes, or data to text of your own."
             )
         if self.model.vocab_size < TOKENIZERS[self.tokenizer].vocab_size:
             raise ConfigError(
@@ -342,8 +351,8 @@ def main(arguments: list[str] | None = None) -> int:
         with Interruption() as interruption:
             hp = settings(given, lambda start: override(default=start))
             hp.check()
-            return train(hp, interruption)
-    except (ConfigError, ShardError, CorpusError, TokenizerError, RunError) as error:
+            return train(with_own_text(hp), interruption)
+    except (ConfigError, ShardError, CorpusError, DataError, TokenizerError, RunError) as error:
         print(error, file=sys.stderr)
         return 2
     except BadNumbers as error:
@@ -376,8 +385,35 @@ def settings(
         start = weights.settings
     else:
         start = PRESETS[preset_for_hardware(given.device)]
+    start = suited_to_own_text(start, override(start))
     hp = settings_with(weights, start, override) if weights else override(start)
     return replace(hp, preset=start.preset)
+
+
+def suited_to_own_text(start: Hyperparameters, asked: Hyperparameters) -> Hyperparameters:
+    """Where the settings start if `asked` names text of one's own, of any order and length."""
+    if not asked.data:
+        return start
+    return replace(
+        start,
+        shuffle=True,
+        max_document_length=None,
+        sample_prompt=Hyperparameters.sample_prompt,
+        model=replace(start.model, vocab_size=TOKENIZERS[asked.tokenizer].vocab_size),
+    )
+
+
+def with_own_text(hp: Hyperparameters) -> Hyperparameters:
+    """The settings with the shards of `data`, which are made now unless they are there."""
+    if not hp.data or (hp.resume and glob(hp.train_files)):
+        return hp
+    text = prepare(hp.data, hp.tokenizer, hp.data_field)
+    return replace(
+        hp,
+        train_files=text.train_files,
+        val_files=text.val_files,
+        val_tokens=min(hp.val_tokens, max(1, text.val_tokens - 1)),
+    )
 
 
 def preset_for_hardware(device: str) -> str:
@@ -668,6 +704,11 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             | {"peak memory": f"{peak / 1e9:.1f} GB per device" if peak else "n/a"}
         )
         run.say(f"weights and metrics of {step:,} steps are in {folder}")
+        if stop or interruption.hurries:
+            run.say(f"interrupted: go on with --resume {folder}")
+            run.trackers.close(interruption.exit_status)
+            return interruption.exit_status
+
         if find_spec("matplotlib"):
             from nanogpt.curves import loss_png
 
@@ -675,11 +716,6 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
                 run.say(f"a picture of the loss is in {loss_png(folder)}")
             except (OSError, RunError) as error:
                 run.say(f"no picture of the loss: {error}")
-        if stop or interruption.hurries:
-            run.say(f"interrupted: go on with --resume {folder}")
-            run.trackers.close(interruption.exit_status)
-            return interruption.exit_status
-
         if hp.sample_tokens:
             run.say(sample(hp, graph_of(configs[schedule.stage(step)], kernels), state.params))
         return 0
@@ -737,7 +773,7 @@ def find_data(hp: Hyperparameters) -> Data:
         name = f"embedded corpus {corpus.fingerprint}"
     else:
         train_glob, val_glob = hp.train_files, hp.val_files
-        name = hp.train_files
+        name = ", ".join(hp.data) or hp.train_files
     train_files, val_files = find_shards(train_glob), find_shards(val_glob)
     sizes, digest = [], hashlib.sha256()
     for file in train_files + val_files:

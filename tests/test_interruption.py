@@ -111,7 +111,7 @@ def test_a_console_that_is_closed_ends_neither_the_training_nor_the_log(straight
     words = [line.split(" | ")[:2] for line in log if line.startswith("step ")]
     expected = (straight / "log.txt").read_text().splitlines()
     assert words == [line.split(" | ")[:2] for line in expected if line.startswith("step ")]
-    assert log[-1] == "weights and metrics of 20 steps are in runs/a"
+    assert "weights and metrics of 20 steps are in runs/a" in log
 
 
 # While it validates

@@ -1,0 +1,177 @@
+"""Text into shards, ahead of training: `python3 prepare_data.py corpus/ --out shards`.
+
+    python3 prepare_data.py corpus/ "more/*.jsonl.zst" --out shards
+    python3 prepare_data.py --hub HuggingFaceFW/fineweb --subset sample-10BT --out fineweb
+
+All processors work at it, and memory stays small whatever the size of the input. After an
+interruption, kill -9 among them, run the same command again: it goes on where it stopped, to the
+same bytes. Then: python3 train_gpt.py --train-files "shards/text_train_*.bin" --val-files
+"shards/text_val_*.bin". For what is read and how it is split see docs/own-text.md.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from hashlib import sha256
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from cached_fineweb10B import DownloadError, patiently
+from nanogpt.documents import DataError, find_files
+from nanogpt.encode import Inputs
+from nanogpt.interruption import Interruption
+from nanogpt.prepare import SHARD_TOKENS, Recipe, make_shards, progress_line
+from nanogpt.shards import MAX_TOKENS
+from nanogpt.tokenizer import TokenizerError
+
+
+@dataclass(frozen=True)
+class Options:
+    """Make shards of text."""
+
+    out: Path
+    """The folder for the shards; nothing else should be there."""
+    inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
+    """Files, folders and globs."""
+    hub: str | None = None
+    """Instead of inputs: a data set on the Hugging Face hub; its Parquet files are read."""
+    subset: str | None = None
+    """The configuration of that data set, or a folder in it; None for all of it."""
+    keep_downloads: bool = False
+    """Keep the files from the hub; else each is deleted when its documents are in the shards."""
+    tokenizer: Literal["gpt2", "bytes"] = "gpt2"
+    """What makes the tokens; train with the same."""
+    field: str = "text"
+    """The member of the JSON objects, or the column of the Parquet files, with the text."""
+    name: str | None = None
+    """What the names of the shards begin with, as in text_train_000001.bin; None for the name of
+    the data set, or else "text"."""
+    shard_tokens: int = SHARD_TOKENS
+    """Tokens per shard."""
+    processes: int = os.cpu_count() or 1
+    """How many encode at the same time; it changes no byte of the shards."""
+
+    def check(self) -> None:
+        """Raise DataError, in a sentence for the user, for options that make no sense."""
+        if bool(self.inputs) == bool(self.hub):
+            raise DataError("Name either inputs or, with --hub, a data set.")
+        if self.hub is None and (self.subset or self.keep_downloads):
+            raise DataError("subset and keep_downloads say what to do with a data set: add --hub.")
+        if not 1 <= self.shard_tokens <= MAX_TOKENS:
+            raise DataError(f"shard_tokens must be 1 to {MAX_TOKENS:,}, not {self.shard_tokens:,}.")
+        if self.processes < 1:
+            raise DataError(f"processes must be at least 1, not {self.processes}.")
+        if self.name is not None and not re.match(r"\w[^/]*$", self.name):
+            raise DataError(f"name must begin like a word and have no slash: {self.name!r}.")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Make the shards that the command line asks for; return the exit status."""
+    options = tyro.cli(Options, args=arguments, description=__doc__)
+    out = Path(os.path.abspath(options.out.expanduser()))
+    name = options.name or (options.hub or "text").rpartition("/")[2]
+    recipe = Recipe(options.tokenizer, options.field, name, options.shard_tokens)
+    try:
+        # A signal ends this at once: what is in the folder is good for another process to go on.
+        with Interruption(), progress_line() as show:
+            options.check()
+            inputs = hub_files(options, out) if options.hub else find_files(options.inputs, out)
+            made = make_shards(inputs, out, recipe, options.processes, show)
+    except (DataError, DownloadError, TokenizerError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"{error.filename}: {error.strerror}; check the path.", file=sys.stderr)
+        return 2
+    print(f"{made.summary()} The shards are in {out}.")
+    return 0
+
+
+class HubFiles:
+    """The Parquet files of a data set, downloaded one by one, the next while one is encoded."""
+
+    def __init__(self, repository: str, revision: str, names: list[str], out: Path, keep: bool):
+        self.repository, self.revision, self.names = repository, revision, names
+        self.weights = [1] * len(names)
+        self.fingerprint = sha256("\n".join([repository, revision, *names]).encode()).hexdigest()
+        self.folder, self.keep = out / ".downloads", keep
+
+    def get(self, name: str) -> Path:
+        """Where the file lies, after it was downloaded; DownloadError if that cannot be."""
+        from huggingface_hub import hf_hub_download
+
+        def download() -> str:
+            return hf_hub_download(
+                self.repository,
+                name,
+                repo_type="dataset",
+                revision=self.revision,
+                local_dir=self.folder,
+            )
+
+        return Path(patiently(name, download))
+
+    def release(self, names: Sequence[str]) -> None:
+        """Delete these files."""
+        for name in names if not self.keep else ():
+            (self.folder / name).unlink(missing_ok=True)
+
+
+def hub_files(options: Options, out: Path) -> Inputs:
+    """The Parquet files that the options ask for; DataError if there are none.
+
+    Where an interrupted process began with a revision of the data set, it is that one again.
+    """
+    if find_spec("pyarrow") is None:
+        raise DataError("To read a data set of the hub, run `pip install pyarrow`.")
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+    note = out / f"{options.hub.replace('/', '--')}.revision"
+    known = note.read_text().strip() if note.exists() else None
+    info = patiently(options.hub, lambda: HfApi().dataset_info(options.hub, revision=known))
+    parquet = sorted(x.rfilename for x in info.siblings if x.rfilename.endswith(".parquet"))
+    configs = (info.card_data or {}).get("configs") or []
+    patterns = patterns_of(configs, options.subset)
+    names = [name for name in parquet if any(fnmatch(name, pattern) for pattern in patterns)]
+    if not names:
+        subsets = ", ".join(config["config_name"] for config in configs) or "none"
+        where = f" in subset {options.subset}" if options.subset else ""
+        raise DataError(
+            f"{options.hub} has no Parquet file{where}: its subsets are {subsets}; a folder in it "
+            "may be named, too."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    note.write_text(info.sha + "\n")
+    return HubFiles(options.hub, info.sha, names, out, options.keep_downloads)
+
+
+def patterns_of(configs: list[dict[str, Any]], subset: str | None) -> list[str]:
+    """Globs of a subset's training files: as the data set's card has it, or else a folder's."""
+    if subset is None:
+        return ["*"]
+    for config in configs:
+        if config["config_name"] == subset and "data_files" in config:
+            patterns = []
+            for files in as_list(config["data_files"]):
+                if not isinstance(files, dict):
+                    patterns.append(files)
+                elif files.get("split", "train") == "train":
+                    patterns += as_list(files["path"])
+            return patterns
+    return [f"{subset.strip('/')}/*"]
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
