@@ -40,6 +40,7 @@ from nanogpt.sampling import Sampling
 from nanogpt.schedule import Rates, Schedule, Stage
 from nanogpt.shards import ShardError, check_vocabulary, find_shards, read_shard
 from nanogpt.tokenizer import TOKENIZERS, TokenizerError, load_tokenizer
+from nanogpt.trace import Trace, steps_of
 from nanogpt.trackers import check_trackers, open_trackers
 from nanogpt.tracking import BadNumbers, Progress, Run, RunError, new_folder
 
@@ -187,6 +188,9 @@ class Hyperparameters:
     wandb: bool = False
     """Show them in Weights & Biases, too, in the project that WANDB_PROJECT names, by default
     nanogpt-jax; WANDB_MODE=offline keeps them on this disk."""
+    profile: str | None = None
+    """Trace these optimizer steps, such as 10:13, both included, into the run's folder, and say
+    what cost most in them; see docs/profiling.md."""
     sample_tokens: int = 256
     """Tokens to write at the end, as a sample; 0 for none."""
     sample_prompt: str = "The"
@@ -242,6 +246,7 @@ class Hyperparameters:
             )
         self.model.check()
         self.schedule.check()
+        steps_of(self.profile, 1, self.num_steps)
         if self.model.windows and self.stages[0].windows is not None:
             raise ConfigError(
                 f"model.windows cannot be {self.model.windows}: the stages of the {self.preset} "
@@ -489,6 +494,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     with (
         Run(folder) as run,
         Checkpoints(folder, hp.keep_checkpoints, run.say) as checkpoints,
+        Trace(folder / "profile", steps_of(hp.profile, 1, hp.num_steps), run.say) as trace,
     ):
         # Where it begins: after the step of the newest good checkpoint, or with step 1.
         checkpoint = newest_checkpoint(folder, run.say) if hp.resume else None
@@ -497,6 +503,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         if first > hp.num_steps and not unvalidated:
             run.say(f"{folder} has made all its {hp.num_steps:,} steps: --num-steps adds more.")
             return 0
+        steps_of(hp.profile, first, hp.num_steps)  # raises ConfigError where they were made before
         if checkpoint:
             check_same_data(folder, facts["data"], data.sizes)
             told = facts["tokens"], schedule.tokens(checkpoint.step)
@@ -509,7 +516,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             run.say(f"resuming {folder} after step {checkpoint.step}")
         elif hp.init_from:
             run.say(f"beginning with the weights in {hp.init_from}")
-        config = asdict(replace(hp, resume=None, config=None))
+        config = asdict(replace(hp, resume=None, config=None, profile=None))
         run.configure(config, environment() | {"data": {"name": data.name, "sha256": data.sha256}})
         run.trackers = open_trackers(
             folder,
@@ -677,8 +684,10 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         try:
             for step, batch in enumerate(batches, start=first):
                 train_step = programs["training step", schedule.stage(step)]
+                trace.begin(step, train_step, state, progress)
                 state, metrics = train_step(state, batch, schedule.rates(step))
                 progress.started(step, metrics)
+                trace.end(step, state, progress)
                 last = step == hp.num_steps
                 if last or (hp.val_loss_every and step % hp.val_loss_every == 0):
                     progress.report(validate)

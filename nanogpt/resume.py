@@ -29,6 +29,7 @@ CHANGEABLE = {
     "resume",
     "checkpoint_every",
     "keep_checkpoints",
+    "profile",
     "sample_tokens",
     "sample_prompt",
     "tensorboard",

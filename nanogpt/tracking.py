@@ -276,9 +276,12 @@ class Progress:
 
     def paused(self, what: str) -> None:
         """What was done since the last report is not training: its time is that of `what`."""
-        now = time.perf_counter()
-        self.seconds[what] += now - self._arrived
-        self._arrived = now
+        self.spent(time.perf_counter() - self._arrived, what)
+
+    def spent(self, seconds: float, what: str) -> None:
+        """So much of the time since the last report was not training, but `what`."""
+        self.seconds[what] += seconds
+        self._arrived += seconds
 
     def report(self, validate: Callable[[], float | None] | None = None) -> None:
         """Wait for the step that was started last and report it, with its validation if asked.
