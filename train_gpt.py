@@ -42,7 +42,7 @@ from nanogpt.shards import ShardError, check_vocabulary, find_shards, read_shard
 from nanogpt.tokenizer import TOKENIZERS, TokenizerError, load_tokenizer
 from nanogpt.trace import Trace, steps_of
 from nanogpt.trackers import check_trackers, open_trackers
-from nanogpt.tracking import BadNumbers, Progress, Run, RunError, new_folder
+from nanogpt.tracking import BadNumbers, Progress, Run, RunError, SilentRun, new_folder
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -164,6 +164,13 @@ class Hyperparameters:
     """What computes the loss: XLA, or on NVIDIA GPUs one Pallas kernel for it and its gradient."""
     fp8_head: bool = False
     """Multiply with the head in 8-bit floating point: for NVIDIA Hopper or newer."""
+    coordinator_address: str | None = None
+    """Where the first of several processes can be reached, host:port, if no launcher tells: Slurm,
+    Open MPI, Kubernetes and TPU pods do. See docs/many-machines.md."""
+    num_processes: int | None = None
+    """How many processes there are, likewise."""
+    process_id: int | None = None
+    """Which of them this one is, from 0 on, likewise."""
     seed: int = 0
     """Of the initial weights, of the order of the data and of the sample."""
     skip_spikes: float = 0.0
@@ -353,6 +360,7 @@ def main(arguments: list[str] | None = None) -> int:
     override = partial(tyro.cli, Hyperparameters, args=arguments)
     given = override()  # a misspelt argument ends here
     try:
+        join_others(given)
         with Interruption() as interruption:
             hp = settings(given, lambda start: override(default=start))
             hp.check()
@@ -363,6 +371,19 @@ def main(arguments: list[str] | None = None) -> int:
     except BadNumbers as error:
         print(error, file=sys.stderr)
         return 3
+
+
+def join_others(given: Hyperparameters) -> None:
+    """Join the other processes of the run, if there are any: before JAX is used."""
+    where = given.coordinator_address, given.num_processes, given.process_id
+    launchers = ("SLURM_", "OMPI_", "KUBERNETES_", "TPU_")
+    if where == (None,) * 3 and not any(name.startswith(launchers) for name in os.environ):
+        return  # known without loading JAX
+    from nanogpt.mesh import join_processes
+
+    if given.device == "cpu":
+        use_device("cpu")
+    join_processes(*where)
 
 
 def settings(
@@ -455,7 +476,15 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         peak_memory,
         utilization,
     )
-    from nanogpt.mesh import BATCH, REPLICATED, ROWS, make_mesh, put, shapes_on
+    from nanogpt.mesh import (
+        BATCH,
+        REPLICATED,
+        ROWS,
+        make_mesh,
+        put,
+        shapes_on,
+        told_by_first,
+    )
     from nanogpt.step import graph_of, make_eval_step, make_init, make_train_step
 
     # Devices and data.
@@ -463,7 +492,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     use_device(hp.device)
     use_compilation_cache()
     mesh = make_mesh()
-    device = mesh.devices.flat[0]
+    device = jax.local_devices()[0]
     schedule, stages, V = hp.schedule, range(len(hp.stages)), hp.model.vocab_size
     rows_per_step = [hp.rows_per_step(stage, mesh.size) for stage in stages]  # of each device
     data = find_data(hp)
@@ -490,9 +519,12 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     fewest = gcd(*(schedule.tokens_per_step(s) // hp.sequence_length for s in stages)) // mesh.size
     batch_size = hp.batch_size or largest_batch(fewest, row_bytes, memory)
 
-    folder = Path(hp.resume) if hp.resume else new_folder(Path("runs"), hp.run_name, hp.preset)
+    def new_name() -> str:
+        return new_folder(Path("runs"), hp.run_name, hp.preset).name
+
+    folder = Path(hp.resume) if hp.resume else Path("runs") / told_by_first(new_name)
     with (
-        Run(folder) as run,
+        (Run if jax.process_index() == 0 else SilentRun)(folder) as run,
         Checkpoints(folder, hp.keep_checkpoints, run.say) as checkpoints,
         Trace(folder / "profile", steps_of(hp.profile, 1, hp.num_steps), run.say) as trace,
     ):
@@ -516,7 +548,8 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             run.say(f"resuming {folder} after step {checkpoint.step}")
         elif hp.init_from:
             run.say(f"beginning with the weights in {hp.init_from}")
-        config = asdict(replace(hp, resume=None, config=None, profile=None))
+        processes = dict.fromkeys(("coordinator_address", "num_processes", "process_id"))
+        config = asdict(replace(hp, resume=None, config=None, profile=None, **processes))
         run.configure(config, environment() | {"data": {"name": data.name, "sha256": data.sha256}})
         run.trackers = open_trackers(
             folder,
@@ -529,6 +562,8 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         per_step = dict.fromkeys(map(schedule.tokens_per_step, stages))
         per_pass = batch_size * hp.sequence_length * mesh.size
         devices = f"{mesh.size} x {device.device_kind}"
+        if jax.process_count() > 1:
+            devices += f" of {jax.process_count()} processes"
         accumulation = (
             f"Ng = {', '.join(f'{tokens:,}' for tokens in per_step)} / "
             f"({batch_size} * {hp.sequence_length} * {mesh.size}) = "
@@ -718,7 +753,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             run.trackers.close(interruption.exit_status)
             return interruption.exit_status
 
-        if find_spec("matplotlib"):
+        if find_spec("matplotlib") and jax.process_index() == 0:
             from nanogpt.curves import loss_png
 
             try:

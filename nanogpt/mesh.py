@@ -1,16 +1,117 @@
-"""The devices of a run, as a mesh with one axis, "data": each device trains on its own rows."""
+"""The devices of a run, as a mesh with one axis, "data": each device trains on its own rows.
 
+With several processes, on one machine or many, each runs this same program and owns some of the
+devices; JAX's distributed runtime joins them. The first of them, process 0, tells and writes.
+"""
+
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
+from threading import Timer
 
 import jax
 import numpy as np
+from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, PyTree
 
+from nanogpt.config import ConfigError
+
+LOST_AFTER = 30  # seconds without a sign of life after which a process counts as lost
 REPLICATED = P()
 BATCH = P(None, "data")  # [micro-batch, row, token]: rows are divided over the devices
 ROWS = P("data")  # [row, token]
+
+
+def join_processes(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    patience: int = 300,
+) -> None:
+    """Join the other processes of this run, if it has any, before JAX is used for anything else.
+
+    Without arguments the launcher is asked: Slurm, Open MPI, Kubernetes, or a TPU pod. Processes
+    that one of these started alone, and those without a launcher, stay alone.
+
+    Args:
+        coordinator_address: host:port of process 0, where no launcher tells it.
+        patience: seconds that the others have to come.
+
+    If they do not, the process tells so and ends with exit status 2. When one is lost later, JAX
+    ends the others within LOST_AFTER seconds, and tells why.
+
+    Raises:
+        ConfigError: arguments are missing or make no sense.
+    """
+    given = coordinator_address, num_processes, process_id
+    if given == (None,) * 3:
+        if not launched_with_others():
+            return
+    elif None in given:
+        raise ConfigError(
+            "coordinator_address, num_processes and process_id belong together: give all three, or "
+            "none where a launcher tells them."
+        )
+    elif not 0 <= process_id < num_processes or ":" not in coordinator_address:
+        raise ConfigError(
+            f"process_id must be 0 to num_processes - 1 and coordinator_address host:port, not "
+            f"{process_id} of {num_processes} and {coordinator_address}."
+        )
+
+    def give_up() -> None:
+        where = "" if coordinator_address is None else f" at {coordinator_address}"
+        os.write(
+            2,
+            f"The processes of this run did not find each other{where} within {patience} s: check "
+            "that all were started, that they agree on the coordinator's address and on how many "
+            "they are, and that its port can be reached.\n".encode(),
+        )
+        os._exit(2)
+
+    # JAX would end the process with a stack trace.
+    timer = Timer(patience, give_up)
+    timer.daemon = True
+    timer.start()
+    jax.distributed.initialize(
+        *given, initialization_timeout=2 * patience, heartbeat_timeout_seconds=LOST_AFTER
+    )
+    timer.cancel()
+
+
+def launched_with_others() -> bool:
+    """Whether a launcher started this process as one of several."""
+    env = os.environ
+    # srun sets SLURM_STEP_NUM_TASKS; a script that is not run by it may see the job's other names.
+    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("OMPI_COMM_WORLD_SIZE", "1"))
+    in_kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
+    on_tpus = find_spec("libtpu") is not None and "," in env.get("TPU_WORKER_HOSTNAMES", "")
+    return int(tasks) > 1 or in_kubernetes or on_tpus
+
+
+def told_by_first(make: Callable[[], str]) -> str:
+    """make() of process 0, for all; where it raises, all raise.
+
+    The others raise ConfigError, in whose words nothing is to be told again.
+    """
+    if jax.process_count() == 1:
+        return make()
+    text, failure = "", None
+    if jax.process_index() == 0:
+        try:
+            text = make()
+        except Exception as error:
+            failure = error
+    # All arrays that are broadcast must be of one shape; an empty text stands for a failure.
+    letters = np.zeros(4096, np.uint8)
+    letters[: len(text.encode())] = list(text.encode())
+    text = bytes(broadcast_one_to_all(letters)).rstrip(b"\0").decode()
+    if failure is not None:
+        raise failure
+    if not text:
+        raise ConfigError("Process 0 could not begin; it says why.")
+    return text
 
 
 def make_mesh(num_devices: int | None = None) -> Mesh:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -173,18 +173,19 @@ def encode_rest(
     split, pace, saved = Split(made.below), Pace(inputs.weights), time.monotonic()
     batches = read_batches(inputs, recipe.field, split, made.next)
     work = partial(encode_batch, recipe.tokenizer, recipe.field, split)
-    for encoded, place in in_order(work, batches, processes):
-        filled = [train.write(encoded.train), val.write(encoded.val)]
-        made.add(encoded, place.next)
-        made.train, made.val = (train.number, train.length), (val.number, val.length)
-        show(pace.line(made, place.share))
-        if any(filled) or time.monotonic() - saved > SAVE_SECONDS:
-            save()
-            saved = time.monotonic()
-    train.end()
-    val.end()
-    made.done = True
-    save()
+    with closing(train), closing(val):
+        for encoded, place in in_order(work, batches, processes):
+            filled = [train.write(encoded.train), val.write(encoded.val)]
+            made.add(encoded, place.next)
+            made.train, made.val = (train.number, train.length), (val.number, val.length)
+            show(pace.line(made, place.share))
+            if any(filled) or time.monotonic() - saved > SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
+        train.end()
+        val.end()
+        made.done = True
+        save()
 
 
 @contextmanager
@@ -293,6 +294,11 @@ class Shards:
         self._file.write(header)
         self.sync()
         self._file.close()
+
+    def close(self) -> None:
+        """Write no more. What the disk does not take any more is made again by the next process."""
+        with suppress(OSError):
+            self._file.close()
 
     def _open(self, number: int, length: int) -> None:
         path = partial_path(self.folder, shard_name(self.stem, number))

@@ -147,6 +147,41 @@ class Run:
             os.fsync(self._metrics.fileno())
 
 
+class SilentRun(Run):
+    """The run in a process that leaves telling and writing to process 0."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.console = folder, Console(quiet=True)
+        self.trackers = Trackers(self.say)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def configure(self, config: dict[str, Any], circumstances: dict[str, Any]) -> None:
+        pass
+
+    def say(self, text: str, style: str = "") -> None:
+        pass
+
+    def table(self, rows: Mapping[str, str]) -> None:
+        pass
+
+    def progress(self, step: int, num_steps: int, told: str) -> None:
+        pass
+
+    def progress_ended(self) -> None:
+        pass
+
+    def record(self, metrics: dict[str, float]) -> None:
+        pass
+
+    def rewind(self, step: int) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+
 def new_folder(parent: Path, name: str, fallback: str) -> Path:
     """Make the folder `parent/name`; without a name, `parent/<fallback>-<date>-<time>`.
 

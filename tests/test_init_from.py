@@ -147,7 +147,7 @@ def test_settings_are_those_of_the_other_run_but_for_what_begins_anew(first):
     assert after.model == replace(PRESETS["laptop"].model, **model_of(first) | {"softcap": 9.0})
     assert (after.init_from, after.resume) == (str(first), None)
     assert (after.run_name, after.stages, after.seed) == ("", (Stage(),), 7)
-    changed = {"model", "init_from", "run_name", "stages", "seed", "adam_betas"}
+    changed = {"model", "init_from", "run_name", "stages", "seed", "adam_betas", "data"}
     for name in {field.name for field in fields(Hyperparameters)} - changed:
         assert getattr(after, name) == getattr(before, name)
 

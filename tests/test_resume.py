@@ -424,7 +424,7 @@ def another(value):
     if isinstance(value, bool):
         return not value
     if isinstance(value, tuple):
-        return value[::-1] + value[:1]
+        return value[::-1] + (value[:1] or ("x",))
     return f"{value}x" if isinstance(value, str) else (value or 0) + 1
 
 

@@ -1,0 +1,220 @@
+"""Several processes that train together, real ones, over the loopback interface."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import pytest
+from test_resume import RUN, STEPS, Process, cache, place, straight, wait_until  # noqa: F401
+from test_train_gpt import SCRIPT
+
+from nanogpt.mesh import launched_with_others
+from nanogpt.tracking import SilentRun
+
+QUIET = {"GLOO_LOG_LEVEL": "ERROR"}
+
+
+@contextmanager
+def processes(arguments, cwd, cache, count=2, devices=2):  # noqa: F811
+    """`train_gpt.py` in so many processes with so many devices each, joined by arguments."""
+    with socket.create_server(("127.0.0.1", 0)) as free, ExitStack() as stack:
+        port = free.getsockname()[1]
+        free.close()
+        started = [
+            stack.enter_context(
+                Process(
+                    [
+                        *("--coordinator-address", f"127.0.0.1:{port}"),
+                        *("--num-processes", count, "--process-id", number, *arguments),
+                    ],
+                    cwd,
+                    cache,
+                    devices,
+                    environment=QUIET,
+                )
+            )
+            for number in range(count)
+        ]
+        # The others are read all the time: a process whose output nobody reads waits.
+        threads = stack.enter_context(ThreadPoolExecutor(count))
+        yield started, [threads.submit(process.end) for process in started[1:]]
+
+
+def losses(run):
+    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
+    records = map(json.loads, lines)
+    return {record["step"]: (record["train_loss"], record.get("val_loss")) for record in records}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for step, pair in expected.items():
+        assert found[step] == pytest.approx(pair, rel=1e-5, abs=1e-5), step
+
+
+def without_gloo(text):
+    """Output but for what Gloo says of its connections, on the standard output."""
+    return [line for line in text if "Gloo" not in line and "peer ranks" not in line]
+
+
+def test_two_processes_train_as_one_does_and_the_first_alone_tells(straight, place, cache):  # noqa: F811
+    with processes([*RUN, "--batch-size", "1", "--run-name", "a"], place, cache) as (
+        (one, two),
+        (end,),
+    ):
+        statuses = [one.end(), end.result()]
+    assert statuses == [0, 0], (one.stderr, two.stderr)
+    assert_same(losses("runs/a"), losses(straight))
+    assert "| 4 x cpu of 2 processes | Ng = 256 / (1 * 32 * 4) = 2" in without_gloo(one.lines)[0]
+    assert without_gloo(two.lines) == []
+    steps = [line for line in one.lines if "train loss" in line and line.startswith("step")]
+    assert len(steps) == STEPS
+    assert len(list(Path("runs").iterdir())) == 1
+    config = json.loads(Path("runs/a/config.json").read_text())
+    assert config["process_id"] is None  # another launch has other numbers
+
+
+def test_when_one_is_killed_the_other_ends_and_the_run_goes_on_on_other_devices(
+    straight,  # noqa: F811
+    place,  # noqa: F811
+    cache,  # noqa: F811
+):
+    with processes([*RUN, "--batch-size", "2", "--run-name", "a"], place, cache) as (
+        (one, two),
+        (end,),
+    ):
+        one.read_until("step 10/")
+        wait_until(Path("runs/a/checkpoints/00000007/manifest.json").exists)
+        one.send(signal.SIGKILL)
+        status = end.result()
+    assert status != 0
+    assert "another task died" in two.stderr
+    shutil.copytree("runs/a", "runs/b")
+    with Process(["--resume", "runs/a", "--batch-size", "2"], place, cache, 4) as alone:
+        assert (alone.end(), alone.stderr) == (0, "")
+    assert "resuming runs/a after step 7" in alone.lines
+    with processes(["--resume", "runs/b"], place, cache, count=4, devices=1) as (four, ends):
+        statuses = [four[0].end(), *(end.result() for end in ends)]
+    assert statuses == [0] * 4, four[0].stderr
+    for run in ("runs/a", "runs/b"):
+        assert_same(losses(run), losses(straight))
+
+
+def test_what_the_first_cannot_begin_no_other_begins(place, cache):  # noqa: F811
+    Path("runs/a").mkdir(parents=True)
+    with processes([*RUN, "--batch-size", "2", "--run-name", "a"], place, cache) as (
+        (one, _),
+        (end,),
+    ):
+        statuses = [one.end(), end.result()]
+    assert statuses[0] == 2
+    assert re.fullmatch(r"runs/a exists already.*\n", one.stderr)
+    assert statuses[1] != 0
+    assert list(Path("runs/a").iterdir()) == []
+
+
+@pytest.mark.skipif(
+    shutil.which("mpirun") is None, reason="needs Open MPI: apt install openmpi-bin"
+)
+def test_open_mpi_starts_them_without_any_argument(straight, place, cache):  # noqa: F811
+    env = os.environ | QUIET | {"XDG_CACHE_HOME": str(cache), "JAX_NUM_CPU_DEVICES": "2"}
+    done = subprocess.run(
+        [
+            *("mpirun", "-n", "2", "--allow-run-as-root", "--oversubscribe"),
+            *(sys.executable, SCRIPT, *RUN, "--batch-size", "2", "--run-name", "a"),
+        ],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "4 x cpu of 2 processes" in done.stdout
+    assert_same(losses("runs/a"), losses(straight))
+
+
+def test_a_process_that_no_other_joins_says_so_and_ends(tmp_path):
+    code = (
+        "from nanogpt.mesh import join_processes; join_processes('127.0.0.1:{}', 2, 1, patience=1)"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(port)],
+        cwd=Path(SCRIPT).parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    told = f"The processes of this run did not find each other at 127.0.0.1:{port} within 1 s: "
+    assert done.stderr.startswith(told)
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--num-processes", "2"], "belong together"),
+        (["--coordinator-address", "a:1", "--num-processes", "2"], "belong together"),
+        (
+            ["--coordinator-address", "a:1", "--num-processes", "2", "--process-id", "2"],
+            "process_id must be 0 to num_processes - 1",
+        ),
+        (
+            ["--coordinator-address", "a", "--num-processes", "2", "--process-id", "0"],
+            "host:port",
+        ),
+    ],
+)
+def test_arguments_that_join_nothing_are_told_in_one_sentence(arguments, told, capsys):
+    import train_gpt
+
+    assert train_gpt.main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (sentence,) = output.err.splitlines()
+    assert told in sentence
+
+
+@pytest.mark.parametrize(
+    ("environment", "others"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False),  # not by srun
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a pod like any other
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+    ],
+)
+def test_launchers_are_recognised_by_what_they_set(monkeypatch, environment, others):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "JOB_")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launched_with_others() is others
+
+
+def test_the_run_of_another_process_writes_nothing(tmp_path, capsys):
+    with SilentRun(tmp_path) as run:
+        run.configure({}, {})
+        run.say("hello")
+        run.table({"a": "b"})
+        run.progress(1, 2, "hello")
+        run.record({"step": 1})
+        run.rewind(0)
+        run.sync()
+    assert capsys.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
