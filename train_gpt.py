@@ -26,6 +26,7 @@ import tyro
 from nanogpt.config import ConfigError, GPTConfig, Kernels, LossKernel
 from nanogpt.corpus import CorpusError, embedded_corpus
 from nanogpt.documents import DataError
+from nanogpt.environment import environment, launched_with_others
 from nanogpt.interruption import Interruption
 from nanogpt.prepare import prepare
 from nanogpt.resume import (
@@ -360,8 +361,8 @@ def main(arguments: list[str] | None = None) -> int:
     override = partial(tyro.cli, Hyperparameters, args=arguments)
     given = override()  # a misspelt argument ends here
     try:
-        join_others(given)
         with Interruption() as interruption:
+            join_others(given)
             hp = settings(given, lambda start: override(default=start))
             hp.check()
             return train(with_own_text(hp), interruption)
@@ -376,8 +377,7 @@ def main(arguments: list[str] | None = None) -> int:
 def join_others(given: Hyperparameters) -> None:
     """Join the other processes of the run, if there are any: before JAX is used."""
     where = given.coordinator_address, given.num_processes, given.process_id
-    launchers = ("SLURM_", "OMPI_", "KUBERNETES_", "TPU_")
-    if where == (None,) * 3 and not any(name.startswith(launchers) for name in os.environ):
+    if where == (None,) * 3 and not launched_with_others():
         return  # known without loading JAX
     from nanogpt.mesh import join_processes
 
@@ -466,7 +466,6 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         memory_of,
         use_compilation_cache,
     )
-    from nanogpt.environment import environment
     from nanogpt.export import load_model
     from nanogpt.hardware import (
         activation_bytes,

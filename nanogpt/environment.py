@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,16 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         **{package: version(package) for package in PACKAGES},
     }
+
+
+def launched_with_others() -> bool:
+    """Whether a launcher started this process as one of several."""
+    env = os.environ
+    # srun sets SLURM_STEP_NUM_TASKS; a script that is not run by it may see the job's other names.
+    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("OMPI_COMM_WORLD_SIZE", "1"))
+    in_kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
+    on_tpus = find_spec("libtpu") is not None and "," in env.get("TPU_WORKER_HOSTNAMES", "")
+    return int(tasks) > 1 or in_kubernetes or on_tpus
 
 
 def _without_folders(word: str) -> str:

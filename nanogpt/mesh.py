@@ -6,7 +6,6 @@ devices; JAX's distributed runtime joins them. The first of them, process 0, tel
 
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from threading import Timer
 
 import jax
@@ -30,10 +29,9 @@ def join_processes(
     process_id: int | None = None,
     patience: int = 300,
 ) -> None:
-    """Join the other processes of this run, if it has any, before JAX is used for anything else.
+    """Join the other processes of this run, before JAX is used for anything else.
 
-    Without arguments the launcher is asked: Slurm, Open MPI, Kubernetes, or a TPU pod. Processes
-    that one of these started alone, and those without a launcher, stay alone.
+    Without arguments the launcher is asked: Slurm, Open MPI, Kubernetes, or a TPU pod.
 
     Args:
         coordinator_address: host:port of process 0, where no launcher tells it.
@@ -46,15 +44,12 @@ def join_processes(
         ConfigError: arguments are missing or make no sense.
     """
     given = coordinator_address, num_processes, process_id
-    if given == (None,) * 3:
-        if not launched_with_others():
-            return
-    elif None in given:
+    if given != (None,) * 3 and None in given:
         raise ConfigError(
             "coordinator_address, num_processes and process_id belong together: give all three, or "
             "none where a launcher tells them."
         )
-    elif not 0 <= process_id < num_processes or ":" not in coordinator_address:
+    if None not in given and not (0 <= process_id < num_processes and ":" in coordinator_address):
         raise ConfigError(
             f"process_id must be 0 to num_processes - 1 and coordinator_address host:port, not "
             f"{process_id} of {num_processes} and {coordinator_address}."
@@ -78,16 +73,6 @@ def join_processes(
         *given, initialization_timeout=2 * patience, heartbeat_timeout_seconds=LOST_AFTER
     )
     timer.cancel()
-
-
-def launched_with_others() -> bool:
-    """Whether a launcher started this process as one of several."""
-    env = os.environ
-    # srun sets SLURM_STEP_NUM_TASKS; a script that is not run by it may see the job's other names.
-    tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("OMPI_COMM_WORLD_SIZE", "1"))
-    in_kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
-    on_tpus = find_spec("libtpu") is not None and "," in env.get("TPU_WORKER_HOSTNAMES", "")
-    return int(tasks) > 1 or in_kubernetes or on_tpus
 
 
 def told_by_first(make: Callable[[], str]) -> str:

@@ -16,7 +16,7 @@ import pytest
 from test_resume import RUN, STEPS, Process, cache, place, straight, wait_until  # noqa: F401
 from test_train_gpt import SCRIPT
 
-from nanogpt.mesh import launched_with_others
+from nanogpt.environment import launched_with_others
 from nanogpt.tracking import SilentRun
 
 QUIET = {"GLOO_LOG_LEVEL": "ERROR"}
@@ -56,8 +56,9 @@ def losses(run):
 
 def assert_same(found, expected):
     assert found.keys() == expected.keys()
-    for step, pair in expected.items():
-        assert found[step] == pytest.approx(pair, rel=1e-5, abs=1e-5), step
+    for step, (train_loss, val_loss) in expected.items():
+        assert found[step][0] == pytest.approx(train_loss, rel=1e-5), step
+        assert found[step][1] == (val_loss and pytest.approx(val_loss, rel=1e-5)), step
 
 
 def without_gloo(text):
@@ -106,6 +107,22 @@ def test_when_one_is_killed_the_other_ends_and_the_run_goes_on_on_other_devices(
     assert statuses == [0] * 4, four[0].stderr
     for run in ("runs/a", "runs/b"):
         assert_same(losses(run), losses(straight))
+
+
+def test_when_one_is_told_to_end_all_save_after_the_same_step(straight, place, cache):  # noqa: F811
+    with processes([*RUN, "--batch-size", "2", "--run-name", "a"], place, cache) as (
+        (one, two),
+        (end,),
+    ):
+        one.read_until("step 4/")
+        two.send(signal.SIGTERM)
+        statuses = [one.end(), end.result()]
+    assert statuses == [143, 143], (one.stderr, two.stderr)
+    (last,) = (line for line in one.lines if line.startswith("weights and metrics of "))
+    step = int(last.split()[4])
+    assert 4 < step < STEPS
+    assert Path(f"runs/a/checkpoints/{step:08}/manifest.json").exists()
+    assert_same(losses("runs/a"), {k: v for k, v in losses(straight).items() if k <= step})
 
 
 def test_what_the_first_cannot_begin_no_other_begins(place, cache):  # noqa: F811
