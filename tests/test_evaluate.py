@@ -30,6 +30,8 @@ from nanogpt.mesh import make_mesh
 from nanogpt.shards import write_shard
 from nanogpt.tokenizer import ByteTokenizer, GPT2Tokenizer
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 needs_gpt2 = pytest.mark.skipif(
     "TIKTOKEN_CACHE_DIR" not in os.environ,
     reason="set TIKTOKEN_CACHE_DIR to a folder with GPT-2's vocabulary",

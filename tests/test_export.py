@@ -23,6 +23,8 @@ from nanogpt.config import ConfigError, GPTConfig
 from nanogpt.export import load_model, save_model
 from nanogpt.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 21))
 SOURCE = {"run": "a", "step": 5, "tokens": 500, "commit": "abc", "val_loss": 1.25}
 SETTINGS = {"tokenizer": "bytes", "sequence_length": 16, "dtype": "float32", "from": SOURCE}

@@ -32,6 +32,8 @@ from nanogpt.shards import write_shard
 from nanogpt.step import graph_of
 from train_gpt import PRESETS, Hyperparameters
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SCRIPT = Path(train_gpt.__file__).resolve()
 T, TOKENS_PER_STEP, STEPS = 32, 256, 6
 VAL_TOKENS = 268  # 8 rows, which make one pass, and a short ninth
