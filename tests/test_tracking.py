@@ -251,6 +251,16 @@ def test_the_log_can_be_followed_while_the_run_goes_on(run):
     assert records(run) == [{"step": 1}]
 
 
+def test_the_log_tells_what_ended_a_run_before_its_time(tmp_path):
+    with (
+        pytest.raises(BadNumbers),
+        Run(new_folder(tmp_path, "a", "laptop")) as run,
+    ):
+        run.say("step 1")
+        raise BadNumbers("step 2: loss nan")
+    assert log(run) == "step 1\nended by BadNumbers('step 2: loss nan')\n"
+
+
 def test_a_terminal_gets_colours_and_the_log_does_not(run):
     run.console = Console(file=io.StringIO(), force_terminal=True, width=80, highlight=False)
     run.say("val loss 3.2", style="bold green")
