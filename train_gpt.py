@@ -28,7 +28,7 @@ from nanogpt.corpus import CorpusError, embedded_corpus
 from nanogpt.documents import DataError
 from nanogpt.environment import environment, launched_with_others
 from nanogpt.interruption import Interruption
-from nanogpt.prepare import prepare
+from nanogpt.own_text import prepare
 from nanogpt.resume import (
     check_same_data,
     resumed_settings,

@@ -82,7 +82,12 @@ def saved_settings(kind: type[Settings], path: Path) -> Settings:
             "stages": stages_from_json(saved["stages"]),
         }
         return from_json(kind, saved | nested)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}): name a run that has it, or with "
+            "--config the file itself."
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path} is not what this version of train_gpt.py writes ({type(error).__name__}: "
             f"{error}): restore it, or name another run."
