@@ -18,7 +18,7 @@ from nanogpt.schedule import Stage, stages_from_json
 Settings = TypeVar("Settings")  # train_gpt.Hyperparameters
 
 # What may change when a run is resumed: nothing of what it learns from its next batches, but for
-# num_steps, which says how far it goes, and batch_size, which says in how many passes.
+# num_steps, which says how far it goes, and what says how its work is divided.
 CHANGEABLE = {
     "batch_size",
     "num_steps",
@@ -33,6 +33,9 @@ CHANGEABLE = {
     "coordinator_address",
     "num_processes",
     "process_id",
+    "mesh",
+    "shard_params",
+    "rematerialize",
     "sample_tokens",
     "sample_prompt",
     "tensorboard",
