@@ -113,7 +113,12 @@ def make_train_step(
     ) -> tuple[Array, Params]:
         def losses_of(change: Params, rows: Int[Array, "R T+1"]) -> tuple[Array, Array]:
             """Means over the rows, of this device's share of each, if `change` were added."""
-            params = jax.tree.map(jnp.add, gathered(parts, placed), change)
+            own = parts
+            if shard_params:
+                # Ties what is gathered to these rows: else all layers would be gathered ahead of
+                # the loop, and kept.
+                own, rows = jax.lax.optimization_barrier((parts, rows))
+            params = jax.tree.map(jnp.add, gathered(own, placed), change)
             inputs, targets = rows[:, :-1], rows[:, 1:]
             objective, losses = nnx.merge(graph, params).loss(inputs, targets, target_weights)
             return objective.sum() / targets.size, losses.sum() / targets.size
