@@ -75,6 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, ShardError, CorpusError, TokenizerError, DownloadError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted: what was told is kept.", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -195,10 +198,11 @@ def hellaswag_file() -> Path:
 
     Raises DownloadError when it cannot be had.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, logging
 
     from nanogpt.hellaswag import FILE, REPOSITORY, REVISION
 
+    logging.disable_propagation()  # Orbax's logger would say everything a second time
     get = partial(hf_hub_download, REPOSITORY, FILE, repo_type="dataset", revision=REVISION)
     try:
         return Path(patiently(FILE, get))

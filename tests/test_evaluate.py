@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import logging
 import math
 import os
 import re
@@ -343,6 +344,7 @@ def test_being_offline_is_one_sentence(base, hub, capsys, monkeypatch):
     assert evaluate.main([str(base), "--hellaswag"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]  # after what the library says of them
     assert re.fullmatch(rf"Cannot download {FILE} \(.*\): check .*\.", last)
+    assert not logging.getLogger("huggingface_hub").propagate  # else it says so twice
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(base, hub, tmp_path, capsys):
@@ -353,6 +355,15 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(base, hub, tmp_path, cap
 
 
 # Mistakes
+
+
+def test_ctrl_c_is_no_traceback(base, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "validation_nats", interrupted)
+    assert evaluate.main([str(base)]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_it_is_a_script_that_runs_from_anywhere(base, tmp_path, cache):
