@@ -18,7 +18,7 @@ from nanogpt.sampling import Sampling
 from nanogpt.step import graph_of, init_params
 
 CONTEXT = 20  # between the windows of 8 and 24 that the layers have in turn
-PROMPTS = ([99, 3, 41, 7, 7, 20, 64, 5], [4], [1, 2, 3, 7, 5] * 5)  # the last is cut at CONTEXT
+PROMPTS = ([99, 3, 41, 7, 7, 20, 64, 5], [4], [8, 9, *[1, 2, 3, 7, 5] * 4])  # the last is cut
 TOKENS = 40  # no multiple of CHUNK
 GREEDY = Sampling(temperature=0)
 
