@@ -114,7 +114,10 @@ def evaluate(options: Options) -> None:
         )
 
     def tell(line: str) -> None:
-        print(f"step {run.step} | {line}", flush=True)
+        try:
+            print(f"step {run.step} | {line}", flush=True)
+        except OSError:  # a console that is closed or full ends no work: the figures are kept
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     nats = fitting(partial(validation_nats, run, rows))
     results = {"val_files": name, "val_tokens": count, "val_loss": nats / count}

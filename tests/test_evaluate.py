@@ -375,6 +375,17 @@ def test_it_is_a_script_that_runs_from_anywhere(base, tmp_path, cache):
     assert re.match(r"step 6 \| val loss \d\.\d{4} \| ", done.stdout)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_console_that_cannot_be_written_ends_no_work(base):
+    (base / "evaluation.json").unlink(missing_ok=True)
+    script = [sys.executable, evaluate.__file__, base]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    kept = json.loads((base / "evaluation.json").read_text())
+    assert kept.keys() >= {"val_loss", "bits_per_byte"}
+
+
 def test_help_and_mistakes_need_no_jax(tmp_path):
     code = (
         "import sys, evaluate; sys.exit(10 * evaluate.main(sys.argv[1:]) + ('jax' in sys.modules))"
