@@ -173,8 +173,8 @@ class Hyperparameters:
     process_id: int | None = None
     """Which of them this one is, from 0 on, likewise."""
     mesh: str | None = None
-    """How the devices divide the work, such as data=4,model=2: so many along data train on other
-    rows, and so many along model share the heads and MLPs of the same; None for all along data."""
+    """Devices by axis, such as data=4,model=2: those along data train on other rows, those along
+    model share the heads and MLPs of the same; None for all along data."""
     shard_params: bool = False
     """Divide parameters, gradients and the optimizer's state over the devices along data, too, for
     models that are too large for each to hold whole."""
