@@ -132,6 +132,11 @@ def peak_memory(device: "jax.Device") -> float | None:
 ROOM = 2 / 3  # of the memory for activations; the rest is for parameters and the optimizer
 
 
+def row_fits(bytes_per_row: float, memory: float | None) -> bool:
+    """Whether the activations of one row have ROOM; taken for granted where memory is unknown."""
+    return memory is None or bytes_per_row <= ROOM * memory
+
+
 def largest_batch(rows: int, bytes_per_row: float, memory: float | None) -> int:
     """The largest divisor of `rows` whose activations have ROOM; 1 where memory is unknown."""
     room = ROOM * (memory or 0)
