@@ -650,6 +650,8 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
                 f"micro-batches of {batch_size} rows: about {batch_size * row_bytes / 1e9:.1f} GB "
                 f"of activations in {size} of memory"
             )
+        if rematerialize:
+            run.say("layers are computed again in the backward pass, to save memory")
 
         def shape_of(stage: int, batch_size: int) -> tuple[int, int]:
             """Micro-batches per step, Ng, and rows of each over all devices, R."""
