@@ -87,7 +87,9 @@ SPEEDRUN_STAGES = (
 class Hyperparameters:
     """Every setting of a run. The defaults are the `speedrun` preset."""
 
-    preset: Literal["auto", "speedrun", "baseline", "laptop"] = "auto"
+    preset: Literal[
+        "auto", "speedrun", "baseline", "laptop", "gpt2-medium", "gpt2-large", "gpt2-xl"
+    ] = "auto"
     """Where the other settings start: auto is speedrun with an accelerator, else laptop; with
     init_from it is the settings of that run."""
     config: str | None = None
@@ -368,6 +370,49 @@ PRESETS = {
 }
 
 
+def at_width(base: Hyperparameters, num_layers: int, num_heads: int, width: int) -> Hyperparameters:
+    """The settings for a model of another size, with learning rates that suit its width.
+
+    What a step does to the activations is to stay the same (Yang, Simon and Bernstein,
+    arXiv:2310.17813), for which only the rate of the head changes:
+
+        Muon            constant: its updates have a spectral norm of sqrt(max(1, O / I)) at any
+                        width (Bernstein and Newhouse, arXiv:2410.21265)
+        Adam, head      by 1 / width: each logit adds up as many changes as the stream is wide
+                        (Yang et al., arXiv:2203.03466, table 3, output weights)
+        Adam, others    constant: a token looks up one row, and scalars are no sums over the width
+                        (the same table, input weights and biases)
+
+    These rules are about width. None of them tells how the rates change with depth, with the size
+    of a batch, or with how many tokens a run takes.
+    """
+    model = base.model
+    return replace(
+        base,
+        head_learning_rate=base.head_learning_rate * model.width / width,
+        model=replace(
+            model,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            width=width,
+            mlp_width=4 * width,
+            attention_scale=(width // num_heads) ** -0.5,
+        ),
+    )
+
+
+# The larger sizes of GPT-2, as `baseline` trains the smallest, for once through FineWeb10B: 10
+# billion tokens, as many as llm.c trains its GPT-2s on.
+PRESETS |= {
+    name: replace(at_width(PRESETS["baseline"], *shape), preset=name, num_steps=19_000)
+    for name, shape in {
+        "gpt2-medium": (24, 16, 1024),
+        "gpt2-large": (36, 20, 1280),
+        "gpt2-xl": (48, 25, 1600),
+    }.items()
+}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Parse the arguments, train, and return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -482,12 +527,12 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     )
     from nanogpt.export import load_model
     from nanogpt.hardware import (
-        ROOM,
         activation_bytes,
         device_memory,
         flops_per_token,
         largest_batch,
         peak_memory,
+        row_fits,
         utilization,
     )
     from nanogpt.mesh import (
@@ -537,7 +582,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     bytes_of = partial(activation_bytes, hp.model, T, hp.dtype, flash=attention != "xla")
     rematerialize = hp.rematerialize
     if rematerialize is None:
-        rematerialize = memory is not None and T * bytes_of() > ROOM * memory
+        rematerialize = not row_fits(T * bytes_of(), memory)
     row_bytes = T * bytes_of(rematerialize=rematerialize)
     kernels = Kernels(attention, hp.loss_kernel, hp.fp8_head, rematerialize, sharers > 1)
     fewest = gcd(*(schedule.tokens_per_step(s) // hp.sequence_length for s in stages)) // readers
@@ -605,6 +650,8 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
                 f"micro-batches of {batch_size} rows: about {batch_size * row_bytes / 1e9:.1f} GB "
                 f"of activations in {size} of memory"
             )
+        if rematerialize:
+            run.say("layers are computed again in the backward pass, to save memory")
 
         def shape_of(stage: int, batch_size: int) -> tuple[int, int]:
             """Micro-batches per step, Ng, and rows of each over all devices, R."""

@@ -203,6 +203,23 @@ def final_loss(hp: Hyperparameters, piece: str | None, cores: Queue | None) -> f
     return loss
 
 
+def final_losses(
+    runs: dict[tuple, tuple[Hyperparameters, str | None]], own_core: bool
+) -> dict[tuple, float]:
+    """Train each, without its piece: on every CPU core one at a time, or one after the other."""
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        cores = manager.Queue() if own_core else None
+        for core in os.sched_getaffinity(0) if own_core else ():
+            cores.put(core)
+        workers = cores.qsize() if own_core else 1
+        with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
+            started = {name: pool.submit(final_loss, *run, cores) for name, run in runs.items()}
+            for run in track(as_completed(started.values()), "training", len(started)):
+                run.result()
+    return {name: run.result() for name, run in started.items()}
+
+
 def main() -> None:
     """Train with each piece left out, with every seed; print the table, and save it."""
     options = tyro.cli(Options)
@@ -221,25 +238,14 @@ def main() -> None:
         and (hp != proxy or piece in BUILT_IN)  # else the proxy has no such piece
         and (not options.pieces or any(part in piece for part in options.pieces))
     ]
-    context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        cores = None if options.gpu else manager.Queue()
-        for core in () if options.gpu else os.sched_getaffinity(0):
-            cores.put(core)
-        workers = 1 if options.gpu else cores.qsize()
-        with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
-            runs = {
-                (piece, seed): pool.submit(
-                    final_loss, replace(variants[piece], seed=seed), piece, cores
-                )
-                for seed in range(options.seeds)
-                for piece in (None, *pieces)
-            }
-            for run in track(as_completed(runs.values()), "training", len(runs)):
-                run.result()
-    losses = {
-        piece: [runs[piece, seed].result() for seed in range(options.seeds)]
+    runs = {
+        (piece, seed): (replace(variants[piece], seed=seed), piece)
+        for seed in range(options.seeds)
         for piece in (None, *pieces)
+    }
+    found = final_losses(runs, own_core=not options.gpu)
+    losses = {
+        piece: [found[piece, seed] for seed in range(options.seeds)] for piece in (None, *pieces)
     }
 
     print(f"with everything: {' '.join(f'{loss:.4f}' for loss in losses[None])}")

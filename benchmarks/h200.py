@@ -90,7 +90,8 @@ def compile_step(
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=H200, topology=f"1x1x{num_devices}"
     )
-    mesh = Mesh(np.array(topology.devices), ("data",), axis_types=(AxisType.Auto,))
+    devices = np.array(topology.devices).reshape(-1, 1)
+    mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     optimizer = optimizer_of(hp, mesh)
     init = make_init(config, optimizer, mesh)
     state = shapes_on(mesh, REPLICATED, jax.eval_shape(init, jax.random.key(0)))

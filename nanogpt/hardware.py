@@ -98,13 +98,14 @@ def activation_bytes(
     as many of paired ones. At the end: the logits and their gradient. XLA's program for an H200
     needs 18 % less, as it writes that gradient over the logits, which not every product it may
     choose when it runs can do. With `rematerialize`, all that is of one layer at a time, beside
-    what each attention and each MLP reads.
+    what each attention and each MLP reads, and the stream between layers. (For GPUs and TPUs; XLA's
+    CPU backend keeps what it would else compute twice.)
     """
     c = config
     itemsize = 4 if dtype == "float32" else 2
     numbers = c.num_layers * (4 * c.width + 2 * c.mlp_width) + c.num_attentions * 11 * c.width
     if rematerialize:
-        read = (c.num_layers + c.num_attentions) * c.width
+        read = (2 * c.num_layers + c.num_attentions) * c.width
         numbers = read + 4 * c.width + 2 * c.mlp_width + 11 * c.width
     scores = 0
     if not flash:
@@ -130,6 +131,11 @@ def peak_memory(device: "jax.Device") -> float | None:
 
 
 ROOM = 2 / 3  # of the memory for activations; the rest is for parameters and the optimizer
+
+
+def row_fits(bytes_per_row: float, memory: float | None) -> bool:
+    """Whether the activations of one row have ROOM; taken for granted where memory is unknown."""
+    return memory is None or bytes_per_row <= ROOM * memory
 
 
 def largest_batch(rows: int, bytes_per_row: float, memory: float | None) -> int:

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 
@@ -85,6 +86,26 @@ def test_memory_is_what_the_choice_of_the_micro_batch_reckons_with(which):
     reckoned = 65_536 * activation_bytes(HP.model, 2048, "bfloat16", flash=True)
     kept = step.memory_analysis().temp_size_in_bytes
     assert 0.7 * reckoned < kept < 1.02 * reckoned
+
+
+def test_layers_computed_again_need_the_memory_that_is_reckoned_for_them():
+    from benchmarks.h200 import compile_step
+
+    hp, rows, T = PRESETS["gpt2-medium"], 32, 1024
+    model = replace(hp.model, num_layers=4)
+    step = compile_step(
+        model,
+        Kernels("cudnn", rematerialize=True),
+        batch_size=rows,
+        sequence_length=T,
+        hp=hp,
+    )
+    kept = step.memory_analysis().temp_size_in_bytes
+    whole, again = (rows * T * activation_bytes(model, T, "bfloat16", True, r) for r in (0, 1))
+    assert kept < 0.5 * whole
+    # The gradient of the logits is written over them.
+    in_place = again - 2 * rows * T * V
+    assert 0.8 * in_place < kept < 1.05 * in_place
 
 
 def test_an_fp8_head_multiplies_8_bit_floats_in_all_three_products():

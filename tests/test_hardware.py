@@ -1,12 +1,14 @@
 """What a token costs, held against counting, and against the numbers of GPT-2 small's size."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from nanogpt.config import GPTConfig
+from nanogpt.config import GPTConfig, Kernels
 from nanogpt.hardware import (
     PEAK_BANDWIDTH,
     PEAK_FLOPS,
@@ -14,6 +16,7 @@ from nanogpt.hardware import (
     flops_per_token,
     largest_batch,
     peak_memory,
+    row_fits,
     utilization,
 )
 from nanogpt.step import graph_of, init_params
@@ -210,3 +213,60 @@ def test_a_layer_without_attention_needs_memory_for_its_mlp_only():
     of_mlp = needed() - needed(num_layers=11) - of_attention
     assert 0 < of_attention < 2 * 16 * 768
     assert of_mlp == 2 * (4 * 768 + 2 * 3072)
+
+
+@pytest.mark.parametrize("change", [{}, {"mlp_only": (1, 4)}, {"value_embeddings": 2}])
+def test_layers_computed_again_keep_what_is_reckoned_and_no_more(change):
+    """Held against what JAX keeps from the forward to the backward pass, layer by layer."""
+    T, B = 64, 4
+
+    def kept(num_layers):
+        config = replace(
+            PRESETS["gpt2-xl"].model,
+            vocab_size=256,
+            num_layers=num_layers,
+            num_heads=2,
+            width=64,
+            mlp_width=256,
+            **change,
+        )
+        graph = graph_of(config, Kernels(rematerialize=True))
+        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+        rows = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
+
+        def pullback(params, rows):
+            def loss(params):
+                return nnx.merge(graph, params).loss(rows[:, :-1], rows[:, 1:])[0].sum()
+
+            return jax.vjp(loss, params)[1]
+
+        leaves = jax.tree.leaves(jax.eval_shape(pullback, params, rows))
+        of_stream = sum(leaf.size * 4 for leaf in leaves if leaf.shape == (B, T, 64))
+        return of_stream / (B * T), activation_bytes(config, T, "float32", False, True)
+
+    more, reckoned = np.array(kept(12)) - np.array(kept(6))
+    assert more == pytest.approx(reckoned, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("name", "T", "flash", "memory", "fits"),
+    [
+        # 48 layers keep 23 arrays of 1,600 numbers for each token, of 2 bytes: 3.7 GB with logits.
+        ("gpt2-xl", 1024, True, 72e9, True),
+        ("gpt2-xl", 1024, True, 5.5e9, False),
+        ("gpt2-xl", 1024, True, 6.0e9, True),
+        # Without flash attention also 25 heads' scores in 4 and 2 bytes: 7.5 GB more.
+        ("gpt2-xl", 1024, False, 16e9, False),
+        ("gpt2-xl", 1024, False, 18e9, True),
+        ("gpt2-xl", 16_384, True, 72e9, False),
+        ("baseline", 1024, True, 16e9, True),
+        ("gpt2-xl", 1024, True, None, True),  # a CPU does not say
+    ],
+)
+def test_a_row_fits_if_its_activations_have_two_thirds_of_the_memory(name, T, flash, memory, fits):
+    config = PRESETS[name].model
+    assert row_fits(T * activation_bytes(config, T, "bfloat16", flash), memory) is fits
+    # Layers that are computed again need a fraction of it.
+    again = activation_bytes(config, T, "bfloat16", flash, rematerialize=True)
+    assert again < 0.6 * activation_bytes(config, T, "bfloat16", flash)
+    assert row_fits(T * again, memory)

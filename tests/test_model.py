@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nanogpt.config import GPTConfig
+from nanogpt.config import GPTConfig, Kernels
 from nanogpt.model import (
     GPT,
     Attention,
@@ -606,6 +606,35 @@ def test_the_gradient_of_relu_squared_is_that_of_its_formula_and_keeps_one_array
     expected = 2 * exact * np.asarray(above, "f8")
     np.testing.assert_allclose(np.asarray(gradient, "f8"), expected, rtol=3 * rounding)
     assert [leaf.shape for leaf in jax.tree.leaves(pullback)] == [(500,)]
+
+
+@pytest.mark.parametrize("config", [EVERY_TRICK, VALUE_RESIDUAL])
+def test_layers_computed_again_have_the_same_losses_and_gradients_and_keep_less(config):
+    params, tokens = alive(config), some_tokens(config, B=2, T=T)
+
+    def loss(again, params):
+        graph = graph_of(config, Kernels(rematerialize=again))
+        return nnx.merge(graph, params).loss(tokens, tokens)[0].mean()
+
+    (kept, (found, gradients)), (again, (again_found, again_gradients)) = (
+        (
+            jax.eval_shape(lambda p, r=rematerialize: jax.vjp(partial(loss, r), p)[1], params),
+            jax.jit(jax.value_and_grad(partial(loss, rematerialize)))(params),
+        )
+        for rematerialize in (False, True)
+    )
+    assert again_found == pytest.approx(float(found), rel=1e-6)
+    for one, other in zip(*map(jax.tree.leaves, (gradients, again_gradients)), strict=True):
+        assert relative_error(other, one) < 1e-5
+    # Nothing that has an MLP's width or a number per query and key waits for the backward pass.
+    tokens_in_all, widths = 2 * T, {config.width, config.padded_vocab_size, 1}
+
+    def inner(pullback):
+        shapes = {leaf.shape for leaf in jax.tree.leaves(pullback)}
+        return {s for s in shapes if np.prod(s[:-1]) == tokens_in_all and s[-1] not in widths}
+
+    assert inner(kept)
+    assert not inner(again)
 
 
 def test_norm_gives_a_mean_square_of_one_whatever_the_scale():

@@ -462,6 +462,22 @@ def test_without_a_batch_size_the_micro_batch_is_the_largest_that_should_fit(
     assert line == "micro-batches of 256 rows: about 0.1 GB of activations in 0.1 GB of memory"
 
 
+def test_where_not_even_a_row_fits_layers_are_computed_again_and_the_losses_stay(
+    tmp_path, tmp_path_factory, monkeypatch
+):
+    losses, logs = [], []
+    for memory in (0.5e6, 0.3e6):  # a row of 32 tokens needs 8,448 bytes for each of them
+        monkeypatch.setattr("nanogpt.hardware.device_memory", lambda device, m=memory: m)
+        folder = tmp_path / f"{memory:.0f}"
+        folder.mkdir()
+        arguments = ["--batch-size", "None", "--total-batch-size", "256", "--num-steps", "2"]
+        found, log = in_this_process(tmp_path_factory, folder, monkeypatch, *arguments)
+        losses.append(found)
+        logs.append("layers are computed again in the backward pass, to save memory" in log)
+    assert logs == [False, True]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_fineweb_shards_are_read_in_order_each_token_once(tmp_path, tmp_path_factory):
     # Step s of the baseline trains on nothing but the token 10,000 + s, which it never saw: it
     # cannot beat a uniform guess. Had it seen the token before, because the data repeats or skips
