@@ -34,7 +34,7 @@ from jax.stages import Compiled
 from benchmarks.results import save
 from nanogpt.compilation import memory_of
 from nanogpt.config import GPTConfig, Kernels
-from nanogpt.mesh import BATCH, REPLICATED, shapes_on
+from nanogpt.mesh import BATCH, shapes_on
 from nanogpt.schedule import Rates
 from nanogpt.step import graph_of, make_init, make_train_step
 from train_gpt import PRESETS, Hyperparameters, optimizer_of
@@ -77,29 +77,39 @@ def compile_step(
     kernels: Kernels,
     *,
     num_devices: int = 1,
+    model_devices: int = 1,
     batch_size: int = 32,
     sequence_length: int = 2048,
     accumulation_steps: int = 2,
     target_weights: tuple[float, ...] = (1.0,),
     hp: Hyperparameters = PRESETS["speedrun"],
 ) -> Compiled:
-    """A training step in bfloat16, compiled for `num_devices` H200s of one host.
+    """A training step in bfloat16, compiled for `num_devices` H200s, eight in each host.
 
-    Of `hp` it takes the optimizer only.
+    Of `hp` it takes the optimizer and shard_params only. `model_devices` of the devices share each
+    row.
     """
+    per_host = min(num_devices, 8)
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=H200, topology=f"1x1x{num_devices}"
+        platform="cuda", target_config=H200, topology=f"1x{num_devices // per_host}x{per_host}"
     )
-    devices = np.array(topology.devices).reshape(-1, 1)
+    devices = np.array(topology.devices).reshape(-1, model_devices)
     mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     optimizer = optimizer_of(hp, mesh)
-    init = make_init(config, optimizer, mesh)
-    state = shapes_on(mesh, REPLICATED, jax.eval_shape(init, jax.random.key(0)))
-    rows = batch_size * num_devices
+    init = make_init(config, optimizer, mesh, hp.shard_params)
+    state = jax.eval_shape(init, jax.random.key(0))
+    rows = batch_size * num_devices // model_devices
     shape = jax.ShapeDtypeStruct((accumulation_steps, rows, sequence_length + 1), jnp.int32)
     rates = Rates(*[jax.ShapeDtypeStruct((), jnp.float32)] * 2)
     graph = graph_of(config, kernels)
-    step = make_train_step(graph, optimizer, mesh, "bfloat16", target_weights=target_weights)
+    step = make_train_step(
+        graph,
+        optimizer,
+        mesh,
+        "bfloat16",
+        target_weights=target_weights,
+        shard_params=hp.shard_params,
+    )
     with ExitStack() as stack:
         # JAX asks the driver whether cuDNN can do it; there is no driver to ask.
         cudnn = "jax._src.cudnn.fused_attention_stablehlo"

@@ -10,15 +10,16 @@ heads and MLPs of the same rows (tensor parallelism: Megatron-LM, arXiv:1909.080
     all others           whole, and all devices compute the same with them
 
 With `shard_params` the devices along "data" divide the parameters, too, and with them gradients and
-the state of the optimizer (ZeRO-3: arXiv:1910.02054, FSDP: arXiv:2304.11277). Each gathers a layer
-when it is needed, and lets go of it again.
+the state of the optimizer (ZeRO-3: arXiv:1910.02054, FSDP: arXiv:2304.11277), 16 bytes or more of
+each weight. What a device gathers of the others, layer by layer, are 2 bytes of each in bfloat16.
+It keeps them from the first forward pass of a step to the last backward pass, so that they are sent
+once, however many micro-batches there are; to let go of a layer in between would send them again.
 """
 
 from collections.abc import Sequence
 from math import prod
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
@@ -39,7 +40,6 @@ LAYOUT = {
 }
 # What devices along "model" have whole, and use each for its own heads or tokens.
 USED_IN_PARTS = ("head", "value_mix")
-GATHERED = "gathered"  # the name of what a device holds of others for a while
 
 Path = tuple[jax.tree_util.KeyEntry, ...]
 
@@ -118,16 +118,12 @@ def _data_axis(spec: P) -> int | None:
 
 
 def gathered(parts: PyTree, placed: PyTree) -> PyTree:
-    """The arrays of which each device along "data" has a part, by their specs; in `jax.shard_map`.
-
-    They are named GATHERED, so that `jax.checkpoint` can be told not to keep them.
-    """
+    """The arrays whole, of which each device along "data" has a part; in `jax.shard_map`."""
 
     def gather(part: Float[Array, "..."], spec: P) -> Float[Array, "..."]:
         if (axis := _data_axis(spec)) is None:
             return part
-        whole = jax.lax.all_gather(part, "data", axis=axis, tiled=True)
-        return checkpoint_name(whole, GATHERED)
+        return jax.lax.all_gather(part, "data", axis=axis, tiled=True)
 
     return jax.tree.map(gather, parts, placed)
 

@@ -11,8 +11,9 @@ This is what `jax.pmap` did for a single list of devices, in the form that also 
 and sharded parameters. `check_vma=False` leaves gradients to each device until they are reduced by
 name; it also admits kernels that do not declare what varies over devices (TPU's do not).
 
-Layers stand apart in the forward and backward pass, so that the gradient of each is whole, and may
-be on its way to the other devices, while those of the layers before it are still computed.
+Layers stand apart in the forward and backward pass, so that each is gathered, where devices hold
+parts of it, by itself; and so that its gradient is on its way to the other devices while those of
+the layers before it are still computed.
 """
 
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from nanogpt.config import GPTConfig, Kernels
 from nanogpt.mesh import BATCH, REPLICATED, ROWS
 from nanogpt.model import GPT, XLA, compute_copy, stacked, unrolled
 from nanogpt.schedule import Rates
-from nanogpt.sharding import GATHERED, gathered, reduced, shardings, specs, sum_over_model
+from nanogpt.sharding import gathered, reduced, shardings, specs, sum_over_model
 
 Params = PyTree[Float[Array, "..."]]
 Metrics = dict[str, Float[Array, ""]]
@@ -111,32 +112,20 @@ def make_train_step(
     def loss_and_gradients(
         graph: nnx.GraphDef, placed: PyTree, parts: Params, batch: Int[Array, "Ng R T+1"]
     ) -> tuple[Array, Params]:
-        def losses_of(change: Params, rows: Int[Array, "R T+1"]) -> tuple[Array, Array]:
-            """Means over the rows, of this device's share of each, if `change` were added."""
-            own = parts
-            if shard_params:
-                # Ties what is gathered to these rows: else all layers would be gathered ahead of
-                # the loop, and kept.
-                own, rows = jax.lax.optimization_barrier((parts, rows))
-            params = jax.tree.map(jnp.add, gathered(own, placed), change)
+        params = gathered(parts, placed)
+
+        def losses_of(params: Params, rows: Int[Array, "R T+1"]) -> tuple[Array, Array]:
+            """Means over the rows, as sums over this device's share of each."""
             inputs, targets = rows[:, :-1], rows[:, 1:]
             objective, losses = nnx.merge(graph, params).loss(inputs, targets, target_weights)
             return objective.sum() / targets.size, losses.sum() / targets.size
 
-        if shard_params:  # what was gathered is gathered again for the backward pass
-            keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
-            losses_of = jax.checkpoint(losses_of, policy=keep)
-
-        whole = jax.eval_shape(partial(gathered, placed=placed), parts)
-        no_change = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), whole)
-
         def accumulate(total, rows):
-            gradients_of = jax.value_and_grad(losses_of, has_aux=True)
-            (_, loss), gradients = gradients_of(no_change, rows)
+            (_, loss), gradients = jax.value_and_grad(losses_of, has_aux=True)(params, rows)
             new = loss, gradients
             return jax.tree.map(lambda t, n: t + n.astype(jnp.float32), total, new), None
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape), (jnp.zeros([]), whole))
+        zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p)), (0.0, params))
         total, _ = jax.lax.scan(accumulate, zeros, batch)
         loss, gradients = jax.tree.map(lambda t: t / len(batch), total)
         loss = jax.lax.pmean(sum_over_model(loss), "data")
