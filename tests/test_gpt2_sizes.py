@@ -124,7 +124,7 @@ SMALL = replace(
     model=replace(
         PRESETS["baseline"].model,
         vocab_size=100,
-        num_layers=2,
+        num_layers=1,
         num_heads=2,
         width=32,
         mlp_width=128,
@@ -135,10 +135,10 @@ SMALL = replace(
 @cache
 def moved(width, head_times=1.0):
     """How far three steps move logits and features, root mean square over the tokens."""
-    hp = at_width(SMALL, 2, width // 16, width)
+    hp = at_width(SMALL, 1, width // 16, width)
     hp = replace(hp, head_learning_rate=head_times * hp.head_learning_rate)
     optimizer, graph = optimizer_of(hp, make_mesh(1)), graph_of(hp.model)
-    rows = np.random.default_rng(0).integers(0, 100, (8, 33))
+    rows = np.random.default_rng(0).integers(0, 100, (4, 33))
 
     def outputs(params):
         model = nnx.merge(graph, params)
@@ -156,13 +156,13 @@ def moved(width, head_times=1.0):
     state = optimizer.init(params)
     for _ in range(3):
         params, state = step(params, state)
-    before, after = jax.jit(outputs)(first), jax.jit(outputs)(params)
+    before, after = map(jax.jit(outputs), (first, params))
     return [float(np.sqrt(np.mean((b - a) ** 2))) for a, b in zip(before, after, strict=True)]
 
 
-def test_steps_move_features_and_logits_as_far_at_eight_times_the_width():
-    narrow, wide = moved(32), moved(256)
+def test_steps_move_features_and_logits_as_far_at_four_times_the_width(compiled_quickly):
+    narrow, wide = moved(32), moved(128)
     assert np.array(wide) == pytest.approx(np.array(narrow), rel=0.3)
     assert min(narrow) > 0.1
     # With the rate of the narrow head the wide one's logits run away.
-    assert moved(256, 8.0)[1] > 3 * narrow[1]
+    assert moved(128, 4.0)[1] > 2 * narrow[1]

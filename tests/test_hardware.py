@@ -223,7 +223,7 @@ def test_layers_computed_again_keep_what_is_reckoned_and_no_more(change):
     def kept(num_layers):
         config = replace(
             PRESETS["gpt2-xl"].model,
-            vocab_size=256,
+            vocab_size=128,
             num_layers=num_layers,
             num_heads=2,
             width=64,
@@ -241,6 +241,10 @@ def test_layers_computed_again_keep_what_is_reckoned_and_no_more(change):
             return jax.vjp(loss, params)[1]
 
         leaves = jax.tree.leaves(jax.eval_shape(pullback, params, rows))
+        shapes = [leaf.shape for leaf in leaves]
+        assert not [
+            s for s in shapes if s[-1:] == (256,) and np.prod(s) == B * T * 256
+        ]  # of an MLP
         of_stream = sum(leaf.size * 4 for leaf in leaves if leaf.shape == (B, T, 64))
         return of_stream / (B * T), activation_bytes(config, T, "float32", False, True)
 
