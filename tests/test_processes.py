@@ -138,26 +138,6 @@ def test_what_the_first_cannot_begin_no_other_begins(place, cache):  # noqa: F81
     assert list(Path("runs/a").iterdir()) == []
 
 
-@pytest.mark.skipif(
-    shutil.which("mpirun") is None, reason="needs Open MPI: apt install openmpi-bin"
-)
-def test_open_mpi_starts_them_without_any_argument(straight, place, cache):  # noqa: F811
-    env = os.environ | QUIET | {"XDG_CACHE_HOME": str(cache), "JAX_NUM_CPU_DEVICES": "2"}
-    done = subprocess.run(
-        [
-            *("mpirun", "-n", "2", "--allow-run-as-root", "--oversubscribe"),
-            *(sys.executable, SCRIPT, *RUN, "--batch-size", "2", "--run-name", "a"),
-        ],
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "4 x cpu of 2 processes" in done.stdout
-    assert_same(losses("runs/a"), losses(straight))
-
-
 def test_a_process_that_no_other_joins_says_so_and_ends(tmp_path):
     code = (
         "from nanogpt.mesh import join_processes; join_processes('127.0.0.1:{}', 2, 1, patience=1)"

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Train under Open MPI: launch/mpirun.sh NUMBER_OF_PROCESSES [arguments of train_gpt.py]
+# docs/many-machines.md explains each option.
+set -euo pipefail
+exec mpirun -n "$1" --bind-to none \
+    --mca orte_abort_on_non_zero_status 0 --mca odls_base_sigkill_timeout 120 \
+    python3 train_gpt.py "${@:2}"
