@@ -3,5 +3,5 @@
 # docs/many-machines.md explains each option.
 set -euo pipefail
 exec mpirun -n "$1" --bind-to none \
-    --mca orte_abort_on_non_zero_status 0 --mca odls_base_sigkill_timeout 120 \
+    --mca orte_abort_on_non_zero_status 0 --mca odls_base_sigkill_timeout 30 \
     python3 train_gpt.py "${@:2}"
