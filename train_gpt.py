@@ -540,6 +540,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         REPLICATED,
         ROWS,
         make_mesh,
+        processes_line,
         put,
         shapes_on,
         told_by_first,
@@ -632,7 +633,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         per_pass = batch_size * hp.sequence_length * readers
         devices = f"{mesh.size} x {device.device_kind}"
         if jax.process_count() > 1:
-            devices += f" of {jax.process_count()} processes"
+            devices += f" of {processes_line()}"
         if sharers > 1:
             devices += f" as data={readers},model={sharers}"
         if hp.shard_params:

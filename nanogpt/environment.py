@@ -12,8 +12,10 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 CPUINFO = Path("/proc/cpuinfo")  # Linux's; other systems have none
+TPU_DEVICES = "/dev/accel0", "/dev/vfio/0"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -44,8 +46,35 @@ def launched_with_others() -> bool:
     # srun sets SLURM_STEP_NUM_TASKS; a script that is not run by it may see the job's other names.
     tasks = env.get("SLURM_STEP_NUM_TASKS", env.get("OMPI_COMM_WORLD_SIZE", "1"))
     in_kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
-    on_tpus = find_spec("libtpu") is not None and "," in env.get("TPU_WORKER_HOSTNAMES", "")
-    return int(tasks) > 1 or in_kubernetes or on_tpus
+    return int(tasks) > 1 or in_kubernetes or (has_tpu() and _tpu_hosts() > 1)
+
+
+def has_tpu() -> bool:
+    """Whether JAX will find TPU chips here."""
+    return find_spec("libtpu") is not None and any(map(os.path.exists, TPU_DEVICES))
+
+
+def _tpu_hosts() -> int:
+    """How many hosts the TPU slices of this one have, as variables tell it or Google's cloud."""
+    env = os.environ
+    hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES"))
+    slices = env.get("MEGASCALE_NUM_SLICES")
+    if hosts is None and "TPU_SKIP_MDS_QUERY" not in env:
+        hosts = _metadata("worker-network-endpoints")
+        told = re.search(r"^MEGASCALE_NUM_SLICES: '(\d+)'", _metadata("tpu-env"), re.MULTILINE)
+        slices = slices or (told and told[1])
+    return len((hosts or "").split(",")) * int(slices or 1)
+
+
+def _metadata(name: str) -> str:
+    """What Google's cloud tells its machines of themselves; empty where it tells nothing."""
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/{name}"
+    try:
+        with urlopen(Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5) as answer:
+            return answer.read().decode()
+    except OSError:  # no such server, or it knows no such name
+        return ""
 
 
 def _without_folders(word: str) -> str:

@@ -13,6 +13,7 @@ from threading import Timer
 
 import jax
 import numpy as np
+from jax._src.distributed import global_state
 from jax.experimental.multihost_utils import broadcast_one_to_all
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -45,7 +46,7 @@ def join_processes(
     ends the others within LOST_AFTER seconds, and tells why.
 
     Raises:
-        ConfigError: arguments are missing or make no sense.
+        ConfigError: arguments are missing or make no sense, or JAX cannot join the others.
     """
     given = coordinator_address, num_processes, process_id
     if given != (None,) * 3 and None in given:
@@ -73,10 +74,28 @@ def join_processes(
     timer = Timer(patience, give_up)
     timer.daemon = True
     timer.start()
-    jax.distributed.initialize(
-        *given, initialization_timeout=2 * patience, heartbeat_timeout_seconds=LOST_AFTER
+    try:
+        jax.distributed.initialize(
+            *given, initialization_timeout=2 * patience, heartbeat_timeout_seconds=LOST_AFTER
+        )
+    except (ValueError, RuntimeError) as error:  # the launcher, or the network, is in the way
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ConfigError(
+            f"JAX could not join the processes of this run ({reason}): see docs/many-machines.md, "
+            "or give each --coordinator-address, --num-processes and --process-id."
+        ) from error
+    finally:
+        timer.cancel()
+
+
+def processes_line() -> str:
+    """Who trains together, such as "2 processes, 4 devices in each, coordinator 10.0.0.1:1234"."""
+    # JAX has no public name for the address that a launcher told it.
+    address = getattr(global_state, "coordinator_address", None)
+    return (
+        f"{jax.process_count()} processes, {jax.local_device_count()} devices in each, "
+        f"coordinator {address}"
     )
-    timer.cancel()
 
 
 def told_by_first(make: Callable[[], str]) -> str:
