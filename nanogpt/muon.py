@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from nanogpt.mesh import DEVICES
+from nanogpt.mesh import DEVICES, REPLICATED
 
 # a s + b s³ + c s⁵, with one (a, b, c) after another, takes singular values s from 0.001 ... 1 to
 # 0.84 ... 1.15. Each polynomial brings nearest to one whatever the one before it may leave. (They
@@ -170,20 +170,33 @@ def _orthogonalize_stack(
     those of one device to the bit, which products of differently large batches would not be.
     """
     S, devices = len(matrices), mesh.size if mesh else 1
-    groups = -(-S // (GROUP * devices)) * devices
+    divided = shard_params or (mesh is not None and mesh.shape["model"] > 1)
+    # Devices without a group of their own would only lengthen what all gather: they do the work of
+    # another instead. Parts of matrices that lie divided must reach every device anyway.
+    fewest = devices if divided else min(devices, -(-S // GROUP))
+    sharers = min(n for n in range(fewest, devices + 1) if devices % n == 0)
+    groups = -(-S // (GROUP * sharers)) * sharers
     padding = [(0, groups * GROUP - S), (0, 0), (0, 0)]
     grouped = jnp.pad(matrices, padding).reshape(groups, GROUP, *matrices.shape[1:])
 
     def orthogonalize_groups(share: Float[Array, "share group I O"]) -> Float[Array, "..."]:
         return jax.lax.map(lambda group: orthogonalize(group, dtype).astype(dtype), share)
 
-    if mesh:
+    def share_of_whole(grouped: Float[Array, "groups group I O"]) -> Float[Array, "..."]:
+        each = groups // sharers
+        first = jax.lax.axis_index("data") % sharers * each
+        share = jax.lax.dynamic_slice_in_dim(grouped, first, each)
+        teams = np.arange(devices).reshape(-1, sharers).tolist()
+        return jax.lax.all_gather(
+            orthogonalize_groups(share), "data", axis_index_groups=teams, tiled=True
+        )
+
+    if divided:
         each_its_share = jax.shard_map(
             orthogonalize_groups, mesh=mesh, in_specs=DEVICES, out_specs=DEVICES, check_vma=False
         )
         # From how matrices lie to whole ones and back, one axis of the mesh at a time: that is what
-        # the compiler can do without gathering them all. As they lie before, they lie after: else
-        # it divides the momentum by groups, too, and gathers it.
+        # the compiler can do without gathering them all.
         lying = P(None, None, "data" if shard_params else None, "model")
         way = [NamedSharding(mesh, each) for each in (lying, P("data", None, None, "model"))]
         for step in way:
@@ -191,6 +204,10 @@ def _orthogonalize_stack(
         grouped = each_its_share(grouped)
         for step in reversed(way):
             grouped = jax.lax.with_sharding_constraint(grouped, step)
+    elif mesh:
+        grouped = jax.shard_map(
+            share_of_whole, mesh=mesh, in_specs=REPLICATED, out_specs=REPLICATED, check_vma=False
+        )(grouped)
     else:
         grouped = orthogonalize_groups(grouped)
     return grouped.reshape(-1, *matrices.shape[1:])[:S]

@@ -1,5 +1,7 @@
 """Muon, held against the papers' formulas in NumPy, and against singular value decompositions."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -220,3 +222,14 @@ def test_each_of_eight_devices_has_an_eighth_of_the_groups():
     # 96 matrices are 12 groups of 8: at most two for each device, in one loop of two turns.
     assert "f32[2,8,24,24]" in program
     assert '"known_trip_count":{"n":"2"}' in program
+
+
+def test_what_devices_gather_does_not_grow_with_their_number():
+    muon = scale_by_muon(mesh=make_mesh(8))
+    stack = {"qkv": jax.ShapeDtypeStruct((20, 24, 24), jnp.float32)}
+    state = jax.eval_shape(muon.init, stack)
+    program = jax.jit(muon.update).lower(stack, state, momentum=0.9).compile().as_text()
+    # 20 matrices are 3 groups of 8: four devices gather as many as they are, and four do the same.
+    (gathered,) = re.findall(r"= f32\[(\d+),8,24,24\]\S* all-gather\(", program)
+    assert int(gathered) == 4
+    assert "replica_groups={{0,1,2,3},{4,5,6,7}}" in program or "[2,4]<=[8]" in program

@@ -77,7 +77,10 @@ def test_two_processes_train_as_one_does_and_the_first_alone_tells(straight, pla
         statuses = [one.end(), end.result()]
     assert statuses == [0, 0], (one.stderr, two.stderr)
     assert_same(losses("runs/a"), losses(straight))
-    assert "| 4 x cpu of 2 processes | Ng = 256 / (1 * 32 * 4) = 2" in without_gloo(one.lines)[0]
+    first = without_gloo(one.lines)[0]
+    together = r"\| 4 x cpu of 2 processes, 2 devices in each, coordinator 127\.0\.0\.1:\d+ \|"
+    assert re.search(together, first)
+    assert "Ng = 256 / (1 * 32 * 4) = 2" in first
     assert without_gloo(two.lines) == []
     steps = [line for line in one.lines if "train loss" in line and line.startswith("step")]
     assert len(steps) == STEPS
