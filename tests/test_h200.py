@@ -161,5 +161,61 @@ def test_eight_gpus_gather_the_matrices_that_each_orthogonalised_in_bfloat16():
 
     _, program = compiled(*LAST_ON_EIGHT)
     gathered = [re.search(r"\w+\[[\d,]+\]", x.shape)[0] for x in collectives(program)["all-gather"]]
-    # 40 square and 24 oblong matrices, each kind in eight groups of eight, some of them idle.
-    assert sorted(gathered) == ["bf16[8,8,768,3072]", "bf16[8,8,768,768]"]
+    # 40 square matrices are five groups of eight, with three that are idle; 24 oblong ones are
+    # three groups, of four devices that do them and four that do the same.
+    assert sorted(gathered) == ["bf16[4,8,768,3072]", "bf16[8,8,768,768]"]
+
+
+def in_order(step, *marks):
+    """What each instruction is of which a mark tells, in the order of the schedule."""
+    from benchmarks.h200 import Program
+
+    text = step.as_text()
+    assert "is_scheduled=true" in text
+    found = []
+    for x in Program(step):
+        found += [m for m in marks if m == x.opcode or f'custom_call_target="{m}"' in x.attributes]
+    return found
+
+
+@cache
+def small_baseline(shard_params, accumulation_steps=1):
+    from benchmarks.h200 import compile_step
+
+    hp = replace(PRESETS["baseline"], shard_params=shard_params)
+    return compile_step(
+        replace(hp.model, num_layers=4),
+        CUDNN,
+        num_devices=8,
+        batch_size=32,
+        sequence_length=1024,
+        accumulation_steps=accumulation_steps,
+        hp=hp,
+    )
+
+
+def test_gradients_are_on_their_way_before_the_backward_pass_has_ended():
+    backward = "__cudnn$fmhaSoftmaxBackward"
+    order = in_order(small_baseline(False), "all-reduce-start", backward)
+    last = len(order) - 1 - order[::-1].index(backward)
+    assert "all-reduce-start" in order[:last]
+
+
+def test_layers_in_parts_are_gathered_while_those_before_them_are_computed():
+    forward = "__cudnn$fmhaSoftmax"
+    order = in_order(small_baseline(True), "all-gather-start", forward)
+    assert "all-gather-start" in order[order.index(forward) :]
+
+
+def test_parameters_in_parts_take_an_eighth_and_send_nothing_in_the_accumulation_loop():
+    from benchmarks.h200 import Program, collectives
+
+    whole, parts = (small_baseline(shard).memory_analysis() for shard in (False, True))
+    assert parts.argument_size_in_bytes < whole.argument_size_in_bytes / 7.5
+    program = Program(small_baseline(True, accumulation_steps=2))
+    assert program.loops()
+    assert not any(collectives(loop) for loop in program.loops())
+    assert set(collectives(program)) == {
+        *("all-gather", "reduce-scatter"),  # parameters, and their gradients
+        *("all-to-all", "all-reduce"),  # for Muon; and scalars
+    }
