@@ -14,6 +14,8 @@ from nanogpt.config import ConfigError
 from nanogpt.sampling import Sampling, Token
 from nanogpt.tokenizer import TokenizerError, load_tokenizer
 
+MOST_SAMPLES = 1024  # a slip of the keyboard must not take all memory of a machine
+
 
 @dataclass(frozen=True)
 class Options:
@@ -33,7 +35,7 @@ class Options:
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A text ends before this, or the first of several; a document ends with <|endoftext|>."""
     serve: bool = False
-    """Open a page in the browser to play with the model, instead."""
+    """Serve a page to play with the model instead; there it is set how it writes."""
     port: int = 8000
     """Where that page is served, on this machine only."""
 
@@ -44,6 +46,11 @@ class Options:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if self.prompt and self.prompt_file:
             raise ConfigError("prompt and prompt_file cannot both be given: leave one out.")
+        if self.num_samples > MOST_SAMPLES:
+            raise ConfigError(
+                f"num_samples must be at most {MOST_SAMPLES:,}, not {self.num_samples:,}: ask "
+                "several times, each with a seed of its own."
+            )
         if "" in self.stop:
             raise ConfigError("stop must not be empty.")
         self.sampling.check()
@@ -90,7 +97,7 @@ def read_prompt(options: Options) -> str:
     except OSError as error:
         raise ConfigError(f"The prompt cannot be read from {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
-        where = "The prompt" if path is None else f"The prompt in {path}"
+        where = "The prompt" if path is None or str(path) == "-" else f"The prompt in {path}"
         raise ConfigError(f"{where} is not UTF-8 (byte {error.start:,}): convert it.") from error
 
 

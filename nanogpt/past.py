@@ -134,16 +134,16 @@ class Next:
     def angles(self, speed: Float[np.ndarray, "H/2"], T: int) -> Float[Array, "B T H/2"]:
         """How far the pairs of a head are turned in this token's T places, in radians.
 
-        A place is a number of two digits, and the angle of either is looked up: a product in
+        A place is a number of three digits, and the angle of each is looked up: a product in
         float32 would be off by more the longer the text is.
         """
-        base = 1024
-        low, high = (
-            jnp.float32(np.mod(np.arange(base)[:, None] * digit * speed, 2 * np.pi))
-            for digit in (1, base)
-        )
+        base = 2048  # so that three digits reach further than int32
         place = T * self.old.position[:, None] + jnp.arange(T)
-        return low[place % base] + high[place // base % base]
+        angle = 0.0
+        for digit in (1, base, base**2):
+            turns = np.arange(base)[:, None] * digit * speed
+            angle += jnp.float32(np.mod(turns, 2 * np.pi))[place // digit % base]
+        return angle
 
     def attention(
         self,

@@ -184,6 +184,16 @@ def test_what_cannot_be_written_whole_is_not_written_at_all(exported, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_leaves_nothing_and_no_traceback(run, tmp_path, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nanogpt.export.save_file", interrupted)
+    assert export.main([str(run), "--out", str(tmp_path / "gpt")]) == 130
+    assert capsys.readouterr().err == "Interrupted: nothing was written.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_a_run_can_be_exported(exported, tmp_path, capsys):
     harmed = tmp_path / "harmed"
     (harmed / "config.json").mkdir(parents=True)  # a file that cannot be read

@@ -13,6 +13,7 @@ from flax import nnx
 import nanogpt.model
 from nanogpt.config import GPTConfig
 from nanogpt.generate import CHUNK, generate
+from nanogpt.past import Cache, Next
 from nanogpt.rotary import rotation
 from nanogpt.sampling import Sampling
 from nanogpt.step import graph_of, init_params
@@ -153,6 +154,17 @@ def test_logits_from_the_cache_are_those_of_a_whole_pass_at_positions_in_the_tho
     np.testing.assert_array_equal(tokens[:, 0], expected.argmax(axis=1))
     np.testing.assert_allclose(probabilities[:, 0], expected.max(axis=1), atol=1e-4)
     assert np.ptp(expected) > 0.5
+
+
+@pytest.mark.parametrize("position", [0, 2**10, 2**20, 10**9, 2**31 // 2 - 1])
+def test_angles_are_exact_however_long_a_text_is(position):
+    speed, _ = rotation(MODELS["dense"])
+    old = Cache(jnp.array([position, 7]), jnp.array([0, 0]), jnp.int32(0), {}, {}, {})
+    angle = Next(MODELS["dense"], old, jnp.array([0, 0]), CONTEXT).angles(speed, 2)
+    places = 2 * np.array([[position], [7]]) + np.arange(2)
+    expected = places[:, :, None] * speed
+    np.testing.assert_allclose(np.cos(angle), np.cos(expected), atol=5e-6)
+    np.testing.assert_allclose(np.sin(angle), np.sin(expected), atol=5e-6)
 
 
 def test_in_bfloat16_the_probabilities_are_nearly_those_of_float32():

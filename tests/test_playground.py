@@ -639,7 +639,10 @@ def test_what_is_asked_on_the_page_is_what_the_model_gets(visit):
         page.get_by_label("Seed").fill("123")
         write_text(page, "Once é", 3)
         status(page, "Tokens written: 3.")
+        # What a screen reader says of a slider, and what is written over it.
+        assert page.locator("#top_k").evaluate("slider => slider.ariaValueText") == "40"
         page.locator("#top_k").fill("0")
+        assert page.locator("#top_k").evaluate("slider => slider.ariaValueText") == "all"
         write_text(page, "", 1)
         status(page, "Tokens written: 1.")
     assert model.orders == [
