@@ -75,6 +75,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (ConfigError, ShardError, CorpusError, TokenizerError, DownloadError) as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted: what was told is kept.", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -111,7 +114,10 @@ def evaluate(options: Options) -> None:
         )
 
     def tell(line: str) -> None:
-        print(f"step {run.step} | {line}", flush=True)
+        try:
+            print(f"step {run.step} | {line}", flush=True)
+        except OSError:  # a console that is closed or full ends no work: the figures are kept
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     nats = fitting(partial(validation_nats, run, rows))
     results = {"val_files": name, "val_tokens": count, "val_loss": nats / count}
@@ -195,10 +201,11 @@ def hellaswag_file() -> Path:
 
     Raises DownloadError when it cannot be had.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download, logging
 
     from nanogpt.hellaswag import FILE, REPOSITORY, REVISION
 
+    logging.disable_propagation()  # Orbax's logger would say everything a second time
     get = partial(hf_hub_download, REPOSITORY, FILE, repo_type="dataset", revision=REVISION)
     try:
         return Path(patiently(FILE, get))

@@ -26,7 +26,8 @@ from cached_fineweb10B import DownloadError, patiently
 from nanogpt.documents import DataError, find_files
 from nanogpt.encode import Inputs
 from nanogpt.interruption import Interruption
-from nanogpt.prepare import SHARD_TOKENS, Recipe, make_shards, progress_line
+from nanogpt.pace import progress_line
+from nanogpt.prepare import SHARD_TOKENS, Recipe, make_shards
 from nanogpt.shards import MAX_TOKENS
 from nanogpt.tokenizer import TokenizerError
 

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -30,8 +31,7 @@ class Options:
     """Tokens of each text."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()  # noqa: RUF009
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A text ends before this; may be given several times. <|endoftext|> is the end of a
-    document."""
+    """A text ends before this, or the first of several; a document ends with <|endoftext|>."""
     serve: bool = False
     """Open a page in the browser to play with the model, instead."""
     port: int = 8000
@@ -55,17 +55,24 @@ Write = Callable[..., Iterator[tuple[int, Token]]]  # nanogpt.text.write, of one
 def main(arguments: list[str] | None = None) -> int:
     """Print the prompt and its continuation, or serve a page; return the exit status."""
     options = tyro.cli(Options, args=arguments)
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show ends no text
     try:
         options.check()
         if options.serve:
             serve_page(options)
         else:
-            print_samples(options, read_prompt(options))
+            prompt = read_prompt(options)
+            with enough_memory(options.num_samples):
+                print_samples(options, prompt)
     except (ConfigError, TokenizerError) as error:
         print(error, file=sys.stderr)
         return 2
-    except BrokenPipeError:  # whoever read the text has seen enough
+    except OSError as error:
+        # Else Python would try once more to write what is left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # then whoever read the text has seen enough
+            print(f"The text cannot be written ({error.strerror}).", file=sys.stderr)
+            return 2
     except KeyboardInterrupt:
         print()
         return 130
@@ -112,6 +119,22 @@ def print_samples(options: Options, prompt: str) -> None:
     for number in range(1, options.num_samples):
         heading(number)
         print(prompt + later[number])
+
+
+@contextmanager
+def enough_memory(num_samples: int) -> Iterator[None]:
+    """Make a ConfigError of memory that runs out."""
+    try:
+        yield
+    except RuntimeError as error:
+        from nanogpt.compilation import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        raise ConfigError(
+            f"The device has too little memory to write {num_samples:,} texts at once: ask for a "
+            "smaller num_samples, or let JAX_PLATFORMS=cpu write them."
+        ) from error
 
 
 def serve_page(options: Options) -> None:

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import tyro
 
-from nanogpt.config import ConfigError, GPTConfig, Kernels, LossKernel
+from nanogpt.config import ConfigError, GPTConfig, Kernels, LossKernel, mesh_axes
 from nanogpt.corpus import CorpusError, embedded_corpus
 from nanogpt.documents import DataError
 from nanogpt.environment import environment, launched_with_others
 from nanogpt.interruption import Interruption
-from nanogpt.prepare import prepare
+from nanogpt.own_text import prepare
 from nanogpt.resume import (
     check_same_data,
     resumed_settings,
@@ -113,7 +113,7 @@ class Hyperparameters:
     """Begin each row with a document and take at most so many tokens of each, the rest is left
     out; None for rows that leave nothing out."""
 
-    # Batch: Ng = total_batch_size / (batch_size * sequence_length * number of devices)
+    # Batch: Ng = total_batch_size / (batch_size * sequence_length * number of devices along data)
     batch_size: int | None = None
     """Rows per device in one forward and backward pass; None for as many as its memory holds."""
     sequence_length: int = 2048
@@ -172,6 +172,15 @@ class Hyperparameters:
     """How many processes there are, likewise."""
     process_id: int | None = None
     """Which of them this one is, from 0 on, likewise."""
+    mesh: str | None = None
+    """How the devices divide the work, such as data=4,model=2: so many along data train on other
+    rows, and so many along model share the heads and MLPs of the same; None for all along data."""
+    shard_params: bool = False
+    """Divide parameters, gradients and the optimizer's state over the devices along data, too, for
+    models that are too large for each to hold whole."""
+    rematerialize: bool | None = None
+    """Keep of each layer only its input for the backward pass and compute the rest again: less
+    memory, a third more work; None where a single row would not fit otherwise."""
     seed: int = 0
     """Of the initial weights, of the order of the data and of the sample."""
     skip_spikes: float = 0.0
@@ -253,6 +262,7 @@ class Hyperparameters:
                 f"{TOKENIZERS[self.tokenizer].vocab_size:,} ids of tokenizer {self.tokenizer}."
             )
         self.model.check()
+        mesh_axes(self.mesh)
         self.schedule.check()
         steps_of(self.profile, 1, self.num_steps)
         if self.model.windows and self.stages[0].windows is not None:
@@ -269,7 +279,10 @@ class Hyperparameters:
         return Schedule(**{each.name: getattr(self, each.name) for each in fields(Schedule)})
 
     def rows_per_step(self, stage: int, num_devices: int) -> int:
-        """Rows per device and optimizer step; ConfigError if they are not a whole Ng passes."""
+        """Rows per device and optimizer step; ConfigError if they are not a whole Ng passes.
+
+        Devices are those along data: those along model have the same rows.
+        """
         tokens, T = self.schedule.tokens_per_step(stage), self.schedule.row_length(stage)
         per_pass = (self.batch_size or 1) * self.sequence_length * num_devices
         if tokens % per_pass:
@@ -456,6 +469,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # JAX's own default is 0.75
     import jax
     import jax.numpy as jnp
+    from jax.sharding import NamedSharding
 
     from nanogpt.attention import choose_attention
     from nanogpt.batches import RowOrder, ValidationRows, prefetch, train_batch
@@ -468,6 +482,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     )
     from nanogpt.export import load_model
     from nanogpt.hardware import (
+        ROOM,
         activation_bytes,
         device_memory,
         flops_per_token,
@@ -484,16 +499,23 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         shapes_on,
         told_by_first,
     )
+    from nanogpt.sharding import check_shared
     from nanogpt.step import graph_of, make_eval_step, make_init, make_train_step
 
     # Devices and data.
     check_trackers(hp.tensorboard, hp.wandb)
     use_device(hp.device)
     use_compilation_cache()
-    mesh = make_mesh()
+    mesh = make_mesh(**mesh_axes(hp.mesh))
+    if mesh.size < jax.device_count():
+        raise ConfigError(
+            f"mesh {hp.mesh} leaves {jax.device_count() - mesh.size} of {jax.device_count()} "
+            "devices idle: name one that has all of them, or show JAX fewer."
+        )
+    sharers, readers = mesh.shape["model"], mesh.shape["data"]  # of a row, and of different ones
     device = jax.local_devices()[0]
     schedule, stages, V = hp.schedule, range(len(hp.stages)), hp.model.vocab_size
-    rows_per_step = [hp.rows_per_step(stage, mesh.size) for stage in stages]  # of each device
+    rows_per_step = [hp.rows_per_step(stage, readers) for stage in stages]  # of each device
     data = find_data(hp)
     order = RowOrder(partial(rows_of, hp, data), schedule, hp.shuffle)
     order(hp.num_steps)  # raises ShardError where the shards hold no row of some stage
@@ -504,18 +526,21 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
 
     # The model as each stage trains it, and its optimizer.
     configs = [schedule.model(hp.model, stage) for stage in stages]
+    check_shared(hp.model, [schedule.row_length(stage) for stage in stages], sharers)
     attention, attention_line = choose_attention(configs, hp.sequence_length, hp.dtype)
-    kernels = Kernels(attention, hp.loss_kernel, hp.fp8_head)
     optimizer = optimizer_of(hp, mesh)
-    init = make_init(hp.model, optimizer, mesh)
+    init = make_init(hp.model, optimizer, mesh, hp.shard_params)
     key = jax.random.key(hp.seed)
 
     # Rows per device and pass: as asked for, or what should fit.
-    row_bytes = hp.sequence_length * activation_bytes(
-        hp.model, hp.sequence_length, hp.dtype, flash=attention != "xla"
-    )
-    memory = device_memory(device)
-    fewest = gcd(*(schedule.tokens_per_step(s) // hp.sequence_length for s in stages)) // mesh.size
+    memory, T = device_memory(device), hp.sequence_length
+    bytes_of = partial(activation_bytes, hp.model, T, hp.dtype, flash=attention != "xla")
+    rematerialize = hp.rematerialize
+    if rematerialize is None:
+        rematerialize = memory is not None and T * bytes_of() > ROOM * memory
+    row_bytes = T * bytes_of(rematerialize=rematerialize)
+    kernels = Kernels(attention, hp.loss_kernel, hp.fp8_head, rematerialize, sharers > 1)
+    fewest = gcd(*(schedule.tokens_per_step(s) // hp.sequence_length for s in stages)) // readers
     batch_size = hp.batch_size or largest_batch(fewest, row_bytes, memory)
 
     def new_name() -> str:
@@ -559,13 +584,17 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             wandb=hp.wandb,
         )
         per_step = dict.fromkeys(map(schedule.tokens_per_step, stages))
-        per_pass = batch_size * hp.sequence_length * mesh.size
+        per_pass = batch_size * hp.sequence_length * readers
         devices = f"{mesh.size} x {device.device_kind}"
         if jax.process_count() > 1:
             devices += f" of {jax.process_count()} processes"
+        if sharers > 1:
+            devices += f" as data={readers},model={sharers}"
+        if hp.shard_params:
+            devices += ", parameters divided"
         accumulation = (
             f"Ng = {', '.join(f'{tokens:,}' for tokens in per_step)} / "
-            f"({batch_size} * {hp.sequence_length} * {mesh.size}) = "
+            f"({batch_size} * {hp.sequence_length} * {readers}) = "
             f"{', '.join(f'{tokens // per_pass}' for tokens in per_step)}"
         )
         run.say(f"{hp.preset} preset | {data.name} | {devices} | {accumulation}")
@@ -580,7 +609,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         def shape_of(stage: int, batch_size: int) -> tuple[int, int]:
             """Micro-batches per step, Ng, and rows of each over all devices, R."""
             rows = batch_size * hp.sequence_length // schedule.row_length(stage)
-            return rows_per_step[stage] // rows, rows * mesh.size
+            return rows_per_step[stage] // rows, rows * readers
 
         def read_batch(step: int, shapes: list[tuple[int, int]]) -> jax.Array:
             """The batch [Ng, R, T + 1] of an optimizer step."""
@@ -592,7 +621,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         def prepare(batch_size: int) -> tuple:
             """Compile every stage, and try each: what is slow or fails at first does so here."""
             shapes = [shape_of(stage, batch_size) for stage in stages]
-            state = shapes_on(mesh, REPLICATED, jax.eval_shape(init, key))
+            state = jax.eval_shape(init, key)
             rates = Rates(*[jax.ShapeDtypeStruct((), jnp.float32)] * 2)
             lowered = {}
             for stage in ahead:
@@ -601,9 +630,9 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
                 batch = jax.ShapeDtypeStruct((Ng, *rows.shape), jnp.int32)
                 weights = hp.stages[stage].target_weights
                 train_step = make_train_step(
-                    graph, optimizer, mesh, hp.dtype, hp.skip_spikes, weights
+                    graph, optimizer, mesh, hp.dtype, hp.skip_spikes, weights, hp.shard_params
                 )
-                eval_step = make_eval_step(graph, mesh, hp.dtype)
+                eval_step = make_eval_step(graph, mesh, hp.dtype, hp.shard_params)
                 lowered["training step", stage] = train_step.lower(
                     state, shapes_on(mesh, BATCH, batch), rates
                 )
@@ -645,10 +674,11 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         # Everything is compiled before the first step.
         step_seconds: dict[int, float] = {}  # by stage
         shapes, programs, seconds = first_that_fits(prepare, batch_size, say_smaller)
-        state_shapes = shapes_on(mesh, REPLICATED, jax.eval_shape(init, key))
-        state = load_state(checkpoint, state_shapes) if checkpoint else init(key)
+        state = load_state(checkpoint, jax.eval_shape(init, key)) if checkpoint else init(key)
         if hp.init_from and not checkpoint:
-            state = replace(state, params=load_model(Path(hp.init_from), mesh)[2])
+            weights = load_model(Path(hp.init_from), mesh)[2]
+            places = jax.tree.map(lambda p: p.sharding, state.params)
+            state = replace(state, params=jax.device_put(weights, places))
         each = ", ".join(f"{what} {took:.1f} s" for (what, _), took in seconds.items())
         progress.paused("compile")
         run.say(
@@ -760,7 +790,9 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             except (OSError, RunError) as error:
                 run.say(f"no picture of the loss: {error}")
         if hp.sample_tokens:
-            run.say(sample(hp, graph_of(configs[schedule.stage(step)], kernels), state.params))
+            whole = jax.jit(lambda params: params, out_shardings=NamedSharding(mesh, REPLICATED))
+            graph = graph_of(configs[schedule.stage(step)])
+            run.say(sample(hp, graph, whole(state.params)))
         return 0
 
 
@@ -781,6 +813,7 @@ def optimizer_of(hp: Hyperparameters, mesh: "Mesh") -> "GradientTransformationEx
         weight_decay=hp.weight_decay,
         newton_schulz_dtype=jnp.float32 if on_cpu else jnp.bfloat16,
         mesh=mesh,
+        shard_params=hp.shard_params,
     )
 
 

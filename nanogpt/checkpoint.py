@@ -194,6 +194,12 @@ def load_run(run: Path, mesh: Mesh) -> tuple[dict[str, Any], nnx.GraphDef, Param
 
     Raises ConfigError when the folder is not that of a run with a checkpoint.
     """
+    from nanogpt.export import is_exported
+
+    if is_exported(run):
+        raise ConfigError(
+            f"{run} is an exported model, not a run: name the run that it comes from."
+        )
     if not (run / "config.json").exists():
         raise ConfigError(
             f"{run} is not the folder of a run: it has no config.json; give one that train_gpt.py "
@@ -204,7 +210,7 @@ def load_run(run: Path, mesh: Mesh) -> tuple[dict[str, Any], nnx.GraphDef, Param
         whole = from_json(GPTConfig, hp["model"])
         named = {field.name: hp[field.name] for field in fields(Schedule)}
         schedule = Schedule(**named | {"stages": stages_from_json(hp["stages"])})
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OSError) as error:
         raise ConfigError(
             f"{run / 'config.json'} is not what train_gpt.py wrote ({type(error).__name__}: "
             f"{error}): restore it, or name another run."

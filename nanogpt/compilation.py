@@ -63,6 +63,11 @@ def memory_of(compiled: Compiled) -> float:
     return planned.argument_size_in_bytes + planned.temp_size_in_bytes
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a program of JAX ended for want of memory; CPUs say it in words of their own."""
+    return any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
+
+
 def first_that_fits(
     prepare: Callable[[int], Result], batch_size: int, say: Callable[[int, int], None]
 ) -> Result:
@@ -80,7 +85,7 @@ def first_that_fits(
         try:
             return prepare(batch_size)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
+            if not is_out_of_memory(error):
                 raise
             if batch_size == 1:
                 raise ConfigError(

@@ -3,6 +3,7 @@
 No JAX here, so that `--help` and wrong arguments answer at once.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf
@@ -23,7 +24,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Kernels:
-    """Which implementation runs of what costs most: a choice of speed, hardly of results."""
+    """How a model is computed: a choice of speed and memory, hardly of results."""
 
     attention: AttentionKernel = "xla"
     """See nanogpt/attention.py."""
@@ -33,6 +34,12 @@ class Kernels:
 
     fp8_head: bool = False
     """Multiply with the head in 8-bit floating point."""
+
+    rematerialize: bool = False
+    """Keep of each layer only what it reads, and compute the rest again in the backward pass."""
+
+    tensor_parallel: bool = False
+    """Devices share heads and MLPs; see nanogpt/sharding.py."""
 
 
 @dataclass(frozen=True)
@@ -201,3 +208,16 @@ class GPTConfig:
 def from_json(kind: type[Settings], values: Mapping[str, Any]) -> Settings:
     """The dataclass with these values, whose tuples JSON made lists."""
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def mesh_axes(text: str | None) -> dict[str, int]:
+    """Devices along each axis of a mesh, from such as "data=4,model=2"; none for None."""
+    if text is None:
+        return {}
+    found = re.fullmatch(r"(?:data=([1-9]\d*),)?model=([1-9]\d*)|data=([1-9]\d*)", text)
+    if not found:
+        raise ConfigError(
+            f"mesh must be devices by axis, such as data=4,model=2 or model=2, not {text!r}."
+        )
+    data, model, alone = (int(group) if group else None for group in found.groups())
+    return {"data": data or alone, "model": model or 1}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import cycle
-from math import nan
+from math import inf, nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -75,12 +75,19 @@ class History:
         return both[:, np.isfinite(both).all(axis=0)]
 
 
+class NoNumbers(RunError):
+    """There is no run, or none yet, where one was looked for."""
+
+
 def read_run(folder: Path, name: str) -> History:
     """What a run's folder tells, but for a last line of metrics that is not whole (yet).
 
-    Raises RunError, in a sentence for the user, if there are no numbers or something is broken.
+    Raises NoNumbers if what is there has no numbers, RunError if there is nothing or something is
+    broken; both in a sentence for the user.
     """
     path = folder / "metrics.jsonl"
+    if folder.exists() and not path.exists():
+        raise NoNumbers(f"{folder} is no run: name the folders of runs, runs/<name>.")
     try:
         lines = path.read_bytes().splitlines()
     except OSError as error:
@@ -100,7 +107,7 @@ def read_run(folder: Path, name: str) -> History:
                     "out."
                 ) from None
     if not rows:
-        raise RunError(f"{path} has no numbers yet: wait for the run's first step.")
+        raise NoNumbers(f"{path} has no numbers yet: wait for the run's first step.")
     log = folder / "log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     return History(
@@ -183,9 +190,10 @@ def draw(axes: "Axes", runs: Sequence[History], x: str, y: str) -> None:
             marks = {"ls": "", "marker": mark, "ms": 5 if len(losses) <= 40 else 2.5}
             axes.plot(at / x_unit, losses, c=colour, zorder=4, label="validation", **marks)
     highest = max((median.max() for median in medians), default=0.0)
+    lowest = min((median[median > 0].min(initial=inf) for median in medians), default=inf)
     if y == "train_loss" and medians:
         _frame_losses(axes, runs, medians)
-    elif y == "grad_norm" and highest > 0:
+    elif y == "grad_norm" and highest > 10 * lowest:  # less would leave such an axis without ticks
         axes.set_yscale("log", subs=[])
         axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
     else:

@@ -70,9 +70,9 @@ def find_files(inputs: Sequence[str], leave_out: Path | None = None) -> Files:
             raise DataError(f"{given} (seen from {Path.cwd()}) names no file: check the path.")
         found |= dict.fromkeys(files)
     for file in found:
-        if _suffixes(file) & {".parquet", ".zst"} and find_spec("pyarrow") is None:
+        if suffixes(file) & {".parquet", ".zst"} and find_spec("pyarrow") is None:
             raise DataError(f"To read {file}, run `pip install pyarrow`.")
-        if {".parquet"} < _suffixes(file):
+        if {".parquet"} < suffixes(file):
             raise DataError(f"{file} is a packed Parquet file, which cannot be read: unpack it.")
     try:
         facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
@@ -93,7 +93,7 @@ def _below(place: Path, leave_out: Path | None) -> Iterator[Path]:
         yield from (here / x for x in names if x[0] != "." and (here / x).is_file())
 
 
-def _suffixes(file: Path) -> set[str]:
+def suffixes(file: Path) -> set[str]:
     """The kinds of a file that its name tells: .jsonl and .gz, of x.jsonl.gz."""
     last = file.suffix.lower()
     packed = last in (".gz", ".zst")
@@ -159,8 +159,10 @@ def text_of(unit: Unit, field: str) -> str:
             value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError("is not JSON") from error
-        if not isinstance(value, dict) or field not in value:
-            raise ValueError(f"has no {field!r}")
+        if not isinstance(value, dict):
+            raise ValueError("is JSON, but no object")
+        if field not in value:
+            raise ValueError(f"has no {without(field, value)}")
         text = "" if value[field] is None else value[field]
         if not isinstance(text, str):
             raise ValueError(f"has a {field!r} that is not text")
@@ -171,16 +173,23 @@ def text_of(unit: Unit, field: str) -> str:
     return text
 
 
+def without(field: str, names: Iterable[str]) -> str:
+    """What is wrong where there is no such field, but these."""
+    others = [repr(name[:40]) for name in names]
+    told = ", ".join(others[:5] + ["..."] * (len(others) > 5))
+    return repr(field) + (f", only {told}" if others else "")
+
+
 def units(path: Path, field: str, split: Split | None) -> Iterator[Unit]:
     """What is in a file, in its order. Without a `split` long documents have a digest but no text.
 
     A file that cannot be read, or only in part, ends with a unit that says why.
     """
-    suffixes = _suffixes(path)
+    kinds = suffixes(path)
     try:
-        if ".parquet" in suffixes:
+        if ".parquet" in kinds:
             yield from _rows(path, field)
-        elif suffixes & {".jsonl", ".ndjson"}:
+        elif kinds & {".jsonl", ".ndjson"}:
             yield from _lines(path)
         else:
             yield from _text(path, split)
@@ -195,7 +204,7 @@ def _rows(path: Path, field: str) -> Iterator[Unit]:
 
     with ParquetFile(path, buffer_size=PIECE, pre_buffer=False) as file:
         if field not in file.schema_arrow.names:
-            raise ValueError(f"has no column {field!r}, only {', '.join(file.schema_arrow.names)}")
+            raise ValueError(f"has no column {without(field, file.schema_arrow.names)}")
         row = 0
         for batch in file.iter_batches(batch_size=ROWS, columns=[field]):
             # As bytes, for nothing guarantees that the strings in the file are UTF-8.

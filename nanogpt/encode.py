@@ -90,7 +90,7 @@ def split_of(inputs: Inputs, field: str) -> Split:
     split = find_split(digests())
     if split is None:
         reason = f" ({told[0]})" if told else ""
-        raise DataError(f"The inputs hold no document{reason}: check the paths.")
+        raise DataError(f"The inputs hold no document{reason}: check the paths and the field.")
     return split
 
 

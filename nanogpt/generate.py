@@ -98,8 +98,15 @@ def generate(
 
 @partial(jax.jit, static_argnames=("graph", "dtype"))
 def _unrolled(graph: nnx.GraphDef, params: Params, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
-    """The graph and the parameters of the model with its layers apart."""
-    return nnx.split(unrolled(nnx.merge(graph, compute_copy(params, dtype))))
+    """The graph and the parameters of the model with its layers apart.
+
+    XLA would take them out of their stacks again for each token, and that costs more than the
+    token itself.
+    """
+    model = unrolled(nnx.merge(graph, compute_copy(params, dtype)))
+    for attention in model.attention:
+        attention.qkv = nnx.Param(attention.joined())
+    return nnx.split(model)
 
 
 @partial(jax.jit, static_argnames=("graph", "context"))

@@ -88,22 +88,30 @@ def utilization(
     return tokens_per_second * flops_per_token / (peak * num_devices) if peak else None
 
 
-def activation_bytes(config: GPTConfig, sequence_length: int, dtype: str, flash: bool) -> float:
+def activation_bytes(
+    config: GPTConfig, sequence_length: int, dtype: str, flash: bool, rematerialize: bool = False
+) -> float:
     """Bytes per token that a forward and backward pass needs beside the parameters, about.
 
     Per layer: 4 arrays of the stream's width and two of the MLP's; per attention 11 more of the
     stream's, and without flash attention the scores of all heads, in float32 and in `dtype`, twice
     as many of paired ones. At the end: the logits and their gradient. XLA's program for an H200
     needs 18 % less, as it writes that gradient over the logits, which not every product it may
-    choose when it runs can do.
+    choose when it runs can do. With `rematerialize`, all that is of one layer at a time, beside
+    what each attention and each MLP reads.
     """
     c = config
     itemsize = 4 if dtype == "float32" else 2
     numbers = c.num_layers * (4 * c.width + 2 * c.mlp_width) + c.num_attentions * 11 * c.width
+    if rematerialize:
+        read = (c.num_layers + c.num_attentions) * c.width
+        numbers = read + 4 * c.width + 2 * c.mlp_width + 11 * c.width
     scores = 0
     if not flash:
         paired = c.layers(c.paired_heads) - c.layers(c.mlp_only)
-        scores = (c.num_attentions + len(paired)) * c.num_heads * sequence_length
+        attentions = 1 if rematerialize else c.num_attentions
+        pairs = min(attentions, len(paired))
+        scores = (attentions + pairs) * c.num_heads * sequence_length
     return itemsize * (numbers + 2 * c.padded_vocab_size) + (4 + itemsize) * scores
 
 
@@ -121,12 +129,12 @@ def peak_memory(device: "jax.Device") -> float | None:
     return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
-def largest_batch(rows: int, bytes_per_row: float, memory: float | None) -> int:
-    """The largest divisor of `rows` whose activations take at most two thirds of the memory.
+ROOM = 2 / 3  # of the memory for activations; the rest is for parameters and the optimizer
 
-    The other third is for parameters, gradients and the optimizer. 1 where memory is unknown.
-    """
-    room = 2 / 3 * (memory or 0)
+
+def largest_batch(rows: int, bytes_per_row: float, memory: float | None) -> int:
+    """The largest divisor of `rows` whose activations have ROOM; 1 where memory is unknown."""
+    room = ROOM * (memory or 0)
     return max(
         b for b in range(1, rows + 1) if rows % b == 0 and (b == 1 or b * bytes_per_row <= room)
     )

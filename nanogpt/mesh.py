@@ -1,4 +1,7 @@
-"""The devices of a run, as a mesh with one axis, "data": each device trains on its own rows.
+"""The devices of a run, as a mesh with two axes, "data" and "model".
+
+Devices along "data" train on different rows; those along "model" share the work on the same rows
+(see nanogpt/sharding.py), and there is one of them unless asked otherwise.
 
 With several processes, on one machine or many, each runs this same program and owns some of the
 devices; JAX's distributed runtime joins them. The first of them, process 0, tells and writes.
@@ -22,6 +25,7 @@ LOST_AFTER = 30  # seconds without a sign of life after which a process counts a
 REPLICATED = P()
 BATCH = P(None, "data")  # [micro-batch, row, token]: rows are divided over the devices
 ROWS = P("data")  # [row, token]
+DEVICES = P(("data", "model"))  # a part for each device
 
 
 def join_processes(
@@ -118,10 +122,22 @@ def told_by_first(make: Callable[[], str]) -> str:
     return text
 
 
-def make_mesh(num_devices: int | None = None) -> Mesh:
-    """A mesh of the first `num_devices` devices, or of all."""
-    devices = jax.devices()[:num_devices]
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
+    """A mesh of the first `data * model` devices; without `data`, of as many as there are.
+
+    Raises:
+        ConfigError: there are fewer devices.
+    """
+    devices = jax.devices()
+    data = data or len(devices) // model or 1
+    if data * model > len(devices):
+        raise ConfigError(
+            f"A mesh of data={data},model={model} needs {data * model} devices, but JAX finds "
+            f"{len(devices)}."
+        )
+    return jax.make_mesh(
+        (data, model), ("data", "model"), (AxisType.Auto,) * 2, devices=devices[: data * model]
+    )
 
 
 def shapes_on(mesh: Mesh, spec: P, arrays: PyTree) -> PyTree:

@@ -51,6 +51,7 @@ from nanogpt.config import GATE_INPUTS, GPTConfig, Kernels
 from nanogpt.loss import Softcap, linear_cross_entropy, softcap
 from nanogpt.past import Next, Rows
 from nanogpt.rotary import rotary, rotation
+from nanogpt.sharding import from_parts, share_of_row, to_parts
 
 Attend = Callable[[Array, Array, Array], Array]  # (q, k, v) to what each query takes from them
 XLA = Kernels()  # what runs everywhere
@@ -129,7 +130,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         D, N = config.width, config.num_heads
-        self.num_heads = N
+        self.head_size = config.head_size
         self.qkv = nnx.Param(matrix(rngs.params(), (3, D, D)))
         self.out = nnx.Param(jnp.zeros((D, D)))
         self.value_mix = nnx.Param(jnp.array([0.5, 0.5]))
@@ -137,18 +138,18 @@ class Attention(nnx.Module):
             self.gate = nnx.Param(jnp.zeros((GATE_INPUTS, N)))
 
     def __call__(
-        self, x: Float[Array, "B T D"], mixed_in: Float[Array, "B T D"] | None, attend: Attend
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T D"]]:
+        self, x: Float[Array, "B T D"], mixed_in: Float[Array, "B T NH"] | None, attend: Attend
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T NH"]]:
         """What to add to the stream, and the values. `mixed_in` is added to the values."""
-        B, T, D = x.shape
+        B, T, _ = x.shape
         weight = self.joined() if self.qkv.ndim == 3 else self.qkv[...]
-        q, k, v = jnp.unstack(project(x, weight).reshape(B, T, 3, self.num_heads, -1), axis=2)
+        q, k, v = jnp.unstack(project(x, weight).reshape(B, T, 3, -1, self.head_size), axis=2)
         if mixed_in is not None:
             v = v + self.value_mix[1] * mixed_in.reshape(v.shape)
         y = attend(q, k, v)
         if hasattr(self, "gate"):
             y = y * jax.nn.sigmoid(project(x[:, :, :GATE_INPUTS], self.gate[...]))[..., None]
-        return project(y.reshape(B, T, D), self.out[...]), v.reshape(B, T, D)
+        return project(y.reshape(B, T, -1), self.out[...]), v.reshape(B, T, -1)
 
     def joined(self) -> Float[Array, "D 3D"]:
         """The matrices side by side, for one product of all three.
@@ -197,7 +198,7 @@ def unstack(stacked: nnx.Module, count: int) -> Iterator[nnx.Module]:
     One split of each stacked array, rather than a slice per layer, has one concatenation as its
     gradient instead of a sum of zero-padded arrays.
     """
-    if isinstance(stacked, nnx.List):  # that of `unrolled`
+    if isinstance(stacked, nnx.List):  # they are apart already
         yield from stacked
         return
     graphdef, arrays = nnx.split(stacked)
@@ -245,16 +246,20 @@ class GPT(nnx.Module):
         """What to minimise, and the cross-entropy of each target in nats, both float32.
 
         The first is the cross-entropies of the next targets after each token, by these weights.
-        Negative targets count zero, as do those after the end of a row.
+        Negative targets count zero, as do those after the end of a row. Devices that share the
+        model each have the losses of their part of each row.
         """
         after = [
             jnp.pad(targets[:, k:], ((0, 0), (0, k)), constant_values=-1)
             for k in range(len(weights))
         ]
+        features, after = self.features(tokens), jnp.stack(after, axis=-1)
+        if self.kernels.tensor_parallel:
+            features, after = share_of_row(to_parts(features)), share_of_row(after)
         return linear_cross_entropy(
-            self.features(tokens),
+            features,
             self.head[...],
-            jnp.stack(after, axis=-1),
+            after,
             self.softcap,
             weights=weights,
             kernel=self.kernels.loss,
@@ -288,6 +293,19 @@ class GPT(nnx.Module):
             x = self.smear(x, past.before("embedding", x))
         x = x0 = norm(x).astype(self.head.dtype)
 
+        # What of a layer is computed in parts, if devices share it, and again in the backward pass,
+        # if that saves the memory needed.
+        read, add = (to_parts, from_parts) if self.kernels.tensor_parallel else (lambda x: x,) * 2
+        again = jax.checkpoint if self.kernels.rematerialize else lambda function: function
+
+        def attended(attention, layer, x):
+            attend = partial(self.attend, past, layer)
+            added, values = attention(read(norm(x)), mixed_in[layer], attend)
+            return x + add(added), values
+
+        def transformed(mlp, x):
+            return x + add(mlp(read(norm(x))))
+
         mixed_in = self.value_embeddings(tokens)
         attentions, mlps = unstack(self.attention, c.num_attentions), unstack(self.mlp, L)
         mlp_only, first_half = c.layers(c.mlp_only), []
@@ -296,13 +314,10 @@ class GPT(nnx.Module):
                 x = x + self.skips[layer - (L - L // 2)] * first_half.pop()
             x = self.shortcuts[layer, 0] * x + self.shortcuts[layer, 1] * x0
             if layer not in mlp_only:
-                added, values = next(attentions)(
-                    norm(x), mixed_in[layer], partial(self.attend, past, layer)
-                )
-                x = x + added
+                x, values = again(partial(attended, next(attentions), layer))(x)
                 if not c.value_embeddings and mixed_in[layer] is None:
                     mixed_in = [values] * L
-            x = x + mlp(norm(x))
+            x = again(partial(transformed, mlp))(x)
             if layer < L // 2:
                 first_half.append(x)
             if layer == c.backout:
@@ -333,14 +348,16 @@ class GPT(nnx.Module):
 
 
 def unrolled(model: GPT) -> GPT:
-    """The model with its layers apart, as a loop over tokens needs them.
-
-    XLA would take them out of their stacks again for each token, and that costs more than the
-    token itself.
-    """
-    attentions = list(unstack(model.attention, model.config.num_attentions))
-    for attention in attentions:
-        attention.qkv = nnx.Param(attention.joined())
-    model.attention = nnx.List(attentions)
+    """The model with its layers apart, as whoever treats them one by one wants them."""
+    model.attention = nnx.List(unstack(model.attention, model.config.num_attentions))
     model.mlp = nnx.List(unstack(model.mlp, model.config.num_layers))
     return model
+
+
+def stacked(params: PyTree) -> PyTree:
+    """The nested dict of a model from that of an `unrolled` one, whose layers have numbers."""
+    together = {
+        name: jax.tree.map(lambda *layers: jnp.stack(layers), *params[name].values())
+        for name in ("attention", "mlp")
+    }
+    return params | together

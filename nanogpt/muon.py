@@ -13,6 +13,7 @@ between them.
 """
 
 from collections import defaultdict
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,9 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from nanogpt.mesh import REPLICATED, ROWS
+from nanogpt.mesh import DEVICES
 
 # a s + b s³ + c s⁵, with one (a, b, c) after another, takes singular values s from 0.001 ... 1 to
 # 0.84 ... 1.15. Each polynomial brings nearest to one whatever the one before it may leave. (They
@@ -91,7 +93,10 @@ def normalize_neurons(
 
 
 def scale_by_muon(
-    neuron_decay: float | None = 0.95, dtype: jnp.dtype = jnp.float32, mesh: Mesh | None = None
+    neuron_decay: float | None = 0.95,
+    dtype: jnp.dtype = jnp.float32,
+    mesh: Mesh | None = None,
+    shard_params: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Nesterov momentum, orthogonalised, each neuron normalised, times sqrt(max(1, O / I)).
 
@@ -105,7 +110,13 @@ def scale_by_muon(
             there are matrix units for it.
         mesh: devices that share the work; each takes its part of every stack, and the results are
             the same to the bit as when one device does it all.
+        shard_params: whether devices along "data" hold parts of the matrices, which they then
+            exchange for whole ones, and back.
     """
+
+    orthogonalize_all = partial(
+        _orthogonalize_by_shape, dtype=dtype, mesh=mesh, shard_params=shard_params
+    )
 
     def init(params: optax.Params) -> MuonState:
         squares = jax.tree.map(neuron_mean_square, params)
@@ -116,7 +127,7 @@ def scale_by_muon(
         mean = optax.tree.update_moment(gradients, state.momentum, momentum, order=1)
         ahead = optax.tree.update_moment(gradients, mean, momentum, order=1)
         leaves, structure = jax.tree.flatten(ahead)
-        updates = jax.tree.unflatten(structure, _orthogonalize_by_shape(leaves, dtype, mesh))
+        updates = jax.tree.unflatten(structure, orthogonalize_all(leaves))
         if neuron_decay is None:
             return updates, MuonState(mean, state.neuron_mean_square)
         usual = optax.tree.update_moment(
@@ -128,7 +139,7 @@ def scale_by_muon(
 
 
 def _orthogonalize_by_shape(
-    leaves: list[Array], dtype: jnp.dtype, mesh: Mesh | None
+    leaves: list[Array], dtype: jnp.dtype, mesh: Mesh | None, shard_params: bool
 ) -> list[Array]:
     """The leaves, orthogonalised and scaled, all matrices of one shape together."""
     members = defaultdict(list)
@@ -140,7 +151,7 @@ def _orthogonalize_by_shape(
         # Tall matrices lie down beside the wide ones: UVᵀ of a transpose is the transpose of UVᵀ.
         lying = [leaves[i] if leaves[i].shape[-2:] == shape else leaves[i].mT for i in indices]
         stacks = [leaf.reshape(-1, *shape) for leaf in lying]
-        stack = _orthogonalize_stack(jnp.concatenate(stacks), dtype, mesh)
+        stack = _orthogonalize_stack(jnp.concatenate(stacks), dtype, mesh, shard_params)
         ends = np.cumsum([len(stack) for stack in stacks])
         for i, update in zip(indices, jnp.split(stack, ends[:-1]), strict=True):
             inputs, outputs = leaves[i].shape[-2:]
@@ -151,7 +162,7 @@ def _orthogonalize_by_shape(
 
 
 def _orthogonalize_stack(
-    matrices: Float[Array, "S I O"], dtype: jnp.dtype, mesh: Mesh | None
+    matrices: Float[Array, "S I O"], dtype: jnp.dtype, mesh: Mesh | None, shard_params: bool
 ) -> Float[Array, "S I O"]:
     """All matrices orthogonalised, in `dtype`: group by group, each device its share of groups.
 
@@ -168,12 +179,18 @@ def _orthogonalize_stack(
 
     if mesh:
         each_its_share = jax.shard_map(
-            orthogonalize_groups, mesh=mesh, in_specs=ROWS, out_specs=ROWS, check_vma=False
+            orthogonalize_groups, mesh=mesh, in_specs=DEVICES, out_specs=DEVICES, check_vma=False
         )
-        # Whole before and after: else the compiler divides the momentum, too, and gathers it.
-        whole = NamedSharding(mesh, REPLICATED)
-        grouped = jax.lax.with_sharding_constraint(grouped, whole)
-        grouped = jax.lax.with_sharding_constraint(each_its_share(grouped), whole)
+        # From how matrices lie to whole ones and back, one axis of the mesh at a time: that is what
+        # the compiler can do without gathering them all. As they lie before, they lie after: else
+        # it divides the momentum by groups, too, and gathers it.
+        lying = P(None, None, "data" if shard_params else None, "model")
+        way = [NamedSharding(mesh, each) for each in (lying, P("data", None, None, "model"))]
+        for step in way:
+            grouped = jax.lax.with_sharding_constraint(grouped, step)
+        grouped = each_its_share(grouped)
+        for step in reversed(way):
+            grouped = jax.lax.with_sharding_constraint(grouped, step)
     else:
         grouped = orthogonalize_groups(grouped)
     return grouped.reshape(-1, *matrices.shape[1:])[:S]

@@ -58,6 +58,7 @@ def make_optimizer(
     neuron_decay: float | None = 0.95,
     newton_schulz_dtype: jnp.dtype = jnp.float32,
     mesh: Mesh | None = None,
+    shard_params: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of the whole model.
 
@@ -69,7 +70,7 @@ def make_optimizer(
         weight_decay: of the matrices, in proportion to the current rate: with r for
             `learning_rate * rate`, a step takes the part r² * weight_decay off every weight which
             it brings nearer to zero.
-        neuron_decay, newton_schulz_dtype, mesh: see `nanogpt.muon.scale_by_muon`.
+        neuron_decay, newton_schulz_dtype, mesh, shard_params: see `nanogpt.muon.scale_by_muon`.
     """
 
     def adam(learning_rate: float) -> optax.GradientTransformation:
@@ -78,7 +79,7 @@ def make_optimizer(
 
     rules = {
         "muon": optax.chain(
-            scale_by_muon(neuron_decay, newton_schulz_dtype, mesh),
+            scale_by_muon(neuron_decay, newton_schulz_dtype, mesh, shard_params),
             cautious_decay(weight_decay * learning_rate),
             optax.scale(learning_rate),
         ),

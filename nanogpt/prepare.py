@@ -10,25 +10,21 @@ this one was killed. Only then do the shards that are full get their names.
 
 import json
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from functools import partial
 from glob import escape
 from hashlib import sha256
-from math import inf
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
 
-from nanogpt.corpus import cache_folder
-from nanogpt.documents import DataError, Split, find_files
+from nanogpt.documents import DataError, Split
 from nanogpt.encode import (
     TOLD,
     Encoded,
@@ -39,10 +35,10 @@ from nanogpt.encode import (
     split_of,
     tokenizer_of,
 )
+from nanogpt.pace import Pace
 from nanogpt.shards import HEADER_BYTES, MAGIC, TOKEN_BYTES, VERSION, Tokens
 
 FORMAT = 1  # raise it when the same documents would be split, ordered or written differently
-BYTES_PER_PROCESS = 2**23  # below that a process takes longer to start than to encode
 SAVE_SECONDS = 5.0  # what an interruption costs at most
 SHARD_TOKENS = 100_000_000  # as FineWeb10B's shards have
 RECORD = "prepared.json"
@@ -93,16 +89,18 @@ class Made:
 
     def summary(self) -> str:
         """What is in the shards, and what was left out."""
+        documents = f"{self.documents:,} document{'s' * (self.documents != 1)}"
         text = (
-            f"{self.documents:,} documents: {self.train_tokens:,} tokens to train on and "
-            f"{self.val_tokens:,} to validate on."
+            f"{documents}: {self.train_tokens:,} tokens to train on and {self.val_tokens:,} to "
+            "validate on."
         )
-        if self.empty:
-            text += f" {self.empty:,} empty documents were left out."
+        left_out = [f"{self.empty:,} empty"] if self.empty else []
         if self.bad:
             more = ["..."] if self.bad > len(self.problems) else []
-            text += f" Left out, too, {self.bad:,} that could not be read: "
-            text += "; ".join(self.problems + more) + ("" if more else ".")
+            told = "; ".join(self.problems + more)
+            left_out.append(f"{self.bad:,} that could not be read ({told})")
+        if left_out:
+            text += f" Left out: {' and '.join(left_out)}."
         return text
 
 
@@ -178,7 +176,8 @@ def encode_rest(
             filled = [train.write(encoded.train), val.write(encoded.val)]
             made.add(encoded, place.next)
             made.train, made.val = (train.number, train.length), (val.number, val.length)
-            show(pace.line(made, place.share))
+            tokens = made.train_tokens + made.val_tokens
+            show(pace.line(made.next[0], place.share, made.input_bytes, tokens))
             if any(filled) or time.monotonic() - saved > SAVE_SECONDS:
                 save()
                 saved = time.monotonic()
@@ -310,80 +309,3 @@ class Shards:
         self._file = path.open("r+b" if length else "wb")
         self._file.seek(end)  # what lies behind it are the same tokens that will be written there
         self.number, self.length = number, length
-
-
-class Pace:
-    """How far it is, how fast it goes, and how long it will take."""
-
-    def __init__(self, weights: Sequence[int]):
-        self.weights = [*weights, 0]
-        self.before = np.cumsum([0, *weights]).tolist()
-        self.first = None
-
-    def line(self, made: Made, share: float) -> str:
-        """A line that tells it, when `share` of the file made.next[0] was read."""
-        file = made.next[0]
-        done = (self.before[file] + share * self.weights[file]) / max(1, self.before[-1])
-        line = f"{done:.1%} | {made.train_tokens + made.val_tokens:,} tokens"
-        now = time.monotonic(), done, made.input_bytes
-        self.first = self.first or now  # what comes before, skipped or slow to start, tells nothing
-        seconds, share_done, num_bytes = np.subtract(now, self.first)
-        if share_done <= 0:
-            return line
-        left = timedelta(seconds=round(seconds * (1 - done) / share_done))
-        return f"{line} | {num_bytes / 1e6 / seconds:.1f} MB/s | ETA {left}"
-
-
-@contextmanager
-def progress_line() -> Iterator[Callable[[str], None]]:
-    """A function that shows a line: in place on a terminal, elsewhere one every ten seconds."""
-    terminal = sys.stderr.isatty()
-    pause, start, end = (0.2, "\r", "\x1b[K") if terminal else (10.0, "", "\n")
-    last = -inf
-
-    def show(line: str) -> None:
-        nonlocal last
-        if time.monotonic() - last > pause:
-            last = time.monotonic()
-            with suppress(OSError, ValueError):  # the console may be gone
-                print(start, line, end, sep="", end="", file=sys.stderr, flush=True)
-
-    try:
-        yield show
-    finally:
-        last = -inf
-        if terminal:
-            show("")
-
-
-class Prepared(NamedTuple):
-    """The shards that a run can train on."""
-
-    train_files: str  # glob
-    val_files: str
-    train_tokens: int
-    val_tokens: int
-    name: str
-
-
-def prepare(inputs: Sequence[str], tokenizer: str, field: str = "text") -> Prepared:
-    """Files, folders and globs as shards in the cache folder, made now unless they are there.
-
-    They are found again as long as no file among the inputs has changed its name, size or time of
-    modification. Progress, and what was left out, goes to standard error. Raises what `find_files`
-    and `make_shards` raise.
-    """
-    files, recipe = find_files(inputs), Recipe(tokenizer, field)
-    folder = cache_folder() / f"text-{fingerprint_of(files, recipe)[:12]}"
-    processes = min(os.cpu_count() or 1, 1 + sum(files.weights) // BYTES_PER_PROCESS)
-    with progress_line() as show:
-        made = make_shards(files, folder, recipe, processes, show)
-    if made.empty or made.bad:
-        print(made.summary(), file=sys.stderr)
-    return Prepared(
-        train_files=f"{escape(str(folder))}/{recipe.name}_train_*.bin",
-        val_files=f"{escape(str(folder))}/{recipe.name}_val_*.bin",
-        train_tokens=made.train_tokens,
-        val_tokens=made.val_tokens,
-        name=f"{', '.join(inputs)} ({made.documents:,} documents)",
-    )

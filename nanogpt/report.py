@@ -6,7 +6,7 @@ the runs were and in which settings they differ.
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.util import find_spec
@@ -25,6 +25,7 @@ from nanogpt.curves import (
     LOOKS,
     PANELS,
     History,
+    NoNumbers,
     draw,
     new_figure,
     overview,
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Draw what the command line asks for; return the exit status."""
     options = tyro.cli(Options, args=arguments, prog="python3 -m nanogpt.report")
     try:
-        for file in report(options.runs, options.out):
+        for file in report(options.runs, options.out, lambda line: print(line, file=sys.stderr)):
             print(file)
     except RunError as error:
         print(error, file=sys.stderr)
@@ -57,11 +58,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
+def report(
+    folders: Sequence[Path],
+    out: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Path]:
     """Write the picture, the page or both, as `Options` says, and return their paths.
 
-    Raises RunError, in a sentence for the user, where there is no Matplotlib, a run cannot be read
-    or a file cannot be written.
+    What has no numbers is left out and told with `say`, so that runs/* can be drawn. Raises
+    RunError, in a sentence for the user, where there is no Matplotlib, nothing to draw, a run that
+    cannot be read or a file that cannot be written.
     """
     if find_spec("matplotlib") is None:
         raise RunError('Pictures need Matplotlib: pip install -e ".[plot]" brings it.')
@@ -69,7 +75,16 @@ def report(folders: Sequence[Path], out: Path | None = None) -> list[Path]:
         raise RunError("There is nothing to draw: name runs, runs/<name>.")
     places = list(dict.fromkeys(folder.resolve() for folder in folders))
     parent = Path(commonpath([place.parent for place in places]))
-    runs = [read_run(place, f"{place.relative_to(parent)}") for place in places]
+    runs, left_out = [], []
+    for place in places:
+        try:
+            runs.append(read_run(place, f"{place.relative_to(parent)}"))
+        except NoNumbers as error:
+            left_out.append(error)
+    if not runs:
+        raise left_out[0]
+    for error in left_out:
+        say(f"Left out: {error}")
     out = out or folders[0].parent
     alone = out.suffix in (".png", ".html") and not out.is_dir()
     files = [out] if alone else [out / "report.png", out / "report.html"]
@@ -167,16 +182,21 @@ def _facts(run: History) -> dict[str, str]:
 
 
 def _flat(settings: dict[str, Any] | list[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by their full names, as in model.num_layers and stages.1.rate, but for the run's."""
+    """Settings by their full names, as in model.num_layers and stages.1.rate.
+
+    But for those of the run itself, and for the shards that were made of its `data`.
+    """
     items = settings.items() if isinstance(settings, dict) else enumerate(settings, start=1)
+    made = ("train_files", "val_files") if not prefix and settings.get("data") else ()
     for name, value in items:
         nested = isinstance(value, dict) or (
             isinstance(value, list) and any(isinstance(each, dict) for each in value)
         )
         if nested:
             yield from _flat(value, f"{prefix}{name}.")
-        elif name not in ("run_name", "resume", "config", "preset"):
-            yield f"{prefix}{name}", value
+        elif name not in ("run_name", "resume", "config", "preset", *made):
+            text = ", ".join(map(str, value)) or "none" if isinstance(value, list) else value
+            yield f"{prefix}{name}", text
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from nanogpt.schedule import Stage, stages_from_json
 Settings = TypeVar("Settings")  # train_gpt.Hyperparameters
 
 # What may change when a run is resumed: nothing of what it learns from its next batches, but for
-# num_steps, which says how far it goes, and batch_size, which says in how many passes.
+# num_steps, which says how far it goes, and what says how its work is divided.
 CHANGEABLE = {
     "batch_size",
     "num_steps",
@@ -33,6 +33,9 @@ CHANGEABLE = {
     "coordinator_address",
     "num_processes",
     "process_id",
+    "mesh",
+    "shard_params",
+    "rematerialize",
     "sample_tokens",
     "sample_prompt",
     "tensorboard",
@@ -82,7 +85,12 @@ def saved_settings(kind: type[Settings], path: Path) -> Settings:
             "stages": stages_from_json(saved["stages"]),
         }
         return from_json(kind, saved | nested)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}): name a run that has it, or with "
+            "--config the file itself."
+        ) from error
+    except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{path} is not what this version of train_gpt.py writes ({type(error).__name__}: "
             f"{error}): restore it, or name another run."

@@ -16,8 +16,8 @@ class Sampling:
     top_k: int | None = None
     """Only the so many likeliest tokens may follow; None for all."""
     top_p: float = 1.0
-    """Only the likeliest tokens may follow that together have this probability, 1 for all
-    (Holtzman et al., arXiv:1904.09751). It is counted after the temperature, and within top_k."""
+    """Only the likeliest tokens may follow that together have this probability; 1 for all. It is
+    counted after the temperature, and within top_k (Holtzman et al., arXiv:1904.09751)."""
     seed: int = 0
     """Another seed, another text."""
 

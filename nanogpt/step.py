@@ -3,13 +3,16 @@
     batch [Ng, rows, T + 1]      Ng micro-batches; rows divided over the devices
       each device:   for every micro-batch: gradients of its own rows, added up in float32
       all devices:   one mean over the devices
-      each device:   the same optimizer update
+      each device:   the same optimizer update, or that of its part of the parameters
 
-Devices talk once per optimizer step, however many micro-batches it has. Left to itself, the
-compiler would reduce the gradients of every micro-batch; inside `jax.shard_map` the program says
-when. This is what `jax.pmap` did for a single list of devices, in the form that also serves many
-hosts and sharded parameters. `check_vma=False` leaves gradients to each device until they are
-reduced by name; it also admits kernels that do not declare what varies over devices (TPU's do not).
+Gradients are reduced once per optimizer step, however many micro-batches it has. Left to itself,
+the compiler would reduce those of every micro-batch; inside `jax.shard_map` the program says when.
+This is what `jax.pmap` did for a single list of devices, in the form that also serves many hosts
+and sharded parameters. `check_vma=False` leaves gradients to each device until they are reduced by
+name; it also admits kernels that do not declare what varies over devices (TPU's do not).
+
+Layers stand apart in the forward and backward pass, so that the gradient of each is whole, and may
+be on its way to the other devices, while those of the layers before it are still computed.
 """
 
 from collections.abc import Callable
@@ -20,13 +23,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from nanogpt.config import GPTConfig, Kernels
 from nanogpt.mesh import BATCH, REPLICATED, ROWS
-from nanogpt.model import GPT, XLA, compute_copy
+from nanogpt.model import GPT, XLA, compute_copy, stacked, unrolled
 from nanogpt.schedule import Rates
+from nanogpt.sharding import GATHERED, gathered, reduced, shardings, specs, sum_over_model
 
 Params = PyTree[Float[Array, "..."]]
 Metrics = dict[str, Float[Array, ""]]
@@ -56,16 +60,29 @@ def init_params(config: GPTConfig, key: Key[Array, ""]) -> Params:
     return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key))))
 
 
+def layers_apart(graph: nnx.GraphDef, params: Params, dtype: str) -> tuple[nnx.GraphDef, Params]:
+    """The model with its layers apart, and its parameters, to compute with in `dtype`."""
+    graph, layers = nnx.split(unrolled(nnx.merge(graph, compute_copy(params, dtype))))
+    return graph, nnx.to_pure_dict(layers)
+
+
 def make_init(
-    config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+    config: GPTConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    shard_params: bool = False,
 ) -> Callable[[Key[Array, ""]], TrainState]:
-    """Build `init(key)`, jitted: the state before the first step, whole on each device."""
+    """Build `init(key)`, jitted: the state before the first step, on the devices of the mesh.
+
+    Raises ConfigError when the mesh cannot divide it.
+    """
 
     def init(key: Key[Array, ""]) -> TrainState:
         params, zero = init_params(config, key), jnp.zeros([])
         return TrainState(jnp.int32(0), params, optimizer.init(params), zero, zero)
 
-    return jax.jit(init, out_shardings=NamedSharding(mesh, REPLICATED))
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    return jax.jit(init, out_shardings=shardings(shapes, mesh, shard_params))
 
 
 def make_train_step(
@@ -75,6 +92,7 @@ def make_train_step(
     dtype: str,
     skip_spikes: float = 0.0,
     target_weights: tuple[float, ...] = (1.0,),
+    shard_params: bool = False,
 ) -> Callable[[TrainState, Int[Array, "Ng R T+1"], Rates], tuple[TrainState, Metrics]]:
     """Build `train_step(state, batch, rates) -> (state, metrics)`, jitted; it consumes its state.
 
@@ -90,34 +108,51 @@ def make_train_step(
     the first steps), and `applied`, whether the update was made.
     """
 
-    def losses_of(params: Params, rows: Int[Array, "R T+1"]) -> tuple[Array, Array]:
-        model = nnx.merge(graph, params)
-        objective, losses = model.loss(rows[:, :-1], rows[:, 1:], target_weights)
-        return objective.mean(), losses.mean()
+    def loss_and_gradients(
+        graph: nnx.GraphDef, placed: PyTree, parts: Params, batch: Int[Array, "Ng R T+1"]
+    ) -> tuple[Array, Params]:
+        def losses_of(change: Params, rows: Int[Array, "R T+1"]) -> tuple[Array, Array]:
+            """Means over the rows, of this device's share of each, if `change` were added."""
+            own = parts
+            if shard_params:
+                # Ties what is gathered to these rows: else all layers would be gathered ahead of
+                # the loop, and kept.
+                own, rows = jax.lax.optimization_barrier((parts, rows))
+            params = jax.tree.map(jnp.add, gathered(own, placed), change)
+            inputs, targets = rows[:, :-1], rows[:, 1:]
+            objective, losses = nnx.merge(graph, params).loss(inputs, targets, target_weights)
+            return objective.sum() / targets.size, losses.sum() / targets.size
 
-    def loss_and_gradients(params: Params, batch: Int[Array, "Ng R T+1"]):
-        params = compute_copy(params, dtype)  # once, not once per micro-batch
+        if shard_params:  # what was gathered is gathered again for the backward pass
+            keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+            losses_of = jax.checkpoint(losses_of, policy=keep)
+
+        whole = jax.eval_shape(partial(gathered, placed=placed), parts)
+        no_change = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), whole)
 
         def accumulate(total, rows):
-            (_, loss), gradients = jax.value_and_grad(losses_of, has_aux=True)(params, rows)
+            gradients_of = jax.value_and_grad(losses_of, has_aux=True)
+            (_, loss), gradients = gradients_of(no_change, rows)
             new = loss, gradients
             return jax.tree.map(lambda t, n: t + n.astype(jnp.float32), total, new), None
 
-        zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p)), (0.0, params))
+        zeros = jax.tree.map(lambda p: jnp.zeros(p.shape), (jnp.zeros([]), whole))
         total, _ = jax.lax.scan(accumulate, zeros, batch)
-        mean = jax.tree.map(lambda t: t / len(batch), total)
-        return jax.lax.pmean(mean, "data")
-
-    over_devices = jax.shard_map(
-        loss_and_gradients,
-        mesh=mesh,
-        in_specs=(REPLICATED, BATCH),
-        out_specs=REPLICATED,
-        check_vma=False,
-    )
+        loss, gradients = jax.tree.map(lambda t: t / len(batch), total)
+        loss = jax.lax.pmean(sum_over_model(loss), "data")
+        return loss, reduced(gradients, placed)
 
     def train_step(state: TrainState, batch: Int[Array, "Ng R T+1"], rates: Rates):
-        loss, gradients = over_devices(state.params, batch)
+        apart, layers = layers_apart(graph, state.params, dtype)
+        placed = specs(layers, shard_params)
+        loss, gradients = jax.shard_map(
+            partial(loss_and_gradients, apart, placed),
+            mesh=mesh,
+            in_specs=(placed, BATCH),
+            out_specs=(REPLICATED, placed),
+            check_vma=False,
+        )(layers, batch)
+        gradients = stacked(gradients)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -132,6 +167,8 @@ def make_train_step(
         new = optax.apply_updates(state.params, updates), opt_state
         old = state.params, state.opt_state
         params, opt_state = jax.tree.map(partial(jnp.where, applied), new, old)
+        placed = shardings((params, opt_state), mesh, shard_params)
+        params, opt_state = jax.lax.with_sharding_constraint((params, opt_state), placed)
 
         # The first loss is the mean; later ones move it (and the variance: West, 1979).
         weight = jnp.where(finite, jnp.where(state.step == 0, 1.0, RECENT), 0.0)
@@ -145,23 +182,30 @@ def make_train_step(
 
 
 def make_eval_step(
-    graph: nnx.GraphDef, mesh: Mesh, dtype: str
+    graph: nnx.GraphDef, mesh: Mesh, dtype: str, shard_params: bool = False
 ) -> Callable[[Params, Int[Array, "R T+1"]], Float[Array, ""]]:
     """Build `eval_step(params, rows)`, jitted: the sum of the losses of all targets, in nats.
 
     A negative token marks the end of the data: as a target it counts nothing.
     """
 
-    def summed_loss(params: Params, rows: Int[Array, "R T+1"]) -> Float[Array, ""]:
-        model = nnx.merge(graph, compute_copy(params, dtype))
+    def summed_loss(
+        graph: nnx.GraphDef, placed: PyTree, parts: Params, rows: Int[Array, "R T+1"]
+    ) -> Float[Array, ""]:
+        model = nnx.merge(graph, gathered(parts, placed))
         _, losses = model.loss(jnp.maximum(rows[:, :-1], 0), rows[:, 1:])
-        return jax.lax.psum(losses.sum(), "data")
+        return jax.lax.psum(sum_over_model(losses.sum()), "data")
 
-    over_devices = jax.shard_map(
-        summed_loss,
-        mesh=mesh,
-        in_specs=(REPLICATED, ROWS),
-        out_specs=REPLICATED,
-        check_vma=False,
-    )
-    return jax.jit(over_devices)
+    def eval_step(params: Params, rows: Int[Array, "R T+1"]) -> Float[Array, ""]:
+        apart, layers = layers_apart(graph, params, dtype)
+        placed = specs(layers, shard_params)
+        over_devices = jax.shard_map(
+            partial(summed_loss, apart, placed),
+            mesh=mesh,
+            in_specs=(placed, ROWS),
+            out_specs=REPLICATED,
+            check_vma=False,
+        )
+        return over_devices(layers, rows)
+
+    return jax.jit(eval_step)

@@ -65,6 +65,8 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         self.progress_ended()
+        if error is not None:  # the console will tell it; by then the log is closed
+            _append(self._log, f"ended by {error!r}\n".encode())
         self.trackers.close(1 if kind else 0)
         self._log.close()
         self._metrics.close()

@@ -36,3 +36,15 @@ def with_every_trick():
 def tiny():
     """The configuration of a small model with every trick on."""
     return with_every_trick()
+
+
+@pytest.fixture(scope="module")
+def compiled_quickly():
+    """Programs that compile in half the time, and run no faster than they must."""
+    import jax
+
+    quickly = "jax_disable_most_optimizations"
+    before = jax.config.values[quickly]
+    jax.config.update(quickly, True)
+    yield
+    jax.config.update(quickly, before)

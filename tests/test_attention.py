@@ -14,6 +14,8 @@ import nanogpt.attention
 from nanogpt.attention import attention, choose_attention, reference_attention
 from nanogpt.config import GPTConfig
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def some_qkv(B=2, T=11, N=3, H=8, dtype="float32"):
     x = np.random.default_rng(0).standard_normal((3, B, T, N, H))

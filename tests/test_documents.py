@@ -235,8 +235,13 @@ def test_a_character_that_the_end_of_a_long_file_cuts_is_an_error(tmp_path, monk
     [
         (b"nothing", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
-        (b'["text"]', "has no 'text'"),
-        (b'{"body": "x"}', "has no 'text'"),
+        (b'["text"]', "is JSON, but no object"),
+        (b'{"body": "x"}', "has no 'text', only 'body'"),
+        (b"{}", "has no 'text'"),
+        (
+            b'{"a":0,"b":0,"c":0,"d":0,"e":0,"f":0}',
+            "has no 'text', only 'a', 'b', 'c', 'd', 'e', ...",
+        ),
         (b'{"text": 5}', "has a 'text' that is not text"),
         (b'{"text": "\\ud800"}', "has half a surrogate pair, which is no character"),
         (b'{"text": "\xff"}', "is not UTF-8 at byte 10"),
@@ -264,7 +269,7 @@ def test_a_row_that_is_not_utf_8_is_named_and_the_others_are_read(tmp_path):
 
 def test_a_missing_column_is_named(tmp_path):
     path = write_parquet(tmp_path / "x.parquet", {"body": ["a"], "n": [1]})
-    assert read(path) == ([], [f"{path}: has no column 'text', only body, n"])
+    assert read(path) == ([], [f"{path}: has no column 'text', only 'body', 'n'"])
 
 
 def test_a_column_of_numbers_is_named(tmp_path):

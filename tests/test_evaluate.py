@@ -3,6 +3,7 @@
 import hashlib
 import http.server
 import json
+import logging
 import math
 import os
 import re
@@ -29,6 +30,8 @@ from nanogpt.hellaswag import FILE, REPOSITORY, REVISION, Item
 from nanogpt.mesh import make_mesh
 from nanogpt.shards import write_shard
 from nanogpt.tokenizer import ByteTokenizer, GPT2Tokenizer
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 needs_gpt2 = pytest.mark.skipif(
     "TIKTOKEN_CACHE_DIR" not in os.environ,
@@ -343,6 +346,7 @@ def test_being_offline_is_one_sentence(base, hub, capsys, monkeypatch):
     assert evaluate.main([str(base), "--hellaswag"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]  # after what the library says of them
     assert re.fullmatch(rf"Cannot download {FILE} \(.*\): check .*\.", last)
+    assert not logging.getLogger("huggingface_hub").propagate  # else it says so twice
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(base, hub, tmp_path, capsys):
@@ -355,6 +359,15 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(base, hub, tmp_path, cap
 # Mistakes
 
 
+def test_ctrl_c_is_no_traceback(base, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "validation_nats", interrupted)
+    assert evaluate.main([str(base)]) == 130
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_it_is_a_script_that_runs_from_anywhere(base, tmp_path, cache):
     script = Path(evaluate.__file__).resolve()
     done = subprocess.run(
@@ -362,6 +375,17 @@ def test_it_is_a_script_that_runs_from_anywhere(base, tmp_path, cache):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert re.match(r"step 6 \| val loss \d\.\d{4} \| ", done.stdout)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_console_that_cannot_be_written_ends_no_work(base):
+    (base / "evaluation.json").unlink(missing_ok=True)
+    script = [sys.executable, evaluate.__file__, base]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert (done.returncode, done.stderr) == (0, "")
+    kept = json.loads((base / "evaluation.json").read_text())
+    assert kept.keys() >= {"val_loss", "bits_per_byte"}
 
 
 def test_help_and_mistakes_need_no_jax(tmp_path):

@@ -23,6 +23,8 @@ from nanogpt.config import ConfigError, GPTConfig
 from nanogpt.export import load_model, save_model
 from nanogpt.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 21))
 SOURCE = {"run": "a", "step": 5, "tokens": 500, "commit": "abc", "val_loss": 1.25}
 SETTINGS = {"tokenizer": "bytes", "sequence_length": 16, "dtype": "float32", "from": SOURCE}
@@ -183,11 +185,15 @@ def test_what_cannot_be_written_whole_is_not_written_at_all(exported, tmp_path):
 
 
 def test_only_a_run_can_be_exported(exported, tmp_path, capsys):
-    for folder in (tmp_path / "nothing", exported):
+    harmed = tmp_path / "harmed"
+    (harmed / "config.json").mkdir(parents=True)  # a file that cannot be read
+    told = {tmp_path / "nothing": "no config.json", exported: "name the run", harmed: "restore it"}
+    for folder, words in told.items():
         assert export.main([str(folder), "--out", str(tmp_path / "gpt")]) == 2
         output = capsys.readouterr()
         assert output.out == ""
-        assert one_sentence(output.err, str(folder), "config.json")
+        assert one_sentence(output.err, str(folder), words)
+    shutil.rmtree(harmed)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -13,6 +13,8 @@ from nanogpt.attention import reference_attention
 from nanogpt.flash_attention import flash_attention
 from nanogpt.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 NAMES = ("out", "dq", "dk", "dv")
 
 

@@ -18,6 +18,8 @@ from nanogpt.mesh import make_mesh
 from nanogpt.step import graph_of, init_params
 from nanogpt.tokenizer import ByteTokenizer, GPT2Tokenizer
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SEPARATOR, T = 99, 64
 
 

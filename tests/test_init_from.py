@@ -25,6 +25,8 @@ from nanogpt.shards import write_shard
 from nanogpt.step import init_params
 from train_gpt import PRESETS, Hyperparameters
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 STEPS = 4
 TUNED = [
     *("--train-files", "train.bin", "--val-files", "val.bin", "--no-shuffle"),

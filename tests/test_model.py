@@ -23,6 +23,8 @@ from nanogpt.model import (
 from nanogpt.past import Rows
 from nanogpt.step import graph_of, init_params
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def alive(config, seed=0):
     """Random parameters, so that nothing stands at the zero it starts from."""

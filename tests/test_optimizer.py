@@ -9,6 +9,8 @@ from nanogpt.muon import MuonState
 from nanogpt.optimizer import cautious_decay, group, make_optimizer
 from nanogpt.step import init_params
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 # One matrix, and parameters for each of Adam's groups.
 SHAPES = {"up": (2, 8, 12), "embed": (6, 8), "head": (8, 6), "skips": (2,), "gate": (2, 3, 4)}
 RATES = {"up": 0.05, "embed": 0.3, "head": 0.007, "skips": 0.02, "gate": 0.02}

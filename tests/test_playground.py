@@ -515,7 +515,7 @@ def test_a_generation_ends_at_its_time_limit():
 # The command.
 
 
-def test_ctrl_c_ends_the_server_and_its_streams_without_a_traceback():
+def test_the_command_serves_one_address_and_ctrl_c_ends_it_and_its_streams_without_a_traceback():
     script = """if True:
         import time
         from nanogpt import playground, sampling
@@ -536,6 +536,9 @@ def test_ctrl_c_ends_the_server_and_its_streams_without_a_traceback():
     try:
         address = server.stdout.readline()
         port = int(re.fullmatch(r"runs/test: http://127.0.0.1:(\d+) \(.*\)\n", address)[1])
+        if sys.platform == "linux":  # where each address of 127.0.0.0/8 is this machine
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.2", port), 5)
         (running, _), (waiting, _) = begin(port), begin(port)
         server.send_signal(signal.SIGINT)
         assert server.wait(20) == 0

@@ -143,6 +143,13 @@ def test_a_run_of_which_nothing_is_finite_is_drawn_as_nothing(tmp_path):
     assert report.report([folder], tmp_path / "out")
 
 
+@pytest.mark.parametrize(("most", "scale"), [(9.0, "linear"), (11.0, "log")])
+def test_gradient_norms_of_many_sizes_have_a_logarithmic_axis(tmp_path, most, scale):
+    made = [{"step": step, "grad_norm": norm} for step, norm in enumerate([0.0, 1.0, most])]
+    axes = drawn([write(tmp_path / "run", made)], "step", "grad_norm")
+    assert axes.get_yscale() == scale
+
+
 def test_the_end_of_a_run_is_framed_rather_than_its_beginning(tmp_path):
     low, high = drawn([write(tmp_path / "run", records(500))], "step", "train_loss").get_ylim()
     assert low < 3.1 and 5 < high < 9.5
@@ -314,6 +321,19 @@ def test_only_the_settings_that_differ_are_shown(tmp_path):
     assert list(page(a).table)[-1] == "date"
 
 
+def test_text_of_ones_own_is_shown_instead_of_the_shards_made_of_it(tmp_path):
+    shards = {"train_files": "cache/x", "val_files": "cache/y"}
+    a = write(tmp_path / "a", records(20), **shards, data=["notes", "b.txt"])
+    b = write(tmp_path / "b", records(20), train_files="t", val_files="v", data=[])
+    rows = list(page(a, b).table.items())
+    names = [name for name, _ in rows]
+    assert dict(rows[names.index("Settings that differ") + 1 :]) == {
+        "data": ["notes, b.txt", "none"],
+        "train_files": ["—", "t"],
+        "val_files": ["—", "v"],
+    }
+
+
 def test_runs_of_one_name_are_told_apart_by_their_folders(tmp_path):
     folders = [write(tmp_path / place / "run", records(20)) for place in ("here", "there")]
     report.report([*folders, folders[0]], tmp_path / "x.html")
@@ -383,8 +403,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path, capsys):
 def test_a_folder_that_is_no_runs_is_named(tmp_path, capsys):
     said = failure(capsys, tmp_path / "none")
     assert "none cannot be read (No such file or directory): name the folders of runs" in said
-    said = failure(capsys, tmp_path)
-    assert f"{tmp_path / 'metrics.jsonl'} cannot be read" in said
+    assert f"{tmp_path} is no run: name the folders of runs" in failure(capsys, tmp_path)
     assert failure(capsys) == "There is nothing to draw: name runs, runs/<name>."
 
 
@@ -393,6 +412,25 @@ def test_a_run_without_numbers_is_told_from_one_that_cannot_be_read(tmp_path, ca
     assert "has no numbers yet: wait" in failure(capsys, folder)
     (folder / "metrics.jsonl").write_text('{"step": 1, "train_l')
     assert "has no numbers yet: wait" in failure(capsys, folder)
+
+
+def test_all_of_a_folder_can_be_drawn_whatever_else_lies_there(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(Path("runs/a"), records(20))
+    write(Path("runs/begun"), [])
+    Path("runs/notes").mkdir()
+    for _ in range(2):  # the second time the first report is among them
+        assert report.main([str(place) for place in sorted(Path("runs").iterdir())]) == 0
+        output = capsys.readouterr()
+        assert output.out == "runs/report.png\nruns/report.html\n"
+    told = output.err.splitlines()
+    assert all(line.startswith("Left out: ") for line in told)
+    assert [re.search(r"runs/(\S+)", line)[1] for line in told] == [
+        *("begun/metrics.jsonl", "notes", "report.html", "report.png")
+    ]
+    names = Page(Path("runs/report.html").read_text()).rows[0][1:]
+    assert [name.split()[-1] for name in names] == ["a"]
+    assert report.main(["runs/a", "runs/b"]) == 2  # a name that was mistyped is not passed over
 
 
 @pytest.mark.parametrize("line", ['{"step": 3, "tra', "[3]", '{"step": "three"}', "", "\0\0"])

@@ -1,6 +1,8 @@
 """Continuing a prompt with the run that test_train_gpt.py made, and the answers to mistakes."""
 
+import importlib
 import json
+import os
 import re
 import signal
 import subprocess
@@ -9,11 +11,13 @@ import urllib.request
 from dataclasses import asdict
 from pathlib import Path
 
+import jax
 import pytest
 from test_train_gpt import base_run
 
 import export
 import sample
+from nanogpt.config import ConfigError
 from train_gpt import PRESETS
 
 
@@ -111,6 +115,67 @@ def test_ctrl_c_ends_a_text_quietly(run):
     output, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (130, b"")
     assert output.endswith(b"\n")
+
+
+def test_what_the_terminal_cannot_show_ends_no_text(run):
+    script = [sys.executable, sample.__file__, run, "--prompt", "é = ", "--max-new-tokens", "12"]
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(script, capture_output=True, timeout=300, env=ascii_only)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(b"? = ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
+def test_a_full_disk_is_told_in_one_sentence(run):
+    script = [sys.executable, sample.__file__, run, "--prompt", "a", "--max-new-tokens", "12"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(script, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 2
+    assert re.fullmatch(r"The text cannot be written \(No space left on device\)\.\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    "words", ["RESOURCE_EXHAUSTED: Out of memory", "INTERNAL: Out of memory allocating 9 bytes."]
+)
+def test_too_little_memory_is_told_in_one_sentence(run, capsys, monkeypatch, words):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError(words)
+
+    monkeypatch.setattr("nanogpt.text.generate", fail)
+    assert sample.main([str(run), "--num-samples", "4000"]) == 2
+    assert re.fullmatch(
+        r".* too little memory .* 4,000 .*num_samples.*\.\n", capsys.readouterr().err
+    )
+
+
+def test_another_error_of_a_program_is_not_taken_for_want_of_memory(run, monkeypatch):
+    def fail(*_, **__):
+        raise jax.errors.JaxRuntimeError("INTERNAL: the device fell over")
+
+    monkeypatch.setattr("nanogpt.text.generate", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="fell over"):
+        sample.main([str(run)])
+
+
+@pytest.mark.parametrize("script", ["sample", "evaluate", "export"])
+def test_a_gpu_is_not_filled_before_it_is_needed_for_a_trainer_may_be_there(
+    run, tmp_path, monkeypatch, script
+):
+    found = []
+
+    def first_use_of_a_device(*_):
+        found.append(os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE"))
+        raise ConfigError("That is enough.")
+
+    monkeypatch.setattr("nanogpt.mesh.make_mesh", first_use_of_a_device)
+    more = ["--out", str(tmp_path / "gpt")] if script == "export" else []
+    for wish in (None, "true"):  # the default, and what a user asks for
+        if wish is None:
+            monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+        else:
+            monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", wish)
+        assert importlib.import_module(script).main([str(run), *more]) == 2
+    assert found == ["false", "true"]
 
 
 @pytest.mark.parametrize("prompt", ["\udcff", None])

@@ -10,13 +10,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nanogpt.config import GPTConfig
-from nanogpt.mesh import BATCH, REPLICATED, ROWS, make_mesh, put
+from nanogpt.mesh import BATCH, ROWS, make_mesh, put
 from nanogpt.optimizer import make_optimizer
 from nanogpt.schedule import Rates
+from nanogpt.sharding import shardings
 from nanogpt.step import (
     TrainState,
     graph_of,
@@ -65,8 +65,8 @@ def placed(mesh, spec, array):
 
 
 @cache
-def first_params():
-    return jax.jit(lambda: init_params(CONFIG, jax.random.key(0)))()
+def first_params(config=CONFIG):
+    return jax.jit(lambda: init_params(config, jax.random.key(0)))()
 
 
 def train(devices=1, micro_batches=1, dtype="float32", target_weights=(1.0,)):
@@ -75,7 +75,7 @@ def train(devices=1, micro_batches=1, dtype="float32", target_weights=(1.0,)):
     params = jax.tree.map(np.asarray, first_params())
     mean, variance = jnp.zeros([]), jnp.zeros([])
     state = TrainState(jnp.int32(0), params, optimizer.init(params), mean, variance)
-    states = [jax.device_put(state, NamedSharding(mesh, REPLICATED))]
+    states = [jax.device_put(state, shardings(state, mesh, shard_params=False))]
     train_step = make_train_step(
         graph_of(CONFIG), optimizer, mesh, dtype, target_weights=target_weights
     )
@@ -89,9 +89,9 @@ def train(devices=1, micro_batches=1, dtype="float32", target_weights=(1.0,)):
 
 
 @cache
-def train_plainly(target_weights=(1.0,)):
+def train_plainly(target_weights=(1.0,), config=CONFIG):
     """The same steps on one device, as a textbook has them: no mesh, no accumulation."""
-    optimizer, graph = some_optimizer(), graph_of(CONFIG)
+    optimizer, graph = some_optimizer(), graph_of(config)
 
     def objective_and_loss(params, rows):
         log_p = jax.nn.log_softmax(nnx.merge(graph, params)(rows[:, :-1]))
@@ -112,7 +112,7 @@ def train_plainly(target_weights=(1.0,)):
         norm = sum(jnp.sum(g**2) for g in jax.tree.leaves(gradients)) ** 0.5
         return optax.apply_updates(params, updates), state, (loss, norm)
 
-    params = first_params()
+    params = first_params(config)
     state, metrics = optimizer.init(params), []
     for rows, rates in zip(some_rows(), RATES, strict=True):
         params, state, found = step(params, state, rows, rates)
@@ -162,7 +162,7 @@ def test_the_first_state_is_the_same_to_the_bit_on_any_number_of_devices():
     one, eight = one(jax.random.key(3)), eight(jax.random.key(3))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
         np.testing.assert_array_equal(a, b)
-        assert b.sharding == NamedSharding(make_mesh(8), REPLICATED)
+        assert b.sharding.is_fully_replicated
     assert np.any(np.asarray(one.params["embed"]) != np.asarray(other.params["embed"]))
 
 

@@ -89,6 +89,7 @@ def test_bytes_that_make_no_character_show_as_one_that_says_so(shown):
         (b"aaab", ["aab"], "a"),
         (b"one\xfftwo", ["<|endoftext|>"], "one"),
         ("a€b".encode(), ["€"], "a"),
+        (b"xabcd", ["bc", "abc"], "x"),
         (b"stop", ["stop"], ""),
     ],
 )

@@ -352,3 +352,12 @@ def test_origins_are_the_line_the_caller_and_the_pass_of_each_operation():
     found = set(origins(text).values())
     assert f"{place}jvp()/dot_general" in found
     assert any(origin.startswith(f"{place}transpose(jvp())/") for origin in found)
+
+
+def test_of_an_operation_that_is_xlas_own_the_table_tells_what_it_makes():
+    text = """HloModule jit_f
+  %copy.3 = f32[16,8]{1,0:T(8,128)} copy(%param.1)
+  ROOT %add.1 = bf16[] add(%a, %b), metadata={op_name="jit(f)/add"}
+  %pair.2 = (f32[8]{0}, s32[]) custom-call(%copy.3)
+"""
+    assert origins(text) == {"copy.3": "f32[16,8] copy", "add.1": "jit(f)/add"}

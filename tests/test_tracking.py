@@ -251,6 +251,16 @@ def test_the_log_can_be_followed_while_the_run_goes_on(run):
     assert records(run) == [{"step": 1}]
 
 
+def test_the_log_tells_what_ended_a_run_before_its_time(tmp_path):
+    with (
+        pytest.raises(BadNumbers),
+        Run(new_folder(tmp_path, "a", "laptop")) as run,
+    ):
+        run.say("step 1")
+        raise BadNumbers("step 2: loss nan")
+    assert log(run) == "step 1\nended by BadNumbers('step 2: loss nan')\n"
+
+
 def test_a_terminal_gets_colours_and_the_log_does_not(run):
     run.console = Console(file=io.StringIO(), force_terminal=True, width=80, highlight=False)
     run.say("val loss 3.2", style="bold green")
@@ -386,6 +396,37 @@ def test_utilisation_is_shown_where_it_is_known_and_not_where_it_is_not(run, clo
     assert "MFU" not in first
     assert "MFU 25.0% | " in second
     assert "MFU 50.0% | " in third
+
+
+def test_the_summary_has_the_mean_utilisation_over_the_time_of_training(run, clock):
+    known = {(1, 1000.0): 0.2, (2, 250.0): 0.05}
+    progress = progress_of(run, lambda *of: known[of])
+    for step, seconds in ((1, 1), (2, 4)):
+        progress.started(step, {"loss": 5.0, "grad_norm": 1.0, **CALM})
+        clock.now += seconds
+    progress.report()
+    assert progress.summary() == {
+        "final loss": "train 5.0000",
+        "tokens": "2,000",
+        "time": "train 5.0 s",
+        "speed": "400 tok/s, MFU 8.0%",
+    }
+
+
+def test_on_a_terminal_a_line_with_the_time_left_follows_the_steps_and_validation_stands_out(
+    run, clock
+):
+    screen = io.StringIO()
+    run.console = Console(file=screen, force_terminal=True, width=80, highlight=False)
+    progress = progress_of(run)
+    progress.started(1, {"loss": 5.0, "grad_norm": 1.0, **CALM})
+    clock.now += 2
+    progress.report(lambda: 4.5)
+    run.progress_ended()
+    shown = re.sub(r"\x1b\[[\d;]*m", "", screen.getvalue())
+    assert re.search(r"1/4 \S+ +25% train loss 5\.0000 \| ETA 0:00:14\s", shown)
+    assert "\x1b[1;32mstep 1/4 | val loss 4.5000" in screen.getvalue()
+    assert "25%" not in log(run)
 
 
 @pytest.mark.parametrize(("loss", "norm"), [("nan", 1.0), (2.0, "inf"), ("-inf", "nan")])

@@ -32,6 +32,8 @@ from nanogpt.shards import write_shard
 from nanogpt.step import graph_of
 from train_gpt import PRESETS, Hyperparameters
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SCRIPT = Path(train_gpt.__file__).resolve()
 T, TOKENS_PER_STEP, STEPS = 32, 256, 6
 VAL_TOKENS = 268  # 8 rows, which make one pass, and a short ninth
@@ -237,7 +239,8 @@ def test_a_run_can_be_repeated_from_its_configuration(base, tmp_path, tmp_path_f
         (["--config", "{config}", "--resume", "auto"], "resume and config each say"),
         (["--config", "{config}", "--init-from", "runs/a"], "init_from and config each say"),
         (["--config", "{config}", "--preset", "laptop"], "preset and config both say"),
-        (["--config", "none/config.json"], "none/config.json is not what"),
+        (["--config", "none/config.json"], "none/config.json cannot be read (No such file"),
+        (["--config", train_gpt.__file__], "train_gpt.py is not what"),
     ],
 )
 def test_settings_that_start_from_two_places_or_none_are_told_in_one_sentence(

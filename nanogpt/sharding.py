@@ -1,0 +1,176 @@
+"""What part of each parameter a device holds, and what devices exchange to compute with parts.
+
+A mesh has two axes. Devices along "data" train on different rows. Devices along "model" share the
+heads and MLPs of the same rows (tensor parallelism: Megatron-LM, arXiv:1909.08053):
+
+    qkv, up, gate        each device has its heads, or its part of F, and what is computed from them
+    out, down            each device adds up over its heads, or its part of F; then all are summed
+    value embeddings     each device looks up what its heads mix in
+    head                 whole: devices divide the tokens to score between them
+    all others           whole, and all devices compute the same with them
+
+With `shard_params` the devices along "data" divide the parameters, too, and with them gradients and
+the state of the optimizer (ZeRO-3: arXiv:1910.02054, FSDP: arXiv:2304.11277). Each gathers a layer
+when it is needed, and lets go of it again.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, PyTree
+
+from nanogpt.config import ConfigError, GPTConfig
+
+# Which axis of the mesh divides the last two axes of a parameter: its inputs, its outputs.
+LAYOUT = {
+    "attention.qkv": P("data", "model"),  # [3, D, N H]
+    "attention.out": P(("model", "data"), None),  # [N H, D]
+    "attention.gate": P(None, "model"),  # [inputs, N]
+    "mlp.up": P("data", "model"),  # [D, F]
+    "mlp.down": P("model", "data"),  # [F, D]
+    "value_embed": P("data", "model"),  # [tables, V, N H]
+    "bigram_embed": P("data", None),
+    "embed": P("data", None),
+    "head": P("data", None),
+}
+# What devices along "model" have whole, and use each for its own heads or tokens.
+USED_IN_PARTS = ("head", "value_mix")
+GATHERED = "gathered"  # the name of what a device holds of others for a while
+
+Path = tuple[jax.tree_util.KeyEntry, ...]
+
+
+def _names(path: Path) -> list[str]:
+    """The names in a path, without the numbers of layers that stand apart."""
+    return [key.key for key in path if isinstance(getattr(key, "key", None), str)]
+
+
+def spec_of(path: Path, array: Array | jax.ShapeDtypeStruct, shard_params: bool) -> P:
+    """How a mesh divides a parameter, or what the optimizer keeps of it: their paths end alike.
+
+    An axis of one, as a mean has it, is not divided, nor are the axes of stacks.
+    """
+    names = _names(path)
+    layout = LAYOUT.get(".".join(names[-2:])) or LAYOUT.get("".join(names[-1:]))
+    if layout is None or array.ndim < 2:
+        return P()
+    dividing = []
+    for size, axes in zip(array.shape[-2:], layout, strict=True):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        axes = [axis for axis in axes if size > 1 and (axis == "model" or shard_params)]
+        dividing.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
+    return P(*[None] * (array.ndim - 2), *dividing)
+
+
+def specs(arrays: PyTree, shard_params: bool) -> PyTree:
+    """The `spec_of` each array of a tree of parameters, or of a state that holds such."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, array: spec_of(path, array, shard_params), arrays
+    )
+
+
+def shardings(arrays: PyTree, mesh: Mesh, shard_params: bool) -> PyTree:
+    """Where each array of a tree of parameters lies, or of a state that holds such.
+
+    Raises:
+        ConfigError: the mesh cannot divide an array; names it.
+    """
+
+    def sharding(path: Path, array: Array) -> NamedSharding:
+        spec = spec_of(path, array, shard_params)
+        for size, axes in zip(array.shape, spec, strict=False):
+            axes = (axes,) if isinstance(axes, str) else axes or ()
+            if size % prod(mesh.shape[axis] for axis in axes):
+                by = " * ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
+                raise ConfigError(
+                    f"The {size:,} rows or columns of {'.'.join(_names(path))} cannot be divided "
+                    f"by {by}: choose another mesh, another size of the model, or leave out "
+                    "shard_params."
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(sharding, arrays)
+
+
+def check_shared(config: GPTConfig, row_lengths: Sequence[int], devices: int) -> None:
+    """Raise ConfigError where so many devices along "model" cannot share a model and its rows."""
+    heads = config.num_heads // (2 if config.paired_heads else 1)
+    for name, count in {
+        f"num_heads {config.num_heads}{' in pairs' if config.paired_heads else ''}": heads,
+        f"mlp_width {config.mlp_width}": config.mlp_width,
+        **{f"rows of {T} tokens": T for T in row_lengths},
+    }.items():
+        if count % devices:
+            raise ConfigError(
+                f"{devices} devices along model cannot share {name}: {count} is not a multiple of "
+                f"{devices}; choose another mesh."
+            )
+
+
+def _data_axis(spec: P) -> int | None:
+    """The axis of an array that devices along "data" divide."""
+    dividing = (i for i, axes in enumerate(spec) if axes and "data" in axes)
+    return next(dividing, None)
+
+
+def gathered(parts: PyTree, placed: PyTree) -> PyTree:
+    """The arrays of which each device along "data" has a part, by their specs; in `jax.shard_map`.
+
+    They are named GATHERED, so that `jax.checkpoint` can be told not to keep them.
+    """
+
+    def gather(part: Float[Array, "..."], spec: P) -> Float[Array, "..."]:
+        if (axis := _data_axis(spec)) is None:
+            return part
+        whole = jax.lax.all_gather(part, "data", axis=axis, tiled=True)
+        return checkpoint_name(whole, GATHERED)
+
+    return jax.tree.map(gather, parts, placed)
+
+
+def reduced(gradients: PyTree, placed: PyTree) -> PyTree:
+    """The mean over "data" of the devices' gradients, of which each keeps its part by the specs.
+
+    The other half of `gathered`, in `jax.shard_map`.
+    """
+
+    def reduce(path: Path, gradient: Float[Array, "..."], spec: P) -> Float[Array, "..."]:
+        if path[-1].key in USED_IN_PARTS:
+            gradient = sum_over_model(gradient)
+        if (axis := _data_axis(spec)) is None:
+            return jax.lax.pmean(gradient, "data")
+        summed = jax.lax.psum_scatter(gradient, "data", scatter_dimension=axis, tiled=True)
+        return summed / jax.lax.axis_size("data")
+
+    return jax.tree_util.tree_map_with_path(reduce, gradients, placed)
+
+
+def sum_over_model(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The sum over the devices along "model", each of which has a term; in `jax.shard_map`."""
+    return jax.lax.psum(x, "model") if jax.lax.axis_size("model") > 1 else x
+
+
+@jax.custom_vjp
+def to_parts(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """x, which devices along "model" go on to use each for its part: its gradient is their sum."""
+    return x
+
+
+@jax.custom_vjp
+def from_parts(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """The sum of what devices along "model" have found, which they all go on with."""
+    return sum_over_model(x)
+
+
+to_parts.defvjp(lambda x: (x, None), lambda _, g: (sum_over_model(g),))
+from_parts.defvjp(lambda x: (from_parts(x), None), lambda _, g: (g,))
+
+
+def share_of_row(x: Float[Array, "B T ..."]) -> Float[Array, "B T/model ..."]:
+    """The tokens of each row that are this device's, of those along "model"."""
+    T = x.shape[1] // jax.lax.axis_size("model")
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("model") * T, T, axis=1)
