@@ -74,8 +74,8 @@ def join_processes(
             socket.create_server(("", int(port))).close()  # where JAX cannot, it may crash
         except OSError as error:
             raise ConfigError(
-                f"Process 0 cannot listen at port {port} ({os.strerror(error.errno)}): name another one in "
-                "coordinator_address."
+                f"Process 0 cannot listen at port {port} ({os.strerror(error.errno)}): name "
+                "another in coordinator_address."
             ) from error
 
     def give_up() -> None:
