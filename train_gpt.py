@@ -423,7 +423,11 @@ def main(arguments: list[str] | None = None) -> int:
             join_others(given)
             hp = settings(given, lambda start: override(default=start))
             hp.check()
-            return train(with_own_text(hp), interruption)
+            status = train(with_own_text(hp), interruption)
+            from nanogpt.mesh import wait_for_others
+
+            wait_for_others()
+            return status
     except (ConfigError, ShardError, CorpusError, DataError, TokenizerError, RunError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -539,6 +543,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         BATCH,
         REPLICATED,
         ROWS,
+        check_same,
         make_mesh,
         processes_line,
         put,
@@ -552,6 +557,8 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     check_trackers(hp.tensorboard, hp.wandb)
     use_device(hp.device)
     use_compilation_cache()
+    alone = dict.fromkeys(("coordinator_address", "num_processes", "process_id"))
+    check_same("settings", repr(replace(hp, **alone)))
     mesh = make_mesh(**mesh_axes(hp.mesh))
     if mesh.size < jax.device_count():
         raise ConfigError(
@@ -563,6 +570,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     schedule, stages, V = hp.schedule, range(len(hp.stages)), hp.model.vocab_size
     rows_per_step = [hp.rows_per_step(stage, readers) for stage in stages]  # of each device
     data = find_data(hp)
+    check_same("data", data.sha256)
     order = RowOrder(partial(rows_of, hp, data), schedule, hp.shuffle)
     order(hp.num_steps)  # raises ShardError where the shards hold no row of some stage
     val_rows = [
@@ -618,8 +626,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             run.say(f"resuming {folder} after step {checkpoint.step}")
         elif hp.init_from:
             run.say(f"beginning with the weights in {hp.init_from}")
-        processes = dict.fromkeys(("coordinator_address", "num_processes", "process_id"))
-        config = asdict(replace(hp, resume=None, config=None, profile=None, **processes))
+        config = asdict(replace(hp, resume=None, config=None, profile=None, **alone))
         run.configure(config, environment() | {"data": {"name": data.name, "sha256": data.sha256}})
         run.trackers = open_trackers(
             folder,
@@ -633,7 +640,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         per_pass = batch_size * hp.sequence_length * readers
         devices = f"{mesh.size} x {device.device_kind}"
         if jax.process_count() > 1:
-            devices += f" of {processes_line()}"
+            devices += f" of {jax.process_count()} processes"
         if sharers > 1:
             devices += f" as data={readers},model={sharers}"
         if hp.shard_params:
@@ -644,6 +651,8 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             f"{', '.join(f'{tokens // per_pass}' for tokens in per_step)}"
         )
         run.say(f"{hp.preset} preset | {data.name} | {devices} | {accumulation}")
+        if jax.process_count() > 1:
+            run.say(f"{processes_line()}; if one is lost all end: go on with --resume {folder}")
         run.say(attention_line)
         if hp.batch_size is None:
             size = f"{memory / 1e9:.1f} GB" if memory else "an unknown amount"

@@ -8,18 +8,25 @@ devices; JAX's distributed runtime joins them. The first of them, process 0, tel
 """
 
 import os
+import socket
 from collections.abc import Callable
+from hashlib import sha256
 from threading import Timer
 
 import jax
 import numpy as np
 from jax._src.distributed import global_state
-from jax.experimental.multihost_utils import broadcast_one_to_all
+from jax.experimental.multihost_utils import (
+    broadcast_one_to_all,
+    process_allgather,
+    sync_global_devices,
+)
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Int, PyTree
 
 from nanogpt.config import ConfigError
+from nanogpt.environment import has_its_gpus_alone
 
 LOST_AFTER = 30  # seconds without a sign of life after which a process counts as lost
 REPLICATED = P()
@@ -54,11 +61,22 @@ def join_processes(
             "coordinator_address, num_processes and process_id belong together: give all three, or "
             "none where a launcher tells them."
         )
-    if None not in given and not (0 <= process_id < num_processes and ":" in coordinator_address):
+    host, _, port = (coordinator_address or "").rpartition(":")
+    address_is_whole = host and port.isdecimal() and int(port) < 2**16
+    if None not in given and not (0 <= process_id < num_processes and address_is_whole):
         raise ConfigError(
             f"process_id must be 0 to num_processes - 1 and coordinator_address host:port, not "
             f"{process_id} of {num_processes} and {coordinator_address}."
         )
+
+    if process_id == 0:
+        try:
+            socket.create_server(("", int(port))).close()  # where JAX cannot, it may crash
+        except OSError as error:
+            raise ConfigError(
+                f"Process 0 cannot listen at port {port} ({os.strerror(error.errno)}): name "
+                "another in coordinator_address."
+            ) from error
 
     def give_up() -> None:
         where = "" if coordinator_address is None else f" at {coordinator_address}"
@@ -76,16 +94,40 @@ def join_processes(
     timer.start()
     try:
         jax.distributed.initialize(
-            *given, initialization_timeout=2 * patience, heartbeat_timeout_seconds=LOST_AFTER
+            *given,
+            local_device_ids=[] if has_its_gpus_alone() else None,  # none named: all
+            cluster_detection_method=None if None in given else "deactivate",
+            initialization_timeout=2 * patience,
+            heartbeat_timeout_seconds=LOST_AFTER,
+            shutdown_timeout_seconds=LOST_AFTER,
         )
-    except (ValueError, RuntimeError) as error:  # the launcher, or the network, is in the way
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
+    except Exception as error:  # JAX's own, or of what it asks a launcher with
+        reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(
             f"JAX could not join the processes of this run ({reason}): see docs/many-machines.md, "
             "or give each --coordinator-address, --num-processes and --process-id."
         ) from error
     finally:
         timer.cancel()
+
+
+def wait_for_others() -> None:
+    """Return when all processes are here: one that leaves waits LOST_AFTER seconds, not longer."""
+    if jax.process_count() > 1:
+        sync_global_devices("end")
+
+
+def check_same(what: str, here: str) -> None:
+    """Raise ConfigError in all processes if `here` is not the same text in each."""
+    if jax.process_count() == 1:
+        return
+    digests = process_allgather(np.frombuffer(sha256(here.encode()).digest(), np.uint8))
+    for process, digest in enumerate(digests):
+        if (digest != digests[0]).any():
+            raise ConfigError(
+                f"Process {process} has other {what} than process 0: start all with the same "
+                "arguments, in a folder that all see."
+            )
 
 
 def processes_line() -> str:

@@ -16,6 +16,7 @@ from contextlib import suppress
 from glob import escape
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 from nanogpt.corpus import cache_folder
 from nanogpt.documents import Files, find_files, suffixes
@@ -77,7 +78,7 @@ def content_of(files: Files, show: Callable[[str], None]) -> str:
     if readable:
         with suppress(OSError):  # told when the shards cannot be written there
             known.parent.mkdir(parents=True, exist_ok=True)
-            temporary = known.with_name(f".{known.name}.{os.getpid()}.tmp")
+            temporary = known.with_name(f".{known.name}.{uuid4().hex}.tmp")
             temporary.write_text(content, encoding="utf-8")
             os.replace(temporary, known)
     return content

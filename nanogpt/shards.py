@@ -11,6 +11,7 @@ This is the format of llm.c and modded-nanogpt, so their shards are read as they
 import glob
 import os
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from jaxtyping import UInt16
@@ -57,7 +58,7 @@ def write_shard(path: str | os.PathLike, tokens: ArrayLike) -> None:
 
     header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
     header[:3] = MAGIC, VERSION, tokens.size
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # pods share process ids
     try:
         with temporary.open("wb") as file:
             file.write(header)

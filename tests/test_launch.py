@@ -8,6 +8,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -115,7 +116,7 @@ def slurm(folder):
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={controller}
 SlurmdPort={node}
-AuthInfo=socket={folder}/munge
+AuthInfo=socket={folder}/munge,cred_expire=5
 SlurmUser=root
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool
@@ -124,6 +125,7 @@ SlurmdPidFile={folder}/slurmd.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
+SchedulerParameters=sched_interval=1
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 NodeName=localhost NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
@@ -165,45 +167,38 @@ def asked(env, *command):
     or os.getuid() != 0,
     reason="needs to be root, and Slurm: apt install slurmctld slurmd slurm-client munge",
 )
-def test_a_slurm_job_that_was_told_to_end_goes_on_when_it_is_started_again(
+def test_a_slurm_job_that_is_told_to_end_saves_and_comes_back_and_goes_on_to_the_same_end(
     straight,  # noqa: F811
     checkout,
     tmp_path_factory,
 ):
     folder = tmp_path_factory.mktemp("slurm")  # a socket's path has less than 108 letters
     with slurm(folder) as env:
-
-        def submit():
-            """Submit it and wait until it runs."""
-            told = subprocess.run(
-                [
-                    *("sbatch", "--parsable", *WITHOUT_GPUS, "--output=job.log"),
-                    *("launch/slurm.sbatch", *RUN, "--batch-size", "2"),
-                ],
-                env=env | {"RUN": "night"},
-                capture_output=True,
-                text=True,
-            )
-            assert told.returncode == 0, told.stderr
-            return told.stdout.strip()
-
-        def end_of(job):
-            wait_until(lambda: pause() or not asked(env, "squeue", "--noheader", f"--jobs={job}"))
-            return Path("job.log").read_text()
-
-        def pause():
-            time.sleep(0.2)
-
-        job = submit()
-        wait_until(Path("runs/night.0/checkpoints/00000007/manifest.json").exists)
+        told = subprocess.run(
+            [
+                *("sbatch", "--parsable", *WITHOUT_GPUS, "--output=job.log"),
+                *("launch/slurm.sbatch", *RUN, "--batch-size", "2"),
+            ],
+            env=env,
+            capture_output=True,
+            text=True,
+        )
+        assert told.returncode == 0, told.stderr
+        job = told.stdout.strip()
+        run = Path(f"runs/slurm-{job}.0")
+        wait_until((run / "checkpoints/00000007/manifest.json").exists)
         asked(env, "scancel", "--signal=TERM", job)  # as --signal does before the time limit
-        first = end_of(job)
-        assert "4 x cpu of 2 processes" in first
-        log = end_of(submit())
-    assert log.startswith(first)
-    assert "resuming runs/night.0" in log or "runs/night.0 has made all" in log, log
-    assert [run.name for run in Path("runs").iterdir()] == ["night.0"]
-    assert_same(losses("runs/night.0"), losses(straight))
+        wait_until(lambda: pause() or not asked(env, "squeue", "--noheader", f"--jobs={job}"))
+    log = Path("job.log").read_text()
+    assert "4 x cpu of 2 processes" in log
+    assert f"interrupted: go on with --resume {run}" in log
+    assert f"resuming {run}" in log or f"{run} has made all" in log, log
+    assert list(Path("runs").iterdir()) == [run]
+    assert_same(losses(run), losses(straight))
+
+
+def pause():
+    time.sleep(0.2)
 
 
 def test_the_slurm_job_has_a_process_per_gpu_is_warned_and_comes_back():
@@ -253,6 +248,52 @@ def test_the_jobset_is_as_jax_looks_for_its_processes():
     (container,) = pod["containers"]
     volumes = {volume["name"] for volume in pod["volumes"]}
     assert {mount["name"] for mount in container["volumeMounts"]} == volumes
+
+
+def test_jax_finds_the_jobset_s_processes_with_no_more_than_it_may_ask(monkeypatch):
+    """By JAX's own code, in a cluster that answers as JobSet's controller would have filled it."""
+    from jax._src.clusters import K8sCluster
+
+    found = {it["kind"]: it for it in yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())}
+    name = found["JobSet"]["metadata"]["name"]
+    (replicated,) = found["JobSet"]["spec"]["replicatedJobs"]
+    job_name, calls = f"{name}-{replicated['name']}-0", set()
+    labels = {"job-name": job_name, "jobset.sigs.k8s.io/jobset-name": name}
+    spec = SimpleNamespace(
+        subdomain=name, parallelism=replicated["template"]["spec"]["parallelism"]
+    )
+    owner = SimpleNamespace(controller=True, kind="Job", name=job_name)
+    metadata = SimpleNamespace(name=job_name, labels=labels, owner_references=[owner])
+
+    def pods(**_):
+        calls.add(("pods", "list"))
+        return SimpleNamespace(items=[SimpleNamespace(metadata=metadata, spec=spec)])
+
+    def job(name, **_):
+        calls.add(("jobs", "get"))
+        assert name == job_name
+        return SimpleNamespace(metadata=metadata, spec=spec)
+
+    fakes = {
+        "_core_api": SimpleNamespace(list_namespaced_pod=pods),
+        "_batch_api": SimpleNamespace(read_namespaced_job=job),
+        "_ApiException": OSError,
+        "_namespace": lambda: "default",
+    }
+    for attribute, fake in fakes.items():
+        monkeypatch.setattr(K8sCluster, attribute, fake, raising=False)
+    monkeypatch.setenv("HOSTNAME", "localhost")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
+    # Pods are <jobset>-<replicated job>-<its number>-<index>, in a domain named as the jobset.
+    address = K8sCluster.get_coordinator_address(None, None)
+    assert address.partition(":")[0] == "nanogpt-train-0-0.nanogpt"
+    assert (K8sCluster.get_process_count(), K8sCluster.get_process_id()) == (2, 1)
+    assert K8sCluster.get_local_process_id() is None  # a pod's process takes all its GPUs
+    for resource, verb in calls:
+        assert any(
+            resource in rule["resources"] and verb in rule["verbs"]
+            for rule in found["Role"]["rules"]
+        )
 
 
 def test_the_jobset_s_command_starts_the_program(checkout):
