@@ -27,7 +27,7 @@ import jax
 from benchmarks.h200 import Instruction, Program, collectives, compile_step, size_of
 from benchmarks.results import save
 from nanogpt.compilation import memory_of
-from nanogpt.config import Kernels
+from nanogpt.config import ConfigError, Kernels
 from nanogpt.hardware import PEAK_FLOPS, activation_bytes, flops_per_token, largest_batch
 from nanogpt.muon import GROUP, POLAR_EXPRESS
 from nanogpt.optimizer import group
@@ -282,10 +282,11 @@ def main() -> None:
         # Two devices can share the heads of 350M; 25 heads have no half.
         for model, shard_params in [*ways, (2, False)] if size == "350M" else ways:
             for devices in options.devices:
-                width = PRESETS[SIZES[size]].model.width
-                if shard_params and width % devices:
-                    continue  # see nanogpt/sharding.py
-                case = compile_case(size, devices, model, shard_params)
+                try:
+                    case = compile_case(size, devices, model, shard_params)
+                except ConfigError as error:  # so many devices cannot divide the parameters
+                    print(f"{size}, {devices} GPUs: {error}")
+                    continue
                 cases.append(case)
                 print(f"{size}, {name_of(case)}, {devices} GPUs: {case['sent']}", flush=True)
         save("scaling", {"cases": cases})
