@@ -23,11 +23,13 @@ from math import prod
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from benchmarks.h200 import Instruction, Program, collectives, compile_step, size_of
 from benchmarks.results import save
 from nanogpt.compilation import memory_of
 from nanogpt.config import ConfigError, Kernels
+from nanogpt.environment import environment
 from nanogpt.hardware import PEAK_FLOPS, activation_bytes, flops_per_token, largest_batch
 from nanogpt.muon import GROUP, POLAR_EXPRESS
 from nanogpt.optimizer import group
@@ -54,6 +56,7 @@ class Sent:
 
     kind: str
     devices: int
+    per_host: int  # of these devices
     count: int
     bytes: int  # of their results, whole: for a reduce-scatter, of its operands
 
@@ -69,13 +72,37 @@ def wire_bytes(kind: str, devices: int, size: int) -> float:
     return {"all-reduce": 2 * once, "all-to-all": once / devices}.get(kind, once)
 
 
-def group_size(instruction: Instruction, num_devices: int) -> int:
-    """How many devices exchange something at a time."""
-    text = instruction.attributes
-    if counts := re.search(r"replica_groups=\[(\d+),(\d+)\]", text):
-        return int(counts[2])
-    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
-    return len(listed[1].split(",")) if listed else num_devices
+def first_group(instruction: Instruction, num_devices: int) -> list[int]:
+    """The first devices that exchange something with each other: XLA has four ways to name them.
+
+    {}                                             all
+    {{0,2},{1,3}}                                  in full
+    [2,2]<=[2,2]T(1,0)                             rows of counted devices, transposed
+    mesh['a'=2,'b'=2], device_ids=([4]) {'a'}      along axes of a mesh of such
+    """
+    _, _, text = instruction.attributes.partition("replica_groups=")
+    order = r"(\[[\d,]+\](?:T\([\d,]+\))?)"
+    if listed := re.match(r"\{\{([\d,]+)\}", text):
+        return [int(n) for n in listed[1].split(",")]
+    if rows := re.match(rf"\[\d+,(\d+)\]<={order}", text):
+        return counted(rows[2])[: int(rows[1])].tolist()
+    if mesh := re.match(rf"mesh\[([^\]]+)\](?:, device_ids=\({order}\))? \{{([^}}]+)\}}", text):
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh[3])]
+        ids = counted(mesh[2] or f"[{num_devices}]").reshape(*sizes.values())
+        ids = np.moveaxis(ids, along, range(-len(along), 0))
+        return ids.reshape(-1, prod(ids.shape[-len(along) :]))[0].tolist()
+    if text and not text.startswith("{}"):
+        raise ValueError(f"Devices named in a way unknown here: replica_groups={text[:100]}")
+    return list(range(num_devices))
+
+
+def counted(order: str) -> np.ndarray:
+    """Numbers from 0 as HLO orders them: "[2,2]T(1,0)" is 0, 2, 1, 3."""
+    sizes, axes = (
+        [int(n) for n in re.findall(r"\d+", part)] for part in (order + "T").split("T")[:2]
+    )
+    return np.arange(prod(sizes)).reshape(sizes).transpose(axes or None).ravel()
 
 
 def sent(program: Program, num_devices: int, micro_batches: int) -> list[Sent]:
@@ -89,13 +116,14 @@ def sent(program: Program, num_devices: int, micro_batches: int) -> list[Sent]:
             begun = each
             if each.opcode.endswith("-done"):
                 begun = next(starts[name] for name in each.operands if name in starts)
-            devices = group_size(begun, num_devices)
+            members = first_group(begun, num_devices)
+            devices, per_host = len(members), max(Counter(n // HOST for n in members).values())
             times = micro_batches if each.name in looped else 1
             whole = size_of(each.shape) * (
                 devices if kind in ("reduce-scatter", "all-to-all") else 1
             )
-            counts[kind, devices] += times
-            sizes[kind, devices] += times * whole
+            counts[kind, devices, per_host] += times
+            sizes[kind, devices, per_host] += times * whole
     return [Sent(*key, counts[key], sizes[key]) for key in sorted(counts)]
 
 
@@ -277,7 +305,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
     options = parser.parse_args()
     ways = [(1, False), (1, True)]
-    cases = []
+    began, cases = environment(), []
     for size in options.sizes:
         # Two devices can share the heads of 350M; 25 heads have no half.
         for model, shard_params in [*ways, (2, False)] if size == "350M" else ways:
@@ -289,7 +317,8 @@ def main() -> None:
                     continue
                 cases.append(case)
                 print(f"{size}, {name_of(case)}, {devices} GPUs: {case['sent']}", flush=True)
-        save("scaling", {"cases": cases})
+                # After each, so that nothing is lost; the file itself makes later commits dirty.
+                save("scaling", began | {"cases": cases})
     print(tables(cases))
     draw(cases, Path("docs/scaling.png"))
 

@@ -4,8 +4,16 @@ import jax
 import pytest
 from test_sharding import compiled
 
-from benchmarks.h200 import Program
-from benchmarks.scaling import NVLINK, muon_flops, predicted, sent, tables, wire_bytes
+from benchmarks.h200 import Instruction, Program
+from benchmarks.scaling import (
+    NVLINK,
+    first_group,
+    muon_flops,
+    predicted,
+    sent,
+    tables,
+    wire_bytes,
+)
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -27,6 +35,29 @@ def test_parameters_in_parts_are_sent_whole_once_in_either_direction():
     by_kind = {x.kind: x for x in sent(Program(program), 4, 2)}
     large = [leaf for leaf in jax.tree.leaves(state.params) if leaf.size > 1000]
     assert by_kind["all-gather"].bytes == by_kind["reduce-scatter"].bytes == bytes_of(large)
+
+
+def test_devices_that_exchange_something_are_read_however_xla_names_them():
+    def read(text, num_devices=8):
+        attributes = f", channel_id=1, replica_groups={text}, dimensions={{1}}"
+        return first_group(Instruction("", "", "f32[]", "all-reduce", "", attributes), num_devices)
+
+    # Four rows of two on a mesh: those of a column are every other, those of a row neighbours.
+    column, row = [0, 2, 4, 6], [0, 1]
+    assert read("{{0,2,4,6},{1,3,5,7}}") == read("[2,4]<=[4,2]T(1,0)") == column
+    assert read("mesh['axis_0'=4,'axis_1'=2] {'axis_0'}") == column
+    assert (
+        read("mesh['axis_0'=1,'axis_1'=2,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_2'}")
+        == column
+    )
+    assert (
+        read("mesh['axis_0'=1,'axis_1'=2,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_1'}") == row
+    )
+    assert read("{{0,1},{2,3},{4,5},{6,7}}") == read("[4,2]<=[8]") == row
+    assert read("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_1'}") == column
+    assert read("{}") == list(range(8))
+    with pytest.raises(ValueError, match="way unknown here"):
+        read("<something new>")
 
 
 def test_what_devices_that_share_rows_send_counts_for_each_micro_batch():
@@ -56,8 +87,14 @@ def test_muons_work_is_that_of_its_groups():
 
 
 def test_a_prediction_lies_between_all_that_is_sent_hidden_and_nothing():
-    gradients = {"kind": "all-reduce", "devices": 8, "count": 1, "bytes": 450_000_000}
-    muon = {"kind": "all-gather", "devices": 8, "count": 1, "bytes": 90_000_000}
+    gradients = {
+        "kind": "all-reduce",
+        "devices": 8,
+        "per_host": 8,
+        "count": 1,
+        "bytes": 450_000_000,
+    }
+    muon = {"kind": "all-gather", "devices": 8, "per_host": 8, "count": 1, "bytes": 90_000_000}
     case = {
         "size": "124M",
         "devices": 8,
