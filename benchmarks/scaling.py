@@ -15,7 +15,6 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import argparse
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -23,10 +22,10 @@ from math import prod
 from pathlib import Path
 
 import jax
-import numpy as np
 
-from benchmarks.h200 import Instruction, Program, collectives, compile_step, size_of
+from benchmarks.h200 import Program, compile_step
 from benchmarks.results import save
+from benchmarks.sent import Sent, sent, wire_bytes
 from nanogpt.compilation import memory_of
 from nanogpt.config import ConfigError, Kernels
 from nanogpt.environment import environment
@@ -39,92 +38,25 @@ from train_gpt import PRESETS
 SIZES = {"124M": "baseline", "350M": "gpt2-medium", "774M": "gpt2-large", "1.5B": "gpt2-xl"}
 STEP_TOKENS = 524_288  # of a step, however many devices share it: strong scaling
 DEVICE_TOKENS = 65_536  # of a device, however many there are: weak scaling
-HOST = 8  # GPUs that NVLink joins
-
-# Bytes per second that each device can send while it receives as many.
-NVLINK = 450e9  # NVIDIA H200 data sheet: NVLink 4, 900 GB/s in both directions together
-NIC = 50e9  # NVIDIA ConnectX-7 data sheet: NDR InfiniBand, 400 Gb/s; a DGX H200 has one per GPU
-RAILS = HOST * NIC  # a ring through all hosts leaves each by all of its NICs at once
-ICI = 300e9  # Google Cloud's documentation of TPU v5p: 4,800 Gb/s per chip, in both directions
-
-UTILIZATION = 0.45  # ASSUMED share of the peak that forward and backward passes reach, and Muon
 
 
 @dataclass(frozen=True)
-class Sent:
-    """Collectives of one kind among so many devices at a time, in one optimizer step."""
+class Machine:
+    """Devices and links: bytes per second that each device can send while it receives as many."""
 
-    kind: str
-    devices: int
-    per_host: int  # of these devices
-    count: int
-    bytes: int  # of their results, whole: for a reduce-scatter, of its operands
+    device: str  # as JAX names it
+    link: float  # to devices that it is joined to without a network
+    nic: float | None  # to all others; None where there are none
 
 
-def wire_bytes(kind: str, devices: int, size: int) -> float:
-    """Bytes that each device sends for an array of `size` bytes, whole, by a ring.
+# NVIDIA H200 data sheet: NVLink 4, 900 GB/s in both directions together. DGX H200 data sheet: a
+# ConnectX-7 for each GPU, of 400 Gb/s (NDR InfiniBand).
+H200 = Machine("NVIDIA H200", 450e9, 50e9)
+# Google Cloud's documentation of TPU v5p: ICI of 1,200 GB/s per chip, in both directions together,
+# and up to 8,960 chips in a pod. Here a ring uses all six links of a chip.
+V5P = Machine("TPU v5p", 600e9, None)
 
-    The least there can be (Patarasuk and Yuan, 2009, doi:10.1016/j.jpdc.2008.09.002): an all-reduce
-    is a reduce-scatter and an all-gather, each of which takes every device's part past all others.
-    In an all-to-all each keeps one part of its own.
-    """
-    once = size * (devices - 1) / devices
-    return {"all-reduce": 2 * once, "all-to-all": once / devices}.get(kind, once)
-
-
-def first_group(instruction: Instruction, num_devices: int) -> list[int]:
-    """The first devices that exchange something with each other: XLA has four ways to name them.
-
-    {}                                             all
-    {{0,2},{1,3}}                                  in full
-    [2,2]<=[2,2]T(1,0)                             rows of counted devices, transposed
-    mesh['a'=2,'b'=2], device_ids=([4]) {'a'}      along axes of a mesh of such
-    """
-    _, _, text = instruction.attributes.partition("replica_groups=")
-    order = r"(\[[\d,]+\](?:T\([\d,]+\))?)"
-    if listed := re.match(r"\{\{([\d,]+)\}", text):
-        return [int(n) for n in listed[1].split(",")]
-    if rows := re.match(rf"\[\d+,(\d+)\]<={order}", text):
-        return counted(rows[2])[: int(rows[1])].tolist()
-    if mesh := re.match(rf"mesh\[([^\]]+)\](?:, device_ids=\({order}\))? \{{([^}}]+)\}}", text):
-        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh[3])]
-        ids = counted(mesh[2] or f"[{num_devices}]").reshape(*sizes.values())
-        ids = np.moveaxis(ids, along, range(-len(along), 0))
-        return ids.reshape(-1, prod(ids.shape[-len(along) :]))[0].tolist()
-    if text and not text.startswith("{}"):
-        raise ValueError(f"Devices named in a way unknown here: replica_groups={text[:100]}")
-    return list(range(num_devices))
-
-
-def counted(order: str) -> np.ndarray:
-    """Numbers from 0 as HLO orders them: "[2,2]T(1,0)" is 0, 2, 1, 3."""
-    sizes, axes = (
-        [int(n) for n in re.findall(r"\d+", part)] for part in (order + "T").split("T")[:2]
-    )
-    return np.arange(prod(sizes)).reshape(sizes).transpose(axes or None).ravel()
-
-
-def sent(program: Program, num_devices: int, micro_batches: int) -> list[Sent]:
-    """All that is sent in a step; what stands in the loop over micro-batches, that many times."""
-    # An asynchronous collective tells its groups where it starts, and its result where it is done.
-    starts = {x.name: x for x in program}
-    looped = {x.name for x in (program.loops() or [[]])[0]} if micro_batches > 1 else set()
-    counts, sizes = Counter(), Counter()
-    for kind, found in collectives(program).items():
-        for each in found:
-            begun = each
-            if each.opcode.endswith("-done"):
-                begun = next(starts[name] for name in each.operands if name in starts)
-            members = first_group(begun, num_devices)
-            devices, per_host = len(members), max(Counter(n // HOST for n in members).values())
-            times = micro_batches if each.name in looped else 1
-            whole = size_of(each.shape) * (
-                devices if kind in ("reduce-scatter", "all-to-all") else 1
-            )
-            counts[kind, devices, per_host] += times
-            sizes[kind, devices, per_host] += times * whole
-    return [Sent(*key, counts[key], sizes[key]) for key in sorted(counts)]
+UTILIZATION = 0.45  # ASSUMED share of the peak that passes and Muon reach
 
 
 def muon_flops(size: str, devices: int) -> float:
@@ -173,42 +105,45 @@ def compile_case(size: str, devices: int, model: int, shard_params: bool) -> dic
     }
 
 
-def predicted(case: dict, tokens_per_device: float, link: float | None = None) -> dict[str, float]:
-    """Seconds of a step: computing, sending what may overlap with it, and what may not.
+def seconds_of(each: Sent, machine: Machine) -> float:
+    """How long something takes to send, without latencies."""
+    wire = wire_bytes(each.kind, each.devices, each.bytes)
+    if machine.nic is None or each.per_host == each.devices:
+        return wire / machine.link
+    # A ring through several hosts leaves each by the NICs of all its devices at once; of what each
+    # sends to all, nearly all goes to other hosts by its own.
+    return wire / (machine.nic * (1 if each.kind == "all-to-all" else each.per_host))
+
+
+def predicted(case: dict, tokens_per_device: float, machine: Machine = H200) -> dict[str, float]:
+    """Seconds of a step: computing, sending, and both with all hidden that can be, or nothing.
 
     Gradients may be on their way during the backward pass, two thirds of the computation, and
     gathered parameters during the forward pass. What Muon exchanges comes after, and what devices
     that share a row exchange stands between its layers: nothing hides that. Latencies are left out.
     """
     hp = PRESETS[SIZES[case["size"]]]
-    peak = UTILIZATION * PEAK_FLOPS["NVIDIA H200"]
-    flops = flops_per_token(hp.model, hp.sequence_length) / case["model"]
-    passes = tokens_per_device * case["model"] * flops / peak
+    peak = UTILIZATION * PEAK_FLOPS[machine.device]
+    passes = tokens_per_device * flops_per_token(hp.model, hp.sequence_length) / peak
     muon = muon_flops(case["size"], case["devices"]) / peak
-    hidden = {"gradients": 0.0, "parameters": 0.0}
-    open_ = 0.0
+    gradients = parameters = open_ = 0.0
     for each in (Sent(**values) for values in case["sent"]):
-        speed = link or (NVLINK if each.devices <= HOST else RAILS)
-        if each.kind == "all-to-all" and each.devices > HOST and not link:
-            speed = NIC  # nearly all of it goes to other hosts
-        seconds = wire_bytes(each.kind, each.devices, each.bytes) / speed
-        of_rows = case["model"] > 1 and each.devices == case["model"]
-        if of_rows and each.kind == "all-reduce":
-            open_ += seconds
+        seconds = seconds_of(each, machine)
+        if case["model"] > 1 and each.devices == case["model"] and each.kind == "all-reduce":
+            # The one thing that there is more of with more tokens.
+            open_ += seconds * tokens_per_device * case["devices"] / STEP_TOKENS
         elif each.kind in ("all-reduce", "reduce-scatter"):
-            hidden["gradients"] += seconds
+            gradients += seconds
         elif each.kind == "all-gather" and case["shard_params"]:
-            hidden["parameters"] += seconds
+            parameters += seconds
         else:
             open_ += seconds
-    best = passes + muon + open_
-    best += max(0.0, hidden["gradients"] - passes * 2 / 3)
-    best += max(0.0, hidden["parameters"] - passes / 3)
+    exposed = max(0.0, gradients - passes * 2 / 3) + max(0.0, parameters - passes / 3)
     return {
         "computing": passes + muon,
-        "sending": sum(hidden.values()) + open_,
-        "all_hidden": best,
-        "none_hidden": passes + muon + sum(hidden.values()) + open_,
+        "sending": gradients + parameters + open_,
+        "all_hidden": passes + muon + open_ + exposed,
+        "none_hidden": passes + muon + open_ + gradients + parameters,
     }
 
 
@@ -219,11 +154,10 @@ def name_of(case: dict) -> str:
     return shared if case["model"] > 1 else divided
 
 
-def tables(cases: Iterable[dict]) -> str:
-    """What was read from the programs, and what is predicted from it, in Markdown."""
-    cases = list(cases)
+def table_of_sent(cases: Iterable[dict]) -> str:
+    """What was read from the programs, in Markdown."""
     lines = [
-        "| size | divided by | H200s | GB sent | collectives | GB of state | GB of memory |",
+        "| size | divided by | devices | GB sent | collectives | GB of state | GB of memory |",
         "|---|---|---|---|---|---|---|",
     ]
     for case in cases:
@@ -237,27 +171,29 @@ def tables(cases: Iterable[dict]) -> str:
             f"| {case['size']} | {name_of(case)} | {case['devices']} | {wire / 1e9:.2f} | {told} | "
             f"{case['state_GB']:.2f} | {case['memory_GB']:.1f} |"
         )
-    lines += [
-        "",
-        "| size | divided by | H200s | ms, strong | efficiency | ms, weak | efficiency |",
+    return "\n".join(lines)
+
+
+def table_of_times(cases: Iterable[dict], machine: Machine) -> str:
+    """What is predicted from that, in Markdown; efficiency is over the fewest devices of a kind."""
+    lines = [
+        f"| size | divided by | {machine.device}s | "
+        "ms, strong | efficiency | ms, weak | efficiency |",
         "|---|---|---|---|---|---|---|",
     ]
     firsts: dict[tuple, dict] = {}
     for case in cases:
-        n = case["devices"]
         first = firsts.setdefault((case["size"], name_of(case)), case)
         cells = []
-        for tokens in (STEP_TOKENS / n, DEVICE_TOKENS):
-            now = predicted(case, tokens)
-            strong = tokens != DEVICE_TOKENS
-            begin = predicted(first, STEP_TOKENS / first["devices"] if strong else tokens)
-            grown = n / first["devices"] if strong else 1
-            low, high = (
-                begin["all_hidden"] / now[k] / grown for k in ("none_hidden", "all_hidden")
-            )
-            cells.append(f"{1e3 * now['all_hidden']:.1f} to {1e3 * now['none_hidden']:.1f}")
+        for tokens_on in (lambda n: STEP_TOKENS / n, lambda _: DEVICE_TOKENS):
+            then, now = tokens_on(first["devices"]), tokens_on(case["devices"])
+            before, after = predicted(first, then, machine), predicted(case, now, machine)
+            most = then / before["all_hidden"]  # tokens per second and device
+            low, high = (now / after[k] / most for k in ("none_hidden", "all_hidden"))
+            cells.append(f"{1e3 * after['all_hidden']:.1f} to {1e3 * after['none_hidden']:.1f}")
             cells.append(f"{low:.0%} to {high:.0%}")
-        lines.append(f"| {case['size']} | {name_of(case)} | {n} | {' | '.join(cells)} |")
+        cells = " | ".join(cells)
+        lines.append(f"| {case['size']} | {name_of(case)} | {case['devices']} | {cells} |")
     return "\n".join(lines)
 
 
@@ -319,7 +255,9 @@ def main() -> None:
                 print(f"{size}, {name_of(case)}, {devices} GPUs: {case['sent']}", flush=True)
                 # After each, so that nothing is lost; the file itself makes later commits dirty.
                 save("scaling", began | {"cases": cases})
-    print(tables(cases))
+    print(table_of_sent(cases))
+    for machine in (H200, V5P):
+        print(f"\n{table_of_times(cases, machine)}")
     draw(cases, Path("docs/scaling.png"))
 
 

@@ -4,16 +4,10 @@ import jax
 import pytest
 from test_sharding import compiled
 
+from benchmarks import scaling
 from benchmarks.h200 import Instruction, Program
-from benchmarks.scaling import (
-    NVLINK,
-    first_group,
-    muon_flops,
-    predicted,
-    sent,
-    tables,
-    wire_bytes,
-)
+from benchmarks.scaling import H200, V5P, muon_flops, predicted, table_of_sent, table_of_times
+from benchmarks.sent import Sent, first_group, sent, wire_bytes
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -105,7 +99,7 @@ def test_a_prediction_lies_between_all_that_is_sent_hidden_and_nothing():
         "sent": [gradients, muon],
     }
     step = predicted(case, 65_536)
-    seconds = [1.75 * 450e6 / NVLINK, 0.875 * 90e6 / NVLINK]
+    seconds = [1.75 * 450e6 / 450e9, 0.875 * 90e6 / 450e9]
     assert step["sending"] == pytest.approx(sum(seconds))
     assert step["none_hidden"] == pytest.approx(step["computing"] + sum(seconds))
     assert step["all_hidden"] == pytest.approx(step["computing"] + seconds[1])
@@ -113,7 +107,29 @@ def test_a_prediction_lies_between_all_that_is_sent_hidden_and_nothing():
     alone = predicted(case, 1)
     assert alone["all_hidden"] == pytest.approx(alone["none_hidden"], rel=0.01)
 
-    table = tables([case, case | {"devices": 64}])
-    assert "| 124M | data | 8 | 0.87 | 1 all-gather, 1 all-reduce | 1.00 | 2.0 |" in table
-    assert "| 124M | data | 8 |" in table.split("efficiency")[-1]
-    assert "100%" in table
+    row = "| 124M | data | 8 |"
+    assert f"{row} 0.87 | 1 all-gather, 1 all-reduce | 1.00 | 2.0 |" in table_of_sent([case])
+    times = table_of_times([case, case | {"devices": 64}], H200)
+    assert row in times and "100%" in times
+
+
+def test_a_ring_leaves_a_host_by_the_nics_of_those_of_its_devices_that_are_in_it():
+    def seconds(kind, devices, per_host, machine=H200):
+        return scaling.seconds_of(Sent(kind, devices, per_host, 1, 800_000_000), machine)
+
+    once = 800e6 * 63 / 64
+    assert seconds("all-gather", 64, 8) == pytest.approx(once / (8 * 50e9))
+    assert seconds("all-gather", 64, 4) == pytest.approx(once / (4 * 50e9))
+    assert seconds("all-to-all", 64, 8) == pytest.approx(once / 64 / 50e9)
+    assert seconds("all-gather", 8, 8) == pytest.approx(800e6 * 7 / 8 / 450e9)
+    assert seconds("all-gather", 8, 1) == pytest.approx(800e6 * 7 / 8 / 50e9)  # one in each host
+    assert seconds("all-gather", 64, 4, V5P) == pytest.approx(once / 600e9)
+
+
+def test_only_what_devices_that_share_rows_sum_grows_with_the_tokens():
+    sums = {"kind": "all-reduce", "devices": 2, "per_host": 2, "count": 9, "bytes": 9_000_000_000}
+    muon = {"kind": "all-to-all", "devices": 2, "per_host": 2, "count": 1, "bytes": 4_000_000_000}
+    case = {"size": "350M", "devices": 64, "model": 2, "shard_params": False, "sent": [sums, muon]}
+    strong, weak = (predicted(case, tokens)["sending"] for tokens in (524_288 / 64, 65_536))
+    assert strong == pytest.approx((9e9 + 1e9) / 450e9)
+    assert weak == pytest.approx((8 * 9e9 + 1e9) / 450e9)
