@@ -15,7 +15,7 @@ from nanogpt.config import ConfigError
 from nanogpt.corpus import cache_folder
 
 # By platform. XLA's plain order of work starts all reductions after the backward pass has ended;
-# this one starts them when gradients are there and something is left to compute meanwhile.
+# this one may start them when gradients are there and something is left to compute meanwhile.
 COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}}
 
 Name = TypeVar("Name", bound=Hashable)

@@ -194,6 +194,10 @@ def small_baseline(shard_params, accumulation_steps=1):
     )
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ >= (0, 11),
+    reason="XLA of JAX 0.12 reduces the gradients of so small a step after its backward pass",
+)
 def test_gradients_are_on_their_way_before_the_backward_pass_has_ended():
     backward = "__cudnn$fmhaSoftmaxBackward"
     order = in_order(small_baseline(False), "all-reduce-start", backward)

@@ -56,12 +56,13 @@ def test_devices_that_exchange_something_are_read_however_xla_names_them():
 
 def test_what_devices_that_share_rows_send_counts_for_each_micro_batch():
     program, _, _ = compiled(1, 4, micro_batches=2)
+    once, twice = (
+        sum(x.bytes for x in sent(Program(program), 4, passes) if x.kind == "all-reduce")
+        for passes in (1, 2)
+    )
     stream = 4 * 16 * 32 * 4  # rows, tokens, width, bytes
-    by_kind = {x.kind: x for x in sent(Program(program), 4, 2) if x.devices == 4}
-    # In each: two attentions and three MLPs, forward and backward, and the features to score.
-    inside = 2 * 11 * stream
-    assert by_kind["all-reduce"].bytes == pytest.approx(inside, rel=0.4)
-    assert by_kind["all-reduce"].bytes > inside  # and gradients of what is used in parts
+    # Two attentions and three MLPs, forward and backward, and the features to score.
+    assert twice - once == 11 * stream
 
 
 def test_rings_send_what_nccl_counts():
