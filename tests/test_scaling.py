@@ -1,13 +1,18 @@
 """What benchmarks/scaling.py reads from a program, and what it makes of it."""
 
+import json
+from dataclasses import replace
+from importlib.util import find_spec
+
 import jax
 import pytest
 from test_sharding import compiled
 
-from benchmarks import scaling
+from benchmarks import results, scaling
 from benchmarks.h200 import Instruction, Program
 from benchmarks.scaling import H200, V5P, muon_flops, predicted, table_of_sent, table_of_times
 from benchmarks.sent import Sent, first_group, sent, wire_bytes
+from train_gpt import PRESETS
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -134,3 +139,45 @@ def test_only_what_devices_that_share_rows_sum_grows_with_the_tokens():
     strong, weak = (predicted(case, tokens)["sending"] for tokens in (524_288 / 64, 65_536))
     assert strong == pytest.approx((9e9 + 1e9) / 450e9)
     assert weak == pytest.approx((8 * 9e9 + 1e9) / 450e9)
+
+
+@pytest.mark.parametrize(("model", "shard_params"), [(1, False), (1, True), (2, False)])
+def test_efficiency_is_over_the_fewest_devices_that_divide_the_work_alike(model, shard_params):
+    case = {"size": "350M", "model": model, "shard_params": shard_params, "sent": []}
+    few, many = ({**case, "devices": n} for n in (8, 64))
+    rows = [row.split(" | ") for row in table_of_times([few, many], H200).splitlines()[2:]]
+    assert rows[0][4] == "100% to 100%"
+    before, after = (
+        predicted(each, 524_288 / each["devices"])["all_hidden"] for each in (few, many)
+    )
+    assert rows[1][4] == f"{before / after / 8:.0%} to {before / after / 8:.0%}" != rows[0][4]
+
+
+@pytest.mark.skipif(
+    not (find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin")),
+    reason='needs JAX\'s CUDA plugin: pip install -e ".[gpu-compiler]"',
+)
+def test_a_tiny_run_saves_prints_and_draws_what_it_read(monkeypatch, tmp_path, capsys):
+    model = replace(PRESETS["baseline"].model, num_layers=1)
+    monkeypatch.setitem(PRESETS, "baseline", replace(PRESETS["baseline"], model=model))
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    scaling.main(["--devices", "8", "512", "--sizes", "124M"])
+
+    cases = json.loads((tmp_path / "scaling.json").read_text())["cases"]
+    whole, wider, parts = cases  # 512 devices cannot divide the parameters
+    assert [case["devices"] for case in cases] == [8, 512, 8]
+    printed = capsys.readouterr().out
+    assert "124M, 512 GPUs: The " in printed and "cannot be divided" in printed
+    assert printed.count("| 124M | data | 512 |") == 3
+    assert (tmp_path / "docs/scaling.png").stat().st_size > 10_000
+
+    D, V = 768, 50_304
+    parameters = 12 * D * D + 2 * V * D  # and norms, none of which has any
+    for case in (whole, wider):
+        reduced = sum(x["bytes"] for x in case["sent"] if x["kind"] == "all-reduce")
+        assert reduced == pytest.approx(4 * parameters, rel=1e-4)
+    scattered = sum(x["bytes"] for x in parts["sent"] if x["kind"] == "reduce-scatter")
+    assert scattered == pytest.approx(4 * parameters, rel=1e-4)
+    assert parts["state_GB"] == pytest.approx(whole["state_GB"] / 8, rel=0.01)
