@@ -25,7 +25,7 @@ import jax
 
 from benchmarks.h200 import Program, compile_step
 from benchmarks.results import save
-from benchmarks.sent import Sent, sent, wire_bytes
+from benchmarks.sent import Sent, reduced, sent, wire_bytes
 from nanogpt.compilation import memory_of
 from nanogpt.config import ConfigError, Kernels
 from nanogpt.environment import environment
@@ -92,6 +92,7 @@ def compile_case(size: str, devices: int, model: int, shard_params: bool) -> dic
         hp=hp,
     )
     program, memory = Program(compiled), compiled.memory_analysis()
+    all_reduced, early = reduced(program, devices, model)
     return {
         "size": size,
         "devices": devices,
@@ -101,6 +102,8 @@ def compile_case(size: str, devices: int, model: int, shard_params: bool) -> dic
         "micro_batches": rows // batch_size,
         "memory_GB": memory_of(compiled) / 1e9,
         "state_GB": memory.argument_size_in_bytes / 1e9,
+        "reduced_GB": all_reduced / 1e9,
+        "reduced_early_GB": early / 1e9,
         "sent": [asdict(each) for each in sent(program, devices, rows // batch_size)],
     }
 
@@ -157,8 +160,9 @@ def name_of(case: dict) -> str:
 def table_of_sent(cases: Iterable[dict]) -> str:
     """What was read from the programs, in Markdown."""
     lines = [
-        "| size | divided by | devices | GB sent | collectives | GB of state | GB of memory |",
-        "|---|---|---|---|---|---|---|",
+        "| size | divided by | devices | GB sent | collectives | reduced early | "
+        "GB of state | GB of memory |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for case in cases:
         all_sent = [Sent(**values) for values in case["sent"]]
@@ -169,7 +173,7 @@ def table_of_sent(cases: Iterable[dict]) -> str:
         told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         lines.append(
             f"| {case['size']} | {name_of(case)} | {case['devices']} | {wire / 1e9:.2f} | {told} | "
-            f"{case['state_GB']:.2f} | {case['memory_GB']:.1f} |"
+            f"{case['reduced_early_GB'] / case['reduced_GB']:.0%} | {case['state_GB']:.2f} | {case['memory_GB']:.1f} |"
         )
     return "\n".join(lines)
 

@@ -67,6 +67,29 @@ def counted(order: str) -> np.ndarray:
     return np.arange(prod(sizes)).reshape(sizes).transpose(axes or None).ravel()
 
 
+def reduced(program: Program, num_devices: int, model: int = 1) -> tuple[int, int]:
+    """Bytes that are reduced over more than `model` devices; how many of them begin early.
+
+    Early is before the last product of the backward pass: that one may run meanwhile.
+    """
+    whole = early = 0
+    for computation in program.computations.values():
+        order = list(computation.values())
+        last = max((i for i, x in enumerate(order) if is_backward_product(x)), default=-1)
+        for i, each in enumerate(order):
+            if each.opcode in ("all-reduce-start", "reduce-scatter-start"):
+                if len(first_group(each, num_devices)) > model:
+                    size = sum(size_of(computation[name].shape) for name in each.operands)
+                    whole, early = whole + size, early + size * (i < last)
+    return whole, early
+
+
+def is_backward_product(instruction: Instruction) -> bool:
+    """Whether it multiplies matrices, or is attention, in the backward pass."""
+    text = instruction.attributes
+    return "transpose(jvp" in text and any(x in text for x in ("gemm", "__cublas", "fmha"))
+
+
 def sent(program: Program, num_devices: int, micro_batches: int) -> list[Sent]:
     """All that is sent in a step; what stands in the loop over micro-batches, that many times."""
     # An asynchronous collective tells its groups where it starts, and its result where it is done.

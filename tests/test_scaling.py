@@ -100,6 +100,8 @@ def test_a_prediction_lies_between_all_that_is_sent_hidden_and_nothing():
         "devices": 8,
         "model": 1,
         "shard_params": False,
+        "reduced_GB": 0.45,
+        "reduced_early_GB": 0.09,
         "state_GB": 1.0,
         "memory_GB": 2.0,
         "sent": [gradients, muon],
@@ -114,7 +116,7 @@ def test_a_prediction_lies_between_all_that_is_sent_hidden_and_nothing():
     assert alone["all_hidden"] == pytest.approx(alone["none_hidden"], rel=0.01)
 
     row = "| 124M | data | 8 |"
-    assert f"{row} 0.87 | 1 all-gather, 1 all-reduce | 1.00 | 2.0 |" in table_of_sent([case])
+    assert f"{row} 0.87 | 1 all-gather, 1 all-reduce | 20% | 1.00 | 2.0 |" in table_of_sent([case])
     times = table_of_times([case, case | {"devices": 64}], H200)
     assert row in times and "100%" in times
 
