@@ -173,7 +173,8 @@ def table_of_sent(cases: Iterable[dict]) -> str:
         told = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         lines.append(
             f"| {case['size']} | {name_of(case)} | {case['devices']} | {wire / 1e9:.2f} | {told} | "
-            f"{case['reduced_early_GB'] / case['reduced_GB']:.0%} | {case['state_GB']:.2f} | {case['memory_GB']:.1f} |"
+            f"{case['reduced_early_GB'] / case['reduced_GB']:.0%} | "
+            f"{case['state_GB']:.2f} | {case['memory_GB']:.1f} |"
         )
     return "\n".join(lines)
 

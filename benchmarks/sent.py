@@ -77,10 +77,10 @@ def reduced(program: Program, num_devices: int, model: int = 1) -> tuple[int, in
         order = list(computation.values())
         last = max((i for i, x in enumerate(order) if is_backward_product(x)), default=-1)
         for i, each in enumerate(order):
-            if each.opcode in ("all-reduce-start", "reduce-scatter-start"):
-                if len(first_group(each, num_devices)) > model:
-                    size = sum(size_of(computation[name].shape) for name in each.operands)
-                    whole, early = whole + size, early + size * (i < last)
+            starts = each.opcode in ("all-reduce-start", "reduce-scatter-start")
+            if starts and len(first_group(each, num_devices)) > model:
+                size = sum(size_of(computation[name].shape) for name in each.operands)
+                whole, early = whole + size, early + size * (i < last)
     return whole, early
 
 

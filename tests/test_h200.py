@@ -195,27 +195,27 @@ def small_baseline(shard_params, accumulation_steps=1):
 
 
 def test_gradients_are_on_their_way_before_the_backward_pass_has_ended():
-    from benchmarks.h200 import Program, size_of
+    from benchmarks.h200 import Program
+    from benchmarks.sent import is_backward_product, reduced
 
-    program = Program(small_baseline(False))
-    main = max(program.computations.values(), key=len)
-    order = list(main.values())
+    step = small_baseline(False)
+    program = Program(step)
+    assert "is_scheduled=true" in step.as_text()
+    # Two attention products of gradients are one kernel; four matrices and a head have two each.
+    assert sum(map(is_backward_product, program)) >= 4 * (1 + 2 * 4)
+    whole, early = reduced(program, 8)
+    parameters = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(step.in_avals[0][0].params))
+    assert whole == 4 * (parameters + 1)  # and the loss
+    assert early > 0.1 * whole
 
-    # What XLA puts last are the products that only gradients of weights wait for.
-    def is_product(x):
-        return "gemm" in x.attributes or "__cublas" in x.attributes or "fmha" in x.attributes
 
-    backward = [i for i, x in enumerate(order) if "transpose(jvp" in x.attributes and is_product(x)]
-    sizes = {
-        i: sum(size_of(main[name].shape) for name in x.operands)
-        for i, x in enumerate(order)
-        if x.opcode == "all-reduce-start"
-    }
-    layers = [i for i, size in sizes.items() if 20e6 < size < 100e6]  # neither tables nor scalars
-    assert len(layers) == 4
-    early = [i for i in layers if i < backward[-1]]
-    assert len(early) >= 2
-    assert sum(i > early[0] for i in backward) >= len(backward) / 10
+def test_with_several_micro_batches_nothing_is_reduced_before_the_last_has_ended():
+    from benchmarks.h200 import Program
+    from benchmarks.sent import reduced
+
+    whole, early = reduced(Program(small_baseline(True, accumulation_steps=2)), 8)
+    assert whole > 0
+    assert early == 0
 
 
 def test_layers_in_parts_are_gathered_while_those_before_them_are_computed():
