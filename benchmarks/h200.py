@@ -32,7 +32,7 @@ from jax.sharding import AxisType, Mesh
 from jax.stages import Compiled
 
 from benchmarks.results import save
-from nanogpt.compilation import COMPILER_OPTIONS, memory_of
+from nanogpt.compilation import memory_of
 from nanogpt.config import GPTConfig, Kernels
 from nanogpt.mesh import BATCH, shapes_on
 from nanogpt.schedule import Rates
@@ -120,8 +120,7 @@ def compile_step(
         }.items():
             stack.enter_context(patch(f"{cudnn}.{name}", lambda *a, answer=answer, **k: answer))
         stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
-        lowered = step.lower(state, shapes_on(mesh, BATCH, shape), rates)
-        return lowered.compile(compiler_options=COMPILER_OPTIONS["gpu"])
+        return step.lower(state, shapes_on(mesh, BATCH, shape), rates).compile()
 
 
 TOKENS = 65_536  # per device and micro-batch: 32 rows of 2,048

@@ -14,10 +14,6 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from nanogpt.config import ConfigError
 from nanogpt.corpus import cache_folder
 
-# By platform. XLA's plain order of work starts all reductions after the backward pass has ended;
-# this one may start them when gradients are there and something is left to compute meanwhile.
-COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_latency_hiding_scheduler": True}}
-
 Name = TypeVar("Name", bound=Hashable)
 Result = TypeVar("Result")
 
@@ -49,8 +45,7 @@ def compile_all(
         start = time.perf_counter()
         told = name if isinstance(name, str) else " ".join(map(str, name))
         task = progress.add_task(told, total=1)
-        options = COMPILER_OPTIONS.get(jax.default_backend())
-        compiled = functions[name].compile(compiler_options=options)
+        compiled = functions[name].compile()
         progress.advance(task)
         return compiled, time.perf_counter() - start
 

@@ -169,11 +169,12 @@ def _orthogonalize_stack(
     A group is one batched product wherever it is computed. That is why the devices' results are
     those of one device to the bit, which products of differently large batches would not be.
     """
-    S, devices = len(matrices), mesh.size if mesh else 1
-    divided = shard_params or (mesh is not None and mesh.shape["model"] > 1)
+    S, devices = len(matrices), 1
+    if mesh:
+        devices = mesh.size if shard_params else mesh.shape["data"]
     # Devices without a group of their own would only lengthen what all gather: they do the work of
     # another instead. Parts of matrices that lie divided must reach every device anyway.
-    fewest = devices if divided else min(devices, -(-S // GROUP))
+    fewest = devices if shard_params else min(devices, -(-S // GROUP))
     sharers = min(n for n in range(fewest, devices + 1) if devices % n == 0)
     groups = -(-S // (GROUP * sharers)) * sharers
     padding = [(0, groups * GROUP - S), (0, 0), (0, 0)]
@@ -191,13 +192,13 @@ def _orthogonalize_stack(
             orthogonalize_groups(share), "data", axis_index_groups=teams, tiled=True
         )
 
-    if divided:
+    if mesh and shard_params:
         each_its_share = jax.shard_map(
             orthogonalize_groups, mesh=mesh, in_specs=DEVICES, out_specs=DEVICES, check_vma=False
         )
         # From how matrices lie to whole ones and back, one axis of the mesh at a time: that is what
         # the compiler can do without gathering them all.
-        lying = P(None, None, "data" if shard_params else None, "model")
+        lying = P(None, None, "data", "model")
         way = [NamedSharding(mesh, each) for each in (lying, P("data", None, None, "model"))]
         for step in way:
             grouped = jax.lax.with_sharding_constraint(grouped, step)
