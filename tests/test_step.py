@@ -26,6 +26,8 @@ from nanogpt.step import (
     make_train_step,
 )
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 CONFIG = GPTConfig(
     vocab_size=100,
     num_layers=2,
