@@ -14,6 +14,7 @@ from benchmarks import results, soak
 def alone(tmp_path, monkeypatch):
     """One device as on a laptop, and figures that go elsewhere."""
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # to compile in half the time
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
     return tmp_path
 
