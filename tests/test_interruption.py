@@ -118,6 +118,7 @@ def test_a_console_that_is_closed_ends_neither_the_training_nor_the_log(straight
 
 
 LONG = ["--val-tokens", "600000"]  # 2,344 passes: seconds in which the signal comes
+SHORT = ["--val-tokens", "268"]
 
 
 def validates_long(place):
@@ -131,8 +132,8 @@ def test_a_validation_is_broken_off_and_made_up_for_when_the_run_goes_on(
 ):
     """Its last validation too, after which there is nothing else to do."""
     validates_long(place)
-    arguments = [*LONG, "--val-loss-every", interval, "--num-steps", last]
-    with started(place, cache, *arguments) as process:
+    arguments = ["--val-loss-every", interval, "--num-steps", last]
+    with started(place, cache, *arguments, *LONG) as process:
         process.read_until(f"step {broken}/{last} | train")
         process.send(TERM)
         before = time.monotonic()
@@ -143,12 +144,12 @@ def test_a_validation_is_broken_off_and_made_up_for_when_the_run_goes_on(
     assert not any("val loss" in line for line in process.lines), "the signal came too late"
     assert [record["step"] for record in records(run)] == [*range(1, broken)]
     # The next process makes up for it, and is killed before it saves again.
-    with Process(["--resume", "runs/a"], place, cache) as process:
+    with Process(["--resume", "runs/a", *SHORT], place, cache) as process:
         assert f"step {broken}/{last} | val loss " in process.read_until(f"/{last} | ")
         wait_until(lambda: broken in [record["step"] for record in records(run)])
         process.send(signal.SIGKILL)
         process.end()
-    _, status, errors = resume(run, cache)
+    _, status, errors = resume(run, cache, *SHORT)
     assert (status, errors) == (0, "")
     with started(place, cache, *arguments, "--run-name", "b") as uninterrupted:
         assert uninterrupted.end() == 0
