@@ -72,7 +72,7 @@ class Process:
 
         It ignores the signals `ignored`, and no file of it may grow beyond `limit` bytes.
         """
-        left_out = ("FORCE_COLOR", "COLUMNS", "XLA_FLAGS", "PYTHONUNBUFFERED")
+        left_out = ("FORCE_COLOR", "COLUMNS", "PYTHONUNBUFFERED")
         settings = {
             "XDG_CACHE_HOME": str(cache),
             "JAX_PLATFORMS": "cpu",

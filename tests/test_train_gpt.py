@@ -77,7 +77,7 @@ def shared_folder(tmp_path_factory):
 
 def start(arguments, cwd, cache, devices=1, python_options=()):
     """`python3 train_gpt.py` in another folder and process, with nothing of this one's settings."""
-    env = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "COLUMNS", "XLA_FLAGS")}
+    env = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "COLUMNS")}
     env |= {
         "XDG_CACHE_HOME": str(cache),
         "JAX_PLATFORMS": "cpu",
