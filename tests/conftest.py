@@ -8,11 +8,10 @@ os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")  # each test compiles what it tests
 # Most of a test's time goes into compiling. XLA's older code generator for CPUs, where there still
-# is one, and a single thread for each program take a third of it.
-os.environ.setdefault(
-    "XLA_FLAGS",
+# is one, and a single thread for each program need far less; what the shell has is left out.
+os.environ["XLA_FLAGS"] = (
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
-    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_parallel_codegen_split_count=1"
 )
 
 

@@ -28,6 +28,7 @@ from test_resume import (
     wait_until,
     without_times,
 )
+from test_train_gpt import VAL_TOKENS
 
 from nanogpt.shards import read_shard, write_shard
 
@@ -118,7 +119,7 @@ def test_a_console_that_is_closed_ends_neither_the_training_nor_the_log(straight
 
 
 LONG = ["--val-tokens", "600000"]  # 2,344 passes: seconds in which the signal comes
-SHORT = ["--val-tokens", "268"]
+SHORT = ["--val-tokens", f"{VAL_TOKENS}"]
 
 
 def validates_long(place):
@@ -149,6 +150,7 @@ def test_a_validation_is_broken_off_and_made_up_for_when_the_run_goes_on(
         wait_until(lambda: broken in [record["step"] for record in records(run)])
         process.send(signal.SIGKILL)
         process.end()
+    assert steps(run) == [broken]
     _, status, errors = resume(run, cache, *SHORT)
     assert (status, errors) == (0, "")
     with started(place, cache, *arguments, "--run-name", "b") as uninterrupted:
