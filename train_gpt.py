@@ -775,6 +775,8 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
                     return None
                 batch = put(mesh, ROWS, (R, T + 1), partial(rows, row, R))
                 sums.append(programs["validation", stage](state.params, batch))
+                # With many programs under way, devices of a CPU no longer meet in any of them.
+                jax.block_until_ready(sums[-2:][0])
             return sum(map(float, sums)) / hp.val_tokens
 
         def save() -> None:

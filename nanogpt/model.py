@@ -228,7 +228,8 @@ class GPT(nnx.Module):
         self.attention = stack(Attention, config.num_attentions, config, rngs.params())
         self.mlp = stack(MLP, L, config, rngs.params())
         self.shortcuts = nnx.Param(jnp.tile(jnp.array([1.0, 0.0]), (L, 1)))
-        self.skips = nnx.Param(jnp.ones(L // 2))
+        if L > 1:
+            self.skips = nnx.Param(jnp.ones(L // 2))
         if config.backout is not None:
             self.backout = nnx.Param(jnp.array(0.5))
         self.head = nnx.Param(jnp.zeros((D, V)))

@@ -650,6 +650,24 @@ def test_arguments_that_cannot_be_read_are_pointed_at(folder, capsys, monkeypatc
     assert sorted(folder.iterdir()) == before
 
 
+# Several devices
+
+
+def test_two_devices_validate_on_as_many_batches_as_the_laptop_preset_has(folder, tmp_path_factory):
+    """So many that each device of a CPU waits for the other in another program, if let."""
+    laptop = PRESETS["laptop"]
+    shape = (
+        f"--batch-size {laptop.batch_size} --sequence-length {laptop.sequence_length} "
+        f"--val-tokens {laptop.val_tokens} --total-batch-size {laptop.total_batch_size} "
+        "--num-steps 1 --model.num-layers 1 --model.width 32 --model.mlp-width 32 "
+        "--model.value-embeddings 0 --model.bigram-buckets 0 --model.paired-heads"
+    )
+    cache = shared_folder(tmp_path_factory) / "cache"
+    done = start([*SMALL, *shape.split()], folder, cache, devices=2)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "step 1/1 | val loss" in done.stdout
+
+
 # Help
 
 
