@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
 
-from nanogpt.shards import ShardError, read_shard
+from nanogpt.data.shards import ShardError, read_shard
 
 Answer = TypeVar("Answer")
 

@@ -22,18 +22,18 @@ from rich.progress import track
 
 from cached_fineweb10B import DownloadError, patiently
 from nanogpt.config import ConfigError
-from nanogpt.corpus import CorpusError, embedded_corpus
+from nanogpt.data.corpus import CorpusError, embedded_corpus
+from nanogpt.data.shards import ShardError, find_shards
+from nanogpt.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from nanogpt.schedule import Schedule, stages_from_json
-from nanogpt.shards import ShardError, find_shards
-from nanogpt.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 if TYPE_CHECKING:
     from flax import nnx
     from jax.sharding import Mesh
 
-    from nanogpt.batches import ValidationRows
-    from nanogpt.hellaswag import Item
-    from nanogpt.step import Params
+    from nanogpt.data.batches import ValidationRows
+    from nanogpt.inference.hellaswag import Item
+    from nanogpt.training.step import Params
 
 Step = TypeVar("Step")
 
@@ -85,10 +85,10 @@ def evaluate(options: Options) -> None:
     """Print the figures, and write each to the run's folder as soon as it is known."""
     # So that this takes no more of a GPU that trains at the same time than it needs.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from nanogpt.batches import ValidationRows
-    from nanogpt.compilation import first_that_fits, use_compilation_cache
-    from nanogpt.hellaswag import read_items, retokenized
-    from nanogpt.mesh import make_mesh
+    from nanogpt.data.batches import ValidationRows
+    from nanogpt.devices.compilation import first_that_fits, use_compilation_cache
+    from nanogpt.devices.mesh import make_mesh
+    from nanogpt.inference.hellaswag import read_items, retokenized
 
     use_compilation_cache()
     run = load(options.run, make_mesh())
@@ -149,7 +149,7 @@ class Trained(NamedTuple):
 
 def load(folder: Path, mesh: "Mesh") -> Trained:
     """The newest weights of the run in a folder; ConfigError where there are none."""
-    from nanogpt.checkpoint import load_run
+    from nanogpt.inference.weights import load_run
 
     hp, graph, params, checkpoint = load_run(folder, mesh)
     step = checkpoint.step
@@ -179,10 +179,10 @@ def validation_nats(run: Trained, rows: "ValidationRows", batch_size: int) -> fl
     """The loss of all targets in the rows, added up, in the run's own dtype."""
     from flax import nnx
 
-    from nanogpt.attention import choose_attention
     from nanogpt.config import Kernels
-    from nanogpt.mesh import ROWS, put
-    from nanogpt.step import graph_of, make_eval_step
+    from nanogpt.devices.mesh import ROWS, put
+    from nanogpt.model.attention import choose_attention
+    from nanogpt.training.step import graph_of, make_eval_step
 
     T, dtype = run.row_length, run.hp["dtype"]
     config = nnx.merge(run.graph, run.params).config
@@ -203,7 +203,7 @@ def hellaswag_file() -> Path:
     """
     from huggingface_hub import hf_hub_download, logging
 
-    from nanogpt.hellaswag import FILE, REPOSITORY, REVISION
+    from nanogpt.inference.hellaswag import FILE, REPOSITORY, REVISION
 
     logging.disable_propagation()  # Orbax's logger would say everything a second time
     get = partial(hf_hub_download, REPOSITORY, FILE, repo_type="dataset", revision=REVISION)
@@ -220,7 +220,7 @@ def hellaswag(
     run: Trained, items: "Sequence[Item]", separator: int, batch_size: int
 ) -> dict[str, float | int]:
     """How many items of HellaSwag the run gets right, for JSON."""
-    from nanogpt.hellaswag import losses_of, make_row_losses, row_of, scores
+    from nanogpt.inference.hellaswag import losses_of, make_row_losses, row_of, scores
 
     T = run.row_length
     rows = [row_of(item.context, end, separator, T) for item in items for end in item.endings]
@@ -243,7 +243,7 @@ def progress(passes: Sequence[Step], description: str) -> Iterable[Step]:
 
 def write_results(folder: Path, step: int, results: dict[str, Any]) -> None:
     """Add results to evaluation.json, whole or not at all; those of another step are dropped."""
-    from nanogpt.environment import environment
+    from nanogpt.runs.environment import environment
 
     path = folder / "evaluation.json"
     try:

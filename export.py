@@ -1,8 +1,8 @@
 """Hand a trained model on: `python3 export.py runs/<name> --out gpt` writes it in open formats.
 
-nanogpt/export.py tells what is in the folder. Most of this file is MODEL.md, a note by which the
-model can be built elsewhere: what its arrays are, and a NumPy program that has this model's
-settings and none of the tricks that it does without. tests/test_export.py runs that program.
+nanogpt/inference/export.py tells what is in the folder. Most of this file is MODEL.md, a note by
+which the model can be built elsewhere: what its arrays are, and a NumPy program that has this
+model's settings and none of the tricks that it does without; tests/test_export.py runs it.
 """
 
 import json
@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from nanogpt.config import GATE_INPUTS, ConfigError, GPTConfig
-from nanogpt.tokenizer import TOKENIZERS
+from nanogpt.data.tokenizer import TOKENIZERS
 
 if TYPE_CHECKING:
-    from nanogpt.step import Params
+    from nanogpt.training.step import Params
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ def export(run: Path, out: Path) -> str:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from flax import nnx
 
-    from nanogpt.checkpoint import load_run
-    from nanogpt.export import save_model
-    from nanogpt.mesh import make_mesh
+    from nanogpt.devices.mesh import make_mesh
+    from nanogpt.inference.export import save_model
+    from nanogpt.inference.weights import load_run
 
     hp, graph, params, checkpoint = load_run(run, make_mesh(1))
     model = nnx.merge(graph, params).config
@@ -90,7 +90,7 @@ def known(run: Path, step: int) -> dict[str, Any]:
 
 def note(model: GPTConfig, settings: dict[str, Any], params: "Params") -> str:
     """The text of MODEL.md."""
-    from nanogpt.export import named
+    from nanogpt.inference.export import named
 
     c, source = model, settings["from"]
     arrays = named(params)
@@ -118,9 +118,9 @@ With jax-flax-nanogpt, where this folder may stand for that of a run:
     python3 sample.py <this folder> --prompt "..."
     python3 train_gpt.py --init-from <this folder> --train-files ... --val-files ...
 
-or in Python, on all devices:
+or in Python, on all devices, with `load_model` of nanogpt.inference.weights:
 
-    settings, graph, params = nanogpt.export.load_model(Path("<this folder>"), make_mesh())
+    settings, graph, params = load_model(Path("<this folder>"), make_mesh())
     logits = nnx.merge(graph, params)(tokens)    # [B, T] to [B, T, V]
 
 Without it: `model.safetensors` holds all arrays, and the program below is the model.
@@ -181,7 +181,7 @@ def attentions(c: GPTConfig) -> list[int]:
 
 def program(c: GPTConfig) -> str:
     """The model in NumPy: only what this one has."""
-    from nanogpt.rotary import rotation
+    from nanogpt.model.rotary import rotation
 
     (speed, scale), L, count = rotation(c), c.num_layers, c.value_embeddings
     separator, windows = c.document_separator is not None, bool(c.windows)

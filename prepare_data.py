@@ -23,13 +23,13 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from cached_fineweb10B import DownloadError, patiently
-from nanogpt.documents import DataError, find_files
-from nanogpt.encode import Inputs
-from nanogpt.interruption import Interruption
-from nanogpt.pace import progress_line
-from nanogpt.prepare import SHARD_TOKENS, Recipe, make_shards
-from nanogpt.shards import MAX_TOKENS
-from nanogpt.tokenizer import TokenizerError
+from nanogpt.data.shards import MAX_TOKENS
+from nanogpt.data.text.documents import DataError, find_files
+from nanogpt.data.text.encode import Inputs
+from nanogpt.data.text.eta import progress_line
+from nanogpt.data.text.prepare import SHARD_TOKENS, Recipe, make_shards
+from nanogpt.data.tokenizer import TokenizerError
+from nanogpt.training.interruption import Interruption
 
 
 @dataclass(frozen=True)

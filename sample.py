@@ -11,8 +11,8 @@ from typing import Annotated
 import tyro
 
 from nanogpt.config import ConfigError
-from nanogpt.sampling import Sampling, Token
-from nanogpt.tokenizer import TokenizerError, load_tokenizer
+from nanogpt.data.tokenizer import TokenizerError, load_tokenizer
+from nanogpt.inference.sampling import Sampling, Token
 
 MOST_SAMPLES = 1024  # a slip of the keyboard must not take all memory of a machine
 
@@ -56,7 +56,7 @@ class Options:
         self.sampling.check()
 
 
-Write = Callable[..., Iterator[tuple[int, Token]]]  # nanogpt.text.write, of one model
+Write = Callable[..., Iterator[tuple[int, Token]]]  # nanogpt.inference.text.write, of one model
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -134,7 +134,7 @@ def enough_memory(num_samples: int) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        from nanogpt.compilation import is_out_of_memory
+        from nanogpt.devices.compilation import is_out_of_memory
 
         if not is_out_of_memory(error):
             raise
@@ -146,7 +146,7 @@ def enough_memory(num_samples: int) -> Iterator[None]:
 
 def serve_page(options: Options) -> None:
     """Serve the playground until Ctrl-C."""
-    from nanogpt.playground import serve
+    from nanogpt.inference.playground import serve
 
     write = load_writer(options.model)
 
@@ -167,10 +167,10 @@ def load_writer(folder: Path) -> Write:
 
     import jax
 
-    from nanogpt.compilation import use_compilation_cache
-    from nanogpt.export import load_model
-    from nanogpt.mesh import make_mesh
-    from nanogpt.text import write
+    from nanogpt.devices.compilation import use_compilation_cache
+    from nanogpt.devices.mesh import make_mesh
+    from nanogpt.inference.text import write
+    from nanogpt.inference.weights import load_model
 
     use_compilation_cache()
     settings, graph, params = load_model(folder, make_mesh(1))

@@ -24,33 +24,29 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import tyro
 
 from nanogpt.config import ConfigError, GPTConfig, Kernels, LossKernel, mesh_axes
-from nanogpt.corpus import CorpusError, embedded_corpus
-from nanogpt.documents import DataError
-from nanogpt.environment import environment, launched_with_others
-from nanogpt.interruption import Interruption
-from nanogpt.own_text import prepare
-from nanogpt.resume import (
-    check_same_data,
-    resumed_settings,
-    run_to_resume,
-    saved_settings,
-    settings_with,
-    weights_in,
-)
-from nanogpt.sampling import Sampling
+from nanogpt.data.corpus import CorpusError, embedded_corpus
+from nanogpt.data.shards import ShardError, check_vocabulary, find_shards, read_shard
+from nanogpt.data.text.cache import prepare
+from nanogpt.data.text.documents import DataError
+from nanogpt.data.tokenizer import TOKENIZERS, TokenizerError, load_tokenizer
+from nanogpt.devices.launchers import launched_with_others
+from nanogpt.inference.sampling import Sampling
+from nanogpt.inference.weights import settings_with, weights_in
+from nanogpt.runs.environment import environment
+from nanogpt.runs.folder import Run, RunError, SilentRun, new_folder
+from nanogpt.runs.profile import Trace, steps_of
+from nanogpt.runs.progress import BadNumbers, Progress
+from nanogpt.runs.trackers import check_trackers, open_trackers
 from nanogpt.schedule import Rates, Schedule, Stage
-from nanogpt.shards import ShardError, check_vocabulary, find_shards, read_shard
-from nanogpt.tokenizer import TOKENIZERS, TokenizerError, load_tokenizer
-from nanogpt.trace import Trace, steps_of
-from nanogpt.trackers import check_trackers, open_trackers
-from nanogpt.tracking import BadNumbers, Progress, Run, RunError, SilentRun, new_folder
+from nanogpt.training.interruption import Interruption
+from nanogpt.training.resume import check_same_data, resumed_settings, run_to_resume, saved_settings
 
 if TYPE_CHECKING:
     from flax import nnx
     from jax.sharding import Mesh
     from optax import GradientTransformationExtraArgs
 
-    from nanogpt.step import Params
+    from nanogpt.training.step import Params
 
 
 def windows(short: int, long: int) -> tuple[int, ...]:
@@ -424,7 +420,7 @@ def main(arguments: list[str] | None = None) -> int:
             hp = settings(given, lambda start: override(default=start))
             hp.check()
             status = train(with_own_text(hp), interruption)
-            from nanogpt.mesh import wait_for_others
+            from nanogpt.devices.processes import wait_for_others
 
             wait_for_others()
             return status
@@ -441,7 +437,7 @@ def join_others(given: Hyperparameters) -> None:
     where = given.coordinator_address, given.num_processes, given.process_id
     if where == (None,) * 3 and not launched_with_others():
         return  # known without loading JAX
-    from nanogpt.mesh import join_processes
+    from nanogpt.devices.processes import join_processes
 
     if given.device == "cpu":
         use_device("cpu")
@@ -520,17 +516,14 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
 
-    from nanogpt.attention import choose_attention
-    from nanogpt.batches import RowOrder, ValidationRows, prefetch, train_batch
-    from nanogpt.checkpoint import Checkpoints, load_state, newest_checkpoint
-    from nanogpt.compilation import (
+    from nanogpt.data.batches import RowOrder, ValidationRows, prefetch, train_batch
+    from nanogpt.devices.compilation import (
         compile_all,
         first_that_fits,
         memory_of,
         use_compilation_cache,
     )
-    from nanogpt.export import load_model
-    from nanogpt.hardware import (
+    from nanogpt.devices.hardware import (
         activation_bytes,
         device_memory,
         flops_per_token,
@@ -539,19 +532,13 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         row_fits,
         utilization,
     )
-    from nanogpt.mesh import (
-        BATCH,
-        REPLICATED,
-        ROWS,
-        check_same,
-        make_mesh,
-        processes_line,
-        put,
-        shapes_on,
-        told_by_first,
-    )
-    from nanogpt.sharding import check_shared
-    from nanogpt.step import graph_of, make_eval_step, make_init, make_train_step
+    from nanogpt.devices.mesh import BATCH, REPLICATED, ROWS, make_mesh, put, shapes_on
+    from nanogpt.devices.processes import check_same, processes_line, told_by_first
+    from nanogpt.devices.sharding import check_shared
+    from nanogpt.inference.weights import load_model
+    from nanogpt.model.attention import choose_attention
+    from nanogpt.training.checkpoint import Checkpoints, load_state, newest_checkpoint
+    from nanogpt.training.step import graph_of, make_eval_step, make_init, make_train_step
 
     # Devices and data.
     check_trackers(hp.tensorboard, hp.wandb)
@@ -842,7 +829,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             return interruption.exit_status
 
         if find_spec("matplotlib") and jax.process_index() == 0:
-            from nanogpt.curves import loss_png
+            from nanogpt.report.curves import loss_png
 
             try:
                 run.say(f"a picture of the loss is in {loss_png(folder)}")
@@ -859,7 +846,7 @@ def optimizer_of(hp: Hyperparameters, mesh: "Mesh") -> "GradientTransformationEx
     """The optimizer of the run; Muon computes in bfloat16 where there are matrix units for it."""
     import jax.numpy as jnp
 
-    from nanogpt.optimizer import make_optimizer
+    from nanogpt.optim.groups import make_optimizer
 
     on_cpu = mesh.devices.flat[0].platform == "cpu"
     return make_optimizer(
@@ -925,7 +912,7 @@ def find_data(hp: Hyperparameters) -> Data:
 
 def rows_of(hp: Hyperparameters, data: Data, T: int, start: int) -> "Rows":
     """The training rows of T + 1 tokens, from an offset of the data on."""
-    from nanogpt.batches import Rows
+    from nanogpt.data.batches import Rows
 
     return Rows(
         data.train_files,
@@ -941,7 +928,7 @@ def rows_of(hp: Hyperparameters, data: Data, T: int, start: int) -> "Rows":
 
 def sample(hp: Hyperparameters, graph: "nnx.GraphDef", params: "Params") -> str:
     """A continuation of `sample_prompt`, or why there is none."""
-    from nanogpt.text import write
+    from nanogpt.inference.text import write
 
     try:
         tokenizer = load_tokenizer(hp.tokenizer)

@@ -27,14 +27,15 @@ import numpy as np
 import tyro
 from rich.progress import track
 
-import nanogpt.muon
+import nanogpt.optim.muon
 from benchmarks.results import save
 from nanogpt.config import GPTConfig
-from nanogpt.corpus import cache_folder, drop_copies, read_documents, split_by_name
-from nanogpt.interruption import Interruption
+from nanogpt.data.corpus import drop_copies, read_documents, split_by_name
+from nanogpt.data.shards import write_shard
+from nanogpt.data.tokenizer import load_tokenizer
+from nanogpt.files import cache_folder
 from nanogpt.schedule import Schedule, Stage
-from nanogpt.shards import write_shard
-from nanogpt.tokenizer import load_tokenizer
+from nanogpt.training.interruption import Interruption
 from train_gpt import PRESETS, Hyperparameters, train
 
 # The speedrun on bytes, at a size of which a CPU core trains one in a minute or two.
@@ -120,7 +121,7 @@ def without_yarn() -> None:
 
 def without_polar_express() -> None:
     """Five of Jordan's steps."""
-    nanogpt.muon.POLAR_EXPRESS = (JORDAN,) * 5
+    nanogpt.optim.muon.POLAR_EXPRESS = (JORDAN,) * 5
 
 
 PIECES: dict[str, Callable[[Hyperparameters], Hyperparameters]] = {

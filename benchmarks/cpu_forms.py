@@ -5,7 +5,7 @@
 Every form computes one layer (queries, keys and values from the stream, norm, rotation, causal
 attention, projection back) and all its gradients, to the same numbers. Forms are timed in turn, so
 that another process slows all alike; the table gives the best of many rounds of each, in ms and as
-a ratio to the form that `nanogpt/model.py` uses.
+a ratio to the form that `nanogpt/model/gpt.py` uses.
 """
 
 import time
@@ -18,10 +18,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from benchmarks.results import save
-from nanogpt.attention import reference_attention, visible
 from nanogpt.config import GPTConfig
-from nanogpt.model import norm, project
-from nanogpt.rotary import rotary, rotation
+from nanogpt.model.attention import reference_attention, visible
+from nanogpt.model.gpt import norm, project
+from nanogpt.model.rotary import rotary, rotation
 
 B, T, N, H = 4, 128, 2, 64  # a micro-batch of the laptop preset
 D = N * H

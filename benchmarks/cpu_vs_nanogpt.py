@@ -32,8 +32,8 @@ import numpy as np
 import tyro
 
 from benchmarks.results import save
-from nanogpt.corpus import Corpus, embedded_corpus
-from nanogpt.shards import find_shards, read_shard
+from nanogpt.data.corpus import Corpus, embedded_corpus
+from nanogpt.data.shards import find_shards, read_shard
 
 ROOT = Path(__file__).resolve().parent.parent
 VAL_TOKENS = 262_144

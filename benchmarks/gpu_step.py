@@ -58,16 +58,16 @@ from jax.stages import Compiled
 from jaxtyping import Array, PyTree
 
 from benchmarks.results import save
-from nanogpt.attention import attention, choose_attention
-from nanogpt.compilation import use_compilation_cache
 from nanogpt.config import AttentionKernel, GPTConfig, Kernels, LossKernel
-from nanogpt.hardware import PEAK_BANDWIDTH, PEAK_FLOPS, flops_per_token, utilization
-from nanogpt.loss import Softcap, linear_cross_entropy
-from nanogpt.mesh import BATCH, REPLICATED, make_mesh, put, shapes_on
-from nanogpt.muon import POLAR_EXPRESS, scale_by_muon
-from nanogpt.optimizer import group
+from nanogpt.devices.compilation import use_compilation_cache
+from nanogpt.devices.hardware import PEAK_BANDWIDTH, PEAK_FLOPS, flops_per_token, utilization
+from nanogpt.devices.mesh import BATCH, REPLICATED, make_mesh, put, shapes_on
+from nanogpt.model.attention import attention, choose_attention
+from nanogpt.model.loss import Softcap, linear_cross_entropy
+from nanogpt.optim.groups import group
+from nanogpt.optim.muon import POLAR_EXPRESS, scale_by_muon
 from nanogpt.schedule import Stage
-from nanogpt.step import graph_of, init_params, make_init, make_train_step
+from nanogpt.training.step import graph_of, init_params, make_init, make_train_step
 from train_gpt import PRESETS, Hyperparameters, optimizer_of
 
 Figures = dict[str, Any]  # of one row, as they are saved

@@ -41,8 +41,8 @@ import tyro
 
 from benchmarks.results import save
 from nanogpt.config import GPTConfig, from_json
-from nanogpt.hardware import flops_per_token, utilization
-from nanogpt.shards import write_shard
+from nanogpt.data.shards import write_shard
+from nanogpt.devices.hardware import flops_per_token, utilization
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCH_DEVICE = (
@@ -219,7 +219,7 @@ def run_pytorch(python: str, batch_size: int, size: Size) -> Figures:
 
 
 def gpt2_flops_per_token(L: int, D: int, T: int, V: int) -> float:
-    """What a token costs in GPT-2, counted as nanogpt.hardware.flops_per_token does."""
+    """What a token costs in GPT-2, counted as nanogpt.devices.hardware.flops_per_token does."""
     weights = L * 12 * D**2 + V * D  # 4D² of attention and 8D² of the MLP in a layer; the head
     keys = (T + 1) / 2  # that a query sees, on average
     return 6 * weights + 6 * 2 * D * keys * L

@@ -32,11 +32,11 @@ from jax.sharding import AxisType, Mesh
 from jax.stages import Compiled
 
 from benchmarks.results import save
-from nanogpt.compilation import memory_of
 from nanogpt.config import GPTConfig, Kernels
-from nanogpt.mesh import BATCH, shapes_on
+from nanogpt.devices.compilation import memory_of
+from nanogpt.devices.mesh import BATCH, shapes_on
 from nanogpt.schedule import Rates
-from nanogpt.step import graph_of, make_init, make_train_step
+from nanogpt.training.step import graph_of, make_init, make_train_step
 from train_gpt import PRESETS, Hyperparameters, optimizer_of
 
 # What XLA asks of a device, from NVIDIA's data sheet and CUDA's deviceQuery.

@@ -29,7 +29,7 @@ from benchmarks.record_check import (
     sentence,
     statistics,
 )
-from nanogpt.environment import PACKAGES
+from nanogpt.runs.environment import PACKAGES
 
 VAL_TOKENS = 10_485_760  # the first ones of FineWeb's validation shard
 SETTINGS = ("model", "num_steps", "seed", "shuffle", "train_files", "val_files", "val_tokens")
@@ -55,7 +55,7 @@ class Run(NamedTuple):
 
     folder: Path
     config: dict[str, Any]
-    environment: dict[str, Any]  # as nanogpt/environment.py makes it
+    environment: dict[str, Any]  # as nanogpt/runs/environment.py makes it
     end: End
 
 

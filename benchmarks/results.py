@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from nanogpt.environment import environment
+from nanogpt.runs.environment import environment
 
 FOLDER = Path(__file__).resolve().parent / "results"
 

@@ -20,11 +20,11 @@ import tyro
 from flax import nnx
 
 from benchmarks.results import save
-from nanogpt.generate import CHUNK, generate
-from nanogpt.model import compute_copy
-from nanogpt.past import Prompts
-from nanogpt.sampling import Sampling
-from nanogpt.step import graph_of, init_params
+from nanogpt.inference.generate import CHUNK, generate
+from nanogpt.inference.sampling import Sampling
+from nanogpt.model.context import Prompts
+from nanogpt.model.gpt import compute_copy
+from nanogpt.training.step import graph_of, init_params
 from train_gpt import PRESETS
 
 STEPS = 4 * CHUNK

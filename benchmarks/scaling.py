@@ -26,13 +26,13 @@ import jax
 from benchmarks.h200 import Program, compile_step
 from benchmarks.results import save
 from benchmarks.sent import Sent, reduced, sent, wire_bytes
-from nanogpt.compilation import memory_of
 from nanogpt.config import ConfigError, Kernels
-from nanogpt.environment import environment
-from nanogpt.hardware import PEAK_FLOPS, activation_bytes, flops_per_token, largest_batch
-from nanogpt.muon import GROUP, POLAR_EXPRESS
-from nanogpt.optimizer import group
-from nanogpt.step import init_params
+from nanogpt.devices.compilation import memory_of
+from nanogpt.devices.hardware import PEAK_FLOPS, activation_bytes, flops_per_token, largest_batch
+from nanogpt.optim.groups import group
+from nanogpt.optim.muon import GROUP, POLAR_EXPRESS
+from nanogpt.runs.environment import environment
+from nanogpt.training.step import init_params
 from train_gpt import PRESETS
 
 SIZES = {"124M": "baseline", "350M": "gpt2-medium", "774M": "gpt2-large", "1.5B": "gpt2-xl"}

@@ -23,11 +23,11 @@ import numpy as np
 import tyro
 
 from benchmarks.results import save
-from nanogpt.corpus import embedded_corpus
-from nanogpt.documents import find_files
-from nanogpt.prepare import Recipe, make_shards
-from nanogpt.shards import read_shard
-from nanogpt.tokenizer import ByteTokenizer, TokenizerError, gpt2_encoding
+from nanogpt.data.corpus import embedded_corpus
+from nanogpt.data.shards import read_shard
+from nanogpt.data.text.documents import find_files
+from nanogpt.data.text.prepare import Recipe, make_shards
+from nanogpt.data.tokenizer import ByteTokenizer, TokenizerError, gpt2_encoding
 
 SLICE = 1000  # documents per core that tiktoken gets at a time: its lists take much memory
 

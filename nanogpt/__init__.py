@@ -1,1 +1,1 @@
-"""JAX/Flax NanoGPT: the parts that `train_gpt.py` is made of."""
+"""JAX/Flax NanoGPT: the rooms that `train_gpt.py` is built from."""

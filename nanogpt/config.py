@@ -27,10 +27,10 @@ class Kernels:
     """How a model is computed: a choice of speed and memory, hardly of results."""
 
     attention: AttentionKernel = "xla"
-    """See nanogpt/attention.py."""
+    """See nanogpt/model/attention.py."""
 
     loss: LossKernel = "xla"
-    """See nanogpt/loss.py."""
+    """See nanogpt/model/loss.py."""
 
     fp8_head: bool = False
     """Multiply with the head in 8-bit floating point."""
@@ -39,7 +39,7 @@ class Kernels:
     """Keep of each layer only what it reads, and compute the rest again in the backward pass."""
 
     tensor_parallel: bool = False
-    """Devices share heads and MLPs; see nanogpt/sharding.py."""
+    """Devices share heads and MLPs; see nanogpt/devices/sharding.py."""
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,17 @@ import numpy as np
 import pytest
 from flax import nnx
 from scipy.special import log_softmax
-from test_hellaswag import file_of
-from test_train_gpt import VAL_TOKENS, T, base_run, mean_loss, shared_folder, staged_run
 
 import evaluate
-import nanogpt.mesh
-from nanogpt import hellaswag
-from nanogpt.checkpoint import load_run
-from nanogpt.hellaswag import FILE, REPOSITORY, REVISION, Item
-from nanogpt.mesh import make_mesh
-from nanogpt.shards import write_shard
-from nanogpt.tokenizer import ByteTokenizer, GPT2Tokenizer
+import nanogpt.devices.mesh
+from nanogpt.data.shards import write_shard
+from nanogpt.data.tokenizer import ByteTokenizer, GPT2Tokenizer
+from nanogpt.devices.mesh import make_mesh
+from nanogpt.inference import hellaswag
+from nanogpt.inference.hellaswag import FILE, REPOSITORY, REVISION, Item
+from nanogpt.inference.weights import load_run
+from tests.inference.test_hellaswag import file_of
+from tests.test_train_gpt import VAL_TOKENS, T, base_run, mean_loss, shared_folder, staged_run
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -105,7 +105,7 @@ def test_the_loss_is_that_of_the_stage_in_which_the_weights_were_saved(staged, s
 
 def test_neither_the_devices_nor_their_rows_change_the_loss(base, monkeypatch):
     one = results(base, "--batch-size", 1)["val_loss"]
-    monkeypatch.setattr(nanogpt.mesh, "make_mesh", lambda: make_mesh(1))
+    monkeypatch.setattr(nanogpt.devices.mesh, "make_mesh", lambda: make_mesh(1))
     other = results(base, "--batch-size", 4)["val_loss"]  # 9 rows: 4, 4 and 1
     assert other == pytest.approx(one, rel=1e-6)
 
@@ -209,7 +209,7 @@ def test_a_checkpoint_that_is_saved_meanwhile_is_not_taken_for_the_one_that_was_
         shutil.move(newest, staged / "checkpoints" / newest.name)
         return found
 
-    monkeypatch.setattr("nanogpt.checkpoint.load_run", read_and_save)
+    monkeypatch.setattr("nanogpt.inference.weights.load_run", read_and_save)
     run = evaluate.load(staged, mesh)
     assert run.step == checkpoint.step < 26
     np.testing.assert_array_equal(run.params["head"], params["head"])

@@ -12,16 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import test_model
 from flax import nnx, traverse_util
 from safetensors.numpy import load_file, save_file
-from test_train_gpt import base_run
 
 import export
-from nanogpt.checkpoint import load_run
 from nanogpt.config import ConfigError, GPTConfig
-from nanogpt.export import load_model, save_model
-from nanogpt.mesh import make_mesh
+from nanogpt.devices.mesh import make_mesh
+from nanogpt.inference.export import save_model
+from nanogpt.inference.weights import load_model, load_run
+from tests.model import test_gpt as test_model
+from tests.test_train_gpt import base_run
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -188,7 +188,7 @@ def test_ctrl_c_leaves_nothing_and_no_traceback(run, tmp_path, capsys, monkeypat
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("nanogpt.export.save_file", interrupted)
+    monkeypatch.setattr("nanogpt.inference.export.save_file", interrupted)
     assert export.main([str(run), "--out", str(tmp_path / "gpt")]) == 130
     assert capsys.readouterr().err == "Interrupted: nothing was written.\n"
     assert list(tmp_path.iterdir()) == []

@@ -9,9 +9,9 @@ import optax
 import pytest
 from flax import nnx
 
-from nanogpt.hardware import flops_per_token
-from nanogpt.mesh import make_mesh
-from nanogpt.step import graph_of, init_params
+from nanogpt.devices.hardware import flops_per_token
+from nanogpt.devices.mesh import make_mesh
+from nanogpt.training.step import graph_of, init_params
 from train_gpt import PRESETS, at_width, optimizer_of
 
 SIZES = {  # layers, heads, width: Radford et al., 2019, table 2; heads: OpenAI's hparams.json

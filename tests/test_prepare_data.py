@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 
 import prepare_data
-from nanogpt import prepare as prepare_module
-from nanogpt.shards import read_shard
+from nanogpt.data.shards import read_shard
+from nanogpt.data.text import prepare as prepare_module
 
 ROOT = Path(__file__).parent.parent
 
@@ -78,7 +78,9 @@ BUSY = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import prepare_data
-from nanogpt import documents, encode, prepare
+from nanogpt.data.text import documents
+from nanogpt.data.text import encode
+from nanogpt.data.text import prepare
 prepare.SAVE_SECONDS, encode.BATCH, documents.PIECE = 0.0, 4000, 1000
 if __name__ == "__main__":
     sys.exit(prepare_data.main(sys.argv[2:]))
@@ -122,7 +124,7 @@ def test_shards_are_what_a_writer_of_twenty_lines_makes(tmp_path, capsys):
 
 
 def test_shards_of_very_few_tokens_are_full_all_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr("nanogpt.encode.BATCH", 1)
+    monkeypatch.setattr("nanogpt.data.text.encode.BATCH", 1)
     texts = made_up_texts(5, words=5)
     path = write_lines(tmp_path / "x.jsonl", texts)
     assert run(path, "--out", tmp_path / "out", *bytes_of("--shard-tokens", "3")) == 0
@@ -146,7 +148,7 @@ def test_gpt_2_tokens_are_those_of_tiktoken(tmp_path):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_the_number_of_processes_changes_no_byte(tmp_path, monkeypatch, processes):
-    monkeypatch.setattr("nanogpt.encode.BATCH", 3000)
+    monkeypatch.setattr("nanogpt.data.text.encode.BATCH", 3000)
     texts = made_up_texts(400)
     write_lines(tmp_path / "in" / "a.jsonl", texts)
     (tmp_path / "in" / "b.txt").write_text("".join(texts) * 50)  # long: cut into parts
@@ -217,7 +219,7 @@ def test_after_a_crash_at_any_renaming_of_a_file_the_shards_have_the_same_bytes(
 ):
     texts = made_up_texts(30)
     path = write_lines(tmp_path / "x.jsonl", texts)
-    monkeypatch.setattr("nanogpt.encode.BATCH", 500)
+    monkeypatch.setattr("nanogpt.data.text.encode.BATCH", 500)
     replace, expected, crashed, count = os.replace, expected_shards(texts, 1500), True, 0
 
     class Crash(BaseException):
@@ -553,7 +555,7 @@ def test_after_an_interruption_the_revision_is_the_same_and_what_is_done_not_dow
     out, known = tmp_path / "out", hub.files.pop("some/two/0.parquet")
     hub.files["some/two/0.parquet"] = None  # listed, but not to be had
     monkeypatch.setattr(prepare_module, "SAVE_SECONDS", 0.0)
-    monkeypatch.setattr("nanogpt.encode.BATCH", 5000)
+    monkeypatch.setattr("nanogpt.data.text.encode.BATCH", 5000)
     arguments = ["--hub", "o/d", "--out", out, *bytes_of()]
     assert run(*arguments) == 2
     assert "some/two/0.parquet" in one_sentence(capsys)

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import jax
 import pytest
-from test_train_gpt import base_run
 
 import export
 import sample
 from nanogpt.config import ConfigError
+from tests.test_train_gpt import base_run
 from train_gpt import PRESETS
 
 
@@ -141,7 +141,7 @@ def test_too_little_memory_is_told_in_one_sentence(run, capsys, monkeypatch, wor
     def fail(*_, **__):
         raise jax.errors.JaxRuntimeError(words)
 
-    monkeypatch.setattr("nanogpt.text.generate", fail)
+    monkeypatch.setattr("nanogpt.inference.text.generate", fail)
     assert sample.main([str(run), "--num-samples", "1000"]) == 2
     assert re.fullmatch(
         r".* too little memory .* 1,000 .*num_samples.*\.\n", capsys.readouterr().err
@@ -152,7 +152,7 @@ def test_another_error_of_a_program_is_not_taken_for_want_of_memory(run, monkeyp
     def fail(*_, **__):
         raise jax.errors.JaxRuntimeError("INTERNAL: the device fell over")
 
-    monkeypatch.setattr("nanogpt.text.generate", fail)
+    monkeypatch.setattr("nanogpt.inference.text.generate", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="fell over"):
         sample.main([str(run)])
 
@@ -167,7 +167,7 @@ def test_a_gpu_is_not_filled_before_it_is_needed_for_a_trainer_may_be_there(
         found.append(os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE"))
         raise ConfigError("That is enough.")
 
-    monkeypatch.setattr("nanogpt.mesh.make_mesh", first_use_of_a_device)
+    monkeypatch.setattr("nanogpt.devices.mesh.make_mesh", first_use_of_a_device)
     more = ["--out", str(tmp_path / "gpt")] if script == "export" else []
     for wish in (None, "true"):  # the default, and what a user asks for
         if wish is None:

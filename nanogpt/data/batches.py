@@ -1,0 +1,276 @@
+"""Batches as a pure function of (shards, row number): nothing to save, nothing to lose.
+
+A row is T + 1 tokens of one shard, so that T of them have a successor to predict. It is of one of
+two kinds:
+
+- A plain row is neighbouring tokens. The rows of a shard overlap by one token and leave out a tail
+  shorter than T. Nearly everything is trained on, but a row begins wherever the one before it
+  ended: its first tokens are the middle of a document, predicted without what they go back to.
+- An aligned row is beginnings: the first `max_document` tokens of a document, its separator first,
+  then as many of the next document, and so on until the row is full. The last document is cut
+  there, and the next row begins with a document not used yet. Every token is thus predicted from
+  its document's beginning, and no long document fills row after row. What that leaves out is no
+  loss while there are more tokens than a run reads (modded-nanogpt's records of 2025-07-12 and
+  2025-09-03).
+
+Rows are numbered in the order of training, whatever the number of devices or micro-batches; numbers
+beyond the last row begin a new epoch in a new order. The numbering may begin anywhere in the
+shards, so that a run whose T changes goes on in the data where it was.
+"""
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Int, Int32, Int64
+
+from nanogpt.data.shards import ShardError, check_vocabulary, read_shard
+from nanogpt.schedule import Schedule
+
+Result = TypeVar("Result")
+
+
+class Rows:
+    """The rows of T + 1 tokens that lie in a list of shards.
+
+    A shard's documents are looked for when a row number first reaches the shard, so a run reads no
+    more shards than it trains on; only a shuffled epoch and `len` go through all of them. What was
+    found is kept: use the rows from one thread at a time.
+
+    Raises ShardError when a shard cannot be read or there is not a single row, and, when the row
+    is read that holds it, for a token beyond the vocabulary.
+    """
+
+    def __init__(
+        self,
+        files: list[Path],
+        sequence_length: int,
+        seed: int,
+        shuffle: bool,
+        vocab_size: int = 2**16,
+        *,
+        separator: int | None = None,
+        max_document: int | None = None,
+        start: int = 0,
+    ):
+        """Plain rows, or with `max_document` aligned ones.
+
+        Args:
+            shuffle: whether the first epoch, too, visits the rows in random order. Shards whose
+                documents were shuffled when they were made, like FineWeb's, read faster in the
+                order they have.
+            separator: the token that begins each document; aligned rows need it. What a shard has
+                before its first separator is left out of them.
+            max_document: tokens of a document that an aligned row takes at most, its separator
+                among them.
+            start: the offset, in tokens over all shards put end to end, where an epoch begins. It
+                goes on through the shards that follow, then from the first shard to that offset.
+        """
+        self.files, self.vocab_size = files, vocab_size
+        self.shards = [read_shard(file) for file in files]
+        self.sequence_length = sequence_length
+        self.separator, self.max_document = separator, max_document
+        self.seed, self.shuffle, self.start = seed, shuffle, start
+        self.offsets = np.cumsum([0, *map(len, self.shards)]).tolist()
+        self._segments = [*self._between(start, self.offsets[-1]), *self._between(0, start)]
+        self._bounds = []  # of each segment gone through: see _bounds_of
+        self._ends = [0]  # the number of rows up to the end of each of them
+        self._order = lru_cache(maxsize=2)(self._order_of)
+        if not self._reaches(0):
+            which, remedy = "", ""
+            if max_document is not None:
+                which = f" that begins with the document separator {separator}"
+                remedy = ", or set max_document_length to None"
+            raise ShardError(
+                f"The shards ({files[0]}, ...) hold no row of {sequence_length + 1} tokens{which}: "
+                f"use more data or a shorter sequence_length{remedy}."
+            )
+
+    def __len__(self) -> int:
+        """Rows in one epoch."""
+        self._reaches(self.offsets[-1])  # more than there are rows
+        return self._ends[-1]
+
+    def __call__(self, numbers: Int64[np.ndarray, "*R"]) -> Int32[np.ndarray, "*R T+1"]:
+        """The rows with these numbers, which count on through the epochs."""
+        rows = np.empty((numbers.size, self.sequence_length + 1), np.int32)
+        for row, number in zip(rows, numbers.flat, strict=True):
+            row[:] = self._read(*self._find(self._unshuffled(int(number))))
+        return rows.reshape(*numbers.shape, -1)
+
+    def offset(self, number: int) -> int:
+        """Where row `number` of the unshuffled order begins, in tokens over all shards end to end.
+
+        Rows with that `start` and any T go on with what rows before `number` did not use. From
+        number len(rows) on it is the start of these rows, where their epoch ends.
+        """
+        if not self._reaches(number):
+            return self.start
+        shard, begin, _ = self._find(number)
+        return self.offsets[shard] + int(begin)
+
+    def _between(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """The segments (shard, first, last) of the shards that lie between two offsets."""
+        for shard, offset in enumerate(self.offsets[:-1]):
+            first = max(start - offset, 0)
+            last = min(stop - offset, len(self.shards[shard]))
+            if first < last:
+                yield shard, first, last
+
+    def _reaches(self, number: int) -> bool:
+        """Whether an epoch has a row `number`; goes through no more segments than that takes."""
+        while self._ends[-1] <= number and len(self._bounds) < len(self._segments):
+            self._bounds.append(self._bounds_of(*self._segments[len(self._bounds)]))
+            self._ends.append(self._ends[-1] + len(self._bounds[-1]) - 1)
+        return number < self._ends[-1]
+
+    def _bounds_of(self, shard: int, first: int, last: int) -> range | Int64[np.ndarray, "rows+1"]:
+        """Where in its shard each row of a segment begins, and then where the last one ends."""
+        T, tokens = self.sequence_length, self.shards[shard]
+        if self.max_document is None:
+            return range(first, min(last, len(tokens) - 1) + 1, T)
+        documents = first + np.flatnonzero(tokens[first:last] == self.separator)
+        bounds = np.append(documents, last)
+        lengths = np.minimum(np.diff(bounds), self.max_document)
+        taken = np.append(0, np.cumsum(lengths))  # tokens that the documents before each give
+        # The document after a row that begins with each; len(bounds) if the row would not be full.
+        following = np.searchsorted(taken, taken + T + 1).tolist()
+        chain = [0]
+        while following[chain[-1]] < len(bounds):
+            chain.append(following[chain[-1]])
+        return bounds[chain]
+
+    def _unshuffled(self, number: int) -> int:
+        """The number in the unshuffled order of the row that has this number in training."""
+        if not self.shuffle and self._reaches(number):
+            return number
+        epoch, index = divmod(number, len(self))
+        return int(self._order(epoch)[index])
+
+    def _order_of(self, epoch: int) -> Int64[np.ndarray, "rows"]:
+        """Which row comes when in an epoch: a permutation that depends on seed and epoch alone."""
+        # Philox's raw output is fixed for all versions of NumPy; `permutation` is not.
+        key = np.array([self.seed, epoch], np.uint64)
+        return np.argsort(np.random.Philox(key=key).random_raw(len(self)), kind="stable")
+
+    def _find(self, number: int) -> tuple[int, int, int]:
+        """The shard of row `number` of the unshuffled order, and the bounds of the row there."""
+        segment = bisect_right(self._ends, number) - 1
+        row = number - self._ends[segment]
+        return self._segments[segment][0], *self._bounds[segment][row : row + 2]
+
+    def _read(self, shard: int, begin: int, end: int) -> Int[np.ndarray, "T+1"]:
+        tokens, width = self.shards[shard], self.sequence_length + 1
+        if self.max_document is None:
+            row = tokens[begin : begin + width]
+        else:
+            span = tokens[begin:end]
+            documents = np.split(span, np.flatnonzero(span == self.separator))
+            row = np.concatenate([document[: self.max_document] for document in documents])[:width]
+        if row.max() >= self.vocab_size:  # JAX would read some other row of a table, in silence
+            check_vocabulary(self.files[shard], tokens, self.vocab_size)
+        return row
+
+
+def train_batch(
+    rows: Rows, first: int, shape: tuple[int, int], index: tuple[slice, ...] = ()
+) -> Int32[np.ndarray, "Ng R T+1"]:
+    """Micro-batches of the rows from number `first` on.
+
+    Args:
+        shape: (Ng, R), micro-batches and rows in each.
+        index: the part of the batch to read, as slices of [Ng, R, T + 1]; all by default.
+    """
+    numbers = first + np.arange(shape[0] * shape[1]).reshape(shape)
+    return rows(numbers[index[:2]])
+
+
+class RowOrder:
+    """Which rows each step of a schedule trains on."""
+
+    def __init__(self, make: Callable[[int, int], Rows], schedule: Schedule, shuffle: bool):
+        """`make(T, start)` gives the rows of T + 1 tokens from an offset of the data on."""
+        self.make, self.schedule, self.shuffle = make, schedule, shuffle
+        self._first = lru_cache(maxsize=None)(self._first_of)
+
+    def __call__(self, step: int) -> tuple[Rows, int]:
+        """The rows of a step, which counts from 1, and the number of the first of them."""
+        stage = self.schedule.stage(step)
+        rows, first = self._first(stage)
+        steps = step - self.schedule.first_step(stage)
+        return rows, first + steps * self.schedule.tokens_per_step(stage) // rows.sequence_length
+
+    def _first_of(self, stage: int) -> tuple[Rows, int]:
+        """The same of a stage: a stage whose rows are as long as before counts on."""
+        T = self.schedule.row_length(stage)
+        if stage == 0:
+            return self.make(T, 0), 0
+        rows, first = self._first(stage - 1)
+        steps = self.schedule.ends[stage - 1] + 1 - self.schedule.first_step(stage - 1)
+        used = first + steps * self.schedule.tokens_per_step(stage - 1) // rows.sequence_length
+        if rows.sequence_length == T:
+            return rows, used
+        if self.shuffle:
+            return self.make(T, 0), -(-used * rows.sequence_length // T)
+        return self.make(T, rows.offset(used)), 0
+
+
+class ValidationRows:
+    """The first `num_tokens` tokens of the shards after the very first, every one a target once.
+
+    Rows have T + 1 tokens and overlap by one; the last is filled up with -1, which counts nothing.
+    Raises ShardError when the shards hold fewer tokens, or one beyond the vocabulary among them.
+    """
+
+    def __init__(
+        self, files: list[Path], sequence_length: int, num_tokens: int, vocab_size: int = 2**16
+    ):
+        shards = [read_shard(file) for file in files]
+        available = sum(map(len, shards)) - 1
+        if num_tokens > available:
+            raise ShardError(
+                f"val_tokens is {num_tokens:,}, but the validation shards ({files[0]}, ...) have "
+                f"{available:,} tokens to predict: ask for fewer or add shards."
+            )
+        parts, missing = [], num_tokens + 1
+        for file, shard in zip(files, shards, strict=True):
+            parts.append(shard[:missing])
+            check_vocabulary(file, parts[-1], vocab_size)
+            missing -= len(parts[-1])
+        self.tokens = np.concatenate(parts)
+        self.sequence_length = sequence_length
+
+    def __len__(self) -> int:
+        return -(-(len(self.tokens) - 1) // self.sequence_length)
+
+    def __call__(
+        self, first: int, count: int, index: tuple[slice, ...] = ()
+    ) -> Int32[np.ndarray, "count T+1"]:
+        """`count` rows from `first` on, or the part at `index`; after the end all is -1."""
+        T = self.sequence_length
+        tokens = self.tokens[first * T : (first + count) * T + 1]
+        padded = np.full(count * T + 1, -1, np.int32)
+        padded[: len(tokens)] = tokens
+        return np.lib.stride_tricks.sliding_window_view(padded, T + 1)[::T][index]
+
+
+def prefetch(
+    make: Callable[[int], Result], steps: Iterable[int], ahead: int = 2
+) -> Iterator[Result]:
+    """`make(step)` for each step in order, made by a thread up to `ahead` steps early.
+
+    An exception in `make` is raised at the step it belongs to.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
+        waiting = deque()
+        for step in steps:
+            waiting.append(worker.submit(make, step))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

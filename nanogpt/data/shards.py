@@ -1,0 +1,151 @@
+"""The .bin shard: a header of 256 little-endian int32, then the tokens as little-endian uint16.
+
+    header[0] = 20240520  magic number
+    header[1] = 1         version
+    header[2] = n         number of tokens
+    the rest is zero; the file is 1024 + 2n bytes long
+
+This is the format of llm.c and modded-nanogpt, so their shards are read as they are.
+"""
+
+import glob
+import os
+from pathlib import Path
+from uuid import uuid4
+
+import numpy as np
+from jaxtyping import UInt16
+from numpy.typing import ArrayLike
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 1024
+TOKEN_BYTES = 2
+MAX_TOKENS = 2**31 - 1  # the header counts in int32
+SAMPLE_BLOCK = 4096  # tokens looked at in one place: 8 KB, two pages of the file
+
+Tokens = UInt16[np.ndarray, "tokens"]
+
+REMAKE = "delete it, then download it or make it again"
+
+
+class ShardError(ValueError):
+    """A shard that cannot be used or written; the message is one sentence for the user."""
+
+
+def write_shard(path: str | os.PathLike, tokens: ArrayLike) -> None:
+    """Write `tokens` (1-D, any integer type, values 0..65535) as the shard `path`.
+
+    The shard appears under its name whole or not at all. Raises ShardError when the tokens do not
+    fit the format or the file cannot be written.
+    """
+    path, tokens = Path(path), np.asarray(tokens)
+    if tokens.ndim != 1 or not 0 < tokens.size <= MAX_TOKENS:
+        raise ShardError(
+            f"Cannot write shard {path}: tokens have shape {tokens.shape}; "
+            f"give one dimension of 1 to {MAX_TOKENS:,} tokens."
+        )
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise ShardError(
+            f"Cannot write shard {path}: tokens have type {tokens.dtype}; give integers."
+        )
+    for token in (tokens.min(), tokens.max()):
+        if not 0 <= token <= 65535:
+            raise ShardError(
+                f"Cannot write shard {path}: token {token} does not fit in 16 bits; "
+                "use a tokenizer whose ids are 0 to 65535."
+            )
+
+    header = np.zeros(HEADER_BYTES // 4, dtype="<i4")
+    header[:3] = MAGIC, VERSION, tokens.size
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # pods share process ids
+    try:
+        with temporary.open("wb") as file:
+            file.write(header)
+            file.write(np.ascontiguousarray(tokens, dtype="<u2"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise ShardError(
+            f"Cannot write shard {path}: {error.strerror}; "
+            "check the folder, its permissions and its free space."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_shard(path: str | os.PathLike) -> Tokens:
+    """Return the tokens of the shard `path` as a read-only uint16 memory map.
+
+    Nothing but the header is read here. Raises ShardError when the file is missing, is not a
+    shard, or has another length than its header says.
+    """
+    path = Path(path)
+    try:
+        size = path.stat().st_size
+        header = np.fromfile(path, dtype="<i4", count=HEADER_BYTES // 4)
+    except OSError as error:
+        raise ShardError(f"Cannot read shard {path}: {error.strerror}; check the path.") from error
+    if size < HEADER_BYTES:
+        raise ShardError(
+            f"Shard {path} is truncated: {size} bytes is less than its {HEADER_BYTES}-byte header; "
+            f"{REMAKE}."
+        )
+    magic, version, count = (int(number) for number in header[:3])
+    if magic != MAGIC:
+        raise ShardError(
+            f"{path} is not a shard: it starts with {magic} instead of {MAGIC}; raw uint16 tokens "
+            "without a header, like nanoGPT's train.bin, need one: nanogpt.data.shards.write_shard."
+        )
+    if version != VERSION:
+        raise ShardError(
+            f"Shard {path} has version {version} but only version {VERSION} can be read; "
+            "make it again."
+        )
+    if size != HEADER_BYTES + TOKEN_BYTES * count:
+        raise ShardError(
+            f"Shard {path} is damaged: its header promises {count:,} tokens, "
+            f"{HEADER_BYTES + TOKEN_BYTES * count:,} bytes in all, but it has {size:,}; {REMAKE}."
+        )
+    return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
+
+
+def check_vocabulary(
+    path: str | os.PathLike, tokens: Tokens, vocab_size: int, sample: int | None = None
+) -> None:
+    """Raise ShardError at the first token of shard `path` that is not below `vocab_size`.
+
+    `sample` is how many tokens to look at (at least 1), in blocks spread evenly from the first
+    token to the last, the same ones each time; None looks at all of them. The check matters
+    because JAX reads a table beyond its end without complaint.
+    """
+    if sample is None or sample >= len(tokens):
+        width, starts = SAMPLE_BLOCK, range(0, len(tokens), SAMPLE_BLOCK)
+    else:
+        blocks = -(-sample // SAMPLE_BLOCK)
+        width = -(-sample // blocks)
+        starts = np.linspace(0, len(tokens) - width, blocks, dtype=int).tolist()
+    for start in starts:
+        beyond = tokens[start : start + width] >= vocab_size
+        if beyond.any():
+            position = start + int(beyond.argmax())
+            raise ShardError(
+                f"Shard {path} has token {tokens[position]} at position {position:,}, but the "
+                f"vocabulary has {vocab_size:,} tokens; use the model's own tokenizer for its data."
+            )
+
+
+def find_shards(pattern: str) -> list[Path]:
+    """Return the files that match the glob `pattern`, sorted by name; `~` is the home folder.
+
+    Raises ShardError when there are none.
+    """
+    matches = map(Path, glob.glob(os.path.expanduser(pattern)))
+    shards = sorted(path for path in matches if path.is_file())
+    if not shards:
+        raise ShardError(
+            f"No shard matches {pattern} (seen from {Path.cwd()}): `python3 cached_fineweb10B.py` "
+            "downloads those of FineWeb10B."
+        )
+    return shards

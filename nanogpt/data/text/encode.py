@@ -1,0 +1,191 @@
+"""Documents into tokens, on all processors.
+
+One process reads the files and hands out batches of documents; workers decode, encode and split
+them. Their results come back in the order of the documents, whatever the number of workers.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from itertools import chain
+from multiprocessing import get_context, parent_process
+from pathlib import Path
+from signal import SIG_IGN, SIGINT, signal
+from threading import Thread
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from nanogpt.data.batches import prefetch
+from nanogpt.data.shards import Tokens
+from nanogpt.data.text.documents import (
+    DataError,
+    Split,
+    Unit,
+    digest_of,
+    find_split,
+    first_share,
+    text_of,
+    units,
+)
+from nanogpt.data.tokenizer import load_tokenizer
+
+BATCH = 2**20  # bytes of text that a worker gets at a time
+UNIT_BYTES = 100  # what a document costs besides its bytes
+TOLD = 5  # documents left out that are named
+
+tokenizer_of = cache(load_tokenizer)
+
+
+class Inputs(Protocol):
+    """Files that are here, or that can be fetched (nanogpt.data.text.documents.Files, for one)."""
+
+    names: list[str]
+    weights: list[int]
+    fingerprint: str
+
+    def get(self, name: str) -> Path: ...
+
+    def release(self, names: Sequence[str]) -> None: ...
+
+
+class Encoded(NamedTuple):
+    """What a worker made of a batch."""
+
+    train: Tokens
+    val: Tokens
+    input_bytes: int
+    documents: int
+    empty: int
+    bad: int
+    problems: list[str]  # at most TOLD
+
+
+class Place(NamedTuple):
+    """How far the inputs were read."""
+
+    next: tuple[int, int]  # file, and how many of its units
+    share: float  # of that file
+
+
+def split_of(inputs: Inputs, field: str) -> Split:
+    """How the inputs are split; DataError if they hold no document."""
+    told = []
+
+    def digests() -> Iterator[int]:
+        files = (inputs.get(name) for name in inputs.names)
+        for unit in chain.from_iterable(units(file, field, None) for file in files):
+            try:
+                text = text_of(unit, field)
+            except ValueError as error:
+                told[:] = told or [f"{unit.where}: {error}"]
+                continue
+            if unit.digest is not None:
+                yield unit.digest
+            elif not is_empty(text):
+                yield digest_of(text)
+
+    split = find_split(digests())
+    if split is None:
+        reason = f" ({told[0]})" if told else ""
+        raise DataError(f"The inputs hold no document{reason}: check the paths and the field.")
+    return split
+
+
+def read_batches(
+    inputs: Inputs, field: str, split: Split, start: tuple[int, int]
+) -> Iterator[tuple[list[Unit], Place]]:
+    """What is in the inputs from `start` on, in batches, each with the place where it ends."""
+    first, skipped = start
+    batch, size = [], 0
+    paths = prefetch(
+        lambda i: inputs.get(inputs.names[i]), range(first, len(inputs.names)), ahead=1
+    )
+    for source, path in enumerate(paths, first):
+        for number, unit in enumerate(units(path, field, split), 1):
+            if source == first and number <= skipped:
+                continue
+            batch.append(unit)
+            size += len(unit.raw) + UNIT_BYTES
+            if size >= BATCH:
+                yield batch, Place((source, number), unit.share_read)
+                batch, size = [], 0
+    yield batch, Place((len(inputs.names), 0), 0.0)
+
+
+def in_order(
+    work: Callable[[list[Unit]], Encoded],
+    batches: Iterable[tuple[list[Unit], Place]],
+    processes: int,
+) -> Iterator[tuple[Encoded, Place]]:
+    """work(batch) with the place of each batch, in order, by so many processes.
+
+    At most two batches per process are on their way.
+    """
+    if processes == 1:
+        yield from ((work(batch), place) for batch, place in batches)
+        return
+    # A process that is ended at once leaves semaphores for Python to clean up, which then tells.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
+    # Not by fork: JAX has threads.
+    with ProcessPoolExecutor(processes, get_context("spawn"), initializer=become_worker) as pool:
+        waiting = deque()
+        for batch, place in batches:
+            waiting.append((pool.submit(work, batch), place))
+            if len(waiting) > 2 * processes:
+                result, place = waiting.popleft()
+                yield result.result(), place
+        for result, place in waiting:
+            yield result.result(), place
+
+
+def become_worker() -> None:
+    """Leave Ctrl-C to the parent, and end when it ends, were it by kill -9."""
+
+    def follow() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    signal(SIGINT, SIG_IGN)
+    Thread(target=follow, daemon=True).start()
+
+
+def encode_batch(tokenizer_name: str, field: str, split: Split, batch: list[Unit]) -> Encoded:
+    """The tokens of a batch of documents, each after a separator."""
+    tokenizer = tokenizer_of(tokenizer_name)
+    separator = np.array([tokenizer.separator], np.uint16)
+    train, val = [np.empty(0, np.uint16)], [np.empty(0, np.uint16)]
+    documents, empty, problems = 0, 0, []
+    for unit in batch:
+        try:
+            text = text_of(unit, field)
+        except ValueError as error:
+            problems.append(f"{unit.where}: {error}")
+            continue
+        if unit.digest is None and is_empty(text):
+            empty += 1
+            continue
+        documents += unit.begins and not unit.is_last_share
+        if unit.digest is None and split.below is None:
+            first = first_share(len(text))
+            parts = [(train, text[:first]), (val, text[first:])]
+        else:
+            digest = digest_of(text) if unit.digest is None else unit.digest
+            parts = [(val if unit.is_last_share or split.is_validation(digest) else train, text)]
+        for side, part in parts:
+            side += [separator] * unit.begins + [tokenizer.encode(part)]
+    return Encoded(
+        np.concatenate(train),
+        np.concatenate(val),
+        sum(len(unit.raw) for unit in batch),
+        documents,
+        empty,
+        len(problems),
+        problems[:TOLD],
+    )
+
+
+def is_empty(text: str) -> bool:
+    return not text or text.isspace()

@@ -1,0 +1,311 @@
+"""Shards from files of text, and again from where that was after an interruption.
+
+The shards are the same to the last byte whatever the number of processes. A document goes on in the
+next shard where one is full.
+
+Until it is full a shard is a hidden file. Every few seconds what was written is flushed and a small
+file, prepared.json, tells up to which document that is; from there another process goes on after
+this one was killed. Only then do the shards that are full get their names.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from glob import escape
+from hashlib import sha256
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from nanogpt.data.shards import HEADER_BYTES, MAGIC, TOKEN_BYTES, VERSION, Tokens
+from nanogpt.data.text.documents import DataError, Split
+from nanogpt.data.text.encode import (
+    TOLD,
+    Encoded,
+    Inputs,
+    encode_batch,
+    in_order,
+    read_batches,
+    split_of,
+    tokenizer_of,
+)
+from nanogpt.data.text.eta import Pace
+
+FORMAT = 1  # raise it when the same documents would be split, ordered or written differently
+SAVE_SECONDS = 5.0  # what an interruption costs at most
+SHARD_TOKENS = 100_000_000  # as FineWeb10B's shards have
+RECORD = "prepared.json"
+
+
+class Recipe(NamedTuple):
+    """All that determines the shards besides the inputs."""
+
+    tokenizer: str
+    field: str = "text"
+    name: str = "text"  # what the names of the shards begin with
+    shard_tokens: int = SHARD_TOKENS
+
+
+@dataclass
+class Made:
+    """What is in the shards of a folder so far; kept there as prepared.json."""
+
+    fingerprint: str  # of inputs and recipe
+    shard_tokens: int
+    below: int | None = None  # the Split
+    next: tuple[int, int] = (0, 0)  # file, and how many of its units are in the shards
+    train: tuple[int, int] = (1, 0)  # number of the last shard and its tokens
+    val: tuple[int, int] = (0, 0)
+    input_bytes: int = 0
+    documents: int = 0
+    empty: int = 0  # documents left out
+    bad: int = 0  # documents and rests of files left out
+    problems: list[str] = field(default_factory=list)  # where and why, of the first TOLD bad ones
+    done: bool = False
+
+    @property
+    def train_tokens(self) -> int:
+        return (self.train[0] - 1) * self.shard_tokens + self.train[1]
+
+    @property
+    def val_tokens(self) -> int:
+        return self.val[0] * self.shard_tokens + self.val[1]
+
+    def add(self, encoded: Encoded, next: tuple[int, int]) -> None:
+        """Count what was written."""
+        self.next = next
+        self.input_bytes += encoded.input_bytes
+        self.documents += encoded.documents
+        self.empty += encoded.empty
+        self.bad += encoded.bad
+        self.problems += encoded.problems[: TOLD - len(self.problems)]
+
+    def summary(self) -> str:
+        """What is in the shards, and what was left out."""
+        documents = f"{self.documents:,} document{'s' * (self.documents != 1)}"
+        text = (
+            f"{documents}: {self.train_tokens:,} tokens to train on and {self.val_tokens:,} to "
+            "validate on."
+        )
+        left_out = [f"{self.empty:,} empty"] if self.empty else []
+        if self.bad:
+            more = ["..."] if self.bad > len(self.problems) else []
+            told = "; ".join(self.problems + more)
+            left_out.append(f"{self.bad:,} that could not be read ({told})")
+        if left_out:
+            text += f" Left out: {' and '.join(left_out)}."
+        return text
+
+
+def make_shards(
+    inputs: Inputs,
+    folder: Path,
+    recipe: Recipe,
+    processes: int,
+    show: Callable[[str], None] = lambda line: None,
+) -> Made:
+    """Make the shards of `inputs` in `folder`, or what an interrupted process left to be made.
+
+    They are called `name`_train_000001.bin, ... and `name`_val_000000.bin, ... Where several
+    processes do this in one folder, one does and the others find it done. `show` gets lines that
+    tell how far it is. Raises DataError if the inputs hold no document, if the folder holds other
+    shards or cannot be written; TokenizerError if the vocabulary is missing; and what `inputs.get`
+    raises.
+    """
+    fingerprint = fingerprint_of(inputs, recipe)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder, show):
+            made = read_record(folder, fingerprint, recipe)
+            if made is None:
+                split = split_of(inputs, recipe.field)
+                made = Made(fingerprint, recipe.shard_tokens, split.below)
+            if not made.done:
+                encode_rest(inputs, folder, recipe, made, processes, show)
+            return made
+    except BrokenProcessPool as error:
+        raise DataError(
+            "A worker was killed, as happens where memory runs out: run this again with fewer "
+            "processes to go on where it stopped."
+        ) from error
+    except OSError as error:
+        raise DataError(
+            f"Cannot write in {folder} ({error.strerror or error}): make room there or choose "
+            "another folder, then run this again to go on where it stopped."
+        ) from error
+
+
+def fingerprint_of(inputs: Inputs, recipe: Recipe) -> str:
+    """What changes with any input, and with what is made of it."""
+    return sha256(json.dumps([FORMAT, inputs.fingerprint, recipe]).encode()).hexdigest()
+
+
+def encode_rest(
+    inputs: Inputs,
+    folder: Path,
+    recipe: Recipe,
+    made: Made,
+    processes: int,
+    show: Callable[[str], None],
+) -> None:
+    """Encode what is not in the shards yet, and update `made`."""
+    tokenizer_of(recipe.tokenizer)  # what is missing is told before the workers miss it
+    train = Shards(folder, f"{recipe.name}_train", *made.train, recipe.shard_tokens)
+    val = Shards(folder, f"{recipe.name}_val", *made.val, recipe.shard_tokens)
+
+    def save() -> None:
+        """From here another process goes on."""
+        train.sync()
+        val.sync()
+        write_record(folder, made)
+        name_shards(folder, recipe, made)
+        inputs.release(inputs.names[: made.next[0]])
+
+    split, pace, saved = Split(made.below), Pace(inputs.weights), time.monotonic()
+    batches = read_batches(inputs, recipe.field, split, made.next)
+    work = partial(encode_batch, recipe.tokenizer, recipe.field, split)
+    with closing(train), closing(val):
+        for encoded, place in in_order(work, batches, processes):
+            filled = [train.write(encoded.train), val.write(encoded.val)]
+            made.add(encoded, place.next)
+            made.train, made.val = (train.number, train.length), (val.number, val.length)
+            tokens = made.train_tokens + made.val_tokens
+            show(pace.line(made.next[0], place.share, made.input_bytes, tokens))
+            if any(filled) or time.monotonic() - saved > SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
+        train.end()
+        val.end()
+        made.done = True
+        save()
+
+
+@contextmanager
+def locked(folder: Path, show: Callable[[str], None]) -> Iterator[None]:
+    """One process at a time in `folder`."""
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        show(f"waiting for another process that writes in {folder}")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def read_record(folder: Path, fingerprint: str, recipe: Recipe) -> Made | None:
+    """What an earlier process made of the same inputs; DataError if the folder holds other shards.
+
+    All shards that are full have their names then.
+    """
+    path = folder / RECORD
+    if path.exists():
+        try:
+            made = Made(**json.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{path} is not what this version writes: choose another folder, or delete it."
+            ) from error
+        if made.fingerprint != fingerprint:
+            raise DataError(
+                f"{folder} holds shards of other inputs, or made with other settings: choose "
+                "another folder, or delete it."
+            )
+        name_shards(folder, recipe, made)
+        return made
+    for shard in folder.glob(f"{escape(recipe.name)}_*.bin"):
+        raise DataError(f"{shard} was made by something else: choose another folder.")
+    return None
+
+
+def write_record(folder: Path, made: Made) -> None:
+    """Replace the record of what is in the folder, whole or not at all."""
+    temporary = folder / f".{RECORD}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(asdict(made), file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / RECORD)
+
+
+def name_shards(folder: Path, recipe: Recipe, made: Made) -> None:
+    """Give the shards that are full, or all when it is done, their names."""
+    for split, first, last in (("train", 1, made.train[0]), ("val", 0, made.val[0])):
+        for number in range(first, last + made.done):
+            name = shard_name(f"{recipe.name}_{split}", number)
+            if partial_path(folder, name).exists():
+                os.replace(partial_path(folder, name), folder / name)
+            elif not (folder / name).exists():
+                raise DataError(
+                    f"{folder / name} is missing: delete {folder}, then run this again."
+                )
+
+
+def shard_name(stem: str, number: int) -> str:
+    return f"{stem}_{number:06d}.bin"
+
+
+def partial_path(folder: Path, name: str) -> Path:
+    """Where a shard is until it is full: a hidden file that no shard pattern matches."""
+    return folder / f".{name}.partial"
+
+
+class Shards:
+    """Shards of at most `limit` tokens, filled one after the other without holding them."""
+
+    def __init__(self, folder: Path, stem: str, number: int, length: int, limit: int):
+        """Go on in shard `number`, behind its first `length` tokens."""
+        self.folder, self.stem, self.limit = folder, stem, limit
+        self._open(number, length)
+
+    def write(self, tokens: Tokens) -> bool:
+        """Add tokens; tell whether a shard was full before all were in."""
+        first = self.number
+        while len(tokens):
+            if self.length == self.limit:
+                self.end()
+                self._open(self.number + 1, 0)
+            now, tokens = np.split(tokens, [self.limit - self.length])
+            self._file.write(np.ascontiguousarray(now, "<u2"))
+            self.length += len(now)
+        return self.number > first
+
+    def sync(self) -> None:
+        """Have all that was written on the disk."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def end(self) -> None:
+        """Complete the shard."""
+        header = np.zeros(HEADER_BYTES // 4, "<i4")
+        header[:3] = MAGIC, VERSION, self.length
+        self._file.seek(0)
+        self._file.write(header)
+        self.sync()
+        self._file.close()
+
+    def close(self) -> None:
+        """Write no more. What the disk does not take any more is made again by the next process."""
+        with suppress(OSError):
+            self._file.close()
+
+    def _open(self, number: int, length: int) -> None:
+        path = partial_path(self.folder, shard_name(self.stem, number))
+        end = HEADER_BYTES + TOKEN_BYTES * length
+        if length and not (path.exists() and path.stat().st_size >= end):
+            raise DataError(
+                f"{path} is shorter than {RECORD} says: delete {self.folder}, then run this again."
+            )
+        self._file = path.open("r+b" if length else "wb")
+        self._file.seek(end)  # what lies behind it are the same tokens that will be written there
+        self.number, self.length = number, length

@@ -1,0 +1,98 @@
+"""Before the clock of a run starts: everything is compiled, and one step tried for its memory."""
+
+import platform
+import time
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import jax
+from jax.stages import Compiled, Lowered
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from nanogpt.config import ConfigError
+from nanogpt.files import cache_folder
+
+Name = TypeVar("Name", bound=Hashable)
+Result = TypeVar("Result")
+
+
+def use_compilation_cache() -> None:
+    """Keep what is compiled in the user's cache folder, so that the next run need not compile it.
+
+    JAX's own settings come first: JAX_COMPILATION_CACHE_DIR names another folder, and
+    JAX_ENABLE_COMPILATION_CACHE=0 does without. A folder that cannot be used costs a warning.
+    """
+    if jax.config.jax_compilation_cache_dir is None:
+        folder = cache_folder() / "compiled"
+        if jax.default_backend() == "cpu":  # code for one processor may not run on the next
+            folder /= platform.node()
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def compile_all(
+    functions: Mapping[Name, Lowered], console: Console
+) -> tuple[dict[Name, Compiled], dict[Name, float]]:
+    """Compile functions by name, all at the same time, with a line of progress for each.
+
+    Returns the compiled functions, and how many seconds each took.
+    """
+    columns = SpinnerColumn(), TextColumn("compiling {task.description}"), TimeElapsedColumn()
+    progress = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
+
+    def compile_one(name: Name) -> tuple[Compiled, float]:
+        start = time.perf_counter()
+        told = name if isinstance(name, str) else " ".join(map(str, name))
+        task = progress.add_task(told, total=1)
+        compiled = functions[name].compile()
+        progress.advance(task)
+        return compiled, time.perf_counter() - start
+
+    with progress, ThreadPoolExecutor() as threads:
+        results = dict(zip(functions, threads.map(compile_one, functions), strict=True))
+    return (
+        {name: compiled for name, (compiled, _) in results.items()},
+        {name: seconds for name, (_, seconds) in results.items()},
+    )
+
+
+def memory_of(compiled: Compiled) -> float:
+    """Bytes that a program needs on each device: its input, and what it keeps while it runs."""
+    planned = compiled.memory_analysis()
+    return planned.argument_size_in_bytes + planned.temp_size_in_bytes
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a program of JAX ended for want of memory; CPUs say it in words of their own."""
+    return any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
+
+
+def first_that_fits(
+    prepare: Callable[[int], Result], batch_size: int, say: Callable[[int, int], None]
+) -> Result:
+    """`prepare(batch_size)`, with a smaller divisor of `batch_size` as long as memory runs out.
+
+    Args:
+        prepare: what uses the memory; it must leave nothing behind when it fails.
+        batch_size: rows per device to begin with; each further attempt has half of them, or the
+            next divisor below that.
+        say: told of the rows that did not fit and of those tried next.
+
+    Raises ConfigError when not even one row fits.
+    """
+    while True:
+        try:
+            return prepare(batch_size)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if batch_size == 1:
+                raise ConfigError(
+                    "The device has too little memory for a single row: use a smaller model or a "
+                    f"shorter sequence_length ({str(error).splitlines()[0]})."
+                ) from error
+        # Here the error is gone, and with its traceback what the attempt had allocated.
+        smaller = max(b for b in range(1, batch_size // 2 + 1) if batch_size % b == 0)
+        say(batch_size, smaller)
+        batch_size = smaller

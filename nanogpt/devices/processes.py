@@ -1,0 +1,154 @@
+"""Several processes that train together, on one machine or many.
+
+Each runs this same program and owns some of the devices; JAX's distributed runtime joins them. The
+first of them, process 0, prints and writes.
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from hashlib import sha256
+from threading import Timer
+
+import jax
+import numpy as np
+from jax._src.distributed import global_state
+from jax.experimental.multihost_utils import (
+    broadcast_one_to_all,
+    process_allgather,
+    sync_global_devices,
+)
+
+from nanogpt.config import ConfigError
+from nanogpt.devices.launchers import has_its_gpus_alone
+
+LOST_AFTER = 30  # seconds without a sign of life after which a process counts as lost
+
+
+def join_processes(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    patience: int = 300,
+) -> None:
+    """Join the other processes of this run, before JAX is used for anything else.
+
+    Without arguments the launcher is asked: Slurm, Open MPI, Kubernetes, or a TPU pod.
+
+    Args:
+        coordinator_address: host:port of process 0, where no launcher tells it.
+        patience: seconds that the others have to come.
+
+    If they do not, the process tells so and ends with exit status 2. When one is lost later, JAX
+    ends the others within LOST_AFTER seconds, and tells why.
+
+    Raises:
+        ConfigError: arguments are missing or make no sense, or JAX cannot join the others.
+    """
+    given = coordinator_address, num_processes, process_id
+    if given != (None,) * 3 and None in given:
+        raise ConfigError(
+            "coordinator_address, num_processes and process_id belong together: give all three, or "
+            "none where a launcher tells them."
+        )
+    host, _, port = (coordinator_address or "").rpartition(":")
+    address_is_whole = host and port.isdecimal() and int(port) < 2**16
+    if None not in given and not (0 <= process_id < num_processes and address_is_whole):
+        raise ConfigError(
+            f"process_id must be 0 to num_processes - 1 and coordinator_address host:port, not "
+            f"{process_id} of {num_processes} and {coordinator_address}."
+        )
+
+    if process_id == 0:
+        try:
+            socket.create_server(("", int(port))).close()  # where JAX cannot, it may crash
+        except OSError as error:
+            raise ConfigError(
+                f"Process 0 cannot listen at port {port} ({os.strerror(error.errno)}): name "
+                "another in coordinator_address."
+            ) from error
+
+    def give_up() -> None:
+        where = "" if coordinator_address is None else f" at {coordinator_address}"
+        os.write(
+            2,
+            f"The processes of this run did not find each other{where} within {patience} s: check "
+            "that all were started, that they agree on the coordinator's address and on how many "
+            "they are, and that its port can be reached.\n".encode(),
+        )
+        os._exit(2)
+
+    # JAX would end the process with a stack trace.
+    timer = Timer(patience, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            *given,
+            local_device_ids=[] if has_its_gpus_alone() else None,  # none named: all
+            cluster_detection_method=None if None in given else "deactivate",
+            initialization_timeout=2 * patience,
+            heartbeat_timeout_seconds=LOST_AFTER,
+            shutdown_timeout_seconds=LOST_AFTER,
+        )
+    except Exception as error:  # JAX's own, or of what it asks a launcher with
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ConfigError(
+            f"JAX could not join the processes of this run ({reason}): see docs/many-machines.md, "
+            "or give each --coordinator-address, --num-processes and --process-id."
+        ) from error
+    finally:
+        timer.cancel()
+
+
+def wait_for_others() -> None:
+    """Return when all processes are here: one that leaves waits LOST_AFTER seconds, not longer."""
+    if jax.process_count() > 1:
+        sync_global_devices("end")
+
+
+def check_same(what: str, here: str) -> None:
+    """Raise ConfigError in all processes if `here` is not the same text in each."""
+    if jax.process_count() == 1:
+        return
+    digests = process_allgather(np.frombuffer(sha256(here.encode()).digest(), np.uint8))
+    for process, digest in enumerate(digests):
+        if (digest != digests[0]).any():
+            raise ConfigError(
+                f"Process {process} has other {what} than process 0: start all with the same "
+                "arguments, in a folder that all see."
+            )
+
+
+def processes_line() -> str:
+    """Who trains together, such as "2 processes, 4 devices in each, coordinator 10.0.0.1:1234"."""
+    # JAX has no public name for the address that a launcher told it.
+    address = getattr(global_state, "coordinator_address", None)
+    return (
+        f"{jax.process_count()} processes, {jax.local_device_count()} devices in each, "
+        f"coordinator {address}"
+    )
+
+
+def told_by_first(make: Callable[[], str]) -> str:
+    """make() of process 0, for all; where it raises, all raise.
+
+    The others raise ConfigError, in whose words nothing is to be told again.
+    """
+    if jax.process_count() == 1:
+        return make()
+    text, failure = "", None
+    if jax.process_index() == 0:
+        try:
+            text = make()
+        except Exception as error:
+            failure = error
+    # All arrays that are broadcast must be of one shape; an empty text stands for a failure.
+    letters = np.zeros(4096, np.uint8)
+    letters[: len(text.encode())] = list(text.encode())
+    text = bytes(broadcast_one_to_all(letters)).rstrip(b"\0").decode()
+    if failure is not None:
+        raise failure
+    if not text:
+        raise ConfigError("Process 0 could not begin; it says why.")
+    return text

@@ -1,0 +1,194 @@
+"""Text from a model: the prompts in one pass, then token after token from a cache.
+
+A chunk of tokens is one compiled program; the next chunk is begun before the last one is read, so
+that the device does not wait for whoever reads the text.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from nanogpt.inference.sampling import Sampling
+from nanogpt.model.context import Cache, Next, Prompts
+from nanogpt.model.gpt import compute_copy, unrolled
+from nanogpt.training.step import Params
+
+CHUNK = 16  # tokens of each text that one program writes
+
+
+class Written(NamedTuple):
+    """A few tokens of each of B texts, and what the model thought of them.
+
+    Probabilities are those of the model, before temperature, top_k and top_p.
+    """
+
+    tokens: Int32[np.ndarray, "n B"]
+    probabilities: Float32[np.ndarray, "n B"]
+    likeliest: Int32[np.ndarray, "n B alternatives"]  # in falling order
+    their_probabilities: Float32[np.ndarray, "n B alternatives"]
+
+
+class _State(NamedTuple):
+    """Where B texts stand."""
+
+    cache: Cache
+    logits: Float[Array, "B vocab"]  # of the next token
+
+
+def generate(
+    graph: nnx.GraphDef,
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    *,
+    num_tokens: int,
+    context: int,
+    sampling: Sampling,
+    dtype: str = "float32",
+    alternatives: int = 0,
+) -> Iterator[Written]:
+    """`num_tokens` tokens that continue each prompt, a few at a time.
+
+    Prompts may differ in length, and none may be empty. A text does not depend on those beside it,
+    but on its number.
+
+    Args:
+        context: how many tokens the model was trained to look back, its training length. Only so
+            many of the end of a prompt are read. When a text grows longer, layers without a window
+            see the latest so many tokens: as if that had been their window from the beginning.
+        dtype: what the model computes in, "float32" or "bfloat16".
+        alternatives: how many of the likeliest tokens are told of in each place.
+    """
+    longest = min(context, max(map(len, prompts)))
+    # Powers of two, so that a few programs serve prompts and texts of all lengths.
+    context = min(context, _power_of_two(longest + num_tokens))
+    rows = np.zeros((len(prompts), min(context, _power_of_two(longest))), np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
+        end = prompt[-longest:]
+        row[: len(end)] = end
+    lengths = np.array([min(longest, len(prompt)) for prompt in prompts], np.int32)
+
+    graph, params = _unrolled(graph, params, dtype)
+    state = _read(graph, params, rows, lengths, context)
+    vocabulary = state.logits.shape[1]
+    write = partial(
+        _write,
+        graph,
+        params,
+        seed=np.uint32(sampling.seed),
+        temperature=np.float32(sampling.temperature),
+        top_k=np.int32(min(sampling.top_k or vocabulary, vocabulary)),
+        top_p=np.float32(sampling.top_p),
+        limited=sampling.top_k is not None or sampling.top_p < 1,
+        context=context,
+        alternatives=min(alternatives, vocabulary),
+    )
+    state, chunk = write(state)
+    for done in range(0, num_tokens, CHUNK):
+        current = chunk
+        if done + CHUNK < num_tokens:
+            state, chunk = write(state)
+        yield Written(*(np.asarray(x)[: num_tokens - done] for x in current))
+
+
+@partial(jax.jit, static_argnames=("graph", "dtype"))
+def _unrolled(graph: nnx.GraphDef, params: Params, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
+    """The graph and the parameters of the model with its layers apart.
+
+    XLA would take them out of their stacks again for each token, and that costs more than the
+    token itself.
+    """
+    model = unrolled(nnx.merge(graph, compute_copy(params, dtype)))
+    for attention in model.attention:
+        attention.qkv = nnx.Param(attention.joined())
+    return nnx.split(model)
+
+
+@partial(jax.jit, static_argnames=("graph", "context"))
+def _read(
+    graph: nnx.GraphDef,
+    params: Params,
+    rows: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    context: int,
+) -> _State:
+    """The state after the first `lengths` tokens of each row."""
+    model = nnx.merge(graph, params)
+    past = Prompts(model.config, rows)
+    features = model.features(rows, past)
+    last = jnp.take_along_axis(features, lengths[:, None, None] - 1, axis=1)[:, 0]
+    return _State(past.cache(lengths, context), _logits(model, last))
+
+
+@partial(
+    jax.jit,
+    static_argnames=("graph", "limited", "context", "alternatives"),
+    donate_argnames="state",
+)
+def _write(
+    graph: nnx.GraphDef,
+    params: Params,
+    state: _State,
+    *,
+    seed: Int[Array, ""],
+    temperature: Float[Array, ""],
+    top_k: Int[Array, ""],
+    top_p: Float[Array, ""],
+    limited: bool,
+    context: int,
+    alternatives: int,
+) -> tuple[_State, Written]:
+    """The next CHUNK tokens of each text; `limited` says whether top_k or top_p leave any out."""
+    model = nnx.merge(graph, params)
+    B, _ = state.logits.shape
+    keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
+
+    def next_token(state: _State, _: None) -> tuple[_State, Written]:
+        cache, logits = state
+        scaled = logits / jnp.maximum(temperature, 1e-6)
+        order = None
+        if limited:
+            order = jnp.argsort(-scaled, axis=1)
+            scaled = _limit(jnp.take_along_axis(scaled, order, axis=1), top_k, top_p)
+        chosen = jax.vmap(jax.random.categorical)(
+            jax.vmap(jax.random.fold_in)(keys, cache.position), scaled
+        )
+        if limited:
+            chosen = jnp.take_along_axis(order, chosen[:, None], axis=1)[:, 0]
+        tokens = jnp.where(temperature == 0, jnp.argmax(logits, axis=1), chosen).astype(jnp.int32)
+
+        probabilities = jax.nn.softmax(logits, axis=1)
+        written = Written(
+            tokens,
+            jnp.take_along_axis(probabilities, tokens[:, None], axis=1)[:, 0],
+            *jax.lax.top_k(probabilities, alternatives)[::-1],
+        )
+        past = Next(model.config, cache, tokens, context)
+        features = model.features(tokens[:, None], past)[:, 0]
+        return _State(past.cache, _logits(model, features)), written
+
+    return jax.lax.scan(next_token, state, length=CHUNK)
+
+
+def _logits(model: nnx.Module, features: Float[Array, "B D"]) -> Float[Array, "B vocab"]:
+    """Without those of the ids that only pad the vocabulary."""
+    return model.logits(features)[:, : model.config.vocab_size]
+
+
+def _limit(
+    logits: Float[Array, "B vocab"], top_k: Int[Array, ""], top_p: Float[Array, ""]
+) -> Float[Array, "B vocab"]:
+    """Logits in falling order, with -inf for those that may not be drawn."""
+    logits = jnp.where(jnp.arange(logits.shape[1]) < top_k, logits, -jnp.inf)
+    probabilities = jax.nn.softmax(logits, axis=1)
+    likelier = jnp.cumsum(probabilities, axis=1) - probabilities  # of those before it
+    return jnp.where((likelier < top_p) | (jnp.arange(logits.shape[1]) == 0), logits, -jnp.inf)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,88 @@
+"""What a model writes, as text: characters of several tokens, and where to stop."""
+
+import codecs
+from collections.abc import Iterator, Sequence
+
+from flax import nnx
+
+from nanogpt.data.tokenizer import Tokenizer
+from nanogpt.inference.generate import generate
+from nanogpt.inference.sampling import Sampling, Token
+from nanogpt.training.step import Params
+
+
+def write(
+    graph: nnx.GraphDef,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    num_tokens: int,
+    context: int,
+    sampling: Sampling,
+    dtype: str = "float32",
+    stop: Sequence[str] = (),
+    alternatives: int = 0,
+) -> Iterator[tuple[int, Token]]:
+    """The tokens that continue each prompt, as they are written, with the number of their prompt.
+
+    A prompt is the beginning of a document; an empty one lets the model choose its own. A text ends
+    after `num_tokens` tokens, or before the first of the `stop` strings, which is left out.
+
+    Args: as for `generate`.
+    """
+    texts = [_Text(tokenizer, stop) for _ in prompts]
+    left = num_tokens
+    for written in generate(
+        graph,
+        params,
+        [[tokenizer.separator, *tokenizer.encode(prompt)] for prompt in prompts],
+        num_tokens=num_tokens,
+        context=context,
+        sampling=sampling,
+        dtype=dtype,
+        alternatives=alternatives,
+    ):
+        for tokens, probabilities, likeliest, theirs in zip(*written, strict=True):
+            left -= 1
+            for number, text in enumerate(texts):
+                if not text.ended:
+                    shown = text.add(int(tokens[number])) + (text.rest() if left == 0 else "")
+                    others = [
+                        tokenizer.token_bytes(int(token)).decode(errors="replace")
+                        for token in likeliest[number]
+                    ]
+                    odds = map(float, theirs[number])
+                    told = tuple(zip(others, odds, strict=True))
+                    yield number, Token(shown, float(probabilities[number]), told)
+        if all(text.ended for text in texts):
+            return
+
+
+class _Text:
+    """The text of tokens that come one by one."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
+        self._tokenizer, self._stop = tokenizer, stop
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""  # what may be the beginning of a stop string
+        self.ended = False
+
+    def add(self, token: int) -> str:
+        """What one more token lets be shown."""
+        self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
+        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        if found:
+            self.ended = True
+            return self._held[: min(found)]
+        held = max(
+            (n for stop in self._stop for n in range(len(stop)) if self._held.endswith(stop[:n])),
+            default=0,
+        )
+        shown = self._held[: len(self._held) - held]
+        self._held = self._held[len(shown) :]
+        return shown
+
+    def rest(self) -> str:
+        """What was held back, when no more tokens come."""
+        return "" if self.ended else self._held + self._decoder.decode(b"", final=True)

@@ -1,0 +1,229 @@
+"""Causal self-attention: one readable reference, and the fast kernels held against it.
+
+`attention` is what the model calls. Its `kernel` is one of
+
+    "xla"     the reference below, compiled by XLA: any device, any dtype
+    "cudnn"   cuDNN's fused flash attention: NVIDIA Ampere or newer, bfloat16, no document mask
+    "pallas"  this project's flash attention, kernels/flash_attention.py: NVIDIA, bfloat16
+    "splash"  JAX's splash attention: TPU, bfloat16
+
+and `choose_attention` picks one for the hardware at hand: it compiles each candidate on a small
+input, compares it with the reference, and goes on to the next, saying why, if either step fails.
+
+Shapes: B batch, T sequence, N heads, H head size.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from nanogpt.config import AttentionKernel, GPTConfig
+
+CANDIDATES = {"gpu": ("cudnn", "pallas"), "tpu": ("splash",)}  # by platform, the fastest first
+NAMES = {
+    "xla": "XLA attention",
+    "cudnn": "cuDNN flash attention",
+    "pallas": "Pallas flash attention",
+    "splash": "splash attention",
+}
+
+
+def visible(T: int, window: int | None) -> Bool[Array, "T T"]:
+    """Which keys (columns) each query (row) sees: itself and the `window - 1` tokens before it.
+
+    `window=None` shows every earlier token.
+    """
+    distance = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
+    causal = distance >= 0
+    return causal if window is None else causal & (distance < window)
+
+
+def reference_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    documents: Int[Array, "B T"] | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(scale * q kᵀ) v over the visible keys.
+
+    Heads go before the sequence while the matrices are multiplied, which suits XLA on CPUs.
+    """
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    mask = visible(q.shape[2], window)
+    if documents is not None:
+        mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
+    return softmax_attention(q, k, v, mask, scale).swapaxes(1, 2)
+
+
+def softmax_attention(
+    q: Float[Array, "*heads Q H"],
+    k: Float[Array, "*heads K H"],
+    v: Float[Array, "*heads K H"],
+    mask: Bool[Array, "*#heads Q K"],
+    scale: float,
+) -> Float[Array, "*heads Q H"]:
+    """softmax(scale * q kᵀ) v where the mask is true; the softmax is taken in float32."""
+    scores = jnp.einsum("...qh,...kh->...qk", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask, scale * scores, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("...qk,...kh->...qh", weights, v)
+
+
+def cudnn_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    documents: None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """Flash attention by cuDNN. ValueError if documents are given.
+
+    As a dense mask they would cost more than they save, and what cuDNN has for packed documents
+    reserves memory for a fixed number of them in every row, which no data promises to keep.
+    """
+    if documents is not None:
+        raise ValueError("cuDNN attention has no document mask: use another kernel.")
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+
+
+def splash_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    documents: Int[Array, "B T"] | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Float[Array, "B T N H"]:
+    """JAX's block-sparse flash attention for TPUs, interpreted on CPUs; T a multiple of 128."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    T, N = q.shape[1:3]
+    mask = splash.CausalMask((T, T))
+    if window is not None:
+        mask = splash.LocalMask((T, T), (window - 1, 0), offset=0)
+    heads = splash.MultiHeadMask([mask] * N)
+    make = partial(splash.make_splash_mha, heads, head_shards=1, q_seq_shards=1)
+    on_tpu, on_cpu = (jax.vmap(make(interpret=interpret)) for interpret in (False, True))
+    q, k, v = (x.swapaxes(1, 2) for x in (scale * q, k, v))
+    segments = None if documents is None else splash.SegmentIds(documents, documents)
+    out = jax.lax.platform_dependent(q, k, v, segments, cpu=on_cpu, default=on_tpu)
+    return out.swapaxes(1, 2)
+
+
+def pallas_attention(*arrays: Array | None, **how: float | int | None) -> Float[Array, "B T N H"]:
+    """This project's flash attention; loaded on use, for the day JAX goes without its compiler."""
+    from nanogpt.model.kernels.flash_attention import flash_attention
+
+    return flash_attention(*arrays, **how)
+
+
+KERNELS = {
+    "xla": reference_attention,
+    "cudnn": cudnn_attention,
+    "pallas": pallas_attention,
+    "splash": splash_attention,
+}
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T N H"],
+    v: Float[Array, "B T N H"],
+    documents: Int[Array, "B T"] | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
+    kernel: AttentionKernel = "xla",
+) -> Float[Array, "B T N H"]:
+    """Causal attention of every query over itself and the tokens before it.
+
+    Args:
+        q, k, v: queries, keys and values, bfloat16, or for "xla" float32.
+        documents: the number of each token's document, which rises along a row; a query sees the
+            keys of its own document only. None shows all documents.
+        scale: what the products q·k are multiplied with before the softmax.
+        window: how many keys a query sees, itself included; None for all earlier ones.
+        kernel: which implementation runs; see the head of this file.
+    """
+    return KERNELS[kernel](q, k, v, documents, scale=scale, window=window)
+
+
+def choose_attention(
+    configs: Sequence[GPTConfig], sequence_length: int, dtype: str
+) -> tuple[AttentionKernel, str]:
+    """The fastest kernel that works here, and one line that says which and why.
+
+    `configs` is the model as each stage of the run trains it: they differ in their windows.
+    """
+    platform = jax.default_backend()
+    if platform not in CANDIDATES:
+        return "xla", f"{NAMES['xla']} ({platform})"
+    if dtype != "bfloat16":
+        return "xla", f"{NAMES['xla']}: flash attention needs bfloat16, this run is in {dtype}"
+    complaints = []
+    for kernel in CANDIDATES[platform]:
+        try:
+            error = _error_against_reference(kernel, configs, sequence_length)
+        except Exception as failure:  # whatever the driver, the library or the compiler says
+            complaints.append(f"{NAMES[kernel]} failed its probe ({_first_line(failure)})")
+            continue
+        if error < 0.05:  # NaN, too, is no agreement
+            return kernel, ", because ".join([NAMES[kernel], *complaints[:1]])
+        complaints.append(f"{NAMES[kernel]} differs from the reference by {error:.1%}")
+    return "xla", f"{NAMES['xla']}, SLOW: {'; '.join(complaints)}"
+
+
+def _error_against_reference(
+    kernel: AttentionKernel, configs: Sequence[GPTConfig], sequence_length: int
+) -> float:
+    """The largest relative error of output and gradients, added up, over the models' windows.
+
+    One row is attended to, of the run's length where the reference's T x T scores fit any memory.
+    """
+    config = configs[0]
+    shape = (3, 1, min(sequence_length, 2048), config.num_heads, config.head_size)
+    q, k, v = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
+    documents = None
+    if config.document_separator is not None:
+        documents = jnp.cumsum(jnp.arange(shape[2])[None] % 100 == 50, axis=1)
+
+    def output_and_gradients(attend, window, *qkv):
+        attend = partial(attend, documents=documents, scale=shape[-1] ** -0.5, window=window)
+        out, pullback = jax.vjp(attend, *qkv)
+        return out, *pullback(jnp.ones_like(out))
+
+    def error(window):
+        run = jax.jit(output_and_gradients, static_argnums=(0, 1))
+        fast = run(partial(attention, kernel=kernel), window, q, k, v)
+        exact = run(reference_attention, window, *(x.astype(jnp.float32) for x in (q, k, v)))
+        pairs = zip(fast, exact, strict=True)
+        return float(sum(jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in pairs))
+
+    windows = {
+        window * (1 + (layer in c.layers(c.paired_heads))) if (window := c.window(layer)) else None
+        for c in configs
+        for layer in range(c.num_layers)
+    }
+    return float(np.max([error(window) for window in windows]))  # NaN where one is
+
+
+def _first_line(failure: Exception) -> str:
+    return (str(failure).strip() or type(failure).__name__).splitlines()[0][:120]

@@ -1,0 +1,364 @@
+"""GPT as the NanoGPT speedrun shaped it, in Flax NNX: modded-nanogpt's model.
+
+    tokens -> embed -> norm -> x0 -> L layers -> norm -> head -> softcap -> logits
+
+A layer is attention, then an MLP; each reads the residual stream through a norm and adds to it.
+Around that stand the tricks of the speedrun, each one small function or a few lines below:
+
+    norm                  RMSNorm without gains            (Zhang and Sennrich, arXiv:1910.07467)
+    query-key norm        bounds the attention scores      (Henry et al., arXiv:2010.04245)
+    rotary                positions by rotation            (Su et al., arXiv:2104.09864), of half of
+                          each head only                   (modded-nanogpt, 2024-12-17)
+    relu²                 the nonlinearity of the MLP      (So et al., arXiv:2109.08668)
+    zero projections      whatever adds to the stream, and the head, starts at zero, so the first
+                          loss is ln V                     (Yang et al., arXiv:2203.03466)
+    embedding shortcut    x <- a x + b x0 before a layer   (modded-nanogpt, 2024-11-06)
+    U-net skips           outputs of the first half return in the second
+                                                           (modded-nanogpt, 2024-11-10)
+    value residual        the first values are mixed into all   (Zhou et al., arXiv:2410.17897), or
+    value embeddings      token tables are, instead        (modded-nanogpt, 2024-12-04 and 12-17)
+    attention gate        each head's output is scaled     (Qiu et al., arXiv:2505.06708; from few
+                          inputs: modded-nanogpt, 2025-08)
+    YaRN                  rotations adapt to wider windows (Peng et al., arXiv:2309.00071; per stage
+                          of a run: modded-nanogpt, 2025-09-10)
+    smear                 x_t <- x_t + gate x_(t-1)        (modded-nanogpt, 2025-09)
+    MLP-only layers       attention is left out            (modded-nanogpt, 2024-12-17, 2025-09-21)
+    backout               x <- x - a x_l before the head   (modded-nanogpt, 2025-10-04)
+    key offset            part of a key is the last token's, so that one layer can tell what came
+                          after a token                    (modded-nanogpt, 2026-01)
+    paired heads          two heads attend to the keys of both   (modded-nanogpt, 2026-01-07)
+    bigram embedding      a table of hashed token pairs    (modded-nanogpt, 2026-01-19)
+    softcap               bounds the logits                (Gemma 2, arXiv:2408.00118)
+    several targets       the tokens after the next are scored, too (Gloeckle et al.,
+                          arXiv:2404.19737; on the same logits: modded-nanogpt, 2025-12)
+
+A model computes in the dtype of its matrices: `compute_copy` casts them, and tables stay float32.
+
+Shapes, here and everywhere: B batch, T sequence, D model width, N heads, H head size, F MLP width,
+V vocabulary (padded), L layers. Arrays of attentions and MLPs have a leading axis of layers.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from nanogpt.config import GATE_INPUTS, GPTConfig, Kernels
+from nanogpt.devices.sharding import from_parts, share_of_row, to_parts
+from nanogpt.model.context import Next, Rows
+from nanogpt.model.loss import Softcap, linear_cross_entropy, softcap
+from nanogpt.model.rotary import rotary, rotation
+
+Attend = Callable[[Array, Array, Array], Array]  # (q, k, v) to what each query takes from them
+XLA = Kernels()  # what runs everywhere
+
+
+def matrix(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "*stack I O"]:
+    """Matrices of uniform numbers with a standard deviation of 0.5 / sqrt(I)."""
+    bound = 0.5 * (3 / shape[-2]) ** 0.5
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def norm(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """x over its root mean square, in float32 up to the result."""
+    x32 = x.astype(jnp.float32)
+    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    return (x32 * jax.lax.rsqrt(mean_square + 1e-6)).astype(x.dtype)
+
+
+def project(x: Float[Array, "*B I"], weight: Float[Array, "I O"]) -> Float[Array, "*B O"]:
+    """x @ weight as one product of two matrices, which XLA's CPU backend runs fastest."""
+    return (x.reshape(-1, weight.shape[0]) @ weight).reshape(*x.shape[:-1], weight.shape[1])
+
+
+def pair(x: Float[Array, "B T N H"]) -> Float[Array, "B 2T N/2 H"]:
+    """Two heads as one whose sequence is twice as long: a token of one, then of the other."""
+    B, T, N, H = x.shape
+    return x.reshape(B, T, N // 2, 2, H).swapaxes(2, 3).reshape(B, 2 * T, N // 2, H)
+
+
+def part(x: Float[Array, "B 2T N/2 H"]) -> Float[Array, "B T N H"]:
+    """The opposite of `pair`."""
+    B, T2, pairs, H = x.shape
+    return x.reshape(B, T2 // 2, 2, pairs, H).swapaxes(2, 3).reshape(B, T2 // 2, 2 * pairs, H)
+
+
+def bigram_bucket(
+    tokens: Int[Array, "B T"], before: Int[Array, "B T"], buckets: int
+) -> Int[Array, "B T"]:
+    """A bucket for each pair of a token and the one before it."""
+    # Two odd constants (2³² over the golden ratio, a prime of xxHash) spread the pairs mod 2³².
+    mixed = tokens.astype(jnp.uint32) * np.uint32(0x9E3779B1)
+    mixed ^= before.astype(jnp.uint32) * np.uint32(0x85EBCA77)
+    return ((mixed ^ (mixed >> 15)) % np.uint32(buckets)).astype(jnp.int32)
+
+
+def is_table(path: tuple[jax.tree_util.DictKey, ...]) -> bool:
+    """Whether the parameter at this path of the nested dict is a table that tokens index."""
+    return path[-1].key.endswith("embed")
+
+
+def compute_copy(params: PyTree, dtype: str) -> PyTree:
+    """The parameters of a GPT, to compute with in `dtype`.
+
+    Tables stay float32: the gradient of a row is the sum over all tokens that share it, thousands
+    for a frequent one, and in bfloat16 such a sum stops growing after some hundreds.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, p: p if is_table(path) else p.astype(dtype), params
+    )
+
+
+@jax.custom_vjp
+def relu_squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """max(x, 0)², which keeps only its result for the backward pass, as its reader does anyway."""
+    return jnp.square(jax.nn.relu(x))
+
+
+relu_squared.defvjp(
+    lambda x: (relu_squared(x),) * 2,
+    lambda squared, gradient: (2 * jnp.sqrt(squared) * gradient,),
+)
+
+
+class Attention(nnx.Module):
+    """Causal self-attention over normalised, rotated queries and keys."""
+
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+        D, N = config.width, config.num_heads
+        self.head_size = config.head_size
+        self.qkv = nnx.Param(matrix(rngs.params(), (3, D, D)))
+        self.out = nnx.Param(jnp.zeros((D, D)))
+        self.value_mix = nnx.Param(jnp.array([0.5, 0.5]))
+        if config.attention_gate:
+            self.gate = nnx.Param(jnp.zeros((GATE_INPUTS, N)))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], mixed_in: Float[Array, "B T NH"] | None, attend: Attend
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T NH"]]:
+        """What to add to the stream, and the values. `mixed_in` is added to the values."""
+        B, T, _ = x.shape
+        weight = self.joined() if self.qkv.ndim == 3 else self.qkv[...]
+        q, k, v = jnp.unstack(project(x, weight).reshape(B, T, 3, -1, self.head_size), axis=2)
+        if mixed_in is not None:
+            v = v + self.value_mix[1] * mixed_in.reshape(v.shape)
+        y = attend(q, k, v)
+        if hasattr(self, "gate"):
+            y = y * jax.nn.sigmoid(project(x[:, :, :GATE_INPUTS], self.gate[...]))[..., None]
+        return project(y.reshape(B, T, -1), self.out[...]), v.reshape(B, T, -1)
+
+    def joined(self) -> Float[Array, "D 3D"]:
+        """The matrices side by side, for one product of all three.
+
+        Values are scaled by way of their matrix: far fewer numbers.
+        """
+        scale = jnp.concatenate([jnp.ones(2, self.qkv.dtype), self.value_mix[:1]])
+        scaled = scale[:, None, None] * self.qkv[...]
+        return scaled.swapaxes(0, 1).reshape(scaled.shape[1], -1)
+
+
+class MLP(nnx.Module):
+    """Two matrices with relu² between them."""
+
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+        self.up = nnx.Param(matrix(rngs.params(), (config.width, config.mlp_width)))
+        self.down = nnx.Param(jnp.zeros((config.mlp_width, config.width)))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        return project(relu_squared(project(x, self.up[...])), self.down[...])
+
+
+class Smear(nnx.Module):
+    """x_t + a gate(x_t) x_(t-1): most pairs of tokens mean something that neither does alone."""
+
+    def __init__(self):
+        self.gate = nnx.Param(jnp.zeros((GATE_INPUTS, 1)))
+        self.share = nnx.Param(jnp.zeros(()))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], before: Float[Array, "B T D"]
+    ) -> Float[Array, "B T D"]:
+        gate = jax.nn.sigmoid(project(x[:, :, :GATE_INPUTS], self.gate[...].astype(x.dtype)))
+        return x + self.share * gate * before
+
+
+def stack(kind: type[nnx.Module], count: int, config: GPTConfig, key: Key[Array, ""]) -> nnx.Module:
+    """`count` modules of a kind as one, whose arrays have a leading axis."""
+    make = nnx.vmap(lambda key: kind(config, rngs=nnx.Rngs(key)))
+    return make(jax.random.split(key, count))
+
+
+def unstack(stacked: nnx.Module, count: int) -> Iterator[nnx.Module]:
+    """The modules one by one: loops over them are unrolled, so each may differ from the next.
+
+    One split of each stacked array, rather than a slice per layer, has one concatenation as its
+    gradient instead of a sum of zero-padded arrays.
+    """
+    if isinstance(stacked, nnx.List):  # they are apart already
+        yield from stacked
+        return
+    graphdef, arrays = nnx.split(stacked)
+    leaves, structure = jax.tree.flatten(arrays)
+    rows = [jnp.split(leaf, count) for leaf in leaves]
+    for layer in zip(*rows, strict=True):
+        yield nnx.merge(graphdef, jax.tree.unflatten(structure, [row[0] for row in layer]))
+
+
+class GPT(nnx.Module):
+    """A decoder-only transformer language model.
+
+    `kernels` names the implementations of attention and loss; the parameters do not depend on it.
+    """
+
+    def __init__(self, config: GPTConfig, kernels: Kernels = XLA, *, rngs: nnx.Rngs):
+        V, D, L = config.padded_vocab_size, config.width, config.num_layers
+        self.config, self.kernels = config, kernels
+        self.embed = nnx.Param(jax.random.normal(rngs.params(), (V, D)))
+        if config.value_embeddings:
+            tables = (config.value_embeddings, V, D)
+            self.value_embed = nnx.Param(jax.random.normal(rngs.params(), tables))
+        if config.bigram_buckets:
+            self.bigram_embed = nnx.Param(jnp.zeros((config.bigram_buckets, D)))
+        if config.smear:
+            self.smear = Smear()
+        self.attention = stack(Attention, config.num_attentions, config, rngs.params())
+        self.mlp = stack(MLP, L, config, rngs.params())
+        self.shortcuts = nnx.Param(jnp.tile(jnp.array([1.0, 0.0]), (L, 1)))
+        if L > 1:
+            self.skips = nnx.Param(jnp.ones(L // 2))
+        if config.backout is not None:
+            self.backout = nnx.Param(jnp.array(0.5))
+        self.head = nnx.Param(jnp.zeros((D, V)))
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+        """Logits, float32 and soft-capped, of the token after each token."""
+        return self.logits(self.features(tokens))
+
+    def loss(
+        self,
+        tokens: Int[Array, "B T"],
+        targets: Int[Array, "B T"],
+        weights: tuple[float, ...] = (1.0,),
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+        """What to minimise, and the cross-entropy of each target in nats, both float32.
+
+        The first is the cross-entropies of the next targets after each token, by these weights.
+        Negative targets count zero, as do those after the end of a row. Devices that share the
+        model each have the losses of their part of each row.
+        """
+        after = [
+            jnp.pad(targets[:, k:], ((0, 0), (0, k)), constant_values=-1)
+            for k in range(len(weights))
+        ]
+        features, after = self.features(tokens), jnp.stack(after, axis=-1)
+        if self.kernels.tensor_parallel:
+            features, after = share_of_row(to_parts(features)), share_of_row(after)
+        return linear_cross_entropy(
+            features,
+            self.head[...],
+            after,
+            self.softcap,
+            weights=weights,
+            kernel=self.kernels.loss,
+            fp8=self.kernels.fp8_head,
+        )
+
+    def logits(self, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Soft-capped logits, float32, from what `features` returned, or a part of it."""
+        return softcap(project(features, self.head[...]), self.softcap)
+
+    @property
+    def softcap(self) -> Softcap:
+        """How the logits are bounded."""
+        c = self.config
+        return Softcap(c.softcap, c.softcap / c.logit_scale, c.logit_shift)
+
+    def features(
+        self, tokens: Int[Array, "B T"], past: Rows | Next | None = None
+    ) -> Float[Array, "B T D"]:
+        """What the head reads: the normalised residual stream after the last layer.
+
+        `past` is what the tokens see of those before them; None takes them for whole rows.
+        """
+        c, L = self.config, self.config.num_layers
+        past = past or Rows(c, tokens, self.kernels.attention)
+        x = self.embed[tokens]
+        if c.bigram_buckets:
+            bucket = bigram_bucket(tokens, past.before("token", tokens), c.bigram_buckets)
+            x = x + self.bigram_embed[bucket]
+        if c.smear:
+            x = self.smear(x, past.before("embedding", x))
+        x = x0 = norm(x).astype(self.head.dtype)
+
+        # What of a layer is computed in parts, if devices share it, and again in the backward pass,
+        # if that saves the memory needed.
+        read, add = (to_parts, from_parts) if self.kernels.tensor_parallel else (lambda x: x,) * 2
+        again = jax.checkpoint if self.kernels.rematerialize else lambda function: function
+
+        def attended(attention, layer, x):
+            attend = partial(self.attend, past, layer)
+            added, values = attention(read(norm(x)), mixed_in[layer], attend)
+            return x + add(added), values
+
+        def transformed(mlp, x):
+            return x + add(mlp(read(norm(x))))
+
+        mixed_in = self.value_embeddings(tokens)
+        attentions, mlps = unstack(self.attention, c.num_attentions), unstack(self.mlp, L)
+        mlp_only, first_half = c.layers(c.mlp_only), []
+        for layer, mlp in enumerate(mlps):
+            if layer >= L - L // 2:
+                x = x + self.skips[layer - (L - L // 2)] * first_half.pop()
+            x = self.shortcuts[layer, 0] * x + self.shortcuts[layer, 1] * x0
+            if layer not in mlp_only:
+                x, values = again(partial(attended, next(attentions), layer))(x)
+                if not c.value_embeddings and mixed_in[layer] is None:
+                    mixed_in = [values] * L
+            x = again(partial(transformed, mlp))(x)
+            if layer < L // 2:
+                first_half.append(x)
+            if layer == c.backout:
+                taken_back = x
+        if c.backout is not None:
+            x = x - self.backout * taken_back
+        return norm(x)
+
+    def attend(self, past: Rows | Next, layer: int, q: Array, k: Array, v: Array) -> Array:
+        """What a layer does with its queries, keys and values [B, T, N, H]."""
+        speed, scale = rotation(self.config)
+        paired = layer in self.config.layers(self.config.paired_heads)
+        q, k = norm(q), norm(k)
+        if layer in self.config.layers(self.config.key_offset):
+            k = jnp.where(np.tile(speed == 0, 2), past.before(f"key {layer}", k), k)
+        if paired:
+            q, k, v = pair(q), pair(k), pair(v)
+        angle = past.angles(speed, q.shape[1])
+        y = past.attention(layer, rotary(q, angle), rotary(k, angle), v, scale)
+        return part(y) if paired else y
+
+    def value_embeddings(self, tokens: Int[Array, "B T"]) -> list[Float[Array, "B T D"] | None]:
+        """What each layer mixes into its values: tables 0, 1, 2, none, ..., none, 0, 1, 2."""
+        L, count = self.config.num_layers, self.config.value_embeddings
+        tables = jnp.split(self.value_embed[...], count) if count else []
+        looked_up = [table[0][tokens].astype(self.head.dtype) for table in tables]
+        return (looked_up + [None] * (L - 2 * count) + looked_up[max(0, 2 * count - L) :])[:L]
+
+
+def unrolled(model: GPT) -> GPT:
+    """The model with its layers apart, as whoever treats them one by one wants them."""
+    model.attention = nnx.List(unstack(model.attention, model.config.num_attentions))
+    model.mlp = nnx.List(unstack(model.mlp, model.config.num_layers))
+    return model
+
+
+def stacked(params: PyTree) -> PyTree:
+    """The nested dict of a model from that of an `unrolled` one, whose layers have numbers."""
+    together = {
+        name: jax.tree.map(lambda *layers: jnp.stack(layers), *params[name].values())
+        for name in ("attention", "mlp")
+    }
+    return params | together

@@ -1,0 +1,267 @@
+"""What a run tells: lines on the console and in log.txt, one JSON object per step in metrics.jsonl.
+
+runs/<name>/config.json        every hyperparameter
+            run.json           all that is needed to repeat it, as last started: these, command,
+                               commit, data, hardware and versions
+            log.txt            what the console showed
+            metrics.jsonl      one object per step, as it happens
+            checkpoints/       see nanogpt/training/checkpoint.py
+            lock, holder       the process that trains it
+"""
+
+import json
+import os
+import platform
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from datetime import datetime
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import rich.progress
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nanogpt.runs.trackers import Trackers
+
+
+class RunError(Exception):
+    """A run folder that cannot be used; the message is one sentence for the user."""
+
+
+class Run:
+    """A run folder, held by this process alone, and the console."""
+
+    def __init__(self, folder: Path):
+        """Hold the folder, which exists. Raises RunError when another process holds it."""
+        self.console = Console(highlight=False)
+        self._bar: rich.progress.Progress | None = None
+        self.trackers = Trackers(self.say)
+        self.folder = folder
+        self._lock = _hold(folder)
+        self._log = (folder / "log.txt").open("ab", buffering=0)
+        self._metrics = (folder / "metrics.jsonl").open("ab", buffering=0)
+        self._waiting: list[bytes] = []  # records that a full disk did not take yet
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.progress_ended()
+        if error is not None:  # the console will tell it; by then the log is closed
+            _append(self._log, f"ended by {error!r}\n".encode())
+        self.trackers.close(1 if kind else 0)
+        self._log.close()
+        self._metrics.close()
+        self._lock.release()
+
+    def configure(self, config: dict[str, Any], circumstances: dict[str, Any]) -> None:
+        """Write run.json, and config.json, which makes the folder a run's."""
+        everything = circumstances | {"config": config}
+        _write_whole(self.folder / "run.json", json.dumps(everything, indent=2) + "\n")
+        _write_whole(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def say(self, text: str, style: str = "") -> None:
+        """A line on the console, with a style of rich's on a terminal, and in log.txt."""
+        try:
+            if self.console.is_terminal:
+                self.console.print(text, style=style or None, markup=False, soft_wrap=True)
+            else:
+                print(text, flush=True)
+        except OSError:  # the console is gone; log.txt is not
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _append(self._log, f"{text}\n".encode())
+
+    def table(self, rows: Mapping[str, str]) -> None:
+        """A table of two columns; off a terminal, and in log.txt, its rows are lines."""
+        if not self.console.is_terminal:
+            for name, value in rows.items():
+                self.say(f"{name}: {value}")
+            return
+        table = Table(show_header=False)
+        for name, value in rows.items():
+            _append(self._log, f"{name}: {value}\n".encode())
+            table.add_row(name, Text(value), style="cyan")
+        with suppress(OSError):  # as in `say`
+            self.console.print(table)
+
+    def progress(self, step: int, num_steps: int, told: str) -> None:
+        """On a terminal, a line below all others that shows how far the run is."""
+        if self._bar is None:
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn("{task.completed:,}/{task.total:,}"),
+                rich.progress.BarColumn(bar_width=None),
+                rich.progress.TaskProgressColumn(),
+                rich.progress.TextColumn("{task.description}", markup=False),
+                console=self.console,
+                disable=not self.console.is_terminal,
+                transient=True,
+                expand=True,
+                refresh_per_second=2,
+            )
+            self._bar.add_task(told, total=num_steps)
+            self._bar.start()
+        self._bar.update(self._bar.task_ids[0], completed=step, description=told)
+
+    def progress_ended(self) -> None:
+        """Take that line away."""
+        if self._bar is not None:
+            with suppress(OSError):  # as in `say`
+                self._bar.stop()
+            self._bar = None
+
+    def record(self, metrics: dict[str, float]) -> None:
+        """A line of metrics.jsonl; while the disk is full it waits."""
+        self._waiting.append(f"{json.dumps(metrics)}\n".encode())
+        while self._waiting and _append(self._metrics, self._waiting[0]):
+            del self._waiting[0]
+        if len(self._waiting) == 1:
+            self.say(f"WARNING: {self._metrics.name} cannot be written; its lines wait for room.")
+        self.trackers.log(metrics)
+
+    def rewind(self, step: int) -> None:
+        """Drop the records of steps after `step`, which an earlier process made and lost."""
+        path = self.folder / "metrics.jsonl"
+        self._metrics.close()
+        _write_whole(path, "".join(_records_up_to(step, path)))
+        self._metrics = path.open("ab", buffering=0)
+
+    def sync(self) -> None:
+        """See to it that what was recorded so far survives even a power cut."""
+        with suppress(OSError):  # a disk that cannot fails the checkpoint, too, which is told
+            os.fsync(self._metrics.fileno())
+
+
+class SilentRun(Run):
+    """The run in a process that leaves telling and writing to process 0."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.console = folder, Console(quiet=True)
+        self.trackers = Trackers(self.say)
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def configure(self, config: dict[str, Any], circumstances: dict[str, Any]) -> None:
+        pass
+
+    def say(self, text: str, style: str = "") -> None:
+        pass
+
+    def table(self, rows: Mapping[str, str]) -> None:
+        pass
+
+    def progress(self, step: int, num_steps: int, told: str) -> None:
+        pass
+
+    def progress_ended(self) -> None:
+        pass
+
+    def record(self, metrics: dict[str, float]) -> None:
+        pass
+
+    def rewind(self, step: int) -> None:
+        pass
+
+    def sync(self) -> None:
+        pass
+
+
+def new_folder(parent: Path, name: str, fallback: str) -> Path:
+    """Make the folder `parent/name`; without a name, `parent/<fallback>-<date>-<time>`.
+
+    Raises RunError when the name is taken, cannot be a folder's, or cannot be written.
+    """
+    if name and not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
+        raise RunError(
+            f"run_name {name!r} cannot name a folder: use letters, digits, '.', '_', '+' and '-'."
+        )
+    stamped = f"{fallback}-{datetime.now():%Y%m%d-%H%M%S}"
+    candidates = [name] if name else [stamped, *(f"{stamped}-{i}" for i in range(2, 100))]
+    for candidate in candidates:
+        folder = parent / candidate
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise RunError(
+                f"The run folder {folder} cannot be made ({error.strerror}): start the run where "
+                "you may write."
+            ) from error
+    raise RunError(
+        f"{parent / candidates[0]} exists already: choose another run_name, or go on with that run "
+        f"(--resume {parent / candidates[0]})."
+    )
+
+
+def _hold(folder: Path) -> FileLock:
+    """A lock on the folder, which the system frees when this process ends, however it ends."""
+    lock, holder = FileLock(folder / "lock", timeout=0), folder / "holder"
+    try:
+        lock.acquire()
+    except Timeout:
+        who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
+        raise RunError(
+            f"{folder} is being trained by {who}: wait for its end, or stop it."
+        ) from None
+    except OSError as error:
+        raise RunError(
+            f"The run folder {folder} cannot be written ({error.strerror}): start the run where "
+            "you may write."
+        ) from error
+    since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+    _write_whole(holder, f"process {os.getpid()} on {platform.node()} since {since}\n")
+    return lock
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file so that it holds, whatever happens, either the old text or the new.
+
+    Raises RunError when it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(
+            f"{path} cannot be written ({error.strerror}): make room there, or start the run where "
+            "you may write."
+        ) from error
+
+
+def _append(file: FileIO, line: bytes) -> bool:
+    """Write a line at the end of a file, whole or not at all; whether it could be."""
+    before = os.fstat(file.fileno()).st_size
+    try:
+        if file.write(line) == len(line):
+            return True
+        os.ftruncate(file.fileno(), before)
+    except OSError:
+        pass
+    return False
+
+
+def _records_up_to(step: int, metrics: Path) -> Iterator[str]:
+    """The lines of the steps up to `step`; what a dying process left of a line is dropped."""
+    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] > step:
+                return
+        except ValueError:
+            return
+        yield line

@@ -1,0 +1,147 @@
+"""The metrics of each step as a line on the console and a record in metrics.jsonl."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from datetime import timedelta
+from math import isfinite
+from typing import Any
+
+from nanogpt.runs.folder import Run
+from nanogpt.schedule import Schedule
+
+SPIKE = 6.0  # standard deviations above the latest losses at which a loss is remarked upon
+
+
+class BadNumbers(Exception):
+    """A step whose loss or gradient is not finite; the message is for the user."""
+
+
+class Progress:
+    """Turns the metrics of each step into a line and a record, one step late.
+
+    A step is only dispatched when `started` is told of it; asking for its loss would wait for the
+    device. So the step before is reported then, which is done or nearly, and the device always has
+    its next work. The time of a step is that between two such arrivals: validation is not in it.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        schedule: Schedule,
+        utilization: Callable[[int, float], float | None],
+        training_seconds: float = 0.0,
+    ):
+        """`utilization` maps step and tokens/s to model FLOPs utilisation, or to None if unknown.
+
+        `training_seconds` is the time that earlier processes spent on this run.
+        """
+        self.run, self.schedule, self.utilization = run, schedule, utilization
+        self.training_seconds = training_seconds
+        self.seconds: Counter[str] = Counter()  # what this process spent its time on
+        self._losses: dict[str, float] = {}  # the latest of training and of validation
+        self._trained = 0  # tokens, by this process
+        self._utilized: float | None = None  # seconds of training, times utilisation
+        self.unvalidated: dict[str, Any] | None = None  # a record whose validation was broken off
+        self._waiting: tuple[int, Mapping[str, Any]] | None = None
+        self._arrived = time.perf_counter()
+
+    def started(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """The device works on `step`, whose `metrics` are still to come; report the one before."""
+        self.report()
+        self._waiting = step, metrics
+
+    def paused(self, what: str) -> None:
+        """What was done since the last report is not training: its time is that of `what`."""
+        self.spent(time.perf_counter() - self._arrived, what)
+
+    def spent(self, seconds: float, what: str) -> None:
+        """So much of the time since the last report was not training, but `what`."""
+        self.seconds[what] += seconds
+        self._arrived += seconds
+
+    def report(self, validate: Callable[[], float | None] | None = None) -> None:
+        """Wait for the step that was started last and report it, with its validation if asked.
+
+        Raises BadNumbers if the loss or the gradient is not finite.
+        """
+        if self._waiting is None:
+            return
+        (step, metrics), self._waiting = self._waiting, None
+        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        now = time.perf_counter()
+        seconds, self._arrived = now - self._arrived, now
+        self.training_seconds += seconds
+        self.seconds["train"] += seconds
+        tokens, num_steps = self.schedule.tokens(step), self.schedule.num_steps
+        trained = tokens - self.schedule.tokens(step - 1)
+        self._trained += trained
+        tokens_per_s = trained / seconds
+        factor = self.schedule.rates(step).rate
+        if not (isfinite(loss) and isfinite(grad_norm)):
+            raise BadNumbers(
+                f"step {step}: loss {loss}, gradient norm {grad_norm}, at {factor:.3f} times the "
+                "learning rates. The step was not applied."
+            )
+        spike, applied = float(metrics["spike"]), bool(metrics["applied"])
+        record = {
+            "step": step,
+            "train_loss": loss,
+            "grad_norm": grad_norm,
+            "spike": spike,
+            "learning_rate_factor": factor,
+            "tokens": tokens,
+            "time_s": self.training_seconds,
+            "step_time_s": seconds,
+            "tokens_per_s": tokens_per_s,
+        }
+        self._losses["train"] = loss
+        utilization = self.utilization(step, tokens_per_s)
+        if utilization is not None:
+            self._utilized = (self._utilized or 0.0) + seconds * utilization
+        remaining = (self.schedule.tokens(num_steps) / tokens - 1) * self.training_seconds
+        eta = f"ETA {timedelta(seconds=round(remaining))}"
+        self.run.say(
+            f"step {step}/{num_steps} | train loss {loss:.4f} | lr x {factor:.3f} | "
+            f"{1e3 * seconds:.1f} ms | {tokens_per_s:,.0f} tok/s | "
+            + (f"MFU {utilization:.1%} | " if utilization is not None else "")
+            + eta
+            + (f" | SPIKE, {spike:.1f} standard deviations" if spike > SPIKE else "")
+            + ("" if applied else ", SKIPPED")
+        )
+        self.run.progress(step, num_steps, f"train loss {loss:.4f} | {eta}")
+        if validate is None:
+            self.run.record(record)
+        else:
+            self.validate(record, validate)
+
+    def validate(self, record: dict[str, Any], validate: Callable[[], float | None]) -> None:
+        """Complete the record of a step with its validation; keep it if that was broken off.
+
+        Raises BadNumbers if the loss is not finite.
+        """
+        val_loss = validate()
+        self.paused("validate")
+        if val_loss is None:
+            self.unvalidated = record
+            return
+        if not isfinite(val_loss):
+            raise BadNumbers(f"step {record['step']}: validation loss {val_loss}.")
+        self.unvalidated = None
+        self._losses["val"] = val_loss
+        self.run.say(
+            f"step {record['step']}/{self.schedule.num_steps} | val loss {val_loss:.4f} | "
+            f"{record['tokens']:,} tokens | {self.training_seconds:.1f} s",
+            style="bold green",
+        )
+        self.run.record(record | {"val_loss": val_loss})
+
+    def summary(self) -> dict[str, str]:
+        """What this process did, in words: losses, time by what it was spent on, speed."""
+        spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.seconds.items())
+        losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self._losses.items())
+        rows = {"final loss": losses, "tokens": f"{self._trained:,}", "time": spent}
+        if training := self.seconds["train"]:
+            utilization = "n/a" if self._utilized is None else f"{self._utilized / training:.1%}"
+            rows["speed"] = f"{self._trained / training:,.0f} tok/s, MFU {utilization}"
+        return rows

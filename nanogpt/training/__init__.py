@@ -1,0 +1,1 @@
+"""A run from plan to checkpoint. Read step.py; the other files make runs dependable."""

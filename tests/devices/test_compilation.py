@@ -1,0 +1,152 @@
+"""What happens before the clock starts: the cache, compiling with progress, and fitting memory."""
+
+import io
+import subprocess
+import sys
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from nanogpt.config import ConfigError
+from nanogpt.devices.compilation import compile_all, first_that_fits
+
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9000000000 bytes."
+
+
+def preparation(fits):
+    """A `prepare` that needs memory for at most `fits` rows, and the rows it was asked for."""
+    tried = []
+
+    def prepare(rows):
+        tried.append(rows)
+        if rows > fits:
+            raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY + "\nAnd much more.")
+        return f"{rows} rows"
+
+    return prepare, tried
+
+
+@pytest.mark.parametrize(
+    ("begin", "fits", "tries"),
+    [
+        (64, 64, [64]),
+        (64, 20, [64, 32, 16]),
+        (12, 5, [12, 6, 3]),
+        (9, 2, [9, 3, 1]),  # 9 has no half; what divides it keeps Ng whole
+        (7, 6, [7, 1]),
+    ],
+)
+def test_rows_are_halved_until_they_fit_and_always_divide_the_step(begin, fits, tries):
+    prepare, tried = preparation(fits)
+    said = []
+    assert first_that_fits(prepare, begin, lambda *rows: said.append(rows)) == f"{tries[-1]} rows"
+    assert tried == tries
+    assert said == list(pairwise(tries))
+
+
+def test_a_device_too_small_for_one_row_is_told_in_one_sentence():
+    prepare, tried = preparation(0)
+    with pytest.raises(ConfigError, match="too little memory for a single row") as error:
+        first_that_fits(prepare, 4, lambda *rows: None)
+    assert tried == [4, 2, 1]
+    assert "\n" not in str(error.value) and "9000000000 bytes" in str(error.value)
+
+
+def test_the_error_of_a_device_that_is_full_is_recognised():
+    def prepare(rows):
+        return jax.block_until_ready(jnp.zeros((rows, 1 << 44), jnp.uint8))[0, :3]  # 16 TB a row
+
+    with pytest.raises(ConfigError, match="too little memory"):
+        first_that_fits(prepare, 2, lambda *rows: None)
+
+
+def test_other_errors_pass_and_nothing_is_tried_again():
+    def prepare(rows):
+        raise jax.errors.JaxRuntimeError(f"INTERNAL: no plan for {rows} rows")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no plan for 8 rows"):
+        first_that_fits(prepare, 8, lambda *rows: None)
+
+
+def lowered(function, *shapes):
+    return jax.jit(function).lower(*(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes))
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_functions_are_compiled_each_with_its_time_and_shown_on_a_terminal_only(terminal):
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=terminal)
+    functions = {
+        "doubling": lowered(lambda x: 2 * x, (3,)),
+        "product": lowered(jnp.dot, (2, 3), (3, 2)),
+    }
+    compiled, seconds = compile_all(functions, console)
+    np.testing.assert_array_equal(compiled["doubling"](np.ones(3, "f4")), [2, 2, 2])
+    np.testing.assert_array_equal(
+        compiled["product"](np.ones((2, 3), "f4"), np.ones((3, 2), "f4")), [[3, 3], [3, 3]]
+    )
+    assert list(seconds) == ["doubling", "product"] and all(s > 0 for s in seconds.values())
+    assert ("compiling product" in screen.getvalue()) == terminal
+
+
+def test_an_error_of_the_compiler_is_raised():
+    class Stubborn:
+        def compile(self):
+            raise jax.errors.JaxRuntimeError(OUT_OF_MEMORY)
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        compile_all({"stubborn": Stubborn()}, Console(file=io.StringIO()))
+
+
+# The cache
+
+
+PROGRAM = """
+from nanogpt.devices.compilation import use_compilation_cache
+import jax
+hits = []
+jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
+use_compilation_cache()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+print(jax.jit(lambda x: x * 3)(14.0), sum("cache_hits" in name for name in hits) > 0)
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+def run(**environment):
+    """The lines that PROGRAM prints in a new process."""
+    command = [sys.executable, "-c", PROGRAM]
+    base = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HOME": "/nonexistent"}
+    done = subprocess.run(command, env=base | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_the_second_run_takes_what_the_first_compiled_from_the_users_cache_folder(tmp_path):
+    first, folder = run(XDG_CACHE_HOME=str(tmp_path))
+    second, _ = run(XDG_CACHE_HOME=str(tmp_path))
+    assert (first, second) == ("42.0 False", "42.0 True")
+    assert folder.startswith(str(tmp_path / "nanogpt-jax"))
+
+
+def test_damage_to_the_cache_costs_a_compilation_and_nothing_else(tmp_path):
+    run(XDG_CACHE_HOME=str(tmp_path))
+    files = list(tmp_path.rglob("*-cache"))
+    for file in files:
+        file.write_bytes(file.read_bytes()[:40])
+    assert files and run(XDG_CACHE_HOME=str(tmp_path))[0] == "42.0 False"
+
+
+def test_a_cache_folder_that_cannot_be_made_is_done_without(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert run(XDG_CACHE_HOME=str(tmp_path / "file"))[0] == "42.0 False"
+
+
+def test_a_cache_folder_of_the_users_own_is_kept(tmp_path):
+    own = str(tmp_path / "own")
+    _, folder = run(XDG_CACHE_HOME=str(tmp_path / "other"), JAX_COMPILATION_CACHE_DIR=own)
+    assert folder == own

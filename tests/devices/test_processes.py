@@ -1,0 +1,463 @@
+"""Several processes that train together, real ones, over the loopback interface."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+import nanogpt.devices.launchers
+from nanogpt.devices.launchers import has_its_gpus_alone, launched_with_others
+from nanogpt.runs.folder import SilentRun
+from nanogpt.training.checkpoint import Checkpoint, _checked
+from tests.test_train_gpt import SCRIPT
+from tests.training.test_resume import (  # noqa: F401
+    RUN,
+    STEPS,
+    Process,
+    cache,
+    place,
+    straight,
+    wait_until,
+    write_data,
+)
+
+QUIET = {"GLOO_LOG_LEVEL": "ERROR"}
+
+
+def joined(arguments, cwd, cache, port, number, count=2, devices=2):  # noqa: F811
+    """`train_gpt.py` as one of several processes."""
+    where = "--coordinator-address", f"127.0.0.1:{port}", "--num-processes", count
+    arguments = [*where, "--process-id", number, *arguments]
+    return Process(arguments, cwd, cache, devices, environment=QUIET)
+
+
+@contextmanager
+def processes(arguments, cwd, cache, count=2, devices=2):  # noqa: F811
+    """`train_gpt.py` in so many processes with so many devices each, joined by arguments."""
+    port = free_port()
+    with ExitStack() as stack:
+        started = [
+            stack.enter_context(
+                joined(arguments, cwd, cache, port, number, count=count, devices=devices)
+            )
+            for number in range(count)
+        ]
+        # The others are read all the time: a process whose output nobody reads waits.
+        threads = stack.enter_context(ThreadPoolExecutor(count))
+        yield started, [threads.submit(process.end) for process in started[1:]]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return free.getsockname()[1]
+
+
+def losses(run):
+    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
+    records = map(json.loads, lines)
+    return {record["step"]: (record["train_loss"], record.get("val_loss")) for record in records}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for step, (train_loss, val_loss) in expected.items():
+        assert found[step][0] == pytest.approx(train_loss, rel=1e-5), step
+        assert found[step][1] == (val_loss and pytest.approx(val_loss, rel=1e-5)), step
+
+
+def forget_launchers(monkeypatch):
+    """What launchers set is not set."""
+    launchers = ("SLURM_", "OMPI_", "KUBERNETES_", "JOB_", "TPU_", "MEGASCALE_", "CUDA_VISIBLE_")
+    for name in list(os.environ):
+        if name.startswith(launchers):
+            monkeypatch.delenv(name)
+
+
+def without_gloo(text):
+    """Output but for what Gloo says of its connections, on the standard output."""
+    return [line for line in text if "Gloo" not in line and "peer ranks" not in line]
+
+
+def test_two_processes_train_as_one_does_and_the_first_alone_tells(straight, place, cache):  # noqa: F811
+    with processes([*RUN, "--batch-size", "1", "--run-name", "a"], place, cache) as (
+        (one, two),
+        (end,),
+    ):
+        statuses = [one.end(), end.result()]
+    assert statuses == [0, 0], (one.stderr, two.stderr)
+    assert_same(losses("runs/a"), losses(straight))
+    assert "| 4 x cpu of 2 processes | Ng = 256 / (1 * 32 * 4) = 2" in without_gloo(one.lines)[0]
+    assert without_gloo(two.lines) == []
+    told = r"2 processes, 2 devices in each, coordinator 127\.0\.0\.1:\d+; if one is lost all end: "
+    told += "go on with --resume runs/a"
+    assert re.fullmatch(told, without_gloo(one.lines)[1])
+    steps = [line for line in one.lines if "train loss" in line and line.startswith("step")]
+    assert len(steps) == STEPS
+    assert len(list(Path("runs").iterdir())) == 1
+    config = json.loads(Path("runs/a/config.json").read_text())
+    assert config["process_id"] is None  # another launch has other numbers
+
+
+def test_when_one_is_killed_the_other_ends_and_the_run_goes_on_on_other_devices(
+    straight,  # noqa: F811
+    place,  # noqa: F811
+    cache,  # noqa: F811
+):
+    with processes([*RUN, "--batch-size", "2", "--run-name", "a"], place, cache) as (
+        (one, two),
+        (end,),
+    ):
+        one.read_until("step 10/")
+        wait_until(Path("runs/a/checkpoints/00000007/manifest.json").exists)
+        one.send(signal.SIGKILL)
+        status = end.result()
+    assert status != 0
+    assert "another task died" in two.stderr
+    shutil.copytree("runs/a", "runs/b")
+    with Process(["--resume", "runs/a", "--batch-size", "2"], place, cache, 4) as alone:
+        assert (alone.end(), alone.stderr) == (0, "")
+    assert "resuming runs/a after step 7" in alone.lines
+    with processes(["--resume", "runs/b"], place, cache, count=4, devices=1) as (four, ends):
+        statuses = [four[0].end(), *(end.result() for end in ends)]
+    assert statuses == [0] * 4, four[0].stderr
+    for run in ("runs/a", "runs/b"):
+        assert_same(losses(run), losses(straight))
+
+
+def test_one_that_is_killed_as_they_save_or_cannot_begin_ends_all_and_nothing_is_half_written(
+    straight,  # noqa: F811
+    place,  # noqa: F811
+    cache,  # noqa: F811
+):
+    """Neither is the first, so that the first must miss it: both at once, to wait only once."""
+    saves, elsewhere, port = Path("runs/a/checkpoints"), place / "elsewhere", free_port()
+    elsewhere.mkdir()  # there is no data
+
+    def saving():
+        """Whether a save is under way, and not the first."""
+        return len({(x / "manifest.json").exists() for x in saves.glob("*")}) == 2
+
+    often = [*RUN, "--batch-size", "2", "--checkpoint-every", "1", "--keep-checkpoints", "99"]
+    with (
+        joined([*RUN, "--batch-size", "2", "--run-name", "b"], place, cache, port, 0) as first,
+        joined([*RUN, "--batch-size", "2", "--run-name", "b"], elsewhere, cache, port, 1) as second,
+        processes([*often, "--run-name", "a"], place, cache) as ((one, two), (end,)),
+        ThreadPoolExecutor() as threads,
+    ):
+        ends = [threads.submit(process.end) for process in (one, first, second)]
+        wait_until(saving)
+        two.send(signal.SIGKILL)
+        statuses = [future.result() for future in (*ends, end)]
+    assert 0 not in statuses
+    assert "another task died" in one.stderr
+    assert "another task died" in first.stderr
+    assert second.stderr.startswith("No shard matches train_*.bin")
+    assert not Path("runs/b").exists()
+    whole = [x for x in saves.iterdir() if (x / "manifest.json").exists()]
+    assert whole
+    for save in whole:
+        assert isinstance(_checked(save), Checkpoint)
+    with Process(["--resume", "runs/a", "--batch-size", "2"], place, cache, 4) as alone:
+        assert (alone.end(), alone.stderr) == (0, "")
+    assert_same(losses("runs/a"), losses(straight))
+
+
+@pytest.mark.parametrize("what", ["settings", "data"])
+def test_processes_that_were_started_differently_all_say_so(place, cache, what):  # noqa: F811
+    port, elsewhere = free_port(), place / "elsewhere"
+    arguments = [*RUN, "--batch-size", "2", "--run-name", "a"]
+    elsewhere.mkdir()
+    write_data(elsewhere)
+    if what == "data":
+        (elsewhere / "train_1.bin").unlink()
+    different = ["--seed", "1"] if what == "settings" else []
+    with (
+        joined(arguments, place, cache, port, 0) as one,
+        joined([*arguments, *different], elsewhere, cache, port, 1) as two,
+        ThreadPoolExecutor() as threads,
+    ):
+        ends = [threads.submit(process.end) for process in (one, two)]
+        assert [end.result() for end in ends] == [2, 2], (one.stderr, two.stderr)
+    for process in (one, two):
+        assert process.stderr.startswith(f"Process 1 has other {what} than process 0: ")
+        assert len(process.stderr.splitlines()) == 1
+    assert not Path("runs").exists()
+
+
+def test_when_one_is_told_to_end_all_save_after_the_same_step(straight, place, cache):  # noqa: F811
+    # So long a run that it cannot end before the signal is minded.
+    long = [*RUN, "--batch-size", "2", "--run-name", "a", "--num-steps", "900"]
+    with processes(long, place, cache) as ((one, two), (end,)):
+        one.read_until("step 4/")
+        two.send(signal.SIGTERM)
+        statuses = [one.end(), end.result()]
+    assert statuses == [143, 143], (one.stderr, two.stderr)
+    (last,) = (line for line in one.lines if line.startswith("weights and metrics of "))
+    step = int(last.split()[4])
+    assert 4 <= step < 900
+    assert Path(f"runs/a/checkpoints/{step:08}/manifest.json").exists()
+    found = losses("runs/a")
+    assert max(found) == step
+    # The shorter run's rates are the same up to its cooldown.
+    same = range(min(step, STEPS // 2) + 1)
+    assert_same(
+        {k: v for k, v in found.items() if k in same},
+        {k: v for k, v in losses(straight).items() if k in same},
+    )
+
+
+def test_what_the_first_cannot_begin_no_other_begins(place, cache):  # noqa: F811
+    Path("runs/a").mkdir(parents=True)
+    with processes([*RUN, "--batch-size", "2", "--run-name", "a"], place, cache) as (
+        (one, _),
+        (end,),
+    ):
+        statuses = [one.end(), end.result()]
+    assert statuses[0] == 2
+    assert re.fullmatch(r"runs/a exists already.*\n", one.stderr)
+    assert statuses[1] != 0
+    assert list(Path("runs/a").iterdir()) == []
+
+
+def test_a_process_that_no_other_joins_says_so_and_ends(tmp_path):
+    code = (
+        "from nanogpt.devices.processes import join_processes;"
+        "join_processes('127.0.0.1:{}', 2, 1, patience=1)"
+    )
+    port = free_port()
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(port)],
+        cwd=Path(SCRIPT).parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    told = f"The processes of this run did not find each other at 127.0.0.1:{port} within 1 s: "
+    assert done.stderr.startswith(told)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_port_that_is_taken_is_told(place, cache):  # noqa: F811
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with joined(RUN, place, cache, port, 0) as process:
+            assert process.end() == 2
+    (told,) = process.stderr.splitlines()
+    assert told.startswith(f"Process 0 cannot listen at port {port} (Address already in use): ")
+
+
+def test_a_single_task_of_a_machine_takes_all_its_gpus():
+    """What JAX itself would have done: give it the one with its local number."""
+    slurm = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_STEP_NUM_TASKS": "1",
+        "SLURM_NTASKS": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "JAX_COORDINATOR_PORT": f"{free_port()}",
+    }
+    show = "; import jax; print(jax.config.read('jax_cuda_visible_devices'))"
+    for join, gpus in (
+        ("import jax; jax.distributed.initialize()", "0"),
+        ("from nanogpt.devices.mesh import join_processes; join_processes()", "all"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", join + show],
+            cwd=Path(SCRIPT).parent,
+            env=os.environ | slurm,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.stdout == f"{gpus}\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "alone"),
+    [
+        ({}, True),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "1"}, False),
+        # srun --gpus-per-task=1
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "8",
+                "SLURM_STEP_NUM_NODES": "1",
+                "CUDA_VISIBLE_DEVICES": "3",
+            },
+            True,
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, False),
+        (
+            {
+                "OMPI_COMM_WORLD_SIZE": "8",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "8",
+                "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
+            },
+            False,
+        ),
+    ],
+)
+def test_whether_gpus_are_shared_is_told_by_the_launcher(monkeypatch, environment, alone):
+    forget_launchers(monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert has_its_gpus_alone() is alone
+
+
+def test_who_trains_together_is_told_with_the_coordinator_s_address():
+    code = (
+        "from nanogpt.devices.mesh import join_processes, processes_line; "
+        "join_processes('127.0.0.1:{}', 1, 0); print(processes_line())"
+    )
+    port = free_port()
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(port)],
+        cwd=Path(SCRIPT).parent,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "3"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == f"1 processes, 3 devices in each, coordinator 127.0.0.1:{port}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--num-processes", "2"], "belong together"),
+        (["--coordinator-address", "a:1", "--num-processes", "2"], "belong together"),
+        (
+            ["--coordinator-address", "a:1", "--num-processes", "2", "--process-id", "2"],
+            "process_id must be 0 to num_processes - 1",
+        ),
+        (
+            ["--coordinator-address", "a", "--num-processes", "2", "--process-id", "0"],
+            "host:port",
+        ),
+        (
+            ["--coordinator-address", "a:99999", "--num-processes", "2", "--process-id", "0"],
+            "host:port",
+        ),
+    ],
+)
+def test_arguments_that_join_nothing_are_told_in_one_sentence(arguments, told, capsys):
+    import train_gpt
+
+    assert train_gpt.main(arguments) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (sentence,) = output.err.splitlines()
+    assert told in sentence
+
+
+@pytest.mark.parametrize(
+    ("environment", "others"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False),  # not by srun
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        # mpirun within a job of two machines: it reaches the second by srun
+        ({"OMPI_COMM_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "1"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a pod like any other
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, False),  # no TPU here
+    ],
+)
+def test_launchers_are_recognised_by_what_they_set(monkeypatch, environment, others):
+    forget_launchers(monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launched_with_others() is others
+
+
+@pytest.mark.parametrize(
+    ("variables", "metadata", "others"),
+    [
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None, False),
+        ({"TPU_WORKER_HOSTNAMES": "a", "TPU_PROCESS_ADDRESSES_PATH": "addresses"}, None, True),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, None, True),  # as Kubernetes on Google Cloud sets it
+        ({"TPU_PROCESS_ADDRESSES": "a:8471,b:8471"}, None, True),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, None, True),
+        ({}, {"worker-network-endpoints": "10.0.0.1"}, False),
+        ({}, {"worker-network-endpoints": "x:y:10.0.0.1,x:y:10.0.0.2"}, True),
+        (
+            {},
+            {"worker-network-endpoints": "a", "tpu-env": "ZONE: 'b'\nMEGASCALE_NUM_SLICES: '2'"},
+            True,
+        ),
+        ({}, {}, False),  # a server that knows of no TPU
+        ({}, None, False),  # none
+    ],
+)
+def test_tpu_hosts_are_told_by_variables_or_by_the_cloud_s_metadata(
+    tmp_path, monkeypatch, variables, metadata, others
+):
+    monkeypatch.chdir(tmp_path)
+    Path("addresses").write_text("a:8471,b:8471\n")
+
+    class Metadata(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path, _, name = self.path.rpartition("/")
+            known = path == "/computeMetadata/v1/instance/attributes" and name in (metadata or {})
+            self.send_response(200 if known and self.headers["Metadata-Flavor"] else 404)
+            self.end_headers()
+            self.wfile.write(metadata[name].encode() if known else b"")
+
+        def log_message(self, *_):
+            pass
+
+    forget_launchers(monkeypatch)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(nanogpt.devices.launchers, "has_tpu", lambda: True)
+    with HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        if metadata is None:
+            server.server_close()
+        else:
+            Thread(target=server.serve_forever, daemon=True).start()
+        assert launched_with_others() is others
+        if metadata is not None:
+            server.shutdown()
+
+
+def test_what_jax_cannot_find_out_from_a_launcher_is_told_in_one_sentence(monkeypatch, capsys):
+    forget_launchers(monkeypatch)
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")  # Open MPI 5 does not tell where the first is
+    import train_gpt
+
+    assert train_gpt.main([]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert "--coordinator-address" in sentence
+
+
+def test_the_run_of_another_process_writes_nothing(tmp_path, capsys):
+    with SilentRun(tmp_path) as run:
+        run.configure({}, {})
+        run.say("hello")
+        run.table({"a": "b"})
+        run.progress(1, 2, "hello")
+        run.record({"step": 1})
+        run.rewind(0)
+        run.sync()
+    assert capsys.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,238 @@
+"""Parameters in parts, heads and MLPs shared: the losses are those of one device all the same."""
+
+import re
+from dataclasses import replace
+from functools import cache
+from math import prod
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from nanogpt.config import ConfigError, GPTConfig, Kernels, mesh_axes
+from nanogpt.devices.mesh import BATCH, ROWS, make_mesh
+from nanogpt.devices.sharding import check_shared, shardings, specs
+from nanogpt.optim.groups import make_optimizer
+from nanogpt.training.step import graph_of, init_params, make_eval_step, make_init, make_train_step
+from tests.training.test_step import RATES, T, collectives, placed, some_rows, train_plainly
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+# Heads for four devices in pairs, and every trick that heads and values have.
+CONFIG = GPTConfig(
+    vocab_size=100,
+    num_layers=3,
+    num_heads=8,
+    width=32,
+    mlp_width=64,
+    mlp_only=(1,),
+    windows=(8, 24),
+    value_embeddings=1,
+    bigram_buckets=64,
+    key_offset=(0,),
+    paired_heads=(2,),
+    backout=1,
+)
+WEIGHTS = (1.0, 0.5)
+
+
+def optimizer_on(mesh, shard_params):
+    return make_optimizer(
+        learning_rate=0.05,
+        embedding_learning_rate=0.15,
+        head_learning_rate=0.008,
+        scalar_learning_rate=0.04,
+        adam_betas=(0.8, 0.95),
+        weight_decay=1.0,
+        mesh=mesh,
+        shard_params=shard_params,
+    )
+
+
+@cache
+def compiled(data, model=1, shard_params=False, micro_batches=1, config=CONFIG):
+    """A step, its first state, and its mesh."""
+    mesh = make_mesh(data, model)
+    optimizer = optimizer_on(mesh, shard_params)
+    state = make_init(config, optimizer, mesh, shard_params)(jax.random.key(0))
+    graph = graph_of(config, Kernels(tensor_parallel=model > 1))
+    train_step = make_train_step(
+        graph, optimizer, mesh, "float32", target_weights=WEIGHTS, shard_params=shard_params
+    )
+    batch = placed(mesh, BATCH, some_rows(1).reshape(micro_batches, -1, T + 1))
+    return train_step.lower(state, batch, RATES[0]).compile(), state, mesh
+
+
+def train(data, model=1, shard_params=False, micro_batches=1, config=CONFIG):
+    """The metrics of every step, and the last state."""
+    step, state, mesh = compiled(data, model, shard_params, micro_batches, config)
+    state, metrics = jax.tree.map(jnp.copy, state), []
+    for rows, rates in zip(some_rows(), RATES, strict=True):
+        batch = placed(mesh, BATCH, rows.reshape(micro_batches, -1, T + 1))
+        state, found = step(state, batch, rates)
+        metrics.append((float(found["loss"]), float(found["grad_norm"])))
+    return np.array(metrics), state
+
+
+# The same losses
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "shard_params", "micro_batches"),
+    [
+        (8, 1, True, 1),
+        (4, 1, True, 2),
+        (2, 4, False, 1),
+        (1, 4, False, 2),
+        (4, 2, True, 1),
+        (2, 2, True, 2),
+    ],
+)
+def test_losses_and_gradients_are_those_of_one_device(data, model, shard_params, micro_batches):
+    plain = train_plainly(WEIGHTS, CONFIG)
+    metrics, state = train(data, model, shard_params, micro_batches)
+    np.testing.assert_allclose(metrics, plain, rtol=1e-5)
+    assert np.ptp(metrics[:, 0]) > 0.1
+
+    # So is the loss on other rows, some of which end early.
+    rows = some_rows(1, seed=5)[0]
+    rows[2, 9:] = -1
+    mesh, graph = make_mesh(data, model), graph_of(CONFIG, Kernels(tensor_parallel=model > 1))
+    found = make_eval_step(graph, mesh, "float32", shard_params)(
+        state.params, placed(mesh, ROWS, rows)
+    )
+    whole, alone = jax.tree.map(np.asarray, state.params), make_mesh(1)
+    expected = make_eval_step(graph_of(CONFIG), alone, "float32")(whole, placed(alone, ROWS, rows))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_values_of_the_first_layer_are_shared_like_their_heads():
+    config = replace(CONFIG, value_embeddings=0)
+    metrics, _ = train(2, 4, config=config)
+    np.testing.assert_allclose(metrics, train_plainly(WEIGHTS, config), rtol=1e-5)
+
+
+# Who holds what
+
+
+def test_each_device_holds_its_part_of_parameters_and_of_the_optimizers_state():
+    _, state = train(4, 2, True)
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    shares = {
+        jax.tree_util.keystr(path): leaf.nbytes / leaf.addressable_shards[0].data.nbytes
+        for path, leaf in jax.tree.leaves_with_path(state)
+    }
+    for name in ("qkv", "out", "up", "down", "value_embed"):
+        of_name = {
+            share
+            for path, share in shares.items()
+            if f"['{name}']" in path and "neuron" not in path
+        }
+        assert of_name == {8}, name
+    for name in ("['embed']", "['head']", "bigram"):  # Adam's means are divided like these
+        assert {s for path, s in shares.items() if name in path and "inner" not in path} == {4}
+    each = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
+    assert each < whole / 3.5
+
+
+def test_without_shard_params_only_what_heads_and_mlps_share_is_in_parts():
+    _, state, _ = compiled(2, 4)
+    parts = {
+        path[-1].key
+        for path, leaf in jax.tree.leaves_with_path(state.params)
+        if not leaf.sharding.is_fully_replicated
+    }
+    assert parts == {"qkv", "out", "gate", "up", "down", "value_embed"}
+
+
+def test_layouts_name_every_large_parameter():
+    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+    for path, spec in jax.tree.leaves_with_path(
+        specs(shapes, shard_params=True), is_leaf=lambda x: isinstance(x, P)
+    ):
+        leaf = shapes
+        for key in path:
+            leaf = leaf[key.key]
+        divided = any(axes and "data" in axes for axes in spec)
+        assert divided == (leaf.size > 1000), path
+
+
+# What they send each other
+
+
+def test_parameters_in_parts_are_gathered_and_their_gradients_scattered_once_per_step():
+    program, state, _ = compiled(4, 1, True, micro_batches=2)
+    inside, outside = collectives(program)
+    assert inside == []
+    sizes = [leaf.size for leaf in jax.tree.leaves(state.params) if leaf.size > 1000]
+    whole = sum(size for operation, size in outside if operation == "all-gather")
+    assert whole == sum(sizes)  # and none for Muon, whose devices exchange parts
+    scattered = sum(size for operation, size in outside if operation == "reduce-scatter")
+    assert scattered == sum(sizes) // 4
+    reduced = sum(size for operation, size in outside if operation == "all-reduce")
+    assert reduced < sum(sizes) / 20  # of what is whole, and means for Muon
+
+
+def test_devices_that_share_heads_and_mlps_sum_twice_per_layer_in_either_direction():
+    program, _, _ = compiled(1, 4, micro_batches=2)
+    inside, _ = collectives(program)
+    stream = prod((4, T, CONFIG.width))
+    sums = [size for operation, size in inside if operation == "all-reduce"]
+    # Two attentions and three MLPs, forward and backward, and the features that are scored.
+    assert sum(sums) == stream * (2 * (2 + 3) + 1)
+    assert {operation for operation, _ in inside} == {"all-reduce"}
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("text", "axes"),
+    [
+        (None, {}),
+        ("model=2", {"data": None, "model": 2}),
+        ("data=4", {"data": 4, "model": 1}),
+        ("data=4,model=2", {"data": 4, "model": 2}),
+    ],
+)
+def test_a_mesh_is_named_by_its_axes(text, axes):
+    assert mesh_axes(text) == axes
+
+
+@pytest.mark.parametrize("text", ["", "8", "data=0", "model=2,data=4", "data=4,model=x", "a=2"])
+def test_a_mesh_of_other_words_is_refused(text):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"such as data=4,model=2 or model=2, not {text!r}")
+    ):
+        mesh_axes(text)
+
+
+def test_a_mesh_takes_the_devices_it_names_or_all():
+    assert dict(make_mesh().shape) == {"data": 8, "model": 1}
+    assert dict(make_mesh(model=2).shape) == {"data": 4, "model": 2}
+    assert dict(make_mesh(2, 2).shape) == {"data": 2, "model": 2}
+    with pytest.raises(ConfigError, match="data=4,model=4 needs 16 devices, but JAX finds 8"):
+        make_mesh(4, 4)
+
+
+@pytest.mark.parametrize(
+    ("changed", "T", "told"),
+    [
+        ({"num_heads": 4, "paired_heads": ()}, 16, "num_heads 4: 4 is not a multiple of 8"),
+        ({"num_heads": 8}, 16, "num_heads 8 in pairs: 4 is not a multiple of 8"),
+        ({"num_heads": 16, "width": 64, "mlp_width": 60}, 16, "mlp_width 60"),
+        ({"num_heads": 16, "width": 64}, 12, "rows of 12 tokens"),
+    ],
+)
+def test_what_devices_cannot_share_is_named(changed, T, told):
+    with pytest.raises(ConfigError, match=f"8 devices along model cannot share {told}"):
+        check_shared(replace(CONFIG, **changed), [64, T], 8)
+
+
+def test_what_cannot_be_divided_is_named():
+    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+    with pytest.raises(ConfigError, match=r"128 rows or columns of embed .* data=3: .* shard_par"):
+        shardings({"embed": shapes["embed"]}, make_mesh(3), shard_params=True)
+    shardings(shapes, make_mesh(3), shard_params=False)  # nothing is

@@ -1,0 +1,285 @@
+"""Decoding from a cache, held against whole passes over the text, and against its softmax."""
+
+from dataclasses import replace
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import nanogpt.model.gpt
+from nanogpt.config import GPTConfig
+from nanogpt.inference.generate import CHUNK, generate
+from nanogpt.inference.sampling import Sampling
+from nanogpt.model.context import Cache, Next
+from nanogpt.model.rotary import rotation
+from nanogpt.training.step import graph_of, init_params
+from tests.conftest import with_every_trick
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+CONTEXT = 20  # between the windows of 8 and 24 that the layers have in turn
+PROMPTS = ([99, 3, 41, 7, 7, 20, 64, 5], [4], [8, 9, *[1, 2, 3, 7, 5] * 4])  # the last is cut
+TOKENS = 40  # no multiple of CHUNK
+GREEDY = Sampling(temperature=0)
+
+# Each has its way to look back; the first has no layer without a window.
+MODELS = {
+    "every trick": replace(with_every_trick(), document_separator=7),
+    "dense": replace(
+        with_every_trick(), windows=(), earlier_windows=(), value_embeddings=0, mlp_only=()
+    ),
+    "all heads paired": replace(
+        with_every_trick(), paired_heads=(0, 2, 3), windows=(5, 0), earlier_windows=()
+    ),
+}
+
+
+@cache
+def trained(name):
+    """A model's graph and its parameters, none of which is zero as it would be before training."""
+    config = MODELS[name]
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    params = jax.tree.map(lambda p: jnp.float32(random.normal(0, 0.3, p.shape)), shapes)
+    return graph_of(config), params
+
+
+def written(
+    graph,
+    params,
+    prompts,
+    num_tokens=TOKENS,
+    context=CONTEXT,
+    sampling=GREEDY,
+    alternatives=3,
+    **how,
+):
+    """All that is told of the tokens, over all chunks."""
+    chunks = list(
+        generate(
+            graph,
+            params,
+            prompts,
+            num_tokens=num_tokens,
+            context=context,
+            sampling=sampling,
+            alternatives=alternatives,
+            **how,
+        )
+    )
+    assert [len(chunk.tokens) for chunk in chunks[:-1]] == [CHUNK] * (len(chunks) - 1)
+    return tuple(np.concatenate(parts) for parts in zip(*chunks, strict=True))
+
+
+def whole_pass(name, monkeypatch):
+    """A function from a text to the probabilities of the next token, by the model as it trains.
+
+    Its windows are at most CONTEXT; its rotations are those that it was trained with.
+    """
+    config = MODELS[name]
+    _, params = trained(name)
+    turns = rotation(config)
+    windows = [min(config.window(layer) or CONTEXT, CONTEXT) for layer in range(config.num_layers)]
+    limited = graph_of(replace(config, windows=tuple(windows)))
+
+    @jax.jit
+    def logits(tokens):
+        return nnx.merge(limited, params)(tokens[None])[0]
+
+    def next_probabilities(text):
+        with monkeypatch.context() as patch:
+            patch.setattr(nanogpt.model.gpt, "rotation", lambda _: turns)
+            row = np.zeros(64, np.int32)  # what follows a token does not change what it sees
+            row[: len(text)] = text
+            last = np.asarray(logits(row)[len(text) - 1], "f8")[:100]
+        odds = np.exp(last - last.max())
+        return odds / odds.sum()
+
+    return next_probabilities
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_token_is_predicted_as_by_a_whole_pass_for_prompts_of_any_length_and_past_the_context(
+    name, monkeypatch
+):
+    next_probabilities = whole_pass(name, monkeypatch)
+    tokens, probabilities, likeliest, theirs = written(
+        *trained(name), PROMPTS, sampling=Sampling(2.0), alternatives=100
+    )
+    assert tokens.shape == probabilities.shape == (TOKENS, len(PROMPTS))
+    assert likeliest.shape == theirs.shape == (TOKENS, len(PROMPTS), 100)
+    for number, prompt in enumerate(PROMPTS):
+        text = prompt[-CONTEXT:]
+        for step in range(TOKENS):
+            expected = np.log(next_probabilities(text))  # logits, but for what all have in common
+            assert np.ptp(expected) > 3
+            token, order = tokens[step, number], likeliest[step, number]
+            assert sorted(order) == list(range(100))
+            assert np.log(probabilities[step, number]) == pytest.approx(expected[token], abs=1e-4)
+            np.testing.assert_allclose(np.log(theirs[step, number]), expected[order], atol=1e-4)
+            assert (np.diff(theirs[step, number]) <= 0).all()
+            text = [*text, token]
+    assert len(set(tokens.ravel().tolist())) >= 30  # few tokens again and again prove little
+
+
+def test_a_greedy_text_is_that_of_whole_passes(monkeypatch):
+    next_probabilities = whole_pass("dense", monkeypatch)
+    tokens, *_ = written(*trained("dense"), PROMPTS)
+    for number, prompt in enumerate(PROMPTS):
+        text = prompt[-CONTEXT:]
+        for _ in range(TOKENS):
+            text = [*text, int(next_probabilities(text).argmax())]
+        assert tokens[:, number].tolist() == text[-TOKENS:]
+    assert len(set(tokens.ravel().tolist())) >= 5
+
+
+def test_logits_from_the_cache_are_those_of_a_whole_pass_at_positions_in_the_thousands():
+    # In float32 a product of speed and position would be off by 1e-4 there, and scores by more.
+    config = GPTConfig(
+        40, num_layers=2, num_heads=2, width=32, mlp_width=16, rope_base=64.0, paired_heads=(1,)
+    )
+    config = replace(config, windows=(64,), value_embeddings=0)
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    params = jax.tree.map(lambda p: jnp.float32(random.normal(0, 0.3, p.shape)), shapes)
+    params["head"] *= 5
+    graph, prompt = graph_of(config), random.integers(0, 40, 2100).tolist()
+    tokens, probabilities, *_ = written(graph, params, [prompt], context=4096)
+    text = jnp.array([*prompt, *tokens[:, 0].tolist()])
+    logits = nnx.merge(graph, params)(text[None])[0, len(prompt) - 1 : -1, :40]
+    expected = np.asarray(jax.nn.softmax(logits, axis=1))
+    np.testing.assert_array_equal(tokens[:, 0], expected.argmax(axis=1))
+    np.testing.assert_allclose(probabilities[:, 0], expected.max(axis=1), atol=1e-4)
+    assert np.ptp(expected) > 0.5
+
+
+@pytest.mark.parametrize("position", [0, 2**10, 2**20, 10**9, 2**31 // 2 - 1])
+def test_angles_are_exact_however_long_a_text_is(position):
+    speed, _ = rotation(MODELS["dense"])
+    old = Cache(jnp.array([position, 7]), jnp.array([0, 0]), jnp.int32(0), {}, {}, {})
+    angle = Next(MODELS["dense"], old, jnp.array([0, 0]), CONTEXT).angles(speed, 2)
+    places = 2 * np.array([[position], [7]]) + np.arange(2)
+    expected = places[:, :, None] * speed
+    np.testing.assert_allclose(np.cos(angle), np.cos(expected), atol=5e-6)
+    np.testing.assert_allclose(np.sin(angle), np.sin(expected), atol=5e-6)
+
+
+def test_in_bfloat16_the_probabilities_are_nearly_those_of_float32():
+    exact, rough = (
+        written(*trained("every trick"), PROMPTS, num_tokens=1, dtype=dtype, alternatives=100)
+        for dtype in ("float32", "bfloat16")
+    )
+    # Both list all tokens: put into the order of their numbers.
+    exact, rough = (np.take_along_axis(x[3], np.argsort(x[2]), -1) for x in (exact, rough))
+    assert 1e-4 < abs(exact - rough).max() < 0.1
+    np.testing.assert_allclose(rough.sum(-1), 1, atol=0.01)
+
+
+def test_the_ids_that_only_pad_the_vocabulary_never_appear():
+    graph, params = trained("every trick")
+    # Of two opposite columns one always has a positive logit: far above all others here.
+    column = 1000 * jax.random.normal(jax.random.key(2), params["head"].shape[:1])
+    head = params["head"].at[:, 100:].set(column[:, None]).at[:, 110:].multiply(-1)
+    params = params | {"head": head}
+    assert nnx.merge(graph, params)(jnp.array([PROMPTS[0]]))[0, -1].argmax() >= 100
+    for how in ({}, {"top_k": 128}, {"top_p": 0.99}):
+        for temperature in (0.0, 1.0, 100.0):
+            sampling = Sampling(temperature, **how)
+            tokens, _, likeliest, _ = written(
+                graph, params, PROMPTS, sampling=sampling, alternatives=200
+            )
+            assert 0 <= tokens.min() <= tokens.max() < 100
+            assert likeliest.shape[2] == 100
+            assert 0 <= likeliest.min() <= likeliest.max() < 100
+
+
+@pytest.mark.parametrize("limit", [{"top_k": 1}, {"top_p": 1e-6}])
+def test_the_likeliest_of_one_is_the_likeliest_of_all_at_any_temperature(limit):
+    greedy, *_ = written(*trained("dense"), PROMPTS)
+    hot, *_ = written(*trained("dense"), PROMPTS, sampling=Sampling(9.0, **limit))
+    np.testing.assert_array_equal(hot, greedy)
+
+
+def test_a_seed_gives_one_text_and_another_seed_another():
+    texts = [
+        written(*trained("dense"), PROMPTS, sampling=Sampling(seed=seed))[0].T.tolist()
+        for seed in (0, 0, 1, 2**32 - 1)
+    ]
+    assert texts[0] == texts[1]
+    assert len({tuple(text) for batch in texts[1:] for text in batch}) == 9
+
+
+def test_samples_of_one_prompt_differ_and_none_depends_on_how_many_there_are_or_how_long():
+    def texts(count, num_tokens):
+        prompts = [PROMPTS[0]] * count
+        sampling = Sampling(temperature=1.0)
+        return written(*trained("dense"), prompts, num_tokens, sampling=sampling)[0].T.tolist()
+
+    three, one = texts(3, 40), texts(1, 20)
+    assert len(set(map(tuple, three))) == 3
+    assert one[0] == three[0][:20]
+
+
+def test_greedy_text_does_not_depend_on_the_seed():
+    texts = [
+        written(*trained("dense"), PROMPTS, sampling=Sampling(0.0, seed=seed))[0].tolist()
+        for seed in (0, 1)
+    ]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1.0),
+        Sampling(0.5),
+        Sampling(2.0, top_k=2),
+        Sampling(1.0, top_p=0.7),
+        Sampling(2.0, top_k=4, top_p=0.8),
+    ],
+)
+def test_tokens_are_drawn_as_often_as_the_softmax_of_their_logits_says(sampling):
+    config = GPTConfig(5, num_layers=1, num_heads=1, width=12, mlp_width=8, value_embeddings=0)
+    graph, params = graph_of(config), jax.jit(partial(init_params, config))(jax.random.key(0))
+    # All tokens look alike to this model, so that every draw is from the same distribution.
+    params["embed"] = jnp.broadcast_to(params["embed"][0], params["embed"].shape)
+    params["head"] = 0.5 * jax.random.normal(jax.random.key(3), params["head"].shape)
+
+    logits = np.asarray(nnx.merge(graph, params)(jnp.array([[0]])), "f8")[0, 0, :5]
+    odds = np.exp(logits / sampling.temperature)
+    order = np.argsort(-odds)
+    odds[order[sampling.top_k or 5 :]] = 0
+    kept, total = 0, 0.0
+    while total < sampling.top_p - 1e-9 and kept < 5:  # the fewest that reach it
+        total += odds[order[kept]] / odds.sum()
+        kept += 1
+    odds[order[kept:]] = 0
+    expected = odds / odds.sum()
+
+    rows, steps = 50, 80
+    tokens, probabilities, *_ = written(
+        graph, params, [[0]] * rows, num_tokens=steps, context=2, sampling=sampling
+    )
+    drawn = np.bincount(tokens.ravel(), minlength=5) / tokens.size
+    deviation = np.sqrt(expected * (1 - expected) / tokens.size)
+    assert (abs(drawn - expected) <= 4 * deviation).all()
+    assert (expected > 0.05).sum() >= 2
+    # What is told of a token is the model's own, whatever the sampling.
+    own = np.exp(logits) / np.exp(logits).sum()
+    np.testing.assert_allclose(probabilities, own[tokens], atol=1e-5)
+
+
+def test_programs_are_shared_by_prompts_and_texts_of_nearly_the_same_length():
+    from nanogpt.inference.generate import _read, _write
+
+    graph, params = trained("dense")
+    written(graph, params, [[1] * 9], num_tokens=5, context=64)
+    before = _read._cache_size(), _write._cache_size()
+    for length, num_tokens in ((10, 6), (16, 16), (12, 20)):
+        sampling = Sampling(0.3 * length, seed=length)
+        written(graph, params, [[1] * length], num_tokens, context=64, sampling=sampling)
+    # The texts of 28 and 32 tokens share a cache of 32.
+    assert (_read._cache_size(), _write._cache_size()) == (before[0] + 1, before[1] + 1)

@@ -1,0 +1,143 @@
+"""What is shown of tokens that come one by one."""
+
+import jax
+import numpy as np
+import pytest
+
+import nanogpt.inference.text
+from nanogpt.data.tokenizer import ByteTokenizer, TokenizerError, load_tokenizer
+from nanogpt.inference.generate import Written
+from nanogpt.inference.sampling import Sampling
+from nanogpt.inference.text import write
+from nanogpt.training.step import graph_of, init_params
+from tests.conftest import with_every_trick
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """The tokens that `write` tells of when the model writes these texts, one per prompt."""
+    asked = []
+
+    def shown(*texts, chunk=3, tokenizer=None, **how):
+        tokenizer = tokenizer or ByteTokenizer()
+        rows = [list(text) for text in texts]
+        length = len(rows[0])
+
+        def generate(graph, params, prompts, *, num_tokens, **_):
+            assert num_tokens == length
+            asked.append(prompts)
+            for at in range(0, length, chunk):
+                tokens = np.array([row[at : at + chunk] for row in rows]).T
+                likeliest = np.stack([tokens, tokens * 0 + 65], axis=-1)
+                yield Written(tokens, tokens / 256, likeliest, likeliest / 256)
+                asked.append("more")
+
+        monkeypatch.setattr(nanogpt.inference.text, "generate", generate)
+        prompts = [how.pop("prompt", "")] * len(texts)
+        return list(
+            write(
+                None,
+                None,
+                tokenizer,
+                prompts,
+                num_tokens=length,
+                context=9,
+                sampling=Sampling(),
+                **how,
+            )
+        )
+
+    shown.asked = asked
+    return shown
+
+
+def joined(tokens, number=0):
+    return "".join(token.text for which, token in tokens if which == number)
+
+
+def test_a_prompt_is_the_beginning_of_a_document(shown):
+    shown(b"x", prompt="é")
+    assert [list(map(int, prompt)) for prompt in shown.asked[0]] == [[255, 0xC3, 0xA9]]
+
+
+def test_every_token_comes_with_its_probability_and_alternatives(shown):
+    (_, a), (_, b) = shown(b"z\xff")
+    assert (a.text, a.probability) == ("z", 122 / 256)
+    assert a.alternatives == (("z", 122 / 256), ("A", 65 / 256))
+    assert (b.text, b.probability) == ("<|endoftext|>", 255 / 256)
+
+
+def test_a_character_of_several_tokens_is_shown_with_its_last(shown):
+    tokens = shown("aé€😀b".encode())
+    assert [token.text for _, token in tokens] == ["a", "", "é", "", "", "€", *[""] * 3, "😀", "b"]
+
+
+def test_bytes_that_make_no_character_show_as_one_that_says_so(shown):
+    assert joined(shown(b"a\xc3b\x80c")) == "a\ufffdb\ufffdc"
+    assert joined(shown(b"a\xe2\x82")) == "a\ufffd"  # what is left when it ends
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        (b"one two three", ["two"], "one "),
+        (b"one two three", ["three", "two"], "one "),
+        (b"one two three", ["e t", "ne"], "o"),
+        (b"one two three", ["four", "threes"], "one two three"),
+        (b"aabab", ["abab"], "a"),
+        (b"aaab", ["aab"], "a"),
+        (b"one\xfftwo", ["<|endoftext|>"], "one"),
+        ("a€b".encode(), ["€"], "a"),
+        (b"xabcd", ["bc", "abc"], "x"),
+        (b"stop", ["stop"], ""),
+    ],
+)
+def test_a_text_ends_before_the_first_stop_string(shown, text, stop, expected, chunk):
+    assert joined(shown(text, stop=stop, chunk=chunk)) == expected
+
+
+def test_of_what_could_be_a_stop_string_nothing_is_shown_before_that_is_known(shown):
+    texts = [token.text for _, token in shown(b"xaabc", stop=["aad"])]
+    assert texts == ["x", "", "", "aab", "c"]
+
+
+def test_texts_end_each_for_itself_and_nothing_is_written_after_the_last(shown):
+    tokens = shown(b"a.bcdefghijk", b"abcde.ghijkl", stop=["."])
+    assert (joined(tokens, 0), joined(tokens, 1)) == ("a", "abcde")
+    assert shown.asked[1:] == ["more"]  # of four chunks the first two were asked for
+    assert [number for number, _ in tokens] == [0, 1, 0, 1, 1, 1, 1, 1]
+
+
+def test_gpt2s_tokens_are_shown_as_the_text_that_they_spell(shown):
+    try:
+        tokenizer = load_tokenizer("gpt2")
+    except TokenizerError as error:
+        pytest.skip(str(error))
+    text = "Ærøskøbing 😀\n\n  naïve<|endoftext|>"
+    ids = [*tokenizer.encode("Ærøskøbing 😀\n\n  naïve"), 50256]
+    tokens = shown(ids, tokenizer=tokenizer)
+    assert joined(tokens) == text
+    assert len(tokens) == len(ids) < len(text)
+
+
+def test_a_model_writes_through_it():
+    config = with_every_trick()
+    graph, params = graph_of(config), jax.jit(lambda: init_params(config, jax.random.key(0)))()
+    tokens = list(
+        write(
+            graph,
+            params,
+            ByteTokenizer(),
+            ["ab", "c"],
+            num_tokens=20,
+            context=16,
+            sampling=Sampling(1.0),
+            alternatives=2,
+        )
+    )
+    assert [number for number, _ in tokens] == [0, 1] * 20
+    # A new model finds all tokens alike.
+    for _, token in tokens:
+        assert token.probability == pytest.approx(1 / 100, rel=1e-4)
+        assert [odds for _, odds in token.alternatives] == pytest.approx([1 / 100] * 2, rel=1e-4)

@@ -1,0 +1,283 @@
+"""Runs that begin with the weights of another: what they take over, and what is refused."""
+
+import json
+import math
+import shutil
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tyro
+
+import export
+import train_gpt
+from nanogpt.config import ConfigError, GPTConfig
+from nanogpt.data.shards import write_shard
+from nanogpt.devices.mesh import make_mesh
+from nanogpt.inference.weights import Weights, load_run, settings_with
+from nanogpt.schedule import Stage
+from nanogpt.training.step import init_params
+from tests.test_train_gpt import SMALL, T, base_run, mean_loss, shared_folder, start
+from tests.training.test_resume import (
+    another,
+    arrays,
+    assert_one_sentence,
+    records,
+    steps,
+    without_times,
+)
+from train_gpt import PRESETS, Hyperparameters
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+STEPS = 4
+TUNED = [
+    *("--train-files", "train.bin", "--val-files", "val.bin", "--no-shuffle"),
+    *("--num-steps", f"{STEPS}", "--checkpoint-every", "1", "--keep-checkpoints", "9"),
+    *("--run-name", "tuned"),
+]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """The run whose weights the others begin with."""
+    return base_run(tmp_path_factory).folder
+
+
+@pytest.fixture(scope="module")
+def exported(first, tmp_path_factory):
+    out = tmp_path_factory.mktemp("exported") / "gpt"
+    export.export(first, out)
+    return out
+
+
+def write_data(folder):
+    """A text to go on with, and a shard with an id that bytes do not have."""
+    text = np.frombuffer(Path(__file__).read_bytes(), np.uint8)
+    write_shard(folder / "train.bin", text[:4000])
+    write_shard(folder / "val.bin", text[4000:6000])
+    write_shard(folder / "beyond.bin", np.where(np.arange(2000) == 1234, 300, 0))
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with data, where this process is."""
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def tuned(first, tmp_path_factory):
+    """A run that began with the weights of a copy of the first one, which then was deleted."""
+    place = tmp_path_factory.mktemp("tuned")
+    write_data(place)
+    shutil.copytree(first, place / "runs" / "copy")
+    done = start(["--init-from", "runs/copy", *TUNED], place, cache(tmp_path_factory))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "beginning with the weights in runs/copy" in done.stdout.splitlines()
+    shutil.rmtree(place / "runs" / "copy")
+    return place / "runs" / "tuned"
+
+
+def cache(tmp_path_factory):
+    return shared_folder(tmp_path_factory) / "cache"
+
+
+def asked(*arguments):
+    """The settings of `train_gpt.py` with these arguments."""
+    override = partial(tyro.cli, Hyperparameters, args=[*map(str, arguments)])
+    return train_gpt.settings(override(), lambda start: override(default=start))
+
+
+# The run
+
+
+def test_the_first_loss_is_that_of_the_other_runs_weights_on_the_first_batch(first, tuned):
+    _, graph, params, _ = load_run(first, make_mesh(1))
+    expected = mean_loss(graph, params, tuned.parent.parent / "train.bin", 256, T)
+    losses = [record["train_loss"] for record in records(tuned)]
+    assert losses[0] == pytest.approx(expected, abs=1e-5)
+    assert abs(losses[0] - math.log(256)) > 0.1
+    assert losses[-1] < losses[0]
+
+
+def test_steps_schedule_and_optimizer_begin_anew(first, tuned):
+    assert [record["step"] for record in records(tuned)] == [1, 2, 3, 4]
+    assert steps(tuned) == [1, 2, 3, 4]
+    # The laptop preset's: constant for half of the steps, then down to zero.
+    factors = [record["learning_rate_factor"] for record in records(tuned)]
+    assert factors == pytest.approx([1, 1, 1, 0.5])
+    # Adam's very first step goes exactly as far as the rate, whatever the gradient.
+    head = np.asarray(load_run(first, make_mesh(1))[2]["head"])
+    after = arrays(tuned, 1)["['params']['head']"]
+    moved = np.abs(np.frombuffer(after[2], "f4").reshape(after[1]) - head)
+    same = np.isclose(moved, PRESETS["laptop"].head_learning_rate, atol=1e-6)
+    assert same.mean() > 0.99  # the others have next to no gradient
+
+
+def test_an_exported_model_begins_the_same_run_on_another_number_of_devices(
+    exported, tuned, place, monkeypatch, tmp_path_factory
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache(tmp_path_factory)))
+    one_row_each = [*SMALL, *TUNED, "--batch-size", "1"]
+    assert train_gpt.main(["--init-from", str(exported), *one_row_each]) == 0
+    for ours, theirs in zip(records(place / "runs" / "tuned"), records(tuned), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() & {"train_loss", "val_loss"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+
+
+def test_it_is_resumed_from_its_own_checkpoints_when_the_other_run_is_gone(
+    tuned, place, tmp_path_factory
+):
+    run = shutil.copytree(tuned, place / "runs" / "tuned")
+    for step in (3, 4):
+        shutil.rmtree(run / "checkpoints" / f"{step:08}")
+    done = start(["--resume", "runs/tuned"], place, cache(tmp_path_factory))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "resuming runs/tuned after step 2" in done.stdout
+    assert "beginning with" not in done.stdout
+    assert without_times(run) == without_times(tuned)
+    assert arrays(run, STEPS) == arrays(tuned, STEPS)
+    assert json.loads((run / "config.json").read_text())["init_from"] == "runs/copy"
+
+
+# Its settings
+
+
+def test_settings_are_those_of_the_other_run_but_for_what_begins_anew(first):
+    before = Hyperparameters(**json.loads((first / "config.json").read_text()))
+    after = asked("--init-from", first, "--seed", "7", "--model.softcap", "9")
+    assert after.model == replace(PRESETS["laptop"].model, **model_of(first) | {"softcap": 9.0})
+    assert (after.init_from, after.resume) == (str(first), None)
+    assert (after.run_name, after.stages, after.seed) == ("", (Stage(),), 7)
+    changed = {"model", "init_from", "run_name", "stages", "seed", "adam_betas", "data"}
+    for name in {field.name for field in fields(Hyperparameters)} - changed:
+        assert getattr(after, name) == getattr(before, name)
+
+
+def model_of(run):
+    """The settings of its model, but for those that JSON made lists."""
+    model = json.loads((run / "config.json").read_text())["model"]
+    return {name: value for name, value in model.items() if not isinstance(value, list)}
+
+
+def test_a_preset_that_is_named_gives_all_settings_but_what_the_weights_bind(first, exported):
+    for folder in (first, exported):
+        after = asked("--init-from", folder, "--preset", "baseline", "--num-steps", "5")
+        expected = replace(
+            PRESETS["baseline"],
+            **{"model": after.model, "tokenizer": "bytes", "sequence_length": T, "num_steps": 5},
+            init_from=str(folder),
+        )
+        assert after == expected
+        assert after.model.width == 32
+
+
+def test_an_exported_model_takes_the_other_settings_from_the_preset_for_this_machine(exported):
+    after = asked("--init-from", exported)
+    assert after == replace(
+        PRESETS["laptop"], model=after.model, sequence_length=T, init_from=str(exported)
+    )
+    assert after.model.width == 32
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "windows", "earlier"), [(6, (24, 32), (16,)), (12, (8, 16), ())]
+)
+def test_the_model_is_that_of_the_stage_in_which_the_weights_were_saved(
+    first, tmp_path, num_steps, windows, earlier
+):
+    run = shutil.copytree(first, tmp_path / "run")
+    stages = (Stage(0.5, windows=(8, 16)), Stage(0.5, 0.5, 1.0, 1.7, windows=(24, 32)))
+    config = json.loads((run / "config.json").read_text())
+    config |= {"stages": [asdict(stage) for stage in stages], "num_steps": num_steps}
+    (run / "config.json").write_text(json.dumps(config))
+    after = asked("--init-from", run)
+    assert (after.model.windows, after.model.earlier_windows) == (windows, earlier)
+    assert after.stages == (Stage(),)
+    after.check()
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("mistake", "told"),
+    [
+        (["--model.width", "64"], ["model.width", "64", "32", "base"]),
+        (["--model.num-layers", "0"], ["model.num_layers", "0", "2"]),
+        (["--model.vocab-size", "50257"], ["model.vocab_size", "50257", "256"]),
+        (["--model.backout", "1"], ["model.backout", "1", "None"]),
+        (["--tokenizer", "gpt2"], ["tokenizer", "gpt2", "bytes"]),
+        (["--resume", "auto"], ["resume", "init_from", "only one"]),
+        (["--train-files", "beyond.bin"], ["beyond.bin", "token 300", "256"]),
+        (["--init-from", "runs/nothing"], ["runs/nothing", "no weights", "config.json"]),
+    ],
+)
+def test_what_the_weights_do_not_fit_is_told_before_anything_is_made(
+    first, place, capsys, mistake, told
+):
+    before = sorted(place.rglob("*"))
+    arguments = ["--init-from", str(first), *TUNED, "--batch-size", "1", *mistake]
+    assert train_gpt.main(arguments) == 2
+    assert_one_sentence(capsys.readouterr(), *told)
+    assert sorted(place.rglob("*")) == before
+
+
+def no_checkpoints(run):
+    shutil.rmtree(run / "checkpoints")
+
+
+def config_cut_short(run):
+    (run / "config.json").write_text((run / "config.json").read_text()[:100])
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"), [(no_checkpoints, "no checkpoint"), (config_cut_short, "config.json")]
+)
+def test_a_run_without_weights_is_told_before_anything_is_made(first, place, capsys, harm, told):
+    run = shutil.copytree(first, place / "first")
+    harm(run)
+    assert train_gpt.main(["--init-from", "first", *TUNED, "--batch-size", "1"]) == 2
+    assert_one_sentence(capsys.readouterr(), "first", told)
+    assert not (place / "runs").exists()
+
+
+def test_a_resumed_run_does_not_change_what_it_began_with(tuned, place, capsys):
+    shutil.copytree(tuned, place / "runs" / "tuned")
+    assert train_gpt.main(["--resume", "runs/tuned", "--init-from", "runs/tuned"]) == 2
+    assert_one_sentence(capsys.readouterr(), "resume", "init_from", "only one")
+
+
+def test_a_setting_of_the_model_is_refused_exactly_when_the_shapes_depend_on_it(tiny, place):
+    def shapes(config):
+        return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+    weights = Weights(place, None, tiny, "bytes", 16)
+    refused = set()
+    for name in (field.name for field in fields(GPTConfig)):
+        other = 1000 if name == "vocab_size" else another(getattr(tiny, name))
+        if name == "mlp_only":
+            other = (1, 2)
+        if name == "backout":
+            other = None
+        changed = replace(tiny, **{name: other})
+        try:
+            settings_with(
+                weights, PRESETS["laptop"], lambda hp, changed=changed: replace(hp, model=changed)
+            )
+            assert shapes(changed) == shapes(tiny), name
+        except ConfigError as error:
+            assert str(error).startswith(f"model.{name} cannot be {other}: ")
+            assert shapes(changed) != shapes(tiny), name
+            refused.add(name)
+    assert refused >= {"width", "num_heads", "mlp_only", "backout", "smear"}
+    # What the tables are padded to is what counts, and of layers how many there are.
+    same = replace(tiny, vocab_size=128, mlp_only=(2,), backout=0)
+    assert shapes(same) == shapes(tiny)
+    settings_with(weights, PRESETS["laptop"], lambda hp: replace(hp, model=same))

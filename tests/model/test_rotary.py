@@ -1,0 +1,130 @@
+"""Rotary positions, held against complex numbers and against YaRN written out pair by pair."""
+
+from itertools import pairwise
+from math import log, pi
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanogpt.config import GPTConfig
+from nanogpt.model.rotary import rotary, rotation
+
+
+def model(H=16, **how):
+    return GPTConfig(num_heads=2, width=2 * H, **how)
+
+
+# How fast
+
+
+def test_half_of_the_pairs_turn_the_fastest_by_one_radian_per_token_and_the_rest_stand_still():
+    speed, scale = rotation(model(rope_base=1000.0, attention_scale=0.12))
+    np.testing.assert_allclose(speed, [1, 0.1, 0.01, 0.001, 0, 0, 0, 0], rtol=1e-12)
+    assert scale == 0.12
+
+
+@pytest.mark.parametrize(
+    ("fraction", "expected"),
+    [
+        (0.0, [0] * 8),
+        (0.125, [1] + [0] * 7),
+        (0.375, [1, 1 / 20, 1 / 400] + [0] * 5),
+        (1.0, 400 ** -(np.arange(8) / 7)),
+    ],
+)
+def test_a_fraction_of_the_pairs_turns(fraction, expected):
+    speed, _ = rotation(model(rope_base=400.0, rope_fraction=fraction))
+    np.testing.assert_allclose(speed, expected, rtol=1e-12)
+
+
+# Wider windows
+
+
+def yarn(config, windows):
+    """Speeds and scale after the longest window went through these, one pair and change at a time.
+
+    The formulas are those of modded-nanogpt.
+    """
+    pairs = config.head_size // 2
+    turning = round(config.rope_fraction * pairs)
+    speeds = [config.rope_base ** (-i / (turning - 1)) for i in range(turning)]
+    scale = config.attention_scale
+    for old, new in pairwise(windows):
+        for i, speed in enumerate(speeds):
+            rotations = old * speed / (2 * pi)
+            weight = min(max((rotations - 1) / (32 - 1), 0), 1)
+            speeds[i] = speed * (old / new + weight * (1 - old / new))
+        scale *= 0.2 * log(new / old) + 1
+    return speeds + [0] * (pairs - turning), scale
+
+
+@pytest.mark.parametrize(
+    "windows", [(384, 896), (384, 896, 1408, 2048), (128, 768, 512), (8, 24), (4096, 4097)]
+)
+def test_rotations_and_scale_follow_the_longest_window_from_stage_to_stage(windows):
+    config = model(H=32, windows=(5, windows[-1]), earlier_windows=windows[:-1])
+    speed, scale = rotation(config)
+    expected_speed, expected_scale = yarn(config, windows)
+    np.testing.assert_allclose(speed, expected_speed, rtol=1e-12)
+    assert scale == pytest.approx(expected_scale, rel=1e-12)
+    assert (speed != rotation(model(H=32))[0]).any()
+
+
+@pytest.mark.parametrize(
+    ("turns", "factor"), [(40, 1), (32, 1), (24.25, 0.875), (16.5, 0.75), (1, 0.5), (0.01, 0.5)]
+)
+def test_a_window_twice_as_long_halves_the_speed_of_what_turned_less_than_once(turns, factor):
+    # Two pairs turn: one by a radian per token, one by 1 / base, so often in a window of 256.
+    base = 256 / (2 * pi * turns)
+    speed, scale = rotation(
+        model(windows=(512,), earlier_windows=(256,), rope_base=base, rope_fraction=2 / 8)
+    )
+    np.testing.assert_allclose(speed, [1, factor / base, 0, 0, 0, 0, 0, 0], rtol=1e-12)
+    assert scale == pytest.approx(0.12 * 1.138629436, rel=1e-9)  # 1 + 0.2 ln 2
+
+
+def test_windows_that_stay_as_long_change_neither_rotations_nor_scale():
+    plain, stayed = model(windows=(100, 300)), model(windows=(9, 300), earlier_windows=(300, 300))
+    np.testing.assert_allclose(rotation(stayed)[0], rotation(plain)[0], rtol=1e-15)
+    assert rotation(stayed)[1] == rotation(plain)[1]
+
+
+# The rotation itself
+
+
+def places(x):
+    return np.arange(x.shape[1])[None, :, None]
+
+
+def test_rotary_multiplies_pairs_as_complex_numbers_with_those_of_the_unit_circle():
+    H, T, speed = 16, 9, np.array([1.0, 0.3, 0.07, 0.002, 0, 0, 0, 0])
+    x = np.random.default_rng(0).standard_normal((2, T, 3, H)).astype("f4")
+    turned = np.asarray(rotary(x, places(x) * speed))
+    assert turned.dtype == np.float32
+    z, found = (a[..., : H // 2] + 1j * a[..., H // 2 :] for a in (x.astype("f8"), turned))
+    circle = np.exp(-1j * np.outer(np.arange(T), speed))[:, None]
+    np.testing.assert_allclose(found, z * circle, atol=1e-6)
+    np.testing.assert_array_equal(found[..., 4:], z[..., 4:])  # those that stand still: to the bit
+    np.testing.assert_array_equal(found[:, 0], z[:, 0])
+
+
+def test_positions_are_exact_far_into_a_row_though_the_model_computes_in_bfloat16():
+    # Whether angles are rounded: at position 4095 those of bfloat16 would be off by up to 16.
+    T, speed = 4096, np.array([1.0, 0.01])
+    x = jnp.tile(jnp.array([1, 1, 0, 0], "bfloat16"), (1, T, 1, 1))
+    turned = np.asarray(rotary(x, places(x) * speed).astype("float32"))[0, :, 0]
+    angle = np.outer(np.arange(T), speed)
+    np.testing.assert_allclose(turned, np.hstack([np.cos(angle), -np.sin(angle)]), atol=0.01)
+
+
+def test_a_score_depends_on_the_distance_of_query_and_key_alone():
+    q, k = np.random.default_rng(0).standard_normal((2, 16)).astype("f4")
+    speed, _ = rotation(model(rope_base=50.0))
+    everywhere = [np.tile(x, (1, 12, 1, 1)) for x in (q, k)]
+    turned_q, turned_k = (np.asarray(rotary(x, places(x) * speed))[0, :, 0] for x in everywhere)
+    scores = turned_q @ turned_k.T
+    for distance in range(-11, 12):
+        diagonal = np.diagonal(scores, distance)
+        np.testing.assert_allclose(diagonal, diagonal[0], atol=1e-4)
+    assert np.ptp(scores[0]) > 0.5  # and it does depend on the distance

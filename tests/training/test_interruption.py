@@ -1,0 +1,283 @@
+"""Signals to real runs, at every stage: what is saved, with which status they end, and how soon."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanogpt.data.shards import read_shard, write_shard
+from tests.test_train_gpt import VAL_TOKENS
+from tests.training.test_resume import (
+    PATIENCE,
+    Process,
+    arrays,
+    assert_same_run,
+    cache,
+    checkpoints,
+    place,
+    records,
+    resume,
+    started,
+    steps,
+    straight,
+    wait_until,
+    without_times,
+)
+
+__all__ = ["cache", "place", "straight"]  # fixtures
+
+TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+AT_ONCE = 5.0  # seconds: far less than what the interrupted work would still take
+
+
+def no_half_files(folder):
+    """Whether everything that lies below `folder` is under a final name."""
+    return not [path for path in folder.rglob("*") if "tmp" in path.name]
+
+
+# While it trains
+
+
+@pytest.mark.parametrize(("sent", "status"), [(TERM, 143), (INT, 130), (HUP, 129)])
+def test_a_signal_saves_after_the_step_under_way_and_ends_with_its_status(
+    place, cache, sent, status
+):
+    run = place / "runs" / "a"
+    intervals = ["--checkpoint-every", "0", "--val-loss-every", "0"]
+    with started(place, cache, *intervals) as process:
+        process.read_until("step 3/")
+        process.send(sent)
+        assert process.end() == status
+    (step,) = steps(run)
+    assert 3 <= step <= 7
+    assert [record["step"] for record in records(run)] == [*range(1, step + 1)]
+    assert process.lines[-2:] == [
+        f"weights and metrics of {step} steps are in runs/a",
+        "interrupted: go on with --resume runs/a",
+    ]
+    assert process.stderr.split() == (
+        f"{sent.name}: saving after this step, then ending; once more ends at once.".split()
+    )
+
+
+def test_a_second_signal_ends_at_once_and_what_was_saved_is_whole(place, cache):
+    run = place / "runs" / "a"
+    with started(place, cache) as process:
+        process.read_until("step 7/")
+        wait_until(lambda: steps(run) == [7])
+        # Nothing more is read: the run is held before it can end after its step.
+        process.send(TERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send(TERM)
+        wait_until(lambda: process.poll() is not None)
+        assert process.end() == 143
+    first, second = process.stderr.split("\n\n")
+    assert "saving after this step" in first
+    assert second == "SIGTERM: ended at once.\n"
+    assert steps(run) == [7]
+    before = arrays(run, 7)
+    _, status, _ = resume(run, cache)
+    assert status == 0
+    assert steps(run) == [7, 14, 20]
+    assert arrays(run, 7) == before
+
+
+def test_a_run_started_to_survive_its_terminal_does(place, cache):
+    """As with nohup, which has the signal ignored."""
+    with started(place, cache, "--num-steps", "9", ignored=[HUP]) as process:
+        process.read_until("step 3/")
+        process.send(HUP)
+        assert (process.end(), process.stderr) == (0, "")
+    assert records(place / "runs" / "a")[-1]["step"] == 9
+
+
+def test_a_console_that_is_closed_ends_neither_the_training_nor_the_log(straight, place, cache):
+    with started(place, cache) as process:
+        process.read_until("step 3/")
+        process.close_console()
+        assert process.end() == 0, process.stderr
+    assert "Traceback" not in process.stderr
+    run = place / "runs" / "a"
+    assert_same_run(run, straight)
+    log = (run / "log.txt").read_text().splitlines()
+    words = [line.split(" | ")[:2] for line in log if line.startswith("step ")]
+    expected = (straight / "log.txt").read_text().splitlines()
+    assert words == [line.split(" | ")[:2] for line in expected if line.startswith("step ")]
+    assert "weights and metrics of 20 steps are in runs/a" in log
+
+
+# While it validates
+
+
+LONG = ["--val-tokens", "600000"]  # 2,344 passes: seconds in which the signal comes
+SHORT = ["--val-tokens", f"{VAL_TOKENS}"]
+
+
+def validates_long(place):
+    """Make it enough data for that."""
+    write_shard(place / "val.bin", np.tile(read_shard(place / "val.bin"), 301))
+
+
+@pytest.mark.parametrize(("interval", "last", "broken"), [(4, 6, 4), (0, 5, 5)])
+def test_a_validation_is_broken_off_and_made_up_for_when_the_run_goes_on(
+    place, cache, interval, last, broken
+):
+    """Its last validation too, after which there is nothing else to do."""
+    validates_long(place)
+    arguments = ["--val-loss-every", interval, "--num-steps", last]
+    with started(place, cache, *arguments, *LONG) as process:
+        process.read_until(f"step {broken}/{last} | train")
+        process.send(TERM)
+        before = time.monotonic()
+        assert process.end() == 143
+        assert time.monotonic() - before < AT_ONCE
+    run = place / "runs" / "a"
+    assert steps(run) == [broken]
+    assert not any("val loss" in line for line in process.lines), "the signal came too late"
+    assert [record["step"] for record in records(run)] == [*range(1, broken)]
+    # The next process makes up for it, and is killed before it saves again.
+    with Process(["--resume", "runs/a", *SHORT], place, cache) as process:
+        assert f"step {broken}/{last} | val loss " in process.read_until(f"/{last} | ")
+        wait_until(lambda: broken in [record["step"] for record in records(run)])
+        process.send(signal.SIGKILL)
+        process.end()
+    assert steps(run) == [broken]
+    _, status, errors = resume(run, cache, *SHORT)
+    assert (status, errors) == (0, "")
+    with started(place, cache, *arguments, "--run-name", "b") as uninterrupted:
+        assert uninterrupted.end() == 0
+    other = place / "runs" / "b"
+    assert without_times(run) == without_times(other)
+    assert arrays(run, last) == arrays(other, last)
+
+
+# Before and after
+
+
+@pytest.mark.parametrize(("sent", "status"), [(TERM, 143), (INT, 130)])
+@pytest.mark.parametrize("after", [0.0, 0.12])
+def test_a_signal_while_jax_is_loaded_ends_at_once_and_leaves_nothing(
+    place, cache, sent, status, after
+):
+    with started(place, cache) as process:
+        maps = Path(f"/proc/{process.pid}/maps")
+        wait_until(lambda: "jaxlib" in maps.read_text())
+        time.sleep(after)
+        process.send(sent)
+        before = time.monotonic()
+        assert process.end() in (status, -sent)  # a shell says `status` of both
+        assert time.monotonic() - before < AT_ONCE
+    assert process.lines == [], "the signal came too late"
+    assert "Traceback" not in process.stderr
+    assert checkpoints(place / "runs" / "a") == []
+    assert no_half_files(place / "runs")
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "after"), [(TERM, 143, 0.0), (INT, 130, 1.5), (HUP, 129, 0.0)]
+)
+def test_a_signal_while_it_traces_or_compiles_ends_at_once(place, cache, sent, status, after):
+    run = place / "runs" / "a"
+    deep = ["--model.num-layers", "16", "--model.windows", *["8"] * 15, "0"]
+    nothing_cached = {"JAX_ENABLE_COMPILATION_CACHE": "0"}
+    with started(place, cache, *deep, environment=nothing_cached) as process:
+        process.read_until("XLA attention")
+        time.sleep(after)
+        before = time.monotonic()
+        process.send(sent)
+        assert process.end() == status
+        assert time.monotonic() - before < AT_ONCE
+    assert process.stderr.split() == f"{sent.name}: ended at once.".split()
+    assert not any("compiled" in line for line in process.lines), "the signal came too late"
+    assert json.loads((run / "config.json").read_text())["num_steps"] == 20
+    assert checkpoints(run) == []
+    assert no_half_files(run)
+
+
+def test_a_signal_while_it_writes_its_sample_ends_at_once_and_the_run_is_whole(
+    straight, place, cache
+):
+    run = place / "runs" / "a"
+    with started(place, cache, "--sample-tokens", "100000") as process:
+        process.read_until("weights and metrics of 20 steps")
+        before = time.monotonic()
+        process.send(TERM)
+        assert process.end() == 143
+        assert time.monotonic() - before < AT_ONCE
+    assert not any("sample" in line for line in process.lines)
+    assert_same_run(run, straight)
+    assert no_half_files(run)
+
+
+# Several processes
+
+
+MEMBER = """
+import sys, time
+import jax
+
+port, me, last = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, me)
+
+from jax.experimental.multihost_utils import sync_global_devices
+from nanogpt.training.interruption import Interruption
+
+with Interruption() as interruption:
+    interruption.patient = True
+    for step in range(1, last + 1):
+        time.sleep(0.02)
+        sync_global_devices(f"step {step}")
+        print("step", step, flush=True)
+        if interruption.requested(step):
+            print("step", step, "is the last", flush=True)
+            sys.exit(interruption.exit_status)
+"""
+
+
+@pytest.mark.parametrize(
+    ("member", "sent", "statuses"),
+    [(0, TERM, [143, 143]), (1, TERM, [143, 143]), (1, INT, [143, 130])],
+)
+def test_processes_that_train_together_end_after_the_same_step(member, sent, statuses, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    root = str(Path(__file__).parents[2])
+    environment = os.environ | {
+        "PYTHONPATH": root,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+    }
+    last = 2000
+    members = [
+        subprocess.Popen(
+            [sys.executable, "-c", MEMBER, f"{port}", f"{i}", f"{last}"],
+            env=environment,
+            stdout=(tmp_path / f"{i}").open("wb"),
+            stderr=(tmp_path / f"{i}.stderr").open("wb"),
+        )
+        for i in range(2)
+    ]
+    try:
+        wait_until(lambda: (tmp_path / f"{member}").read_text().count("\n") >= 10)
+        members[member].send_signal(sent)
+        ended = [process.wait(PATIENCE) for process in members]
+    finally:
+        for process in members:
+            process.kill()
+            process.wait()
+    made = [re.findall(r"^step .*$", (tmp_path / f"{i}").read_text(), re.M) for i in range(2)]
+    errors = [(tmp_path / f"{i}.stderr").read_text()[-2000:] for i in range(2)]
+    assert ended == statuses, errors
+    assert made[0] == made[1]
+    assert made[0][-1].endswith(" is the last")
+    assert 10 <= len(made[0]) < last

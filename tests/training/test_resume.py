@@ -1,0 +1,823 @@
+"""Runs that died in every way we know of, and went on: the result is that of a run that did not.
+
+Faults are real: processes are killed, files damaged, disks full. The run that a test stops is held
+by its console, which it waits for like any program whose output is not read; so nothing here
+depends on being quick.
+"""
+
+import fcntl
+import json
+import os
+import re
+import resource
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint import v1 as ocp
+
+import train_gpt
+from nanogpt.config import ConfigError, GPTConfig
+from nanogpt.data.shards import check_vocabulary, write_shard
+from nanogpt.training.resume import CHANGEABLE, resumed_settings
+from tests.test_train_gpt import SCRIPT, SMALL, STAGE_ENDS, STAGED, TIMES, shared_folder, staged_run
+from train_gpt import PRESETS, Hyperparameters
+
+STEPS, EVERY = 20, 7
+DATA = ["--train-files", "train_*.bin", "--val-files", "val.bin"]
+RUN = [
+    *("--preset", "laptop", *SMALL, *DATA, "--num-steps", f"{STEPS}"),
+    *("--checkpoint-every", f"{EVERY}", "--keep-checkpoints", "9"),
+]
+PATIENCE = 120  # seconds after which a process that does not do what it should has failed
+
+
+# Runs a command with signals as they are on a terminal, but for those to ignore, and with a limit
+# to the size of files.
+PREPARE = """
+import os, resource, signal, sys
+ignored, limit, *command = sys.argv[1:]
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)
+for number in ignored.split():
+    signal.signal(int(number), signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+os.execv(command[0], command)
+"""
+NO_LIMIT = resource.RLIM_INFINITY
+
+
+# Runs, and what they leave
+
+
+class Process:
+    """`train_gpt.py` in a process of its own, which can get one line ahead of who reads it.
+
+    Its console is a pipe that holds a single write. When step k's line was read, that of step
+    k + 1 is in the pipe, and the run is held before that of k + 2 until more is read.
+    """
+
+    def __init__(
+        self, arguments, cwd, cache, devices=1, environment=(), ignored=(), limit=NO_LIMIT
+    ):
+        """Start it in a folder, with nothing of this process's settings.
+
+        It ignores the signals `ignored`, and no file of it may grow beyond `limit` bytes.
+        """
+        left_out = ("FORCE_COLOR", "COLUMNS", "PYTHONUNBUFFERED")
+        settings = {
+            "XDG_CACHE_HOME": str(cache),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": str(devices),
+            "JAX_ENABLE_COMPILATION_CACHE": "1",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # to compile in half the time
+        }
+        inherited = {k: v for k, v in os.environ.items() if k not in left_out}
+        self._read, write = os.pipe2(os.O_DIRECT)
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+        self._errors, errors = os.pipe()  # no file, to which the limit would apply, too
+        self.stderr = ""
+        self.lines, self._rest = [], ""  # what was read of the console
+        command = [sys.executable, SCRIPT, *map(str, arguments)]
+        signals = "".join(f"{number:d} " for number in ignored)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", PREPARE, signals, f"{limit}", *command],
+            cwd=cwd,
+            env=inherited | settings | dict(environment),
+            stdout=write,
+            stderr=errors,
+        )
+        self.pid = self._process.pid
+        os.close(write)
+        os.close(errors)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.kill()
+        self._process.wait()
+        self.close_console()
+        os.close(self._errors)
+
+    def read_until(self, text):
+        """Read on to the next line with `text` in it, and return that line."""
+        read = len(self.lines)
+        while True:
+            for line in self.lines[read:]:
+                read += 1
+                if text in line:
+                    return line
+            assert self._read_more(), (text, self.lines, self.end(), self.stderr)
+
+    def send(self, number):
+        self._process.send_signal(number)
+
+    def poll(self):
+        return self._process.poll()
+
+    def close_console(self):
+        if self._read is not None:
+            os.close(self._read)
+            self._read = None
+
+    def end(self):
+        """Read all that is still to come, and return the exit status."""
+        while self._read is not None and self._read_more():
+            pass
+        status = self._process.wait(PATIENCE)
+        while piece := os.read(self._errors, 1 << 16):
+            self.stderr += piece.decode()
+        return status
+
+    def _read_more(self):
+        """Read a little; False at the end."""
+        readable, _, _ = select.select([self._read], [], [], PATIENCE)
+        assert readable, f"nothing came after {self.lines}"
+        piece = os.read(self._read, 1 << 16)
+        *lines, self._rest = (self._rest + piece.decode()).split("\n")
+        self.lines += lines
+        return bool(piece)
+
+
+def wait_until(true):
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """One cache of compiled code for all these runs."""
+    return shared_folder(tmp_path_factory) / "resume-cache"
+
+
+def write_data(folder):
+    """Two shards to train on, not twice the same row, and one to validate on."""
+    random = np.random.default_rng(0)
+    tokens = (7 * np.arange(20_000) % 97 + random.integers(0, 9, 20_000)).astype(np.uint16)
+    write_shard(folder / "train_0.bin", tokens[:9_000])
+    write_shard(folder / "train_1.bin", tokens[9_000:18_000])
+    write_shard(folder / "val.bin", tokens[18_000:])
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with data, where runs are made; this process is in it, too."""
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory, cache):
+    """The run that nothing happened to, made by the first process that asks for it."""
+    folder = shared_folder(tmp_path_factory) / "straight"
+    with (folder.parent / "straight.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "done").exists():
+            folder.mkdir()
+            write_data(folder)
+            with Process([*RUN, "--run-name", "a"], folder, cache) as process:
+                assert (process.end(), process.stderr) == (0, "")
+            (folder / "done").touch()
+    return folder / "runs" / "a"
+
+
+@pytest.fixture(scope="session")
+def staged(tmp_path_factory):
+    """The same of a run through several stages, and the cache that it filled."""
+    return staged_run(tmp_path_factory).folder, shared_folder(tmp_path_factory) / "cache"
+
+
+def died_after(step, straight, place):
+    """A copy of the straight run as it would have been left by a crash soon after `step`."""
+    run = place / "runs" / "a"
+    shutil.copytree(straight, run)
+    for checkpoint in checkpoints(run):
+        if int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[: step + 2]) + lines[step + 2][:20])
+    return run
+
+
+def resume(run, cache, *arguments, devices=1):
+    """Go on with a run to its end: the process, its exit status."""
+    place = run.parent.parent
+    with Process(["--resume", run.relative_to(place), *arguments], place, cache, devices) as it:
+        return it, it.end(), it.stderr
+
+
+def checkpoints(run):
+    """The folders of the whole checkpoints, oldest first."""
+    return sorted(path.parent for path in (run / "checkpoints").glob("*/manifest.json"))
+
+
+def steps(run):
+    return [int(checkpoint.name) for checkpoint in checkpoints(run)]
+
+
+def arrays(run, step):
+    """Every array of a checkpoint by its name: parameters, optimizer and the rest, to the bit."""
+    tree = ocp.load_checkpointables(run / "checkpoints" / f"{step:08}")
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(k): (x.dtype, x.shape, np.asarray(x).tobytes()) for k, x in leaves}
+
+
+def records(run):
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(run):
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records(run)]
+
+
+def assert_same_run(run, straight):
+    assert without_times(run) == without_times(straight)
+    assert_same_end(run, straight)
+
+
+def assert_same_end(run, straight):
+    last = steps(straight)[-1]
+    assert steps(run)[-1] == last
+    ours, theirs = arrays(run, last), arrays(straight, last)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def started(place, cache, *arguments, **settings):
+    """The run "a", which has begun."""
+    return Process([*RUN, "--run-name", "a", *arguments], place, cache, **settings)
+
+
+def killed_after_seven(place, cache, *arguments, devices=1):
+    """A run killed in the steps after 7, when the checkpoint of that was whole."""
+    run = place / "runs" / "a"
+    with started(place, cache, *arguments, devices=devices) as process:
+        process.read_until("step 7/")
+        wait_until(lambda: steps(run) == [7])
+        process.send(signal.SIGKILL)
+        assert process.end() == -signal.SIGKILL
+    assert 7 <= records(run)[-1]["step"] < 12
+    return run
+
+
+# The same run
+
+
+def test_the_straight_run_has_what_the_others_are_compared_with(straight):
+    assert steps(straight) == [7, 14, 20]
+    assert [record["step"] for record in records(straight)] == [*range(1, STEPS + 1)]
+    assert [r["step"] for r in records(straight) if "val_loss" in r] == [4, 8, 12, 16, 20]
+    names = arrays(straight, STEPS).keys()
+    assert any(name.startswith("['params']") for name in names)
+    assert any("['opt_state']" in name for name in names)
+    assert arrays(straight, 14) != arrays(straight, STEPS)
+
+
+def test_a_run_that_was_killed_goes_on_after_its_last_checkpoint_to_the_same_end(
+    straight, place, cache
+):
+    run = killed_after_seven(place, cache)
+    process, status, errors = resume(run, cache)
+    assert (status, errors) == (0, "")
+    assert "resuming runs/a after step 7" in process.lines
+    assert not any(line.startswith("step 7/") for line in process.lines)
+    assert_same_run(run, straight)
+
+
+def test_a_run_that_was_told_to_end_goes_on_after_that_step_to_the_same_end(straight, place, cache):
+    run = place / "runs" / "a"
+    with started(place, cache, "--checkpoint-every", "0") as process:
+        process.read_until("step 5/")
+        process.send(signal.SIGTERM)
+        assert process.end() == 143
+    (step,) = steps(run)
+    assert 5 <= step <= 9
+    process, status, errors = resume(run, cache)
+    assert (status, errors) == (0, "")
+    assert f"resuming runs/a after step {step}" in process.lines
+    assert_same_run(run, straight)
+
+
+def test_auto_goes_on_with_the_run_that_was_started_last(straight, place, cache):
+    run = died_after(14, straight, place)
+    for name in ("older", "b"):
+        shutil.copytree(run, place / "runs" / name)
+    for seconds, name in enumerate(("older", "b", "a")):
+        os.utime(place / "runs" / name / "config.json", (1e9 + seconds, 1e9 + seconds))
+    before = [contents(place / "runs" / name) for name in ("older", "b")]
+    with Process(["--resume", "auto"], place, cache) as process:
+        assert process.end() == 0
+    assert "resuming runs/a after step 14" in process.lines
+    assert_same_run(run, straight)
+    assert [contents(place / "runs" / name) for name in ("older", "b")] == before
+
+
+def test_a_run_goes_on_with_another_number_of_devices_on_the_same_tokens(straight, place, cache):
+    run = killed_after_seven(place, cache, "--batch-size", "1", devices=8)
+    with Process(["--resume", "runs/a", "--batch-size", "4"], place, cache, devices=2) as second:
+        second.read_until("step 14/")
+        wait_until(lambda: steps(run) == [7, 14])
+        second.send(signal.SIGKILL)
+        assert second.end() == -signal.SIGKILL
+    third, status, errors = resume(run, cache, "--batch-size", "1", devices=8)
+    assert (status, errors) == (0, "")
+    for process, step, devices, rows in ((second, 7, 2, 4), (third, 14, 8, 1)):
+        assert f"resuming runs/a after step {step}" in process.lines
+        assert any(f"({rows} * 32 * {devices}) = 1" in line for line in process.lines)
+    assert steps(run) == [7, 14, 20]
+    for ours, theirs in zip(records(run), records(straight), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert (ours["step"], ours["tokens"]) == (theirs["step"], theirs["tokens"])
+        for name in ours.keys() & {"train_loss", "val_loss"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+    # Other rows have other losses: the agreement above is not that of any two batches.
+    losses = [record["train_loss"] for record in records(straight)]
+    assert np.abs(np.diff(losses)).min() > 1e-3
+
+
+# Stages
+
+
+def test_a_run_stopped_in_the_validation_that_ends_a_stage_goes_on_with_the_next_to_the_same_end(
+    staged, place
+):
+    straight, cache = staged
+    hp = json.loads((straight / "config.json").read_text())
+    files = [f"--{name}-files={hp[f'{name}_files']}" for name in ("train", "val")]
+    end = STAGE_ENDS[0]
+    # So many tokens that the signal comes while it validates, as it then does for the first time.
+    long = ["--val-loss-every", end, "--val-tokens", "50000"]
+    arguments = [*SMALL, *STAGED, *files, *long, "--run-name", "a"]
+    run = place / "runs" / "a"
+    with Process(arguments, place, cache) as process:
+        process.read_until(f"step {end}/26 | train")
+        process.send(signal.SIGTERM)
+        assert process.end() == 143
+    assert steps(run)[-1] == end
+    assert [record["step"] for record in records(run)] == [*range(1, end)]
+    process, status, errors = resume(
+        run, cache, "--val-loss-every", "3", "--val-tokens", f"{hp['val_tokens']}"
+    )
+    assert (status, errors) == (0, "")
+    assert f"resuming runs/a after step {end}" in process.lines
+    # The first process had not validated before, which is no part of the training.
+    expected = without_times(straight)
+    for record in expected[: end - 1]:
+        record.pop("val_loss", None)
+    assert without_times(run) == expected
+    assert_same_end(run, straight)
+
+
+def test_a_run_goes_on_from_one_stage_through_the_next_on_another_number_of_devices(staged, place):
+    straight, cache = staged
+    run = died_after(21, straight, place)
+    process, status, errors = resume(run, cache, "--batch-size", "1", devices=2)
+    assert (status, errors) == (0, "")
+    assert any(line.endswith("/ (1 * 64 * 2) = 1, 2, 3") for line in process.lines)
+    for ours, theirs in zip(records(run), records(straight), strict=True):
+        for name in ("step", "tokens", "learning_rate_factor"):
+            assert ours[name] == theirs[name]
+        for name in ours.keys() & {"train_loss", "val_loss"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
+
+
+def test_a_number_of_steps_that_moves_a_stage_which_has_been_trained_is_refused(staged, place):
+    straight, cache = staged
+    run = died_after(15, straight, place)
+    metrics, whole = (run / "metrics.jsonl").read_bytes(), contents(run / "checkpoints")
+    process, status, errors = resume(run, cache, "--num-steps", "52")
+    assert (status, process.lines) == (2, [])
+    # 9 steps of 128 tokens and 6 of 256; of 52 steps, the first 17 have 128.
+    assert errors == (
+        "num_steps cannot change to 52 while runs/a is resumed: its stages would have had "
+        "1,920 tokens by now instead of 2,688.\n"
+    )
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    assert contents(run / "checkpoints") == whole
+
+
+# What may change, and what may not
+
+
+def another(value):
+    """Some other value of the same type."""
+    if isinstance(value, GPTConfig):
+        return replace(value, num_layers=value.num_layers + 1)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return value[::-1] + (value[:1] or ("x",))
+    return f"{value}x" if isinstance(value, str) else (value or 0) + 1
+
+
+def test_every_setting_that_is_not_named_as_changeable_is_refused(place):
+    hp = PRESETS["laptop"]
+    (place / "config.json").write_text(json.dumps(train_gpt.asdict(hp)))
+    refused = set()
+    for name in (field.name for field in fields(Hyperparameters)):
+        changed = another(getattr(hp, name))
+        try:
+            after = resumed_settings(
+                Hyperparameters,
+                place,
+                lambda hp, name=name, changed=changed: replace(hp, **{name: changed}),
+            )
+            assert name == "resume" or getattr(after, name) == changed
+        except ConfigError as error:
+            assert str(error).startswith(f"{name} cannot change from ")
+            refused.add(name)
+    assert refused == {field.name for field in fields(Hyperparameters)} - CHANGEABLE
+    assert refused >= {"seed", "learning_rate", "model", "train_files", "total_batch_size"}
+
+
+ONE_ROW_EACH = ["--batch-size", "1"]  # on the eight devices of this process
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (["--learning-rate", "0.5"], ["learning_rate", "0.03", "0.5"]),
+        (["--model.width", "64"], ["model", "width=32", "width=64"]),
+        (["--seed", "1"], ["seed", "0", "1"]),
+        (["--train-files", "train_0.bin"], ["train_files", "train_*.bin", "train_0.bin"]),
+    ],
+)
+def test_a_setting_that_cannot_change_is_named_and_nothing_is_touched(
+    straight, place, capsys, change, told
+):
+    run = died_after(14, straight, place)
+    before = contents(run)
+    assert train_gpt.main(["--resume", "runs/a", *ONE_ROW_EACH, *change]) == 2
+    assert_one_sentence(capsys.readouterr(), *told)
+    assert contents(run) == before
+
+
+def test_lengths_and_intervals_may_change(straight, place, cache):
+    run = died_after(14, straight, place)
+    arguments = ["--num-steps", "18", "--val-loss-every", "3", "--val-tokens", "300"]
+    arguments += ["--checkpoint-every", "2", "--keep-checkpoints", "3", "--device", "cpu"]
+    _, status, errors = resume(run, cache, *arguments)
+    assert (status, errors) == (0, "")
+    assert [record["step"] for record in records(run)] == [*range(1, 19)]
+    assert [r["step"] for r in records(run) if "val_loss" in r] == [4, 8, 12, 15, 18]
+    assert steps(run) == [14, 16, 18]
+    # What the run was resumed with is what it is resumed with next.
+    assert json.loads((run / "config.json").read_text())["num_steps"] == 18
+
+
+def shorter(place):
+    write_shard(place / "train_1.bin", np.fromfile(place / "train_1.bin", "<u2")[512:][:-1])
+
+
+def missing(place):
+    (place / "train_1.bin").unlink()
+
+
+def one_more(place):
+    shutil.copy(place / "train_1.bin", place / "train_2.bin")
+
+
+def no_data(place):
+    for shard in place.glob("train_*.bin"):
+        shard.unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (shorter, ["train_1.bin", "9,000 tokens", "8,999 tokens"]),
+        (missing, ["train_1.bin", "9,000 tokens", "nothing"]),
+        (one_more, ["train_2.bin", "9,000 tokens", "nothing"]),
+        (no_data, ["train_*.bin"]),
+    ],
+)
+def test_training_data_that_is_not_what_it_was_is_named(straight, place, capsys, change, told):
+    run = died_after(14, straight, place)
+    change(place)
+    metrics, whole = (run / "metrics.jsonl").read_bytes(), contents(run / "checkpoints")
+    assert train_gpt.main(["--resume", "runs/a", *ONE_ROW_EACH]) == 2
+    assert_one_sentence(capsys.readouterr(), *told)
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    assert contents(run / "checkpoints") == whole
+
+
+def assert_one_sentence(output, *told):
+    assert output.out == ""
+    (sentence,) = output.err.splitlines()
+    assert sentence.endswith(".")
+    for words in told:
+        assert words in sentence
+
+
+# Nothing to resume
+
+
+def no_runs(run):
+    shutil.rmtree(run.parent)
+
+
+def no_config(run):
+    (run / "config.json").unlink()
+
+
+def config_of_another_program(run):
+    (run / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+
+
+def config_cut_short(run):
+    config = run / "config.json"
+    config.write_text(config.read_text()[:100])
+
+
+def no_checkpoints(run):
+    shutil.rmtree(run / "checkpoints")
+
+
+def only_an_unfinished_one(run):
+    for checkpoint in checkpoints(run):
+        (checkpoint / "manifest.json").unlink()
+
+
+@pytest.mark.parametrize("asked", ["runs/a", "auto"])
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (no_runs, "no run|no config.json"),
+        (no_config, "no run|no config.json"),
+        (config_of_another_program, "config.json"),
+        (config_cut_short, "config.json"),
+        (no_checkpoints, "no checkpoint"),
+        (only_an_unfinished_one, "no checkpoint"),
+    ],
+)
+def test_a_run_that_cannot_be_resumed_is_an_error_and_never_a_fresh_start(
+    straight, place, capsys, harm, told, asked
+):
+    run = died_after(14, straight, place)
+    harm(run)
+    before = sorted(place.rglob("*"))
+    assert train_gpt.main(["--resume", asked, *ONE_ROW_EACH]) == 2
+    output = capsys.readouterr()
+    assert_one_sentence(output)
+    assert re.search(told, output.err)
+    assert sorted(place.rglob("*")) == before
+
+
+def test_a_run_that_is_finished_says_so(straight, place, capsys):
+    run = place / "runs" / "a"
+    shutil.copytree(straight, run)
+    metrics, whole = (run / "metrics.jsonl").read_bytes(), contents(run / "checkpoints")
+    assert train_gpt.main(["--resume", "runs/a", *ONE_ROW_EACH]) == 0
+    output = capsys.readouterr()
+    assert output.out == "runs/a has made all its 20 steps: --num-steps adds more.\n"
+    assert output.err == ""
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    assert contents(run / "checkpoints") == whole
+
+
+# Damaged checkpoints
+
+
+def largest_file(checkpoint):
+    return max((p for p in checkpoint.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flipped_bit(checkpoint):
+    content = bytearray(largest_file(checkpoint).read_bytes())
+    content[len(content) // 2] ^= 1
+    largest_file(checkpoint).write_bytes(content)
+
+
+def truncated(checkpoint):
+    file = largest_file(checkpoint)
+    os.truncate(file, file.stat().st_size - 1)
+
+
+def deleted(checkpoint):
+    largest_file(checkpoint).unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"), [(flipped_bit, "changed"), (truncated, "bytes instead of"), (deleted, "lacks")]
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
+    straight, place, cache, harm, why
+):
+    run = died_after(14, straight, place)
+    newest = run / "checkpoints" / "00000014"
+    file = largest_file(newest).relative_to(newest).as_posix()
+    harm(newest)
+    process, status, errors = resume(run, cache)
+    assert (status, errors) == (0, "")
+    (warning,) = (line for line in process.lines if line.startswith("WARNING"))
+    for words in ("00000014", file, why, "step 7"):
+        assert words in warning
+    assert "resuming runs/a after step 7" in process.lines
+    assert_same_run(run, straight)
+
+
+def test_when_every_checkpoint_is_damaged_each_is_named_and_nothing_is_done(
+    straight, place, capsys
+):
+    run = died_after(14, straight, place)
+    for checkpoint in checkpoints(run):
+        flipped_bit(checkpoint)
+    before = contents(run / "checkpoints")
+    assert train_gpt.main(["--resume", "runs/a", *ONE_ROW_EACH]) == 2
+    assert_one_sentence(capsys.readouterr(), "runs/a", "00000007", "00000014")
+    assert contents(run / "checkpoints") == before
+
+
+# A disk that is full: no file may grow beyond what is left
+
+
+def allow(process, limit=NO_LIMIT):
+    """Let no file of a process grow beyond `limit` bytes from now on."""
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, NO_LIMIT))
+
+
+def test_a_checkpoint_that_does_not_fit_is_loud_and_the_training_goes_on(straight, place, cache):
+    run = place / "runs" / "a"
+    largest = largest_file(straight / "checkpoints" / "00000014").stat().st_size
+    with started(place, cache) as process:
+        process.read_until("step 7/")
+        wait_until(lambda: steps(run) == [7])
+        allow(process, largest // 2)
+        assert process.end() == 2
+    warnings = [line for line in process.lines if line.startswith("WARNING")]
+    assert ["step 14" in warnings[0], "step 20" in warnings[1]] == [True, True]
+    assert all("was not written" in warning for warning in warnings)
+    assert "The checkpoint of step 20 was not written" in process.stderr.splitlines()[-1]
+    assert "Traceback" not in process.stderr
+    assert without_times(run) == without_times(straight)
+    # What was saved before is still good, and with room again the run can be completed.
+    assert steps(run) == [7]
+    _, status, errors = resume(run, cache)
+    assert (status, errors) == (0, "")
+    assert_same_run(run, straight)
+
+
+def test_metrics_that_do_not_fit_wait_until_they_do(straight, place, cache):
+    run = place / "runs" / "a"
+    with started(place, cache) as process:
+        process.read_until("step 7/")
+        wait_until(lambda: steps(run) == [7])
+        room = (run / "metrics.jsonl").stat().st_size + 10
+        allow(process, room)
+        process.read_until("step 12/")
+        assert (run / "metrics.jsonl").stat().st_size <= room
+        allow(process)
+        process.read_until("step 14/")
+        assert process.end() in (0, 2)  # the checkpoint of step 14 may have been too early
+    assert any("WARNING" in line and "metrics.jsonl" in line for line in process.lines)
+    assert without_times(run) == without_times(straight)
+
+
+def test_a_disk_that_is_full_from_the_start_is_told_in_one_sentence(straight, place, cache):
+    run = died_after(14, straight, place)
+    metrics, whole = (run / "metrics.jsonl").read_bytes(), contents(run / "checkpoints")
+    for arguments, limit in (
+        ([*RUN, "--run-name", "b"], 10),  # no room for config.json
+        (["--resume", "runs/a"], 2_500),  # none for the metrics up to step 14
+    ):
+        with Process(arguments, place, cache, limit=limit) as process:
+            status = process.end()
+        (sentence,) = process.stderr.splitlines()
+        assert (status, sentence[-1]) == (2, ".")
+        assert "File too large" in sentence
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+    assert contents(run / "checkpoints") == whole
+
+
+# Two processes
+
+
+def test_a_run_has_one_process_at_a_time_and_is_free_when_that_was_killed(straight, place, cache):
+    run = place / "runs" / "a"
+    with started(place, cache) as first:
+        first.read_until("step 7/")
+        wait_until(lambda: steps(run) == [7])
+        time.sleep(0.2)  # for what is not waited for to be written
+        before = contents(run)
+        second, status, errors = resume(run, cache)
+        assert (status, second.lines) == (2, [])
+        (sentence,) = errors.splitlines()
+        assert re.search(
+            rf"^runs/a is being trained by process {first.pid} on \S+ "
+            r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d: .*\.$",
+            sentence,
+        )
+        assert contents(run) == before
+        first.send(signal.SIGKILL)
+        assert first.end() == -signal.SIGKILL
+    _, status, errors = resume(run, cache)
+    assert (status, errors) == (0, "")
+    assert_same_run(run, straight)
+
+
+# Numbers that are not finite
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(place, cache):
+    run = place / "runs" / "a"
+    arguments = ["--scalar-learning-rate", "1e30", "--checkpoint-every", "1"]
+    with started(place, cache, *arguments) as process:
+        assert process.end() == 3
+    said = process.stderr
+    assert_stopped_at(3, said, "The last good checkpoint is runs/a/checkpoints/00000002.")
+    assert [record["step"] for record in records(run)] == [1, 2]
+    assert steps(run) == [1, 2]
+    leaves = jax.tree.leaves(ocp.load_checkpointables(checkpoints(run)[-1]))
+    assert leaves
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+    before = arrays(run, 2)
+    # It is no accident of the first process: the same step stops the next.
+    _, status, again = resume(run, cache)
+    assert (status, again) == (3, said)
+    assert steps(run) == [1, 2]
+    assert arrays(run, 2) == before
+
+
+def test_a_loss_that_is_not_finite_before_any_checkpoint_says_that_there_is_none(place, cache):
+    with started(place, cache, "--scalar-learning-rate", "1e30") as process:
+        assert process.end() == 3
+    assert_stopped_at(3, process.stderr, "runs/a has no checkpoint that can be used: there is none")
+    assert steps(place / "runs" / "a") == []
+
+
+def test_a_validation_loss_that_is_not_finite_stops_the_run_too(place, cache):
+    """The last update made the parameters too large; there is no later step to notice it."""
+    with started(place, cache, "--scalar-learning-rate", "1e30", "--num-steps", "2") as process:
+        status = process.end()
+    assert status == 3, process.lines
+    (line,) = process.stderr.splitlines()
+    assert "step 2" in line
+    assert "nan" in line
+    for line in (place / "runs" / "a" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)  # NaN is no JSON
+
+
+def assert_stopped_at(step, said, where):
+    (line,) = said.splitlines()
+    assert line.startswith(f"step {step}: loss nan, gradient norm nan, at 1.000 times the learning")
+    assert where in line
+
+
+# Before a run begins
+
+
+@pytest.mark.parametrize("device", ["gpu", "tpu"])
+def test_a_device_that_is_not_there_is_told_in_one_sentence(place, cache, device):
+    with started(place, cache, "--device", device) as process:
+        assert process.end() == 2
+    assert process.lines == []
+    (sentence,) = process.stderr.splitlines()
+    assert sentence.startswith(f"JAX finds no {device}, only cpu: ")
+    assert sentence.endswith(".")
+    assert not (place / "runs").exists()
+
+
+def test_verify_data_finds_a_token_that_the_sample_misses(place, capsys):
+    tokens = np.zeros(1_200_000, np.uint16)
+    tokens[4_500] = 300  # between two blocks of the sample
+    check_vocabulary("sampled", tokens, 256, 1_000_000)
+    write_shard(place / "train_1.bin", tokens)
+    assert train_gpt.main([*RUN, *ONE_ROW_EACH, "--verify-data"]) == 2
+    assert_one_sentence(capsys.readouterr(), "train_1.bin", "token 300", "4,500")
+    assert not (place / "runs").exists()
+
+
+# What is promised
+
+
+def test_every_fault_on_the_page_on_reliability_names_tests_and_all_of_them_exist():
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "reliability.md").read_text()
+    table = page[page.index("| fault |") :].split("\n\n")[0].splitlines()[2:]
+    assert len(table) >= 30
+    for row in table:
+        fault, _, tests = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1])
+        named = re.findall(r"`(tests/\w+\.py)::(\w+)`", tests)
+        assert named, fault
+        assert " ".join(f"`{file}::{test}`" for file, test in named) == tests
+        for file, test in named:
+            assert re.search(rf"^def {test}\(", (root / file).read_text(), re.MULTILINE), test

@@ -1,0 +1,82 @@
+"""Runs whose parameters lie in parts over processes, and go on over other devices."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import train_gpt
+from tests.devices.test_processes import losses, processes
+from tests.training.test_resume import RUN, STEPS, Process, cache, died_after, place, resume  # noqa: F401
+
+ARGUMENTS = [*RUN, "--model.num-heads", "4"]  # which two devices share, in pairs too
+
+
+def assert_close(found, expected):
+    """The same losses: rounding, which differs, grows from step to step."""
+    assert found.keys() == expected.keys()
+    for step, pair in expected.items():
+        rel = 1e-5 if step <= 5 else 1e-4
+        for loss, other in zip(found[step], pair, strict=True):
+            assert loss == (other and pytest.approx(other, rel=rel)), step
+
+
+def alone_and_in_parts(place, cache):  # noqa: F811
+    """The same run on one device, and divided over four of two processes in both ways."""
+    with Process([*ARGUMENTS, "--run-name", "alone"], place, cache) as process:
+        assert (process.end(), process.stderr) == (0, "")
+    divided = ["--mesh", "data=2,model=2", "--shard-params", "--batch-size", "2"]
+    with processes([*ARGUMENTS, *divided, "--run-name", "parts"], place, cache) as (
+        (one, two),
+        (end,),
+    ):
+        statuses = [one.end(), end.result()]
+    assert statuses == [0, 0], (one.stderr, two.stderr)
+    return Path("runs/alone"), Path("runs/parts")
+
+
+def test_a_run_in_parts_loses_as_one_on_a_device_does_and_goes_on_on_any_devices(
+    place,  # noqa: F811
+    cache,  # noqa: F811
+):
+    alone, parts = alone_and_in_parts(place, cache)
+    assert_close(losses(parts), losses(alone))
+
+    for devices, arguments in {
+        1: ["--mesh", "None", "--no-shard-params"],
+        4: ["--mesh", "None", "--rematerialize", "True"],
+    }.items():
+        shutil.rmtree(place / "runs" / "a", ignore_errors=True)
+        run = died_after(7, parts, place)
+        process, status, errors = resume(
+            run, cache, *arguments, "--batch-size", "2", devices=devices
+        )
+        assert (status, errors) == (0, "")
+        assert "resuming runs/a after step 7" in process.lines
+        assert_close(losses(run), losses(alone))
+        assert max(losses(run)) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--mesh", "8"], "mesh must be devices by axis, such as data=4,model=2"),
+        (["--mesh", "data=2"], "mesh data=2 leaves 6 of 8 devices idle"),
+        (["--mesh", "data=4,model=4"], "needs 16 devices, but JAX finds 8"),
+        (["--mesh", "model=2"], "2 devices along model cannot share num_heads 2 in pairs"),
+        (
+            ["--shard-params", "--model.bigram-buckets", "60"],
+            "bigram_embed cannot be divided by data=8",
+        ),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_told_in_one_sentence_before_a_run_is_made(
+    place,  # noqa: F811
+    capsys,
+    arguments,
+    told,
+):
+    assert train_gpt.main([*RUN, "--batch-size", "1", *arguments]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert told in sentence
+    assert not Path("runs").exists()
