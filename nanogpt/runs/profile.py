@@ -228,7 +228,7 @@ def table_of(ops: list[Op], programs: Iterable[str]) -> str:
 def origins(hlo: str) -> dict[str, str]:
     """Where the operations of a compiled program come from, as far as its text tells, by name.
 
-    Such as "model.py:74 project < model.py:180 MLP.__call__, jit(train_step)/jvp()/dot_general":
+    Such as "gpt.py:74 project < gpt.py:180 MLP.__call__, jit(train_step)/jvp()/dot_general":
     a line and what called it, and the path that JAX gives the operation, in which "transpose(jvp"
     means the backward pass. Of an operation that is XLA's own idea, what it makes: "f32[8,8] copy".
     """

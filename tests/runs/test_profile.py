@@ -116,7 +116,7 @@ def test_the_table_is_said_and_kept_and_names_source_lines(traced):
     assert 1 <= len(rows) <= 10
     (product,) = (row for row in rows if re.search(r" (dot|ynn)", row))
     line = inspect.getsourcelines(layer)[1] + 1
-    assert f" test_trace.py:{line} layer < test_trace.py:" in product
+    assert f" test_profile.py:{line} layer < test_profile.py:" in product
     assert product.split()[2] == str(3 * PRODUCTS)
     assert "ui.perfetto.dev" in place and str(folder) in place
 
@@ -348,7 +348,7 @@ def test_origins_are_the_line_the_caller_and_the_pass_of_each_operation():
 
     text = jax.jit(jax.grad(outer)).lower(jnp.ones((8, 8))).compile().as_text()
     start = inspect.getsourcelines(inner)[1] + 1, inspect.getsourcelines(outer)[1] + 1
-    place = f"test_trace.py:{start[0]} inner < test_trace.py:{start[1]} outer, jit(outer)/"
+    place = f"test_profile.py:{start[0]} inner < test_profile.py:{start[1]} outer, jit(outer)/"
     found = set(origins(text).values())
     assert f"{place}jvp()/dot_general" in found
     assert any(origin.startswith(f"{place}transpose(jvp())/") for origin in found)
