@@ -7,45 +7,35 @@ needs no download and takes a few minutes. `--help` lists every setting.
 The file reads from top to bottom: the hyperparameters, the presets, then the training loop.
 """
 
-import hashlib
 import os
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from glob import glob
 from importlib.util import find_spec
-from math import gcd, inf
+from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from nanogpt.config import ConfigError, GPTConfig, Kernels, LossKernel, mesh_axes
-from nanogpt.data.corpus import CorpusError, embedded_corpus
-from nanogpt.data.shards import ShardError, check_vocabulary, find_shards, read_shard
-from nanogpt.data.text.cache import prepare
+from nanogpt.config import ConfigError, GPTConfig, LossKernel, mesh_axes
+from nanogpt.data.corpus import CorpusError
+from nanogpt.data.shards import ShardError
 from nanogpt.data.text.documents import DataError
-from nanogpt.data.tokenizer import TOKENIZERS, TokenizerError, load_tokenizer
-from nanogpt.devices.launchers import launched_with_others
-from nanogpt.inference.sampling import Sampling
-from nanogpt.inference.weights import settings_with, weights_in
-from nanogpt.runs.environment import environment
-from nanogpt.runs.folder import Run, RunError, SilentRun, new_folder
+from nanogpt.data.tokenizer import TOKENIZERS, TokenizerError
+from nanogpt.runs.folder import Run, RunError
 from nanogpt.runs.profile import Trace, steps_of
-from nanogpt.runs.progress import BadNumbers, Progress
-from nanogpt.runs.trackers import check_trackers, open_trackers
-from nanogpt.schedule import Rates, Schedule, Stage
+from nanogpt.runs.progress import BadNumbers
+from nanogpt.runs.settings import join_others, settings, with_own_text
+from nanogpt.runs.trackers import check_trackers
+from nanogpt.schedule import Schedule, Stage
+from nanogpt.sizes import at_width
 from nanogpt.training.interruption import Interruption
-from nanogpt.training.resume import check_same_data, resumed_settings, run_to_resume, saved_settings
 
 if TYPE_CHECKING:
-    from flax import nnx
     from jax.sharding import Mesh
-    from optax import GradientTransformationExtraArgs
 
+    from nanogpt.training.plan import Plan
     from nanogpt.training.step import Params
 
 
@@ -206,6 +196,8 @@ class Hyperparameters:
     profile: str | None = None
     """Trace these optimizer steps, such as 10:13, both included, into the run's folder, and say
     what cost most in them; see docs/profiling.md."""
+    dry_run: bool = False
+    """Print what the run would do, and exit: devices, model, stages, memory, checkpoints."""
     sample_tokens: int = 256
     """Tokens to write at the end, as a sample; 0 for none."""
     sample_prompt: str = "The"
@@ -275,26 +267,6 @@ class Hyperparameters:
     def schedule(self) -> Schedule:
         """What holds at each step."""
         return Schedule(**{each.name: getattr(self, each.name) for each in fields(Schedule)})
-
-    def rows_per_step(self, stage: int, num_devices: int) -> int:
-        """Rows per device and optimizer step; ConfigError if they are not a whole Ng passes.
-
-        Devices are those along data: those along model have the same rows.
-        """
-        tokens, T = self.schedule.tokens_per_step(stage), self.schedule.row_length(stage)
-        per_pass = (self.batch_size or 1) * self.sequence_length * num_devices
-        if tokens % per_pass:
-            share = self.stages[stage].batch
-            below = tokens // per_pass * per_pass
-            nearest = [f"{round(n / share):,}" for n in (below, below + per_pass) if n]
-            in_stage = f" in stage {stage + 1}, {tokens:,}," if share != 1 else ""
-            raise ConfigError(
-                f"total_batch_size {self.total_batch_size:,}{in_stage} is not a multiple of "
-                f"batch_size * sequence_length * num_devices = {self.batch_size or 1} * "
-                f"{self.sequence_length} * {num_devices} = {per_pass:,}; nearest valid: "
-                f"{' and '.join(nearest)}."
-            )
-        return tokens // (T * num_devices)
 
 
 PRESETS = {
@@ -366,37 +338,6 @@ PRESETS = {
 }
 
 
-def at_width(base: Hyperparameters, num_layers: int, num_heads: int, width: int) -> Hyperparameters:
-    """The settings for a model of another size, with learning rates that suit its width.
-
-    What a step does to the activations is to stay the same (Yang, Simon and Bernstein,
-    arXiv:2310.17813), for which only the rate of the head changes:
-
-        Muon            constant: its updates have a spectral norm of sqrt(max(1, O / I)) at any
-                        width (Bernstein and Newhouse, arXiv:2410.21265)
-        Adam, head      by 1 / width: each logit adds up as many changes as the stream is wide
-                        (Yang et al., arXiv:2203.03466, table 3, output weights)
-        Adam, others    constant: a token looks up one row, and scalars are no sums over the width
-                        (the same table, input weights and biases)
-
-    These rules are about width. None of them tells how the rates change with depth, with the size
-    of a batch, or with how many tokens a run takes.
-    """
-    model = base.model
-    return replace(
-        base,
-        head_learning_rate=base.head_learning_rate * model.width / width,
-        model=replace(
-            model,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            width=width,
-            mlp_width=4 * width,
-            attention_scale=(width // num_heads) ** -0.5,
-        ),
-    )
-
-
 # The larger sizes of GPT-2, as `baseline` trains the smallest, for once through FineWeb10B: 10
 # billion tokens, as many as llm.c trains its GPT-2s on.
 PRESETS |= {
@@ -417,7 +358,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with Interruption() as interruption:
             join_others(given)
-            hp = settings(given, lambda start: override(default=start))
+            hp = settings(given, PRESETS, lambda start: override(default=start))
             hp.check()
             status = train(with_own_text(hp), interruption)
             from nanogpt.devices.processes import wait_for_others
@@ -432,519 +373,102 @@ def main(arguments: list[str] | None = None) -> int:
         return 3
 
 
-def join_others(given: Hyperparameters) -> None:
-    """Join the other processes of the run, if there are any: before JAX is used."""
-    where = given.coordinator_address, given.num_processes, given.process_id
-    if where == (None,) * 3 and not launched_with_others():
-        return  # known without loading JAX
-    from nanogpt.devices.processes import join_processes
-
-    if given.device == "cpu":
-        use_device("cpu")
-    join_processes(*where)
-
-
-def settings(
-    given: Hyperparameters, override: Callable[[Hyperparameters], Hyperparameters]
-) -> Hyperparameters:
-    """The settings that the arguments ask for: `given`, and what `override` makes of others."""
-    sources = [name for name in ("resume", "init_from", "config") if getattr(given, name)]
-    if len(sources) > 1:
-        raise ConfigError(
-            f"{' and '.join(sources)} each say where the settings start: give only one of them."
-        )
-    if given.resume is not None:
-        return resumed_settings(Hyperparameters, run_to_resume(given.resume), override)
-    if given.config is not None:
-        if given.preset != "auto":
-            raise ConfigError("preset and config both say where the settings start: leave one out.")
-        start = saved_settings(Hyperparameters, Path(given.config))
-        return replace(override(replace(start, run_name="", resume=None)), preset=start.preset)
-    weights = None
-    if given.init_from is not None:
-        weights = weights_in(Hyperparameters, Path(given.init_from))
-    if given.preset != "auto":
-        start = PRESETS[given.preset]
-    elif weights and weights.settings:
-        start = weights.settings
-    else:
-        start = PRESETS[preset_for_hardware(given.device)]
-    start = suited_to_own_text(start, override(start))
-    hp = settings_with(weights, start, override) if weights else override(start)
-    return replace(hp, preset=start.preset)
-
-
-def suited_to_own_text(start: Hyperparameters, asked: Hyperparameters) -> Hyperparameters:
-    """Where the settings start if `asked` names text of one's own, of any order and length."""
-    if not asked.data:
-        return start
-    return replace(
-        start,
-        shuffle=True,
-        max_document_length=None,
-        sample_prompt=Hyperparameters.sample_prompt,
-        model=replace(start.model, vocab_size=TOKENIZERS[asked.tokenizer].vocab_size),
-    )
-
-
-def with_own_text(hp: Hyperparameters) -> Hyperparameters:
-    """The settings with the shards of `data`, which are made now unless they are there."""
-    if not hp.data or (hp.resume and glob(hp.train_files)):
-        return hp
-    text = prepare(hp.data, hp.tokenizer, hp.data_field)
-    return replace(
-        hp,
-        train_files=text.train_files,
-        val_files=text.val_files,
-        val_tokens=min(hp.val_tokens, max(1, text.val_tokens - 1)),
-    )
-
-
-def preset_for_hardware(device: str) -> str:
-    """`speedrun` where JAX finds an accelerator that may be used, else `laptop`."""
-    if device == "cpu" or not (find_spec("jax_plugins") or find_spec("libtpu")):
-        return "laptop"  # known without loading JAX: it was installed for CPUs only
-    import jax
-
-    return "laptop" if jax.default_backend() == "cpu" else "speedrun"
-
-
 def train(hp: Hyperparameters, interruption: Interruption) -> int:
     """Train a model as `hp` says, in a new folder under runs/ or a resumed one; the exit status."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # JAX's own default is 0.75
-    import jax
-    import jax.numpy as jnp
-    from jax.sharding import NamedSharding
+    from nanogpt.data.batches import prefetch
+    from nanogpt.devices.compilation import use_compilation_cache
+    from nanogpt.devices.mesh import make_mesh, use_device
+    from nanogpt.inference.weights import with_weights
+    from nanogpt.runs import session
+    from nanogpt.training.checkpoint import Checkpoints
+    from nanogpt.training.inputs import Inputs
+    from nanogpt.training.plan import plan_here
+    from nanogpt.training.programs import prepare_programs
+    from nanogpt.training.start import where_to_begin
 
-    from nanogpt.data.batches import RowOrder, ValidationRows, prefetch, train_batch
-    from nanogpt.devices.compilation import (
-        compile_all,
-        first_that_fits,
-        memory_of,
-        use_compilation_cache,
-    )
-    from nanogpt.devices.hardware import (
-        activation_bytes,
-        device_memory,
-        flops_per_token,
-        largest_batch,
-        peak_memory,
-        row_fits,
-        utilization,
-    )
-    from nanogpt.devices.mesh import BATCH, REPLICATED, ROWS, make_mesh, put, shapes_on
-    from nanogpt.devices.processes import check_same, processes_line, told_by_first
-    from nanogpt.devices.sharding import check_shared
-    from nanogpt.inference.weights import load_model
-    from nanogpt.model.attention import choose_attention
-    from nanogpt.training.checkpoint import Checkpoints, load_state, newest_checkpoint
-    from nanogpt.training.step import graph_of, make_eval_step, make_init, make_train_step
-
-    # Devices and data.
+    # Plan: devices, data, stages, kernels, micro-batches.
     check_trackers(hp.tensorboard, hp.wandb)
     use_device(hp.device)
     use_compilation_cache()
-    alone = dict.fromkeys(("coordinator_address", "num_processes", "process_id"))
-    check_same("settings", repr(replace(hp, **alone)))
-    mesh = make_mesh(**mesh_axes(hp.mesh))
-    if mesh.size < jax.device_count():
-        raise ConfigError(
-            f"mesh {hp.mesh} leaves {jax.device_count() - mesh.size} of {jax.device_count()} "
-            "devices idle: name one that has all of them, or show JAX fewer."
-        )
-    sharers, readers = mesh.shape["model"], mesh.shape["data"]  # of a row, and of different ones
-    device = jax.local_devices()[0]
-    schedule, stages, V = hp.schedule, range(len(hp.stages)), hp.model.vocab_size
-    rows_per_step = [hp.rows_per_step(stage, readers) for stage in stages]  # of each device
-    data = find_data(hp)
-    check_same("data", data.sha256)
-    order = RowOrder(partial(rows_of, hp, data), schedule, hp.shuffle)
-    order(hp.num_steps)  # raises ShardError where the shards hold no row of some stage
-    val_rows = [
-        ValidationRows(data.val_files, schedule.row_length(stage), hp.val_tokens, V)
-        for stage in stages
-    ]
+    plan = plan_here(hp)
+    mesh = make_mesh(plan.readers, plan.sharers)
+    inputs = Inputs(plan, mesh)
+    if hp.dry_run:
+        return session.only_plan(plan)
 
-    # The model as each stage trains it, and its optimizer.
-    configs = [schedule.model(hp.model, stage) for stage in stages]
-    check_shared(hp.model, [schedule.row_length(stage) for stage in stages], sharers)
-    attention, attention_line = choose_attention(configs, hp.sequence_length, hp.dtype)
-    optimizer = optimizer_of(hp, mesh)
-    init = make_init(hp.model, optimizer, mesh, hp.shard_params)
-    key = jax.random.key(hp.seed)
-
-    # Rows per device and pass: as asked for, or what should fit.
-    memory, T = device_memory(device), hp.sequence_length
-    bytes_of = partial(activation_bytes, hp.model, T, hp.dtype, flash=attention != "xla")
-    rematerialize = hp.rematerialize
-    if rematerialize is None:
-        rematerialize = not row_fits(T * bytes_of(), memory)
-    row_bytes = T * bytes_of(rematerialize=rematerialize)
-    kernels = Kernels(attention, hp.loss_kernel, hp.fp8_head, rematerialize, sharers > 1)
-    fewest = gcd(*(schedule.tokens_per_step(s) // hp.sequence_length for s in stages)) // readers
-    batch_size = hp.batch_size or largest_batch(fewest, row_bytes, memory)
-
-    def new_name() -> str:
-        return new_folder(Path("runs"), hp.run_name, hp.preset).name
-
-    folder = Path(hp.resume) if hp.resume else Path("runs") / told_by_first(new_name)
     with (
-        (Run if jax.process_index() == 0 else SilentRun)(folder) as run,
-        Checkpoints(folder, hp.keep_checkpoints, run.say) as checkpoints,
-        Trace(folder / "profile", steps_of(hp.profile, 1, hp.num_steps), run.say) as trace,
+        session.open_run(plan) as run,
+        Checkpoints(run.folder, hp.keep_checkpoints, run.say) as checkpoints,
+        Trace(run.folder / "profile", steps_of(hp.profile, 1, hp.num_steps), run.say) as trace,
     ):
-        # Where it begins: after the step of the newest good checkpoint, or with step 1.
-        checkpoint = newest_checkpoint(folder, run.say) if hp.resume else None
-        first, facts = (checkpoint.step + 1, checkpoint.facts) if checkpoint else (1, {})
-        unvalidated = facts.get("unvalidated")  # a record, if the run ended while it validated
-        if first > hp.num_steps and not unvalidated:
-            run.say(f"{folder} has made all its {hp.num_steps:,} steps: --num-steps adds more.")
-            return 0
-        steps_of(hp.profile, first, hp.num_steps)  # raises ConfigError where they were made before
-        if checkpoint:
-            check_same_data(folder, facts["data"], data.sizes)
-            told = facts["tokens"], schedule.tokens(checkpoint.step)
-            if told[0] != told[1]:
-                raise ConfigError(
-                    f"num_steps cannot change to {hp.num_steps} while {folder} is resumed: its "
-                    f"stages would have had {told[1]:,} tokens by now instead of {told[0]:,}."
-                )
-            run.rewind(checkpoint.step - 1 if unvalidated else checkpoint.step)
-            run.say(f"resuming {folder} after step {checkpoint.step}")
-        elif hp.init_from:
-            run.say(f"beginning with the weights in {hp.init_from}")
-        config = asdict(replace(hp, resume=None, config=None, profile=None, **alone))
-        run.configure(config, environment() | {"data": {"name": data.name, "sha256": data.sha256}})
-        run.trackers = open_trackers(
-            folder,
-            config,
-            first - 1 if unvalidated else first,
-            run.say,
-            tensorboard=hp.tensorboard,
-            wandb=hp.wandb,
-        )
-        per_step = dict.fromkeys(map(schedule.tokens_per_step, stages))
-        per_pass = batch_size * hp.sequence_length * readers
-        devices = f"{mesh.size} x {device.device_kind}"
-        if jax.process_count() > 1:
-            devices += f" of {jax.process_count()} processes"
-        if sharers > 1:
-            devices += f" as data={readers},model={sharers}"
-        if hp.shard_params:
-            devices += ", parameters divided"
-        accumulation = (
-            f"Ng = {', '.join(f'{tokens:,}' for tokens in per_step)} / "
-            f"({batch_size} * {hp.sequence_length} * {readers}) = "
-            f"{', '.join(f'{tokens // per_pass}' for tokens in per_step)}"
-        )
-        run.say(f"{hp.preset} preset | {data.name} | {devices} | {accumulation}")
-        if jax.process_count() > 1:
-            run.say(f"{processes_line()}; if one is lost all end: go on with --resume {folder}")
-        run.say(attention_line)
-        if hp.batch_size is None:
-            size = f"{memory / 1e9:.1f} GB" if memory else "an unknown amount"
-            run.say(
-                f"micro-batches of {batch_size} rows: about {batch_size * row_bytes / 1e9:.1f} GB "
-                f"of activations in {size} of memory"
-            )
-        if rematerialize:
-            run.say("layers are computed again in the backward pass, to save memory")
+        # Open the run, at its first step or after its newest good checkpoint.
+        start = where_to_begin(plan, run.folder, run.say)
+        if start.first_record > hp.num_steps:
+            return session.nothing_left(run, plan)
+        progress = session.begin(run, plan, start)
 
-        def shape_of(stage: int, batch_size: int) -> tuple[int, int]:
-            """Micro-batches per step, Ng, and rows of each over all devices, R."""
-            rows = batch_size * hp.sequence_length // schedule.row_length(stage)
-            return rows_per_step[stage] // rows, rows * readers
+        # Compile and try everything, before the clock starts.
+        programs = prepare_programs(plan, mesh, inputs, start, run.console, run.say)
+        plan, state = programs.plan, programs.first_state(start)
+        if hp.init_from and not start.checkpoint:
+            state = with_weights(state, Path(hp.init_from), mesh)
+        session.compiled(run, progress, programs, start)
 
-        def read_batch(step: int, shapes: list[tuple[int, int]]) -> jax.Array:
-            """The batch [Ng, R, T + 1] of an optimizer step."""
-            stage = schedule.stage(step)
-            rows, number = order(step)
-            read = partial(train_batch, rows, number, shapes[stage])
-            return put(mesh, BATCH, (*shapes[stage], schedule.row_length(stage) + 1), read)
-
-        def prepare(batch_size: int) -> tuple:
-            """Compile every stage, and try each: what is slow or fails at first does so here."""
-            shapes = [shape_of(stage, batch_size) for stage in stages]
-            state = jax.eval_shape(init, key)
-            rates = Rates(*[jax.ShapeDtypeStruct((), jnp.float32)] * 2)
-            lowered = {}
-            for stage in ahead:
-                graph, (Ng, R) = graph_of(configs[stage], kernels), shapes[stage]
-                rows = jax.ShapeDtypeStruct((R, schedule.row_length(stage) + 1), jnp.int32)
-                batch = jax.ShapeDtypeStruct((Ng, *rows.shape), jnp.int32)
-                weights = hp.stages[stage].target_weights
-                train_step = make_train_step(
-                    graph, optimizer, mesh, hp.dtype, hp.skip_spikes, weights, hp.shard_params
-                )
-                eval_step = make_eval_step(graph, mesh, hp.dtype, hp.shard_params)
-                lowered["training step", stage] = train_step.lower(
-                    state, shapes_on(mesh, BATCH, batch), rates
-                )
-                lowered["validation", stage] = eval_step.lower(
-                    state.params, shapes_on(mesh, ROWS, rows)
-                )
-            programs, seconds = compile_all(lowered, run.console)
-            for stage, step in ahead.items():
-                batch, train_step = read_batch(step, shapes), programs["training step", stage]
-                for _ in range(2):  # the second is as fast as those to come
-                    fresh = jax.block_until_ready(init(key))
-                    start = time.perf_counter()
-                    jax.block_until_ready(train_step(fresh, batch, schedule.rates(step)))
-                step_seconds[stage] = time.perf_counter() - start
-            return shapes, programs, seconds
-
-        def say_smaller(failed: int, smaller: int) -> None:
-            run.say(
-                f"out of memory with micro-batches of {failed} rows: now {smaller}, "
-                f"Ng = {shape_of(0, smaller)[0]}"
-            )
-
-        # The stages that are left, each with its first step; a validation to be made up for is of
-        # the step before.
-        ahead = {}
-        for step in range(first - 1 if unvalidated else first, hp.num_steps + 1):
-            ahead.setdefault(schedule.stage(step), step)
-
-        flops = [flops_per_token(configs[stage], schedule.row_length(stage)) for stage in stages]
-        progress = Progress(
-            run,
-            schedule,
-            utilization=lambda step, rate: utilization(
-                rate, flops[schedule.stage(step)], device.device_kind, mesh.size
-            ),
-            training_seconds=facts.get("training_seconds", 0.0),
-        )
-
-        # Everything is compiled before the first step.
-        step_seconds: dict[int, float] = {}  # by stage
-        shapes, programs, seconds = first_that_fits(prepare, batch_size, say_smaller)
-        state = load_state(checkpoint, jax.eval_shape(init, key)) if checkpoint else init(key)
-        if hp.init_from and not checkpoint:
-            weights = load_model(Path(hp.init_from), mesh)[2]
-            places = jax.tree.map(lambda p: p.sharding, state.params)
-            state = replace(state, params=jax.device_put(weights, places))
-        each = ", ".join(f"{what} {took:.1f} s" for (what, _), took in seconds.items())
-        progress.paused("compile")
-        run.say(
-            f"compiled ({each}) and tried in {progress.seconds['compile']:.1f} s, in no time given "
-            "below"
-        )
-        estimate = sum(
-            step_seconds[schedule.stage(step)] for step in range(first, hp.num_steps + 1)
-        )
-        needed = max(map(memory_of, programs.values())) / 1e9
-        run.table(
-            {
-                "preset": hp.preset,
-                "run": str(run.folder),
-                "model": f"{hp.model.num_layers} layers, width {hp.model.width}, "
-                f"{hp.model.num_heads} heads",
-                "parameters": f"{sum(p.size for p in jax.tree.leaves(state.params)):,}",
-                "data": data.name,
-                "tokens": f"{schedule.tokens(hp.num_steps):,} in {hp.num_steps:,} steps",
-                "devices": devices,
-                "batch": accumulation,
-                "attention": attention_line,
-                "dtype": hp.dtype,
-                "memory": f"about {needed:.1f} GB"
-                + (f" of {memory / 1e9:.1f} GB" if memory else "")
-                + " per device",
-                "time": f"about {timedelta(seconds=round(estimate))} to train",
-            }
-        )
-
-        def validate() -> float | None:
-            """The loss on the validation tokens; None if broken off."""
-            stage, sums = schedule.stage(step), []
-            (_, R), T, rows = shapes[stage], schedule.row_length(stage), val_rows[stage]
-            for row in range(0, len(rows), R):
-                if interruption.hurries:
-                    return None
-                batch = put(mesh, ROWS, (R, T + 1), partial(rows, row, R))
-                sums.append(programs["validation", stage](state.params, batch))
-                # With many programs under way, devices of a CPU no longer meet in any of them.
-                jax.block_until_ready(sums[-2:][0])
-            return sum(map(float, sums)) / hp.val_tokens
-
-        def save() -> None:
-            """Begin a checkpoint, of what has been reported and found good."""
-            progress.report()
-            run.sync()
-            checkpoints.save(
-                state,
-                {
-                    "tokens": schedule.tokens(step),
-                    "training_seconds": progress.training_seconds,
-                    "unvalidated": progress.unvalidated,
-                    "data": data.sizes,
-                },
-            )
-            progress.paused("checkpoint")
-
-        # The loop.
+        # Train.
         interruption.patient = True
-        step, stop = first - 1, False
-        if unvalidated:
-            progress.validate(unvalidated, validate)
-            if interruption.hurries:
-                run.trackers.close(interruption.exit_status)
-                return interruption.exit_status
+        step, stop = start.first_step - 1, False
+        if start.unvalidated:
+            validate = partial(programs.validation_loss, state.params, step, interruption.hurries)
+            progress.validate(start.unvalidated, validate)
+            if interruption.hurries():
+                return session.interrupted(run, interruption)
         progress.paused("compile")
-        batches = prefetch(partial(read_batch, shapes=shapes), range(first, hp.num_steps + 1))
+        steps = range(start.first_step, hp.num_steps + 1)
         try:
-            for step, batch in enumerate(batches, start=first):
-                train_step = programs["training step", schedule.stage(step)]
+            for step, batch in zip(steps, prefetch(programs.batch, steps), strict=True):
+                train_step, rates = programs.train_step(step), hp.schedule.rates(step)
                 trace.begin(step, train_step, state, progress)
-                state, metrics = train_step(state, batch, schedule.rates(step))
+                state, metrics = train_step(state, batch, rates)
                 progress.started(step, metrics)
                 trace.end(step, state, progress)
-                last = step == hp.num_steps
-                if last or (hp.val_loss_every and step % hp.val_loss_every == 0):
-                    progress.report(validate)
+                if plan.validates(step):
+                    loss = programs.validation_loss
+                    progress.report(partial(loss, state.params, step, interruption.hurries))
                 stop = interruption.requested(step)
-                if last or stop or (hp.checkpoint_every and step % hp.checkpoint_every == 0):
-                    save()
+                if stop or plan.saves(step):
+                    session.save(run, progress, checkpoints, plan, step, state)
                 if stop:
                     break
         except BadNumbers as error:
-            try:
-                checkpoints.wait()
-                good = f"The last good checkpoint is {newest_checkpoint(folder, run.say).folder}."
-            except ConfigError as failure:
-                good = str(failure)
-            raise BadNumbers(f"{error} {good}") from error
+            raise BadNumbers(f"{error} {checkpoints.last_good()}") from error
+
+        # Finish.
         checkpoints.wait()
         progress.paused("checkpoint")
         interruption.patient = False
-        run.progress_ended()
-        peak = peak_memory(device)
-        run.table(
-            progress.summary()
-            | {"peak memory": f"{peak / 1e9:.1f} GB per device" if peak else "n/a"}
-        )
-        run.say(f"weights and metrics of {step:,} steps are in {folder}")
-        if stop or interruption.hurries:
-            run.say(f"interrupted: go on with --resume {folder}")
-            run.trackers.close(interruption.exit_status)
-            return interruption.exit_status
-
-        if find_spec("matplotlib") and jax.process_index() == 0:
-            from nanogpt.report.curves import loss_png
-
-            try:
-                run.say(f"a picture of the loss is in {loss_png(folder)}")
-            except (OSError, RunError) as error:
-                run.say(f"no picture of the loss: {error}")
-        if hp.sample_tokens:
-            whole = jax.jit(lambda params: params, out_shardings=NamedSharding(mesh, REPLICATED))
-            graph = graph_of(configs[schedule.stage(step)])
-            run.say(sample(hp, graph, whole(state.params)))
+        session.end(run, progress, step)
+        if stop or interruption.hurries():
+            run.say(f"interrupted: go on with --resume {run.folder}")
+            return session.interrupted(run, interruption)
+        show_result(run, plan, state.params, mesh)
         return 0
 
 
-def optimizer_of(hp: Hyperparameters, mesh: "Mesh") -> "GradientTransformationExtraArgs":
-    """The optimizer of the run; Muon computes in bfloat16 where there are matrix units for it."""
-    import jax.numpy as jnp
-
-    from nanogpt.optim.groups import make_optimizer
-
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
-    return make_optimizer(
-        learning_rate=hp.learning_rate,
-        embedding_learning_rate=hp.embedding_learning_rate,
-        head_learning_rate=hp.head_learning_rate,
-        scalar_learning_rate=hp.scalar_learning_rate,
-        neuron_decay=hp.neuron_decay,
-        adam_betas=hp.adam_betas,
-        weight_decay=hp.weight_decay,
-        newton_schulz_dtype=jnp.float32 if on_cpu else jnp.bfloat16,
-        mesh=mesh,
-        shard_params=hp.shard_params,
-    )
-
-
-def use_device(device: str) -> None:
-    """Have JAX use this kind of device; ConfigError if it finds none."""
+def show_result(run: Run, plan: "Plan", params: "Params", mesh: "Mesh") -> None:
+    """Draw the loss, where Matplotlib is installed, and let the model write a sample."""
     import jax
 
-    if device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    if device not in ("auto", jax.default_backend()):
-        raise ConfigError(
-            f"JAX finds no {device}, only {jax.default_backend()}: check the driver, and that JAX "
-            f'is installed for it (pip install "jax[{"tpu" if device == "tpu" else "cuda12"}]"), '
-            "or leave out --device."
-        )
+    from nanogpt.inference.text import sample
+    from nanogpt.report.curves import loss_png
 
-
-class Data(NamedTuple):
-    """What a run trains and validates on."""
-
-    train_files: list[Path]
-    val_files: list[Path]
-    name: str
-    sizes: list[tuple[str, int]]  # name and tokens of each training shard
-    sha256: str  # of the names and sizes of all shards, and of the first and last tokens in each
-
-
-def find_data(hp: Hyperparameters) -> Data:
-    """The shards of the run, every one of them checked."""
-    if hp.train_files is None:
-        corpus = embedded_corpus()
-        train_glob, val_glob = corpus.train_files, corpus.val_files
-        name = f"embedded corpus {corpus.fingerprint}"
-    else:
-        train_glob, val_glob = hp.train_files, hp.val_files
-        name = ", ".join(hp.data) or hp.train_files
-    train_files, val_files = find_shards(train_glob), find_shards(val_glob)
-    sizes, digest = [], hashlib.sha256()
-    for file in train_files + val_files:
-        tokens = read_shard(file)
-        digest.update(f"{file.name} {len(tokens)} ".encode())
-        digest.update(tokens[:4096].tobytes() + tokens[-4096:].tobytes())
-        sample = None if hp.verify_data else 1_000_000
-        check_vocabulary(file, tokens, hp.model.vocab_size, sample)
-        if file in train_files:
-            sizes.append((file.name, len(tokens)))
-    total = sum(count for _, count in sizes)
-    return Data(train_files, val_files, f"{name}, {total:,} tokens", sizes, digest.hexdigest())
-
-
-def rows_of(hp: Hyperparameters, data: Data, T: int, start: int) -> "Rows":
-    """The training rows of T + 1 tokens, from an offset of the data on."""
-    from nanogpt.data.batches import Rows
-
-    return Rows(
-        data.train_files,
-        T,
-        hp.seed,
-        hp.shuffle,
-        hp.model.vocab_size,
-        separator=TOKENIZERS[hp.tokenizer].separator,
-        max_document=hp.max_document_length,
-        start=start,
-    )
-
-
-def sample(hp: Hyperparameters, graph: "nnx.GraphDef", params: "Params") -> str:
-    """A continuation of `sample_prompt`, or why there is none."""
-    from nanogpt.inference.text import write
-
-    try:
-        tokenizer = load_tokenizer(hp.tokenizer)
-    except TokenizerError as error:
-        return f"no sample: {error}"
-    tokens = write(
-        graph,
-        params,
-        tokenizer,
-        [hp.sample_prompt],
-        num_tokens=hp.sample_tokens,
-        context=hp.sequence_length,
-        sampling=Sampling(seed=hp.seed),
-        dtype=hp.dtype,
-    )
-    return f"sample:\n{hp.sample_prompt}{''.join(token.text for _, token in tokens)}"
+    if find_spec("matplotlib") and jax.process_index() == 0:
+        try:
+            run.say(f"a picture of the loss is in {loss_png(run.folder)}")
+        except (OSError, RunError) as error:
+            run.say(f"no picture of the loss: {error}")
+    if plan.hp.sample_tokens:
+        run.say(sample(plan, params, mesh))
 
 
 if __name__ == "__main__":

@@ -67,8 +67,9 @@ from nanogpt.model.loss import Softcap, linear_cross_entropy
 from nanogpt.optim.groups import group
 from nanogpt.optim.muon import POLAR_EXPRESS, scale_by_muon
 from nanogpt.schedule import Stage
+from nanogpt.training.plan import optimizer_of
 from nanogpt.training.step import graph_of, init_params, make_init, make_train_step
-from train_gpt import PRESETS, Hyperparameters, optimizer_of
+from train_gpt import PRESETS, Hyperparameters
 
 Figures = dict[str, Any]  # of one row, as they are saved
 Job = tuple[str, str, Callable[[], Figures]]  # section, row, and what measures it

@@ -36,8 +36,9 @@ from nanogpt.config import GPTConfig, Kernels
 from nanogpt.devices.compilation import memory_of
 from nanogpt.devices.mesh import BATCH, shapes_on
 from nanogpt.schedule import Rates
+from nanogpt.training.plan import optimizer_of
 from nanogpt.training.step import graph_of, make_init, make_train_step
-from train_gpt import PRESETS, Hyperparameters, optimizer_of
+from train_gpt import PRESETS, Hyperparameters
 
 # What XLA asks of a device, from NVIDIA's data sheet and CUDA's deviceQuery.
 H200 = """

@@ -11,8 +11,9 @@ from flax import nnx
 
 from nanogpt.devices.hardware import flops_per_token
 from nanogpt.devices.mesh import make_mesh
+from nanogpt.training.plan import optimizer_of
 from nanogpt.training.step import graph_of, init_params
-from train_gpt import PRESETS, at_width, optimizer_of
+from train_gpt import PRESETS, at_width
 
 SIZES = {  # layers, heads, width: Radford et al., 2019, table 2; heads: OpenAI's hparams.json
     "baseline": (12, 12, 768),

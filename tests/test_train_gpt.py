@@ -23,6 +23,7 @@ import pytest
 from flax import nnx
 from scipy.special import logsumexp
 
+import nanogpt.training.programs
 import train_gpt
 from nanogpt.config import ConfigError, GPTConfig
 from nanogpt.data.shards import write_shard
@@ -407,9 +408,7 @@ def in_this_process(tmp_path_factory, tmp_path, monkeypatch, *arguments):
 def test_a_micro_batch_that_memory_cannot_hold_is_halved_and_the_losses_stay(
     base, tmp_path, tmp_path_factory, monkeypatch
 ):
-    import nanogpt.training.step
-
-    make = nanogpt.training.step.make_train_step
+    make = nanogpt.training.programs.make_train_step
 
     def on_devices_of_one_row(*arguments):
         """The training step, with memory for one row per device: it fails when it runs."""
@@ -433,7 +432,7 @@ def test_a_micro_batch_that_memory_cannot_hold_is_halved_and_the_losses_stay(
 
         return type("Step", (), {"lower": staticmethod(Lowered)})
 
-    monkeypatch.setattr(nanogpt.training.step, "make_train_step", on_devices_of_one_row)
+    monkeypatch.setattr(nanogpt.training.programs, "make_train_step", on_devices_of_one_row)
     arguments = ["--batch-size", "2", "--total-batch-size", "512", "--num-steps", "2"]
     losses, log = in_this_process(tmp_path_factory, tmp_path, monkeypatch, *arguments)
     assert "Ng = 512 / (2 * 32 * 8) = 1" in log[0]
@@ -450,7 +449,7 @@ def test_a_micro_batch_that_memory_cannot_hold_is_halved_and_the_losses_stay(
 def test_without_a_batch_size_the_micro_batch_is_the_largest_that_should_fit(
     tmp_path, tmp_path_factory, monkeypatch
 ):
-    monkeypatch.setattr("nanogpt.devices.hardware.device_memory", lambda device: 0.11e9)
+    monkeypatch.setattr("nanogpt.training.plan.device_memory", lambda device: 0.11e9)
     arguments = ["--batch-size", "None", "--total-batch-size", "131072", "--num-steps", "1"]
     _, log = in_this_process(tmp_path_factory, tmp_path, monkeypatch, *arguments)
     # A token keeps, per layer, arrays of 608 numbers in all and two heads' scores of 32 keys, twice
@@ -467,7 +466,7 @@ def test_where_not_even_a_row_fits_layers_are_computed_again_and_the_losses_stay
 ):
     losses, logs = [], []
     for memory in (0.5e6, 0.3e6):  # a row of 32 tokens needs 8,448 bytes for each of them
-        monkeypatch.setattr("nanogpt.devices.hardware.device_memory", lambda device, m=memory: m)
+        monkeypatch.setattr("nanogpt.training.plan.device_memory", lambda device, m=memory: m)
         folder = tmp_path / f"{memory:.0f}"
         folder.mkdir()
         arguments = ["--batch-size", "None", "--total-batch-size", "256", "--num-steps", "2"]

@@ -3,12 +3,16 @@
 import codecs
 from collections.abc import Iterator, Sequence
 
+import jax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
 
-from nanogpt.data.tokenizer import Tokenizer
+from nanogpt.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from nanogpt.devices.mesh import REPLICATED
 from nanogpt.inference.generate import generate
 from nanogpt.inference.sampling import Sampling, Token
-from nanogpt.training.step import Params
+from nanogpt.training.plan import Plan
+from nanogpt.training.step import Params, graph_of
 
 
 def write(
@@ -57,6 +61,27 @@ def write(
                     yield number, Token(shown, float(probabilities[number]), told)
         if all(text.ended for text in texts):
             return
+
+
+def sample(plan: Plan, params: Params, mesh: Mesh) -> str:
+    """A continuation of the run's `sample_prompt` when it has ended, or why there is none."""
+    hp = plan.hp
+    try:
+        tokenizer = load_tokenizer(hp.tokenizer)
+    except TokenizerError as error:
+        return f"no sample: {error}"
+    whole = jax.jit(lambda params: params, out_shardings=NamedSharding(mesh, REPLICATED))
+    tokens = write(
+        graph_of(plan.stages[hp.schedule.stage(hp.num_steps)].model),
+        whole(params),
+        tokenizer,
+        [hp.sample_prompt],
+        num_tokens=hp.sample_tokens,
+        context=hp.sequence_length,
+        sampling=Sampling(seed=hp.seed),
+        dtype=hp.dtype,
+    )
+    return f"sample:\n{hp.sample_prompt}{''.join(token.text for _, token in tokens)}"
 
 
 class _Text:

@@ -17,9 +17,9 @@ from nanogpt.config import ConfigError, GPTConfig, from_json
 from nanogpt.devices.mesh import REPLICATED, put, shapes_on
 from nanogpt.inference.export import ARRAYS, is_exported, model_in
 from nanogpt.schedule import Schedule, Stage, stages_from_json
-from nanogpt.training.checkpoint import Checkpoint, newest_checkpoint
+from nanogpt.training.checkpoint import Checkpoint, load_params, newest_checkpoint
 from nanogpt.training.resume import saved_settings
-from nanogpt.training.step import Params, graph_of, init_params
+from nanogpt.training.step import Params, TrainState, graph_of, init_params
 
 Settings = TypeVar("Settings")  # train_gpt.Hyperparameters
 
@@ -72,6 +72,13 @@ def load_run(run: Path, mesh: Mesh) -> tuple[dict[str, Any], nnx.GraphDef, Param
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     params = load_params(checkpoint, shapes_on(mesh, REPLICATED, shapes))
     return hp, graph_of(config), params, checkpoint
+
+
+def with_weights(state: TrainState, folder: Path, mesh: Mesh) -> TrainState:
+    """The state with the weights in a folder, which lie as its own did."""
+    _, _, weights = load_model(folder, mesh)
+    places = jax.tree.map(lambda p: p.sharding, state.params)
+    return replace(state, params=jax.device_put(weights, places))
 
 
 def load_model(folder: Path, mesh: Mesh) -> tuple[dict[str, Any], nnx.GraphDef, Params]:

@@ -65,7 +65,8 @@ class Checkpoints:
 
     def __init__(self, run: Path, keep: int, say: Callable[[str], None]):
         """Keep the newest `keep` good ones, at least 1; `say` is told of saves that fail."""
-        self._folder, self._keep, self._say = run.resolve() / "checkpoints", max(1, keep), say
+        self._run, self._folder = run, run.resolve() / "checkpoints"
+        self._keep, self._say = max(1, keep), say
         self._thread: Thread | None = None  # finishes the last save
         self._failure: CheckpointError | None = None  # of the last save
 
@@ -106,6 +107,14 @@ class Checkpoints:
         self._join()
         if self._failure is not None:
             raise self._failure
+
+    def last_good(self) -> str:
+        """A sentence that names the last good checkpoint, or says why there is none."""
+        try:
+            self.wait()
+            return f"The last good checkpoint is {newest_checkpoint(self._run, self._say).folder}."
+        except ConfigError as failure:
+            return str(failure)
 
     def __enter__(self) -> "Checkpoints":
         return self

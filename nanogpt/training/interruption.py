@@ -50,7 +50,6 @@ class Interruption:
         """What a shell reports of a process that ended by this signal: 130 for Ctrl-C, ..."""
         return 128 + (self.signal or signal.SIGTERM)
 
-    @property
     def hurries(self) -> bool:
         """Whether this process may leave out what only it would leave out."""
         return self.signal is not None and not _distributed()

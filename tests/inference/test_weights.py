@@ -18,6 +18,7 @@ from nanogpt.config import ConfigError, GPTConfig
 from nanogpt.data.shards import write_shard
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.inference.weights import Weights, load_run, settings_with
+from nanogpt.runs.settings import settings
 from nanogpt.schedule import Stage
 from nanogpt.training.step import init_params
 from tests.test_train_gpt import SMALL, T, base_run, mean_loss, shared_folder, start
@@ -90,7 +91,7 @@ def cache(tmp_path_factory):
 def asked(*arguments):
     """The settings of `train_gpt.py` with these arguments."""
     override = partial(tyro.cli, Hyperparameters, args=[*map(str, arguments)])
-    return train_gpt.settings(override(), lambda start: override(default=start))
+    return settings(override(), PRESETS, lambda start: override(default=start))
 
 
 # The run

@@ -1,0 +1,94 @@
+"""What a run says of its plan, in words: the first lines, the table, and `--dry-run`."""
+
+from pathlib import Path
+
+from nanogpt.devices.processes import processes_line
+from nanogpt.training.plan import Plan
+
+
+def heading(plan: Plan, folder: Path) -> list[str]:
+    """The lines with which a run in this folder begins."""
+    hp, memory = plan.hp, plan.hardware.memory
+    lines = [f"{hp.preset} preset | {plan.dataset} | {devices(plan)} | {accumulation(plan)}"]
+    if plan.hardware.processes > 1:
+        lines.append(f"{processes_line()}; if one is lost all end: go on with --resume {folder}")
+    lines.append(plan.attention)
+    if hp.batch_size is None:
+        size = f"{memory / 1e9:.1f} GB" if memory else "an unknown amount"
+        lines.append(
+            f"micro-batches of {plan.batch_size} rows: about {plan.activation_bytes / 1e9:.1f} GB "
+            f"of activations in {size} of memory"
+        )
+    if plan.kernels.rematerialize:
+        lines.append("layers are computed again in the backward pass, to save memory")
+    return lines
+
+
+def table(plan: Plan) -> dict[str, str]:
+    """The rows of the table that describes a run."""
+    hp = plan.hp
+    return {
+        "preset": hp.preset,
+        "model": f"{hp.model.num_layers} layers, width {hp.model.width}, "
+        f"{hp.model.num_heads} heads",
+        "parameters": f"{plan.num_parameters:,}",
+        "data": str(plan.dataset),
+        "tokens": f"{hp.schedule.tokens(hp.num_steps):,} in {hp.num_steps:,} steps",
+        "devices": devices(plan),
+        "batch": accumulation(plan),
+        "attention": plan.attention,
+        "dtype": hp.dtype,
+    }
+
+
+def outlook(plan: Plan) -> dict[str, str]:
+    """What `--dry-run` adds to the table: estimates, for nothing was compiled."""
+    epochs = plan.hp.schedule.tokens(plan.hp.num_steps) / plan.dataset.train_tokens
+    rows = {"epochs": f"{epochs:.2f}"}
+    for number, stage in enumerate(plan.stages):
+        (Ng, R), longest = plan.shape(number), max(stage.model.windows, default=0)
+        rows[f"stage {number + 1}"] = (
+            f"steps {stage.first_step:,} to {stage.last_step:,}, {stage.tokens_per_step:,} tokens "
+            f"each, {Ng} x {R} rows of {stage.row_length:,}"
+            + (f", longest window {longest:,}" if longest else "")
+        )
+    activations, state = plan.activation_bytes, plan.device_state_bytes
+    available = f" of {size(plan.hardware.memory)}" if plan.hardware.memory else ""
+    rows["memory"] = (
+        f"about {size(state + activations)}{available} per device: {size(state)} of parameters and "
+        f"optimizer state, {size(activations)} of activations"
+    )
+    saved = sum(map(plan.saves, range(1, plan.hp.num_steps + 1)))
+    kept = min(saved, plan.hp.keep_checkpoints)
+    rows["checkpoints"] = (
+        f"{saved} of {size(plan.state_bytes)}, the newest {kept} kept: up to "
+        f"{size(min(saved, kept + 1) * plan.state_bytes)} on disk"
+    )
+    return rows
+
+
+def size(num_bytes: float) -> str:
+    """A number of bytes to read: 12.3 GB, or below a gigabyte 45 MB."""
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
+
+
+def devices(plan: Plan) -> str:
+    """The devices and how they divide the work."""
+    words = f"{plan.num_devices} x {plan.hardware.kind}"
+    if plan.hardware.processes > 1:
+        words += f" of {plan.hardware.processes} processes"
+    if plan.sharers > 1:
+        words += f" as data={plan.readers},model={plan.sharers}"
+    return words + (", parameters divided" if plan.hp.shard_params else "")
+
+
+def accumulation(plan: Plan) -> str:
+    """Accumulation steps Ng as a quotient, for every number of tokens per step in turn."""
+    per_step = dict.fromkeys(stage.tokens_per_step for stage in plan.stages)
+    T = plan.hp.sequence_length
+    per_pass = plan.batch_size * T * plan.readers
+    return (
+        f"Ng = {', '.join(f'{tokens:,}' for tokens in per_step)} / "
+        f"({plan.batch_size} * {T} * {plan.readers}) = "
+        f"{', '.join(f'{tokens // per_pass}' for tokens in per_step)}"
+    )

@@ -1,0 +1,135 @@
+"""How a run begins and ends: its folder, what is written there, its first and last lines."""
+
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+
+import jax
+
+from nanogpt.devices.hardware import peak_memory
+from nanogpt.devices.processes import told_by_first
+from nanogpt.runs.description import heading, outlook, table
+from nanogpt.runs.environment import environment
+from nanogpt.runs.folder import Run, SilentRun, new_folder
+from nanogpt.runs.profile import steps_of
+from nanogpt.runs.progress import Progress
+from nanogpt.runs.trackers import open_trackers
+from nanogpt.training.checkpoint import Checkpoints
+from nanogpt.training.interruption import Interruption
+from nanogpt.training.plan import Plan
+from nanogpt.training.programs import Programs
+from nanogpt.training.start import Start, facts_to_save
+from nanogpt.training.step import TrainState
+
+# What was asked of one process only, and is not part of the run.
+OF_A_PROCESS = {
+    "resume": None,
+    "config": None,
+    "profile": None,
+    "dry_run": False,
+    "coordinator_address": None,
+    "num_processes": None,
+    "process_id": None,
+}
+
+
+def only_plan(plan: Plan) -> int:
+    """Print what a run would do; the exit status."""
+    for name, value in (table(plan) | outlook(plan)).items():
+        print(f"{name}: {value}")
+    return 0
+
+
+def open_run(plan: Plan) -> Run:
+    """The run of this plan, in a new folder under runs/ or that of the run to resume.
+
+    In all processes but the first it keeps silent. Raises RunError when the folder cannot be used.
+    """
+    hp = plan.hp
+
+    def new_name() -> str:
+        return new_folder(Path("runs"), hp.run_name, hp.preset).name
+
+    folder = Path(hp.resume) if hp.resume else Path("runs") / told_by_first(new_name)
+    return Run(folder) if jax.process_index() == 0 else SilentRun(folder)
+
+
+def nothing_left(run: Run, plan: Plan) -> int:
+    """Say that the run is complete; the exit status."""
+    run.say(f"{run.folder} has made all its {plan.hp.num_steps:,} steps: --num-steps adds more.")
+    return 0
+
+
+def begin(run: Run, plan: Plan, start: Start) -> Progress:
+    """Write what the run is, open its trackers, and say what will be done; what will report it.
+
+    Raises ConfigError for a profile of steps that were made before.
+    """
+    hp, data = plan.hp, plan.dataset
+    steps_of(hp.profile, start.first_step, hp.num_steps)
+    if start.checkpoint:
+        run.rewind(start.first_record - 1)
+        run.say(f"resuming {run.folder} after step {start.checkpoint.step}")
+    elif hp.init_from:
+        run.say(f"beginning with the weights in {hp.init_from}")
+    config = asdict(replace(hp, **OF_A_PROCESS))
+    run.configure(config, environment() | {"data": {"name": str(data), "sha256": data.sha256}})
+    run.trackers = open_trackers(
+        run.folder,
+        config,
+        start.first_record,
+        run.say,
+        tensorboard=hp.tensorboard,
+        wandb=hp.wandb,
+    )
+    for line in heading(plan, run.folder):
+        run.say(line)
+    return Progress(run, hp.schedule, plan.utilization, start.training_seconds)
+
+
+def compiled(run: Run, progress: Progress, programs: Programs, start: Start) -> None:
+    """Say what compiling took, and what the run is that now begins to train."""
+    progress.paused("compile")
+    seconds = programs.compile_seconds
+    each = ", ".join(f"{what} {took:.1f} s" for (what, _), took in seconds.items())
+    took = progress.seconds["compile"]
+    run.say(f"compiled ({each}) and tried in {took:.1f} s, in no time given below")
+    memory = programs.plan.hardware.memory
+    of = f" of {memory / 1e9:.1f} GB" if memory else ""
+    left = timedelta(seconds=round(programs.seconds_from(start.first_step)))
+    rows = table(programs.plan)
+    run.table(
+        {"preset": rows["preset"], "run": str(run.folder)}
+        | rows
+        | {
+            "memory": f"about {programs.memory / 1e9:.1f} GB{of} per device",
+            "time": f"about {left} to train",
+        }
+    )
+
+
+def save(
+    run: Run, progress: Progress, checkpoints: Checkpoints, plan: Plan, step: int, state: TrainState
+) -> None:
+    """Begin a checkpoint, of what has been reported and found good."""
+    progress.report()
+    run.sync()
+    facts = facts_to_save(plan, step, progress.training_seconds, progress.unvalidated)
+    checkpoints.save(state, facts)
+    progress.paused("checkpoint")
+
+
+def end(run: Run, progress: Progress, step: int) -> None:
+    """Say how training went, and where its results are."""
+    run.progress_ended()
+    peak = peak_memory(jax.local_devices()[0])
+    run.table(
+        progress.summary() | {"peak memory": f"{peak / 1e9:.1f} GB per device" if peak else "n/a"}
+    )
+    run.say(f"weights and metrics of {step:,} steps are in {run.folder}")
+
+
+def interrupted(run: Run, interruption: Interruption) -> int:
+    """End the trackers of a run that goes on later; the exit status."""
+    run.trackers.close(interruption.exit_status)
+    return interruption.exit_status

@@ -1,0 +1,103 @@
+"""Which settings a run has: those of a preset or of another run, changed on the command line.
+
+No JAX here before it is needed, so that `--help` and mistakes answer at once.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from glob import glob
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanogpt.config import ConfigError
+from nanogpt.data.text.cache import prepare
+from nanogpt.data.tokenizer import TOKENIZERS
+from nanogpt.devices.launchers import launched_with_others
+from nanogpt.training.resume import resumed_settings, run_to_resume, saved_settings
+
+if TYPE_CHECKING:
+    from train_gpt import Hyperparameters
+
+    Override = Callable[[Hyperparameters], Hyperparameters]
+
+
+def join_others(given: "Hyperparameters") -> None:
+    """Join the other processes of the run, if there are any: before JAX is used."""
+    where = given.coordinator_address, given.num_processes, given.process_id
+    if where == (None,) * 3 and not launched_with_others():
+        return  # known without loading JAX
+    from nanogpt.devices.mesh import use_device
+    from nanogpt.devices.processes import join_processes
+
+    if given.device == "cpu":
+        use_device("cpu")
+    join_processes(*where)
+
+
+def settings(
+    given: "Hyperparameters", presets: Mapping[str, "Hyperparameters"], override: "Override"
+) -> "Hyperparameters":
+    """The settings that the arguments ask for: `given`, and what `override` makes of others."""
+    kind = type(given)
+    sources = [name for name in ("resume", "init_from", "config") if getattr(given, name)]
+    if len(sources) > 1:
+        raise ConfigError(
+            f"{' and '.join(sources)} each say where the settings start: give only one of them."
+        )
+    if given.resume is not None:
+        return resumed_settings(kind, run_to_resume(given.resume), override)
+    if given.config is not None:
+        if given.preset != "auto":
+            raise ConfigError("preset and config both say where the settings start: leave one out.")
+        start = saved_settings(kind, Path(given.config))
+        return replace(override(replace(start, run_name="", resume=None)), preset=start.preset)
+    weights = None
+    if given.init_from is not None:
+        from nanogpt.inference.weights import settings_with, weights_in
+
+        weights = weights_in(kind, Path(given.init_from))
+    if given.preset != "auto":
+        start = presets[given.preset]
+    elif weights and weights.settings:
+        start = weights.settings
+    else:
+        start = presets[preset_for_hardware(given.device)]
+    start = suited_to_own_text(start, override(start))
+    hp = settings_with(weights, start, override) if weights else override(start)
+    return replace(hp, preset=start.preset)
+
+
+def suited_to_own_text(start: "Hyperparameters", asked: "Hyperparameters") -> "Hyperparameters":
+    """Where the settings start if `asked` names text of one's own, of any order and length."""
+    if not asked.data:
+        return start
+    return replace(
+        start,
+        shuffle=True,
+        max_document_length=None,
+        sample_prompt=type(start).sample_prompt,
+        model=replace(start.model, vocab_size=TOKENIZERS[asked.tokenizer].vocab_size),
+    )
+
+
+def with_own_text(hp: "Hyperparameters") -> "Hyperparameters":
+    """The settings with the shards of `data`, which are made now unless they are there."""
+    if not hp.data or (hp.resume and glob(hp.train_files)):
+        return hp
+    text = prepare(hp.data, hp.tokenizer, hp.data_field)
+    return replace(
+        hp,
+        train_files=text.train_files,
+        val_files=text.val_files,
+        val_tokens=min(hp.val_tokens, max(1, text.val_tokens - 1)),
+    )
+
+
+def preset_for_hardware(device: str) -> str:
+    """`speedrun` where JAX finds an accelerator that may be used, else `laptop`."""
+    if device == "cpu" or not (find_spec("jax_plugins") or find_spec("libtpu")):
+        return "laptop"  # known without loading JAX: it was installed for CPUs only
+    import jax
+
+    return "laptop" if jax.default_backend() == "cpu" else "speedrun"

@@ -1,0 +1,61 @@
+"""What each step of a run reads, on the devices."""
+
+from collections.abc import Iterator
+from functools import partial
+
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from nanogpt.data.batches import RowOrder, Rows, ValidationRows, train_batch
+from nanogpt.data.tokenizer import TOKENIZERS
+from nanogpt.devices.mesh import BATCH, ROWS, put
+from nanogpt.training.plan import Plan
+
+
+class Inputs:
+    """The batches of a run. They are the same rows for any number of devices and micro-batches.
+
+    Raises ShardError where the shards hold no row of some stage, or too few to validate on.
+    """
+
+    def __init__(self, plan: Plan, mesh: Mesh):
+        hp = plan.hp
+        self._mesh = mesh
+        self._order = RowOrder(partial(_rows, plan), hp.schedule, hp.shuffle)
+        self._order(hp.num_steps)  # looks into the shards for rows of every stage
+        self._validation = [
+            ValidationRows(
+                plan.dataset.val_files, stage.row_length, hp.val_tokens, hp.model.vocab_size
+            )
+            for stage in plan.stages
+        ]
+
+    def batch(self, plan: Plan, step: int) -> Int[Array, "Ng R T1"]:
+        """The batch of a step, in rows of T1 = T + 1 tokens; `plan` says how it is divided."""
+        stage = plan.hp.schedule.stage(step)
+        rows, number = self._order(step)
+        Ng, R = plan.shape(stage)
+        shape = Ng, R, plan.stages[stage].row_length + 1
+        return put(self._mesh, BATCH, shape, partial(train_batch, rows, number, (Ng, R)))
+
+    def validation(self, plan: Plan, stage: int) -> Iterator[Int[Array, "R T1"]]:
+        """The validation batches, in rows as long as those of a stage."""
+        rows, (_, R) = self._validation[stage], plan.shape(stage)
+        for first in range(0, len(rows), R):
+            shape = R, plan.stages[stage].row_length + 1
+            yield put(self._mesh, ROWS, shape, partial(rows, first, R))
+
+
+def _rows(plan: Plan, T: int, start: int) -> Rows:
+    """The training rows of T + 1 tokens, from an offset of the data on."""
+    hp = plan.hp
+    return Rows(
+        plan.dataset.train_files,
+        T,
+        hp.seed,
+        hp.shuffle,
+        hp.model.vocab_size,
+        separator=TOKENIZERS[hp.tokenizer].separator,
+        max_document=hp.max_document_length,
+        start=start,
+    )

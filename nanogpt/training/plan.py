@@ -1,0 +1,301 @@
+"""What a run will do, decided once, before anything is compiled.
+
+`plan_here` looks at the devices, the data and the attention kernels of this machine; `make_plan`
+decides from that and the hyperparameters alone. A plan is data: it can be printed, compared and
+tested without compiling anything.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from math import gcd, prod
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from nanogpt.config import AttentionKernel, ConfigError, GPTConfig, Kernels, mesh_axes
+from nanogpt.data.dataset import Dataset, find_dataset
+from nanogpt.devices.hardware import (
+    activation_bytes,
+    device_memory,
+    flops_per_token,
+    largest_batch,
+    row_fits,
+    utilization,
+)
+from nanogpt.devices.processes import check_same
+from nanogpt.devices.sharding import check_shared, specs
+from nanogpt.model.attention import choose_attention
+from nanogpt.optim.groups import make_optimizer
+from nanogpt.training.step import init_params
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from optax import GradientTransformationExtraArgs
+
+    from train_gpt import Hyperparameters
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """The devices that JAX finds."""
+
+    kind: str
+    count: int
+    processes: int
+    memory: float | None
+    """Bytes of each device that JAX may use; None where it does not say, as on CPUs."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage of the run: one compiled program."""
+
+    first_step: int
+    last_step: int
+    """Below first_step for a stage without steps."""
+    model: GPTConfig
+    row_length: int
+    """Tokens per row, T."""
+    tokens_per_step: int
+    target_weights: tuple[float, ...]
+    flops_per_token: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do."""
+
+    hp: "Hyperparameters"
+    hardware: Hardware
+    dataset: Dataset
+    stages: tuple[StagePlan, ...]
+    readers: int
+    """Devices along "data", which train on different rows."""
+    sharers: int
+    """Devices along "model", which share the same rows."""
+    kernels: Kernels
+    attention: str
+    """Which attention kernel runs, and why."""
+    batch_size: int
+    """Rows of sequence_length tokens per device in one forward and backward pass."""
+    row_bytes: float
+    """Bytes of activations that such a row needs, about."""
+    num_parameters: int
+    state_bytes: int
+    """Of parameters and optimizer state."""
+    device_state_bytes: int
+    """What each device holds of them."""
+
+    def shape(self, stage: int) -> tuple[int, int]:
+        """Micro-batches per step, Ng, and rows of each over all devices, R."""
+        each = self.stages[stage]
+        R = self.batch_size * self.hp.sequence_length // each.row_length * self.readers
+        return each.tokens_per_step // (R * each.row_length), R
+
+    def with_batch_size(self, batch_size: int) -> "Plan":
+        """The same run in smaller micro-batches."""
+        return replace(self, batch_size=batch_size)
+
+    @property
+    def num_devices(self) -> int:
+        """All devices of the run."""
+        return self.readers * self.sharers
+
+    @property
+    def activation_bytes(self) -> float:
+        """Bytes of activations on each device, about."""
+        return self.batch_size * self.row_bytes
+
+    def validates(self, step: int) -> bool:
+        """Whether the loss on the validation tokens is measured after a step."""
+        return due(step, self.hp.val_loss_every, self.hp.num_steps)
+
+    def saves(self, step: int) -> bool:
+        """Whether the state is saved after a step."""
+        return due(step, self.hp.checkpoint_every, self.hp.num_steps)
+
+    def utilization(self, step: int, tokens_per_s: float) -> float | None:
+        """Model FLOPs utilisation of a step at this speed, 0 to 1; None on unknown devices."""
+        flops = self.stages[self.hp.schedule.stage(step)].flops_per_token
+        return utilization(tokens_per_s, flops, self.hardware.kind, self.num_devices)
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something is due that is done every so many steps, and after the last."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def plan_here(hp: "Hyperparameters") -> Plan:
+    """The plan of a run on this machine; with several processes it is the same in all of them.
+
+    Raises ConfigError, ShardError or CorpusError for what cannot be done here.
+    """
+    alone = dict.fromkeys(("coordinator_address", "num_processes", "process_id"))
+    check_same("settings", repr(replace(hp, **alone)))
+    device = jax.local_devices()[0]
+    hardware = Hardware(
+        device.device_kind, jax.device_count(), jax.process_count(), device_memory(device)
+    )
+    readers, _ = division(hp.mesh, hardware.count)
+    stages = stages_of(hp, readers)
+    dataset = find_dataset(
+        hp.train_files,
+        hp.val_files,
+        ", ".join(hp.data) or hp.train_files or "",
+        hp.model.vocab_size,
+        hp.verify_data,
+    )
+    check_same("data", dataset.sha256)
+    attention = choose_attention([stage.model for stage in stages], hp.sequence_length, hp.dtype)
+    return make_plan(hp, hardware, dataset, *attention)
+
+
+def make_plan(
+    hp: "Hyperparameters",
+    hardware: Hardware,
+    dataset: Dataset,
+    attention: AttentionKernel,
+    attention_line: str,
+) -> Plan:
+    """The plan of a run on this hardware, with this data and attention kernel.
+
+    Raises ConfigError for settings that do not go together there.
+    """
+    readers, sharers = division(hp.mesh, hardware.count)
+    stages = stages_of(hp, readers)
+    check_shared(hp.model, [stage.row_length for stage in stages], sharers)
+    batch_size, row_bytes, rematerialize = micro_batch(
+        hp, stages, readers, hardware.memory, flash=attention != "xla"
+    )
+    kernels = Kernels(attention, hp.loss_kernel, hp.fp8_head, rematerialize, sharers > 1)
+    num_parameters, state_bytes, device_state_bytes = size_of_state(hp, readers, sharers)
+    return Plan(
+        hp=hp,
+        hardware=hardware,
+        dataset=dataset,
+        stages=stages,
+        readers=readers,
+        sharers=sharers,
+        kernels=kernels,
+        attention=attention_line,
+        batch_size=batch_size,
+        row_bytes=row_bytes,
+        num_parameters=num_parameters,
+        state_bytes=state_bytes,
+        device_state_bytes=device_state_bytes,
+    )
+
+
+def division(mesh: str | None, num_devices: int) -> tuple[int, int]:
+    """How many devices read different rows, and how many share each row.
+
+    Raises ConfigError for a mesh that these devices cannot make, or that leaves some of them idle.
+    """
+    axes = mesh_axes(mesh)
+    sharers = axes.get("model") or 1
+    readers = axes.get("data") or num_devices // sharers or 1
+    if readers * sharers > num_devices:
+        raise ConfigError(
+            f"A mesh of data={readers},model={sharers} needs {readers * sharers} devices, but JAX "
+            f"finds {num_devices}."
+        )
+    if readers * sharers < num_devices:
+        raise ConfigError(
+            f"mesh {mesh} leaves {num_devices - readers * sharers} of {num_devices} devices idle: "
+            "name one that has all of them, or show JAX fewer."
+        )
+    return readers, sharers
+
+
+def stages_of(hp: "Hyperparameters", readers: int) -> tuple[StagePlan, ...]:
+    """The stages of the run; ConfigError if a step of one is not a whole number of passes."""
+    schedule, stages = hp.schedule, []
+    for number, stage in enumerate(hp.stages):
+        tokens = schedule.tokens_per_step(number)
+        per_pass = (hp.batch_size or 1) * hp.sequence_length * readers
+        if tokens % per_pass:
+            below = tokens // per_pass * per_pass
+            nearest = [f"{round(n / stage.batch):,}" for n in (below, below + per_pass) if n]
+            in_stage = f" in stage {number + 1}, {tokens:,}," if stage.batch != 1 else ""
+            raise ConfigError(
+                f"total_batch_size {hp.total_batch_size:,}{in_stage} is not a multiple of "
+                f"batch_size * sequence_length * num_devices = {hp.batch_size or 1} * "
+                f"{hp.sequence_length} * {readers} = {per_pass:,}; nearest valid: "
+                f"{' and '.join(nearest)}."
+            )
+        model, T = schedule.model(hp.model, number), schedule.row_length(number)
+        stages.append(
+            StagePlan(
+                first_step=schedule.first_step(number),
+                last_step=schedule.ends[number],
+                model=model,
+                row_length=T,
+                tokens_per_step=tokens,
+                target_weights=stage.target_weights,
+                flops_per_token=flops_per_token(model, T),
+            )
+        )
+    return tuple(stages)
+
+
+def micro_batch(
+    hp: "Hyperparameters",
+    stages: tuple[StagePlan, ...],
+    readers: int,
+    memory: float | None,
+    flash: bool,
+) -> tuple[int, float, bool]:
+    """Rows per device and pass, bytes of activations that each needs, whether to rematerialise.
+
+    Rows and rematerialisation are as asked for, or what should fit into the memory.
+    """
+    T = hp.sequence_length
+    bytes_of = partial(activation_bytes, hp.model, T, hp.dtype, flash=flash)
+    rematerialize = hp.rematerialize
+    if rematerialize is None:
+        rematerialize = not row_fits(T * bytes_of(), memory)
+    row_bytes = T * bytes_of(rematerialize=rematerialize)
+    rows_per_step = gcd(*(stage.tokens_per_step // T for stage in stages)) // readers
+    batch_size = hp.batch_size or largest_batch(rows_per_step, row_bytes, memory)
+    return batch_size, row_bytes, rematerialize
+
+
+def size_of_state(hp: "Hyperparameters", readers: int, sharers: int) -> tuple[int, int, int]:
+    """Parameters, bytes of them and of the optimizer, and how many of these each device holds."""
+
+    def init(key: jax.Array) -> tuple:
+        params = init_params(hp.model, key)
+        return params, optimizer_of(hp).init(params)
+
+    state = jax.eval_shape(init, jax.random.key(0))
+    devices = {"data": readers, "model": sharers}
+
+    def parts(spec: jax.sharding.PartitionSpec) -> int:
+        names = [name for axes in spec if axes for name in ((axes,) if axes in devices else axes)]
+        return prod(devices[name] for name in names)
+
+    arrays = jax.tree.leaves(state)
+    divided = jax.tree.leaves(jax.tree.map(parts, specs(state, hp.shard_params)))
+    num_bytes = [array.size * array.dtype.itemsize for array in arrays]
+    here = sum(size // among for size, among in zip(num_bytes, divided, strict=True))
+    return sum(p.size for p in jax.tree.leaves(state[0])), sum(num_bytes), here
+
+
+def optimizer_of(
+    hp: "Hyperparameters", mesh: "Mesh | None" = None
+) -> "GradientTransformationExtraArgs":
+    """The optimizer of the run; Muon computes in bfloat16 where there are matrix units for it."""
+    on_accelerator = mesh is not None and mesh.devices.flat[0].platform != "cpu"
+    return make_optimizer(
+        learning_rate=hp.learning_rate,
+        embedding_learning_rate=hp.embedding_learning_rate,
+        head_learning_rate=hp.head_learning_rate,
+        scalar_learning_rate=hp.scalar_learning_rate,
+        neuron_decay=hp.neuron_decay,
+        adam_betas=hp.adam_betas,
+        weight_decay=hp.weight_decay,
+        newton_schulz_dtype=jnp.bfloat16 if on_accelerator else jnp.float32,
+        mesh=mesh,
+        shard_params=hp.shard_params,
+    )

@@ -1,0 +1,174 @@
+"""What a run executes: compiled, tried, and fitted into memory before its clock starts."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jax.stages import Compiled, Lowered
+from jaxtyping import Array, Int, Key
+from rich.console import Console
+
+from nanogpt.devices.compilation import compile_all, first_that_fits, memory_of
+from nanogpt.devices.mesh import BATCH, ROWS, shapes_on
+from nanogpt.schedule import Rates
+from nanogpt.training.checkpoint import load_state
+from nanogpt.training.inputs import Inputs
+from nanogpt.training.plan import Plan, optimizer_of
+from nanogpt.training.start import Start
+from nanogpt.training.step import (
+    Params,
+    TrainState,
+    graph_of,
+    make_eval_step,
+    make_init,
+    make_train_step,
+)
+from nanogpt.training.validation import validation_loss
+
+Init = Callable[[Key[Array, ""]], TrainState]
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The compiled programs of a run, and what is known of them."""
+
+    plan: Plan
+    """Its micro-batches fit into memory."""
+    inputs: Inputs
+    init: Init
+    """Makes the state before the first step."""
+    train: dict[int, Compiled]
+    """Training steps by stage: (state, batch, rates) to (state, metrics)."""
+    validate: dict[int, Compiled]
+    """By stage: (params, rows) to the sum of the losses."""
+    compile_seconds: dict[tuple[str, int], float]
+    """By name and stage."""
+    step_seconds: dict[int, float]
+    """Of one training step of each stage."""
+
+    def train_step(self, step: int) -> Compiled:
+        """The program of an optimizer step."""
+        return self.train[self.plan.hp.schedule.stage(step)]
+
+    def batch(self, step: int) -> Int[Array, "Ng R T1"]:
+        """The batch of an optimizer step, on the devices."""
+        return self.inputs.batch(self.plan, step)
+
+    def validation_loss(
+        self, params: Params, step: int, broken_off: Callable[[], bool]
+    ) -> float | None:
+        """The validation loss after a step; None as soon as `broken_off` says so."""
+        stage = self.plan.hp.schedule.stage(step)
+        batches = self.inputs.validation(self.plan, stage)
+        return validation_loss(
+            self.validate[stage], params, batches, self.plan.hp.val_tokens, broken_off
+        )
+
+    @property
+    def memory(self) -> float:
+        """Bytes that the largest of them needs on each device."""
+        return max(map(memory_of, [*self.train.values(), *self.validate.values()]))
+
+    def seconds_from(self, first_step: int) -> float:
+        """How long training takes from this step to the last, about."""
+        hp = self.plan.hp
+        steps = range(first_step, hp.num_steps + 1)
+        return sum(self.step_seconds[hp.schedule.stage(step)] for step in steps)
+
+    def first_state(self, start: Start) -> TrainState:
+        """The state that training begins with: a new one, or that of a checkpoint."""
+        key = jax.random.key(self.plan.hp.seed)
+        if start.checkpoint is None:
+            return self.init(key)
+        return load_state(start.checkpoint, jax.eval_shape(self.init, key))
+
+
+def prepare_programs(
+    plan: Plan,
+    mesh: Mesh,
+    inputs: Inputs,
+    start: Start,
+    console: Console,
+    say: Callable[[str], None],
+) -> Programs:
+    """Compile and try every program that the run still needs; halve micro-batches that do not fit.
+
+    Raises ConfigError if not even one row per device fits into memory.
+    """
+    hp = plan.hp
+    optimizer = optimizer_of(hp, mesh)
+    init = make_init(hp.model, optimizer, mesh, hp.shard_params)
+    fresh = partial(init, jax.random.key(hp.seed))
+
+    def attempt(batch_size: int) -> Programs:
+        smaller = plan.with_batch_size(batch_size)
+        stages = first_steps(smaller, start)
+        programs, seconds = compile_all(lowered(smaller, mesh, optimizer, init, stages), console)
+        train = {stage: programs["training step", stage] for stage in stages}
+        validate = {stage: programs["validation", stage] for stage in stages}
+        tried = {
+            stage: seconds_of(
+                train[stage], fresh, inputs.batch(smaller, step), hp.schedule.rates(step)
+            )
+            for stage, step in stages.items()
+        }
+        return Programs(smaller, inputs, init, train, validate, seconds, tried)
+
+    def say_smaller(failed: int, smaller: int) -> None:
+        Ng, _ = plan.with_batch_size(smaller).shape(0)
+        say(f"out of memory with micro-batches of {failed} rows: now {smaller}, Ng = {Ng}")
+
+    return first_that_fits(attempt, plan.batch_size, say_smaller)
+
+
+def first_steps(plan: Plan, start: Start) -> dict[int, int]:
+    """The stages that are left, each with the first step that is left of it."""
+    first: dict[int, int] = {}
+    for step in range(start.first_record, plan.hp.num_steps + 1):
+        first.setdefault(plan.hp.schedule.stage(step), step)
+    return first
+
+
+def lowered(
+    plan: Plan,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformationExtraArgs,
+    init: Init,
+    stages: dict[int, int],
+) -> dict[tuple[str, int], Lowered]:
+    """The training step and the validation of each stage, ready to be compiled."""
+    hp, programs = plan.hp, {}
+    state = jax.eval_shape(init, jax.random.key(0))
+    rates = Rates(*[jax.ShapeDtypeStruct((), jnp.float32)] * 2)
+    for stage in stages:
+        graph, (Ng, R) = graph_of(plan.stages[stage].model, plan.kernels), plan.shape(stage)
+        rows = jax.ShapeDtypeStruct((R, plan.stages[stage].row_length + 1), jnp.int32)
+        batch = jax.ShapeDtypeStruct((Ng, *rows.shape), jnp.int32)
+        weights = plan.stages[stage].target_weights
+        train_step = make_train_step(
+            graph, optimizer, mesh, hp.dtype, hp.skip_spikes, weights, hp.shard_params
+        )
+        eval_step = make_eval_step(graph, mesh, hp.dtype, hp.shard_params)
+        programs["training step", stage] = train_step.lower(
+            state, shapes_on(mesh, BATCH, batch), rates
+        )
+        programs["validation", stage] = eval_step.lower(state.params, shapes_on(mesh, ROWS, rows))
+    return programs
+
+
+def seconds_of(
+    train_step: Compiled, fresh: Callable[[], TrainState], batch: jax.Array, rates: Rates
+) -> float:
+    """How long a step takes, after a first one that may be slow or run out of memory."""
+    seconds = 0.0
+    for _ in range(2):
+        state = jax.block_until_ready(fresh())
+        begun = time.perf_counter()
+        jax.block_until_ready(train_step(state, batch, rates))
+        seconds = time.perf_counter() - begun
+    return seconds

@@ -1,0 +1,81 @@
+"""Where a run begins: with its first step, or after its newest good checkpoint."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanogpt.config import ConfigError
+from nanogpt.training.checkpoint import Checkpoint, newest_checkpoint
+from nanogpt.training.plan import Plan
+from nanogpt.training.resume import check_same_data
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where this process begins to train."""
+
+    checkpoint: Checkpoint | None = None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What was saved beside the state."""
+        return self.checkpoint.facts if self.checkpoint else {}
+
+    @property
+    def first_step(self) -> int:
+        """The first step to make."""
+        return self.checkpoint.step + 1 if self.checkpoint else 1
+
+    @property
+    def unvalidated(self) -> dict[str, Any] | None:
+        """The record of the step before, if its validation was broken off and is still to do."""
+        return self.facts.get("unvalidated")
+
+    @property
+    def training_seconds(self) -> float:
+        """What earlier processes spent on training this run."""
+        return self.facts.get("training_seconds", 0.0)
+
+    @property
+    def first_record(self) -> int:
+        """The step of the first record that will be written."""
+        return self.first_step - 1 if self.unvalidated else self.first_step
+
+
+def facts_to_save(
+    plan: Plan, step: int, training_seconds: float, unvalidated: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What a checkpoint says beside the state, so that a later process can start from it.
+
+    `unvalidated` is the record of the step if its validation was broken off.
+    """
+    return {
+        "tokens": plan.hp.schedule.tokens(step),
+        "training_seconds": training_seconds,
+        "unvalidated": unvalidated,
+        "data": plan.dataset.sizes,
+    }
+
+
+def where_to_begin(plan: Plan, folder: Path, say: Callable[[str], None]) -> Start:
+    """Where the run in this folder begins; beyond its last step if it has made them all.
+
+    Raises ConfigError where it cannot go on as planned: there is no good checkpoint, the data are
+    others, or its stages would have had other numbers of tokens by now.
+    """
+    hp = plan.hp
+    if not hp.resume:
+        return Start()
+    checkpoint = newest_checkpoint(folder, say)
+    start = Start(checkpoint)
+    if start.first_step > hp.num_steps and not start.unvalidated:
+        return start
+    check_same_data(folder, start.facts["data"], plan.dataset.sizes)
+    had, has = start.facts["tokens"], hp.schedule.tokens(checkpoint.step)
+    if had != has:
+        raise ConfigError(
+            f"num_steps cannot change to {hp.num_steps} while {folder} is resumed: its stages "
+            f"would have had {has:,} tokens by now instead of {had:,}."
+        )
+    return start
