@@ -1,0 +1,104 @@
+"""What a run will do, decided without compiling anything or looking at a device."""
+
+import math
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+
+import jax
+import pytest
+
+from nanogpt.config import ConfigError
+from nanogpt.data.dataset import Dataset
+from nanogpt.devices.mesh import make_mesh
+from nanogpt.runs.description import outlook, table
+from nanogpt.training.plan import Hardware, division, make_plan, optimizer_of
+from nanogpt.training.step import make_init
+from train_gpt import PRESETS
+
+H200 = Hardware("NVIDIA H200", 8, 1, 140e9)
+DATA = Dataset("some", (Path("a.bin"),), (Path("b.bin"),), (("a.bin", 10**9),), "0" * 64)
+
+
+def plan_of(preset, hardware=H200, attention="cudnn", **changes):
+    return make_plan(
+        replace(PRESETS[preset], **changes), hardware, DATA, attention, "some attention"
+    )
+
+
+def test_a_step_has_all_its_tokens_whatever_the_hardware():
+    for devices in (1, 2, 8):
+        for memory in (None, 16e9, 80e9, 140e9):
+            plan = plan_of("speedrun", Hardware("some", devices, 1, memory))
+            for number, share in enumerate((1 / 3, 2 / 3, 1, 1)):
+                Ng, R = plan.shape(number)
+                assert Ng * R * plan.stages[number].row_length == round(393_216 * share)
+
+
+def test_stages_follow_each_other_through_all_steps():
+    stages = plan_of("speedrun").stages
+    steps = [step for each in stages for step in range(each.first_step, each.last_step + 1)]
+    assert steps == [*range(1, 2161)]
+    assert [max(each.model.windows) for each in stages] == [384, 896, 1408, 2048]
+    assert [each.row_length for each in stages] == [1024, 2048, 2048, 2048]
+
+
+def test_smaller_micro_batches_are_more_of_them():
+    plan = plan_of("baseline", batch_size=64)
+    assert plan.shape(0) == (1, 512)
+    assert plan.with_batch_size(16).shape(0) == (4, 128)
+    assert plan.shape(0) == (1, 512)  # a plan does not change
+    with pytest.raises(FrozenInstanceError):
+        plan.batch_size = 1
+
+
+def test_less_memory_means_fewer_rows_then_rematerialisation():
+    plans = [plan_of("gpt2-xl", replace(H200, memory=gb * 1e9)) for gb in (140, 40, 4)]
+    assert plans[0].batch_size > plans[1].batch_size >= 1
+    assert [plan.kernels.rematerialize for plan in plans] == [False, False, True]
+    for plan in plans:
+        assert plan.activation_bytes <= 2 / 3 * plan.hardware.memory
+
+
+@pytest.mark.parametrize(
+    ("mesh", "expected"),
+    [(None, (8, 1)), ("model=2", (4, 2)), ("data=4,model=2", (4, 2)), ("data=8", (8, 1))],
+)
+def test_devices_are_divided_as_the_mesh_says(mesh, expected):
+    assert division(mesh, 8) == expected
+
+
+@pytest.mark.parametrize(
+    ("mesh", "told"), [("data=2", "6 of 8 devices idle"), ("model=16", "needs 16")]
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh, told):
+    with pytest.raises(ConfigError, match=told):
+        division(mesh, 8)
+
+
+@pytest.mark.parametrize("shard_params", [False, True])
+def test_the_state_has_the_size_that_it_has_on_the_devices(shard_params):
+    model = replace(PRESETS["laptop"].model, paired_heads=())
+    changes = {"shard_params": shard_params, "mesh": "data=4,model=2", "model": model}
+    plan = plan_of("laptop", Hardware("cpu", 8, 1, None), "xla", **changes)
+    hp, mesh = plan.hp, make_mesh(4, 2)
+    init = make_init(hp.model, optimizer_of(hp, mesh), mesh, shard_params)
+    state = jax.tree.leaves(jax.eval_shape(init, jax.random.key(0)))
+    here = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in state)
+    assert plan.device_state_bytes == pytest.approx(here, abs=16)  # a few counters
+    assert plan.state_bytes == pytest.approx(sum(x.size * x.dtype.itemsize for x in state), abs=16)
+
+
+def test_what_is_due_is_due_at_its_interval_and_at_the_end():
+    plan = plan_of("baseline", num_steps=10, val_loss_every=4, checkpoint_every=0)
+    assert [step for step in range(1, 11) if plan.validates(step)] == [4, 8, 10]
+    assert [step for step in range(1, 11) if plan.saves(step)] == [10]
+
+
+def test_the_outlook_tells_epochs_stages_memory_and_disk():
+    told = table(plan_of("speedrun")) | outlook(plan_of("speedrun"))
+    assert told["devices"] == "8 x NVIDIA H200"
+    assert told["epochs"] == "0.57"  # of 10^9 tokens
+    assert told["stage 1"].startswith("steps 1 to 713, 131,072 tokens each, ")
+    state = plan_of("speedrun").state_bytes
+    assert f"5 of {state / 1e9:.1f} GB" in told["checkpoints"]
+    assert f"up to {3 * state / 1e9:.1f} GB on disk" in told["checkpoints"]
