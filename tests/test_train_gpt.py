@@ -366,6 +366,20 @@ def test_weights_of_an_early_stage_are_loaded_with_its_windows_and_rotations(
         assert mean_loss(graph_of(last), params, *validation) != pytest.approx(found, abs=1e-5)
 
 
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(
+    tmp_path, tmp_path_factory, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shared_folder(tmp_path_factory) / "cache"))
+    assert train_gpt.main([*SMALL, "--batch-size", "1", "--dry-run"]) == 0
+    told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert told["devices"] == "8 x cpu"
+    assert told["stage 1"] == "steps 1 to 6, 256 tokens each, 1 x 8 rows of 32"
+    assert told["tokens"] == "1,536 in 6 steps"
+    assert {"model", "parameters", "data", "epochs", "memory", "checkpoints"} <= told.keys()
+    assert list(tmp_path.iterdir()) == []
+
+
 # Runs that must be alike
 
 

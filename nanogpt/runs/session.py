@@ -34,9 +34,10 @@ OF_A_PROCESS = {
 
 
 def only_plan(plan: Plan) -> int:
-    """Print what a run would do; the exit status."""
-    for name, value in (table(plan) | outlook(plan)).items():
-        print(f"{name}: {value}")
+    """Print what a run would do, once for all processes; the exit status."""
+    if jax.process_index() == 0:
+        for name, value in (table(plan) | outlook(plan)).items():
+            print(f"{name}: {value}")
     return 0
 
 

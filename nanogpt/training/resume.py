@@ -25,6 +25,7 @@ CHANGEABLE = {
     "device",
     "verify_data",
     "resume",
+    "dry_run",
     "checkpoint_every",
     "keep_checkpoints",
     "profile",
