@@ -269,7 +269,7 @@ def test_a_single_task_of_a_machine_takes_all_its_gpus():
     show = "; import jax; print(jax.config.read('jax_cuda_visible_devices'))"
     for join, gpus in (
         ("import jax; jax.distributed.initialize()", "0"),
-        ("from nanogpt.devices.mesh import join_processes; join_processes()", "all"),
+        ("from nanogpt.devices.processes import join_processes; join_processes()", "all"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", join + show],
@@ -284,7 +284,7 @@ def test_a_single_task_of_a_machine_takes_all_its_gpus():
 
 def test_who_trains_together_is_told_with_the_coordinator_s_address():
     code = (
-        "from nanogpt.devices.mesh import join_processes, processes_line; "
+        "from nanogpt.devices.processes import join_processes, processes_line; "
         "join_processes('127.0.0.1:{}', 1, 0); print(processes_line())"
     )
     port = free_port()
