@@ -17,7 +17,7 @@ from nanogpt.config import ConfigError, GPTConfig, from_json
 from nanogpt.devices.mesh import REPLICATED, put, shapes_on
 from nanogpt.inference.export import ARRAYS, is_exported, model_in
 from nanogpt.schedule import Schedule, Stage, stages_from_json
-from nanogpt.training.checkpoint import Checkpoint, newest_checkpoint
+from nanogpt.training.checkpoint import Checkpoint, load_params, newest_checkpoint
 from nanogpt.training.resume import saved_settings
 from nanogpt.training.step import Params, graph_of, init_params
 
