@@ -97,7 +97,8 @@ def _flat(settings: dict[str, Any] | list[Any], prefix: str = "") -> Iterator[tu
     But for those of the run itself, and for the shards that were made of its `data`.
     """
     items = settings.items() if isinstance(settings, dict) else enumerate(settings, start=1)
-    made = ("train_files", "val_files") if not prefix and settings.get("data") else ()
+    made_of_own_text = isinstance(settings, dict) and not prefix and settings.get("data")
+    made = ("train_files", "val_files") if made_of_own_text else ()
     for name, value in items:
         nested = isinstance(value, dict) or (
             isinstance(value, list) and any(isinstance(each, dict) for each in value)

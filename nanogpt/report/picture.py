@@ -57,7 +57,7 @@ def overview(runs: Sequence[History]) -> "Figure":
             draw(axes, runs, *panel)
         legend = figure.legend(
             [
-                Line2D([], [], color=colour, linestyle=line, marker=mark)
+                Line2D([], [], c=colour, ls=line, marker=mark)
                 for _, (colour, line, mark, _) in zip(runs, cycle(LOOKS), strict=False)
             ],
             names,
