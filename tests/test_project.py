@@ -100,4 +100,5 @@ def test_make_trains_unless_it_is_told_otherwise_and_lists_its_targets():
     *_, last = make("--dry-run").splitlines()
     assert last.split()[1:] == ["train_gpt.py"]
     for target in TARGETS:
+        assert "Nothing to be done" not in make("--dry-run", target)
         assert f"make {target} " in make("help")
