@@ -1,5 +1,7 @@
 # make train     set everything up and train
 # make test      set everything up and run the tests
+# make lint      set everything up and check style and types
+# make help      print this
 #
 # ARGS go to train_gpt.py or pytest:    make train ARGS="--preset laptop --num-steps 100"
 # PYTHON is 3.11 or newer:              make train PYTHON=python3.13
@@ -12,7 +14,7 @@ ACCELERATOR ?= $(shell if [ -e /dev/nvidia0 ]; then echo cuda12; \
 	elif [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then echo tpu; else echo cpu; fi)
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: train test lint
+.PHONY: train test lint help
 
 train: $(VENV)/ready-$(ACCELERATOR)
 	$(VENV)/bin/python train_gpt.py $(ARGS)
@@ -23,16 +25,22 @@ test: $(VENV)/ready-dev
 lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python
+
+help:
+	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
 
 $(VENV)/ready-$(ACCELERATOR): $(VENV)/bin/python requirements.txt pyproject.toml
-	$(INSTALL) ".[$(ACCELERATOR)]"
-	touch $@
+	@echo "Installing what training needs into $(VENV); this takes a minute."
+	@$(INSTALL) ".[$(ACCELERATOR)]"
+	@touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready-$(ACCELERATOR)
-	$(INSTALL) ".[$(ACCELERATOR),dev]"
-	touch $@
+	@echo "Installing what the tests need into $(VENV); this takes a minute."
+	@$(INSTALL) ".[$(ACCELERATOR),dev]"
+	@touch $@
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-		echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12"; exit 1; }
+		echo "Python 3.11 or newer is needed; choose one with make PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

@@ -2,7 +2,7 @@
 
 import platform
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -14,7 +14,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from nanogpt.config import ConfigError
 from nanogpt.files import cache_folder
 
-Name = TypeVar("Name", bound=Hashable)
+Name = TypeVar("Name", bound=str | tuple)
 Result = TypeVar("Result")
 
 
@@ -24,7 +24,7 @@ def use_compilation_cache() -> None:
     JAX's own settings come first: JAX_COMPILATION_CACHE_DIR names another folder, and
     JAX_ENABLE_COMPILATION_CACHE=0 does without. A folder that cannot be used costs a warning.
     """
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         folder = cache_folder() / "compiled"
         if jax.default_backend() == "cpu":  # code for one processor may not run on the next
             folder /= platform.node()
@@ -60,6 +60,8 @@ def compile_all(
 def memory_of(compiled: Compiled) -> float:
     """Bytes that a program needs on each device: its input, and what it keeps while it runs."""
     planned = compiled.memory_analysis()
+    if planned is None:  # the backend does not tell
+        return 0.0
     return planned.argument_size_in_bytes + planned.temp_size_in_bytes
 
 

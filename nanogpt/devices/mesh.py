@@ -66,4 +66,5 @@ def put(
 
     No process reads, or holds, the rows of another's devices.
     """
-    return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), read)
+    # JAX's type has None as an index, too, which it never gives.
+    return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), read)  # pyrefly: ignore

@@ -51,22 +51,8 @@ def join_processes(
             "coordinator_address, num_processes and process_id belong together: give all three, or "
             "none where a launcher tells them."
         )
-    host, _, port = (coordinator_address or "").rpartition(":")
-    address_is_whole = host and port.isdecimal() and int(port) < 2**16
-    if None not in given and not (0 <= process_id < num_processes and address_is_whole):
-        raise ConfigError(
-            f"process_id must be 0 to num_processes - 1 and coordinator_address host:port, not "
-            f"{process_id} of {num_processes} and {coordinator_address}."
-        )
-
-    if process_id == 0:
-        try:
-            socket.create_server(("", int(port))).close()  # where JAX cannot, it may crash
-        except OSError as error:
-            raise ConfigError(
-                f"Process 0 cannot listen at port {port} ({os.strerror(error.errno)}): name "
-                "another in coordinator_address."
-            ) from error
+    if coordinator_address is not None and num_processes is not None and process_id is not None:
+        _check_place(coordinator_address, num_processes, process_id)
 
     def give_up() -> None:
         where = "" if coordinator_address is None else f" at {coordinator_address}"
@@ -99,6 +85,25 @@ def join_processes(
         ) from error
     finally:
         timer.cancel()
+
+
+def _check_place(coordinator_address: str, num_processes: int, process_id: int) -> None:
+    """Raise ConfigError where the arguments make no sense, or process 0 cannot listen there."""
+    host, _, port = coordinator_address.rpartition(":")
+    address_is_whole = host and port.isdecimal() and int(port) < 2**16
+    if not (0 <= process_id < num_processes and address_is_whole):
+        raise ConfigError(
+            f"process_id must be 0 to num_processes - 1 and coordinator_address host:port, not "
+            f"{process_id} of {num_processes} and {coordinator_address}."
+        )
+    if process_id == 0:
+        try:
+            socket.create_server(("", int(port))).close()  # where JAX cannot, it may crash
+        except OSError as error:
+            raise ConfigError(
+                f"Process 0 cannot listen at port {port} ({os.strerror(error.errno or 0)}): name "
+                "another in coordinator_address."
+            ) from error
 
 
 def wait_for_others() -> None:

@@ -2,7 +2,7 @@
 
     model.safetensors   the parameters, float32, named as in the model, such as attention.qkv
     config.json         what is needed to use them, and where they come from
-    MODEL.md            what each array is, and how they make logits; see export.py
+    MODEL.md            what each array is, and how they make logits; see model_note.py
 
 Safetensors is a JSON header and the numbers, no code.
 """

@@ -90,9 +90,10 @@ class _Server(uvicorn.Server):
             timeout_graceful_shutdown=10,
         )
         super().__init__(config)
+        self._line = app.state.line
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self.config.app.state.line.close()
+        self._line.close()
         await super().shutdown(sockets)
 
 

@@ -130,7 +130,7 @@ class Trace:
             traces = self.folder.glob("plugins/profile/*/*.xplane.pb")
             newest = max(traces, key=lambda trace: trace.stat().st_mtime_ns)
             ops = ops_in(jax.profiler.ProfileData.from_file(str(newest)))
-            table = f"{steps}: {table_of(ops, [p.as_text() for p in self._programs])}"
+            table = f"{steps}: {table_of(ops, filter(None, (p.as_text() for p in self._programs)))}"
             (self.folder / "ops.txt").write_text(f"{table}\n", encoding="utf-8")
         except Exception as error:  # likewise
             self.say(f"WARNING: the trace of {steps} cannot be written to {self.folder}: {error!r}")
@@ -156,7 +156,8 @@ def ops_in(profile: "ProfileData") -> list[Op]:
 
     Of a GPU the operations are kernels, and several may belong to one name.
     """
-    nanoseconds, counts = Counter(), Counter()
+    nanoseconds: dict[tuple[str, str], float] = {}
+    counts: Counter[tuple[str, str]] = Counter()
     with warnings.catch_warnings():
         # Python 3.12 finds fault with the type of jaxlib's `stats`.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -164,10 +165,11 @@ def ops_in(profile: "ProfileData") -> list[Op]:
             # TPUs give the whole instruction as a name: "%fusion.1 = f32[8]{0} fusion(...)".
             op = stats.get("hlo_op") or name.partition(" = ")[0].removeprefix("%")
             if not CONTROL_FLOW.fullmatch(op):
-                op = stats.get("hlo_module", ""), op
-                nanoseconds[op] += duration
-                counts[op] += 1
-    return [Op(*op, 1e-9 * ns, counts[op]) for op, ns in nanoseconds.most_common()]
+                place = stats.get("hlo_module", ""), op
+                nanoseconds[place] = nanoseconds.get(place, 0.0) + duration
+                counts[place] += 1
+    ops = [Op(*place, 1e-9 * ns, counts[place]) for place, ns in nanoseconds.items()]
+    return sorted(ops, key=lambda op: op.seconds, reverse=True)
 
 
 Event = tuple[str, dict[str, Any], float]  # name, facts, nanoseconds
@@ -208,7 +210,7 @@ def table_of(ops: list[Op], programs: Iterable[str]) -> str:
     """The costliest operations as lines of text; `programs` are the HLO that tells their origin."""
     origin: dict[tuple[str, str], str] = {}
     for hlo in programs:
-        module = re.match(r"HloModule ([\w.-]+)", hlo)[1]
+        (module,) = re.findall(r"\AHloModule ([\w.-]+)", hlo)
         for name, place in origins(hlo).items():
             # The stages of a run have programs of one name, in which it may mean other things.
             same = origin.get((module, name), place) == place

@@ -1,4 +1,4 @@
-"""The recipes in launch/: read as their launchers read them, and run by those that can be had."""
+"""What launchers set, and the recipes in launch/ for them, run where the launcher can be had."""
 
 import os
 import shutil
@@ -8,13 +8,17 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from tests.devices.test_processes import QUIET, assert_same, losses
+import nanogpt.devices.launchers
+from nanogpt.devices.launchers import has_its_gpus_alone, launched_with_others
+from tests.devices.test_processes import QUIET, assert_same, forget_launchers, losses
 from tests.test_train_gpt import SCRIPT
 from tests.training.test_resume import PATIENCE, RUN, cache, place, straight, wait_until  # noqa: F401
 
@@ -347,3 +351,114 @@ def test_a_tpu_pod_is_asked_to_run_it_on_all_hosts(tmp_path):
     assert subprocess.run(["bash", "-c", remote], capture_output=True, text=True).stdout == (
         "train_gpt.py\n--sample-prompt\nit's; $HOME\n"
     )
+
+
+# What a launcher sets
+
+
+@pytest.mark.parametrize(
+    ("environment", "others"),
+    [
+        ({}, False),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False),  # not by srun
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
+        # mpirun within a job of two machines: it reaches the second by srun
+        ({"OMPI_COMM_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "1"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a pod like any other
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, False),  # no TPU here
+    ],
+)
+def test_launchers_are_recognised_by_what_they_set(monkeypatch, environment, others):
+    forget_launchers(monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert launched_with_others() is others
+
+
+@pytest.mark.parametrize(
+    ("variables", "metadata", "others"),
+    [
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None, False),
+        ({"TPU_WORKER_HOSTNAMES": "a", "TPU_PROCESS_ADDRESSES_PATH": "addresses"}, None, True),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, None, True),  # as Kubernetes on Google Cloud sets it
+        ({"TPU_PROCESS_ADDRESSES": "a:8471,b:8471"}, None, True),
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, None, True),
+        ({}, {"worker-network-endpoints": "10.0.0.1"}, False),
+        ({}, {"worker-network-endpoints": "x:y:10.0.0.1,x:y:10.0.0.2"}, True),
+        (
+            {},
+            {"worker-network-endpoints": "a", "tpu-env": "ZONE: 'b'\nMEGASCALE_NUM_SLICES: '2'"},
+            True,
+        ),
+        ({}, {}, False),  # a server that knows of no TPU
+        ({}, None, False),  # none
+    ],
+)
+def test_tpu_hosts_are_told_by_variables_or_by_the_cloud_s_metadata(
+    tmp_path, monkeypatch, variables, metadata, others
+):
+    monkeypatch.chdir(tmp_path)
+    Path("addresses").write_text("a:8471,b:8471\n")
+
+    class Metadata(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path, _, name = self.path.rpartition("/")
+            known = path == "/computeMetadata/v1/instance/attributes" and name in (metadata or {})
+            self.send_response(200 if known and self.headers["Metadata-Flavor"] else 404)
+            self.end_headers()
+            self.wfile.write(metadata[name].encode() if known else b"")
+
+        def log_message(self, *_):
+            pass
+
+    forget_launchers(monkeypatch)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(nanogpt.devices.launchers, "has_tpu", lambda: True)
+    with HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        if metadata is None:
+            server.server_close()
+        else:
+            Thread(target=server.serve_forever, daemon=True).start()
+        assert launched_with_others() is others
+        if metadata is not None:
+            server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("environment", "alone"),
+    [
+        ({}, True),
+        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "1"}, False),
+        # srun --gpus-per-task=1
+        (
+            {
+                "SLURM_STEP_NUM_TASKS": "8",
+                "SLURM_STEP_NUM_NODES": "1",
+                "CUDA_VISIBLE_DEVICES": "3",
+            },
+            True,
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, False),
+        (
+            {
+                "OMPI_COMM_WORLD_SIZE": "8",
+                "OMPI_COMM_WORLD_LOCAL_SIZE": "8",
+                "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
+            },
+            False,
+        ),
+    ],
+)
+def test_whether_gpus_are_shared_is_told_by_the_launcher(monkeypatch, environment, alone):
+    forget_launchers(monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert has_its_gpus_alone() is alone

@@ -10,14 +10,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 
-import nanogpt.devices.launchers
-from nanogpt.devices.launchers import has_its_gpus_alone, launched_with_others
 from nanogpt.runs.folder import SilentRun
 from nanogpt.training.checkpoint import Checkpoint, _checked
 from tests.test_train_gpt import SCRIPT
@@ -273,7 +269,7 @@ def test_a_single_task_of_a_machine_takes_all_its_gpus():
     show = "; import jax; print(jax.config.read('jax_cuda_visible_devices'))"
     for join, gpus in (
         ("import jax; jax.distributed.initialize()", "0"),
-        ("from nanogpt.devices.mesh import join_processes; join_processes()", "all"),
+        ("from nanogpt.devices.processes import join_processes; join_processes()", "all"),
     ):
         done = subprocess.run(
             [sys.executable, "-c", join + show],
@@ -286,43 +282,9 @@ def test_a_single_task_of_a_machine_takes_all_its_gpus():
         assert done.stdout == f"{gpus}\n", done.stderr
 
 
-@pytest.mark.parametrize(
-    ("environment", "alone"),
-    [
-        ({}, True),
-        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"}, True),
-        ({"SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_NUM_NODES": "1"}, False),
-        # srun --gpus-per-task=1
-        (
-            {
-                "SLURM_STEP_NUM_TASKS": "8",
-                "SLURM_STEP_NUM_NODES": "1",
-                "CUDA_VISIBLE_DEVICES": "3",
-            },
-            True,
-        ),
-        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "16", "OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, False),
-        (
-            {
-                "OMPI_COMM_WORLD_SIZE": "8",
-                "OMPI_COMM_WORLD_LOCAL_SIZE": "8",
-                "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7",
-            },
-            False,
-        ),
-    ],
-)
-def test_whether_gpus_are_shared_is_told_by_the_launcher(monkeypatch, environment, alone):
-    forget_launchers(monkeypatch)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert has_its_gpus_alone() is alone
-
-
 def test_who_trains_together_is_told_with_the_coordinator_s_address():
     code = (
-        "from nanogpt.devices.mesh import join_processes, processes_line; "
+        "from nanogpt.devices.processes import join_processes, processes_line; "
         "join_processes('127.0.0.1:{}', 1, 0); print(processes_line())"
     )
     port = free_port()
@@ -364,80 +326,6 @@ def test_arguments_that_join_nothing_are_told_in_one_sentence(arguments, told, c
     assert output.out == ""
     (sentence,) = output.err.splitlines()
     assert told in sentence
-
-
-@pytest.mark.parametrize(
-    ("environment", "others"),
-    [
-        ({}, False),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False),  # not by srun
-        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}, True),
-        ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
-        ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
-        # mpirun within a job of two machines: it reaches the second by srun
-        ({"OMPI_COMM_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "1"}, True),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a pod like any other
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, False),  # no TPU here
-    ],
-)
-def test_launchers_are_recognised_by_what_they_set(monkeypatch, environment, others):
-    forget_launchers(monkeypatch)
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
-    assert launched_with_others() is others
-
-
-@pytest.mark.parametrize(
-    ("variables", "metadata", "others"),
-    [
-        ({"TPU_WORKER_HOSTNAMES": "localhost"}, None, False),
-        ({"TPU_WORKER_HOSTNAMES": "a", "TPU_PROCESS_ADDRESSES_PATH": "addresses"}, None, True),
-        ({"TPU_WORKER_HOSTNAMES": "a,b"}, None, True),  # as Kubernetes on Google Cloud sets it
-        ({"TPU_PROCESS_ADDRESSES": "a:8471,b:8471"}, None, True),
-        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, None, True),
-        ({}, {"worker-network-endpoints": "10.0.0.1"}, False),
-        ({}, {"worker-network-endpoints": "x:y:10.0.0.1,x:y:10.0.0.2"}, True),
-        (
-            {},
-            {"worker-network-endpoints": "a", "tpu-env": "ZONE: 'b'\nMEGASCALE_NUM_SLICES: '2'"},
-            True,
-        ),
-        ({}, {}, False),  # a server that knows of no TPU
-        ({}, None, False),  # none
-    ],
-)
-def test_tpu_hosts_are_told_by_variables_or_by_the_cloud_s_metadata(
-    tmp_path, monkeypatch, variables, metadata, others
-):
-    monkeypatch.chdir(tmp_path)
-    Path("addresses").write_text("a:8471,b:8471\n")
-
-    class Metadata(BaseHTTPRequestHandler):
-        def do_GET(self):
-            path, _, name = self.path.rpartition("/")
-            known = path == "/computeMetadata/v1/instance/attributes" and name in (metadata or {})
-            self.send_response(200 if known and self.headers["Metadata-Flavor"] else 404)
-            self.end_headers()
-            self.wfile.write(metadata[name].encode() if known else b"")
-
-        def log_message(self, *_):
-            pass
-
-    forget_launchers(monkeypatch)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(nanogpt.devices.launchers, "has_tpu", lambda: True)
-    with HTTPServer(("127.0.0.1", 0), Metadata) as server:
-        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
-        if metadata is None:
-            server.server_close()
-        else:
-            Thread(target=server.serve_forever, daemon=True).start()
-        assert launched_with_others() is others
-        if metadata is not None:
-            server.shutdown()
 
 
 def test_what_jax_cannot_find_out_from_a_launcher_is_told_in_one_sentence(monkeypatch, capsys):

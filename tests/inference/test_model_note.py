@@ -1,0 +1,58 @@
+"""MODEL.md: its program makes the model's logits from the arrays, and it names them all."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from nanogpt.inference.export import save_model
+from nanogpt.inference.model_note import note
+from tests.model import test_gpt as test_model
+
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
+TOKENS = np.random.default_rng(0).integers(0, 256, (2, 21))
+SOURCE = {"run": "a", "step": 5, "tokens": 500, "commit": "abc", "val_loss": 1.25}
+SETTINGS = {"tokenizer": "bytes", "sequence_length": 16, "dtype": "float32", "from": SOURCE}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        test_model.EVERY_TRICK,
+        test_model.VALUE_RESIDUAL,
+        test_model.OVERLAPPING,
+        test_model.BARE,
+        replace(test_model.OVERLAPPING, num_heads=2, smear=False, key_offset=(-1,)),
+        replace(test_model.BARE, num_layers=2, bigram_buckets=7, windows=(2, 5)),
+    ],
+    ids=["every trick", "value residual", "overlapping", "bare", "from the last", "windows"],
+)
+def test_the_program_in_the_note_is_the_model_with_whatever_tricks_it_has(
+    tmp_path, monkeypatch, config
+):
+    params = test_model.alive(config)
+    save_model(tmp_path / "gpt", config, params, SETTINGS, note(config, SETTINGS, params))
+    monkeypatch.chdir(tmp_path / "gpt")
+    (program,) = re.findall(r"```python\n(.*?)```", Path("MODEL.md").read_text(), re.DOTALL)
+    names = {}
+    exec(program, names)
+    tokens = TOKENS % config.vocab_size
+    tokens[0, 7] = 4  # the separator of EVERY_TRICK
+    expected = jax.jit(test_model.build(config, params))(tokens)
+    for row, logits in zip(tokens, expected, strict=True):
+        np.testing.assert_allclose(names["logits"](row), logits, atol=2e-4)
+
+
+def test_the_note_names_every_array_with_its_shape_and_where_it_comes_from():
+    config = replace(test_model.EVERY_TRICK, vocab_size=50257)
+    params = test_model.alive(config)
+    text = note(config, SETTINGS | {"tokenizer": "gpt2"}, params)
+    for name, array in traverse_util.flatten_dict(params, sep=".").items():
+        assert f"| `{name}` | {list(array.shape)} | " in text
+    for words in ("step 5,", "500 tokens", "1.2500", "commit abc", "50256", "tiktoken", "50,304"):
+        assert words in text

@@ -1,0 +1,95 @@
+"""Curves are read from what runs wrote, and what cannot be read is named in one sentence."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib", reason="pictures need Matplotlib: the extra `plot`")
+
+from nanogpt.report.__main__ import main
+from nanogpt.report.curves import read_run
+
+CIRCUMSTANCES = {
+    "date": "2026-11-22T19:42:06+00:00",
+    "commit": "bea878c",
+    "hardware": "2 x AMD EPYC",
+    "accelerators": ["8 x NVIDIA H200"],
+}
+
+
+def records(num_steps, seed=0, first=10.8, last=3.2):
+    """What a run that learns writes: a record per step, every tenth with a validation loss."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for step in range(1, num_steps + 1):
+        seconds = float(rng.uniform(0.4, 0.6))
+        loss = last + (first - last) * float(np.exp(-8 * step / num_steps))
+        made.append(
+            {
+                "step": step,
+                "train_loss": loss + float(rng.normal()) / 20,
+                "grad_norm": float(rng.uniform(0.1, 9)),
+                "spike": 0.0,
+                "learning_rate_factor": 1 - step / num_steps,
+                "tokens": 300_000 * step,
+                "time_s": (made[-1]["time_s"] if made else 0.0) + seconds,
+                "step_time_s": seconds,
+                "tokens_per_s": 300_000 / seconds,
+            }
+        )
+        if step % 10 == 0:
+            made[-1]["val_loss"] = loss
+    return made
+
+
+def write(folder, made, tokenizer="gpt2", **config):
+    """A run's folder."""
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in made))
+    config = {"preset": "speedrun", "tokenizer": tokenizer, **config}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "run.json").write_text(json.dumps(CIRCUMSTANCES))
+    (folder / "log.txt").write_text("run: x\nparameters: 275,742,772\nstep 1/9 | ...\n")
+    return folder
+
+
+def failure(capsys, *arguments):
+    """The sentence with which the command refuses its arguments."""
+    assert main([str(argument) for argument in arguments]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.count("\n") == 1
+    return output.err.strip()
+
+
+def test_a_folder_that_is_no_runs_is_named(tmp_path, capsys):
+    said = failure(capsys, tmp_path / "none")
+    assert "none cannot be read (No such file or directory): name the folders of runs" in said
+    assert f"{tmp_path} is no run: name the folders of runs" in failure(capsys, tmp_path)
+    assert failure(capsys) == "There is nothing to draw: name runs, runs/<name>."
+
+
+def test_a_run_without_numbers_is_told_from_one_that_cannot_be_read(tmp_path, capsys):
+    folder = write(tmp_path / "run", [])
+    assert "has no numbers yet: wait" in failure(capsys, folder)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "train_l')
+    assert "has no numbers yet: wait" in failure(capsys, folder)
+
+
+@pytest.mark.parametrize("line", ['{"step": 3, "tra', "[3]", '{"step": "three"}', "", "\0\0"])
+def test_a_broken_line_is_named_but_the_last_one_is_not_read(tmp_path, capsys, line):
+    folder = write(tmp_path / "run", records(4))
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([*lines, line]))
+    np.testing.assert_array_equal(read_run(folder, "run").metrics["step"], [1, 2, 3, 4])
+    metrics.write_text("\n".join([*lines[:2], line, *lines[2:]]))
+    said = failure(capsys, folder)
+    assert f"{metrics}, line 3 is no JSON object of numbers: repair it" in said
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"a"', "7"])
+def test_a_broken_configuration_is_named(tmp_path, capsys, text):
+    folder = write(tmp_path / "run", records(4))
+    (folder / "config.json").write_text(text)
+    assert f"{folder / 'config.json'} holds no JSON object" in failure(capsys, folder)
