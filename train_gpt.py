@@ -460,7 +460,7 @@ def show_result(run: Run, plan: "Plan", params: "Params", mesh: "Mesh") -> None:
     import jax
 
     from nanogpt.inference.text import sample
-    from nanogpt.report.curves import loss_png
+    from nanogpt.report.picture import loss_png
 
     if find_spec("matplotlib") and jax.process_index() == 0:
         try:

@@ -39,7 +39,7 @@ def find_dataset(
     Every shard is opened, and a sample of its tokens, or each if `every_token`, is checked against
     the vocabulary. Raises ShardError or CorpusError.
     """
-    if train_files is None:
+    if train_files is None or val_files is None:
         corpus = embedded_corpus()
         train_files, val_files = corpus.train_files, corpus.val_files
         name = f"embedded corpus {corpus.fingerprint}"

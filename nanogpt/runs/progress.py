@@ -1,7 +1,7 @@
 """The metrics of each step as a line on the console and a record in metrics.jsonl."""
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from math import isfinite
@@ -38,7 +38,7 @@ class Progress:
         """
         self.run, self.schedule, self.utilization = run, schedule, utilization
         self.training_seconds = training_seconds
-        self.seconds: Counter[str] = Counter()  # what this process spent its time on
+        self.seconds = defaultdict[str, float](float)  # what this process spent its time on
         self._losses: dict[str, float] = {}  # the latest of training and of validation
         self._trained = 0  # tokens, by this process
         self._utilized: float | None = None  # seconds of training, times utilisation

@@ -54,7 +54,7 @@ def settings(
         return replace(override(replace(start, run_name="", resume=None)), preset=start.preset)
     weights = None
     if given.init_from is not None:
-        from nanogpt.inference.weights import settings_with, weights_in
+        from nanogpt.inference.weights import weights_in
 
         weights = weights_in(kind, Path(given.init_from))
     if given.preset != "auto":
@@ -64,7 +64,12 @@ def settings(
     else:
         start = presets[preset_for_hardware(given.device)]
     start = suited_to_own_text(start, override(start))
-    hp = settings_with(weights, start, override) if weights else override(start)
+    if weights is None:
+        hp = override(start)
+    else:
+        from nanogpt.inference.weights import settings_with
+
+        hp = settings_with(weights, start, override)
     return replace(hp, preset=start.preset)
 
 
@@ -83,7 +88,7 @@ def suited_to_own_text(start: "Hyperparameters", asked: "Hyperparameters") -> "H
 
 def with_own_text(hp: "Hyperparameters") -> "Hyperparameters":
     """The settings with the shards of `data`, which are made now unless they are there."""
-    if not hp.data or (hp.resume and glob(hp.train_files)):
+    if not hp.data or (hp.resume and glob(hp.train_files or "")):
         return hp
     text = prepare(hp.data, hp.tokenizer, hp.data_field)
     return replace(

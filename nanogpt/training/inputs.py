@@ -25,7 +25,7 @@ class Inputs:
         self._order(hp.num_steps)  # looks into the shards for rows of every stage
         self._validation = [
             ValidationRows(
-                plan.dataset.val_files, stage.row_length, hp.val_tokens, hp.model.vocab_size
+                [*plan.dataset.val_files], stage.row_length, hp.val_tokens, hp.model.vocab_size
             )
             for stage in plan.stages
         ]
@@ -50,7 +50,7 @@ def _rows(plan: Plan, T: int, start: int) -> Rows:
     """The training rows of T + 1 tokens, from an offset of the data on."""
     hp = plan.hp
     return Rows(
-        plan.dataset.train_files,
+        [*plan.dataset.train_files],
         T,
         hp.seed,
         hp.shuffle,

@@ -131,8 +131,8 @@ def plan_here(hp: "Hyperparameters") -> Plan:
 
     Raises ConfigError, ShardError or CorpusError for what cannot be done here.
     """
-    alone = dict.fromkeys(("coordinator_address", "num_processes", "process_id"))
-    check_same("settings", repr(replace(hp, **alone)))
+    shared = replace(hp, coordinator_address=None, num_processes=None, process_id=None)
+    check_same("settings", repr(shared))
     device = jax.local_devices()[0]
     hardware = Hardware(
         device.device_kind, jax.device_count(), jax.process_count(), device_memory(device)

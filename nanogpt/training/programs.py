@@ -144,7 +144,7 @@ def lowered(
     """The training step and the validation of each stage, ready to be compiled."""
     hp, programs = plan.hp, {}
     state = jax.eval_shape(init, jax.random.key(0))
-    rates = Rates(*[jax.ShapeDtypeStruct((), jnp.float32)] * 2)
+    rates = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), Rates(0.0, 0.0))
     for stage in stages:
         graph, (Ng, R) = graph_of(plan.stages[stage].model, plan.kernels), plan.shape(stage)
         rows = jax.ShapeDtypeStruct((R, plan.stages[stage].row_length + 1), jnp.int32)
