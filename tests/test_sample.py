@@ -1,4 +1,4 @@
-"""Continuing a prompt with the run that test_train_gpt.py made, and the answers to mistakes."""
+"""Continuing a prompt with a small run, and the answers to mistakes."""
 
 import importlib
 import json
@@ -17,13 +17,12 @@ import pytest
 import export
 import sample
 from nanogpt.config import ConfigError
-from tests.test_train_gpt import base_run
 from train_gpt import PRESETS
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return base_run(tmp_path_factory).folder
+@pytest.fixture
+def run(base):
+    return base.folder
 
 
 @pytest.fixture

@@ -14,25 +14,16 @@ import numpy as np
 import pytest
 
 from nanogpt.data.shards import read_shard, write_shard
-from tests.test_train_gpt import VAL_TOKENS
-from tests.training.test_resume import (
-    PATIENCE,
-    Process,
+from tests.programs import PATIENCE, Process, wait_until
+from tests.run_folders import (
     arrays,
     assert_same_run,
-    cache,
     checkpoints,
-    place,
     records,
-    resume,
-    started,
     steps,
-    straight,
-    wait_until,
     without_times,
 )
-
-__all__ = ["cache", "place", "straight"]  # fixtures
+from tests.small_runs import VAL_TOKENS, resume, started
 
 TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 AT_ONCE = 5.0  # seconds: far less than what the interrupted work would still take
