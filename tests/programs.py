@@ -1,4 +1,4 @@
-"""The main job in processes of its own, which tests start, hold, signal and kill.
+"""The main job, and other programs, in processes that tests start, hold, signal and kill.
 
 They are forked from a process that has imported everything (tests/imports.py) and used no device:
 importing takes longer than the rest of so small a run. `python3 train_gpt.py` itself is what
@@ -19,6 +19,8 @@ import time
 from contextlib import chdir
 from multiprocessing.connection import Connection
 from pathlib import Path
+
+import train_gpt
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
@@ -61,16 +63,24 @@ def run_to_end(arguments, cwd, cache, devices=1):
 
 
 class Process:
-    """`train_gpt.py` in a process of its own, which can get one line ahead of who reads it.
+    """A program in a process of its own, which can get one line ahead of who reads it.
 
     Its console is a pipe that holds a single write. When step k's line was read, that of step
     k + 1 is in the pipe, and the run is held before that of k + 2 until more is read.
     """
 
     def __init__(
-        self, arguments, cwd, cache, devices=1, environment=(), ignored=(), limit=NO_LIMIT
+        self,
+        arguments,
+        cwd,
+        cache,
+        devices=1,
+        environment=(),
+        ignored=(),
+        limit=NO_LIMIT,
+        main=train_gpt.main,
     ):
-        """Start it in a folder, with nothing of this process's settings.
+        """Start main(arguments) in a folder, with nothing of this process's settings.
 
         It ignores the signals `ignored`, and no file of it may grow beyond `limit` bytes.
         """
@@ -83,8 +93,8 @@ class Process:
             multiprocessing.forkserver.ensure_running()
         with Connection(write, readable=False) as out, Connection(errors, readable=False) as err:
             env = settings(cache, devices) | dict(environment)
-            given = [*map(str, arguments)], cwd, env, [*ignored], limit, out, err
-            self._process = FORKED.Process(target=_main, args=given, daemon=True)
+            given = main, [*map(str, arguments)], cwd, env, [*ignored], limit, out, err
+            self._process = FORKED.Process(target=_become, args=given, daemon=True)
             self._process.start()
         self.pid = self._process.pid
 
@@ -138,11 +148,9 @@ class Process:
         return bool(piece)
 
 
-def _main(arguments, cwd, environment, ignored, limit, output, errors):
-    """What a forked process does: become `python3 train_gpt.py` with everything imported."""
+def _become(main, arguments, cwd, environment, ignored, limit, output, errors):
+    """What a forked process does: become a program, with everything imported."""
     import jax
-
-    import train_gpt
 
     for descriptor, pipe in enumerate((output, errors), start=1):
         os.dup2(pipe.fileno(), descriptor)
@@ -162,7 +170,7 @@ def _main(arguments, cwd, environment, ignored, limit, output, errors):
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     sys.argv = [str(SCRIPT), *arguments]
     try:
-        sys.exit(train_gpt.main(arguments))
+        sys.exit(main(arguments))
     finally:  # as Python ends, which multiprocessing leaves out
         threading._shutdown()
         atexit._run_exitfuncs()
