@@ -99,3 +99,14 @@ def place(tmp_path, monkeypatch):
     write_data(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def compiled_fully():
+    """Programs with every optimization, for tests that read what a compiler made."""
+    import jax
+
+    quickly = "jax_disable_most_optimizations"
+    jax.config.update(quickly, False)
+    yield
+    jax.config.update(quickly, True)

@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
 PATIENCE = 120  # seconds after which a process that does not do what it should has failed
 NO_LIMIT = resource.RLIM_INFINITY
+# Python that Ctrl-C ends, which is ignored by what tests start when they run in the background.
+PYTHON = ("env", "--default-signal=INT", sys.executable)
 
 FORKED = multiprocessing.get_context("forkserver")
 FORKED.set_forkserver_preload(["tests.imports"])

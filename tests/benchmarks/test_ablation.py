@@ -11,8 +11,6 @@ from benchmarks import ablation
 from benchmarks.ablation import BUILT_IN, CPU, GPU, PIECES, final_loss
 from nanogpt.data.shards import read_shard
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.mark.parametrize("proxy", [CPU, GPU], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("piece", PIECES)

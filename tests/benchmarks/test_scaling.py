@@ -14,8 +14,6 @@ from benchmarks.sent import Sent, first_group, sent, wire_bytes
 from tests.devices.test_sharding import compiled
 from train_gpt import PRESETS
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def bytes_of(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -5,7 +5,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 from nanogpt.data.shards import read_shard, write_shard
-from tests.programs import PATIENCE, SCRIPT, Process, settings, wait_until
+from tests.programs import PATIENCE, PYTHON, SCRIPT, Process, settings, wait_until
 from tests.run_folders import (
     arrays,
     assert_same_run,
@@ -160,7 +159,7 @@ def test_a_signal_while_jax_is_loaded_ends_at_once_and_leaves_nothing(
     place, cache, sent, status, after
 ):
     with subprocess.Popen(
-        ["env", "--default-signal=INT", sys.executable, SCRIPT, *RUN, "--run-name", "a"],
+        [*PYTHON, SCRIPT, *RUN, "--run-name", "a"],
         env=settings(cache, 1),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
