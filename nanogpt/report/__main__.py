@@ -18,6 +18,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from nanogpt.checks import UserError
 from nanogpt.report.curves import (
     HOW_TO_READ,
     INK,
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for file in report(options.runs, options.out, lambda line: print(line, file=sys.stderr)):
             print(file)
-    except RunError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
