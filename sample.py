@@ -42,6 +42,7 @@ class Options:
 
     def check(self) -> None:
         """Raise ConfigError, in a sentence for the user, for options that make no sense."""
+        self.sampling.check()  # first: its options have no prefix on the command line
         checked(asdict(self), Options)
         if self.prompt and self.prompt_file:
             raise ConfigError("prompt and prompt_file cannot both be given: leave one out.")

@@ -472,6 +472,23 @@ def test_a_broken_configuration_is_named(tmp_path, capsys, text, told):
     assert f"{folder / 'config.json'} {told}" in failure(capsys, folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("run.json", {"hardware": []}, "hardware must be a string, not []"),
+        ("run.json", {"accelerators": "8 x H200"}, 'accelerators must be a list, not "8 x H200"'),
+        ("run.json", {"date": 2026}, "date must be a string, not 2026"),
+        ("config.json", {"num_steps": "9"}, 'num_steps must be an integer, not "9"'),
+        ("config.json", {"data": {}}, "data must be a list, not {}"),
+    ],
+)
+def test_a_field_that_is_not_as_declared_is_named(tmp_path, capsys, name, change, told):
+    file = write(tmp_path / "run", records(4)) / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    said = failure(capsys, file.parent)
+    assert said == f"{file}: {told}: restore it or take it away."
+
+
 def test_metrics_alone_are_enough(tmp_path):
     folder = write(tmp_path / "run", records(20))
     for name in ("config.json", "run.json", "log.txt"):
