@@ -23,24 +23,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import tyro
 
-from nanogpt.checks import (
-    ConfigError,
-    Count,
-    Decay,
-    NotNegative,
-    Positive,
-    Seed,
-    Share,
-    checked,
-)
-from nanogpt.config import (
-    ComputeType,
-    GPTConfig,
-    Kernels,
-    LossKernel,
-    TokenizerName,
-    mesh_axes,
-)
+from nanogpt.checks import ConfigError, Count, Decay, NotNegative, Positive, Seed, Share, checked
+from nanogpt.config import ComputeType, GPTConfig, Kernels, LossKernel, TokenizerName, mesh_axes
 from nanogpt.data.corpus import CorpusError, embedded_corpus
 from nanogpt.data.shards import ShardError, check_vocabulary, find_shards, read_shard
 from nanogpt.data.text.cache import prepare
