@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanogpt.checks import UserError
 from nanogpt.data.shards import ShardError, Tokens, read_shard, write_shard
 from nanogpt.data.tokenizer import ByteTokenizer
 from nanogpt.files import cache_folder
@@ -50,7 +51,7 @@ SEPARATOR = bytes([ByteTokenizer.separator])
 Document = tuple[str, bytes]  # POSIX path relative to site-packages, UTF-8 text
 
 
-class CorpusError(Exception):
+class CorpusError(UserError):
     """A package the corpus is made of is missing, or its folder cannot be written."""
 
 

@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import UInt16
 from numpy.typing import ArrayLike
 
+from nanogpt.checks import UserError
+
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 1024
@@ -29,7 +31,7 @@ Tokens = UInt16[np.ndarray, "tokens"]
 REMAKE = "delete it, then download it or make it again"
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """A shard that cannot be used or written; the message is one sentence for the user."""
 
 

@@ -25,6 +25,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+from nanogpt.checks import UserError
+
 PIECE = 2**20  # bytes of a file, or characters of a long document, that are looked at in one go
 ROWS = 256  # of a Parquet file
 VALIDATION = 100  # one document in so many is for validation, by its hash ...
@@ -35,7 +37,7 @@ LAST_SHARE = 10  # ... and of a lone document the last one in so many characters
 CUT = re.compile(r"(?s).*\S(?=[ \n])")
 
 
-class DataError(Exception):
+class DataError(UserError):
     """Inputs that cannot be made into shards; the message is one sentence for the user."""
 
 

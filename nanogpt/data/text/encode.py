@@ -42,9 +42,14 @@ tokenizer_of = cache(load_tokenizer)
 class Inputs(Protocol):
     """Files that are here, or that can be fetched (nanogpt.data.text.documents.Files, for one)."""
 
-    names: list[str]
-    weights: list[int]
-    fingerprint: str
+    @property
+    def names(self) -> list[str]: ...
+
+    @property
+    def weights(self) -> list[int]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def get(self, name: str) -> Path: ...
 
