@@ -50,8 +50,9 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from nanogpt.config import GATE_INPUTS, GPTConfig, Kernels
 from nanogpt.devices.sharding import from_parts, share_of_row, to_parts
 from nanogpt.model.context import Next, Rows
-from nanogpt.model.loss import Softcap, linear_cross_entropy, softcap
+from nanogpt.model.loss import linear_cross_entropy
 from nanogpt.model.rotary import rotary, rotation
+from nanogpt.model.softcap import Softcap, softcap
 
 Attend = Callable[[Array, Array, Array], Array]  # (q, k, v) to what each query takes from them
 XLA = Kernels()  # what runs everywhere
