@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PyTree
 
-from nanogpt.model.gpt import is_table
+from nanogpt.model.parameters import is_table
 from nanogpt.optim.muon import scale_by_muon
 
 

@@ -30,10 +30,10 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from nanogpt.config import GPTConfig, Kernels
 from nanogpt.devices.mesh import BATCH, REPLICATED, ROWS
 from nanogpt.devices.sharding import gathered, reduced, shardings, specs, sum_over_model
-from nanogpt.model.gpt import GPT, XLA, compute_copy, stacked, unrolled
+from nanogpt.model.gpt import GPT, XLA
+from nanogpt.model.parameters import Params, layers_apart, stacked
 from nanogpt.schedule import Rates
 
-Params = PyTree[Float[Array, "..."]]
 Metrics = dict[str, Float[Array, ""]]
 
 RECENT = 0.05  # weight of a new loss in the running mean and variance: about 20 steps count
@@ -59,12 +59,6 @@ def graph_of(config: GPTConfig, kernels: Kernels = XLA) -> nnx.GraphDef:
 def init_params(config: GPTConfig, key: Key[Array, ""]) -> Params:
     """The arrays of a new model, float32, as a nested dict."""
     return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key))))
-
-
-def layers_apart(graph: nnx.GraphDef, params: Params, dtype: str) -> tuple[nnx.GraphDef, Params]:
-    """The model with its layers apart, and its parameters, to compute with in `dtype`."""
-    graph, layers = nnx.split(unrolled(nnx.merge(graph, compute_copy(params, dtype))))
-    return graph, nnx.to_pure_dict(layers)
 
 
 def make_init(
