@@ -516,7 +516,8 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     import jax.numpy as jnp
     from jax.sharding import NamedSharding
 
-    from nanogpt.data.batches import RowOrder, ValidationRows, prefetch, train_batch
+    from nanogpt.data.batches import RowOrder, ValidationRows, train_batch
+    from nanogpt.data.prefetch import prefetch
     from nanogpt.devices.compilation import (
         compile_all,
         first_that_fits,
