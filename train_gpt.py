@@ -353,7 +353,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train(hp: Hyperparameters, interruption: Interruption) -> int:
     """Train a model as `hp` says, in a new folder under runs/ or a resumed one; the exit status."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # JAX's own default is 0.75
-    from nanogpt.data.batches import prefetch
+    from nanogpt.data.prefetch import prefetch
     from nanogpt.devices.compilation import use_compilation_cache
     from nanogpt.devices.mesh import make_mesh, use_device
     from nanogpt.inference.weights import with_weights

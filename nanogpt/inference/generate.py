@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from nanogpt.inference.sampling import Sampling
 from nanogpt.model.context import Cache, Next, Prompts
-from nanogpt.model.gpt import compute_copy, unrolled
+from nanogpt.model.parameters import compute_copy, unrolled
 from nanogpt.training.step import Params
 
 CHUNK = 16  # tokens of each text that one program writes

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from nanogpt.data.batches import prefetch
+from nanogpt.data.prefetch import prefetch
 from nanogpt.data.shards import Tokens
 from nanogpt.data.text.documents import (
     DataError,
