@@ -111,9 +111,9 @@ def evaluate(options: Options) -> None:
     rows = ValidationRows(files, run.row_length, count, run.hp.model.vocab_size)
     tokenizer = load_tokenizer(run.hp.tokenizer)
     num_bytes = int(bytes_per_token(tokenizer)[rows.tokens[1:]].sum())
+    items = []
     if options.hellaswag:
-        items = read_items(hellaswag_file())[: options.hellaswag_items]
-        items = retokenized(items, tokenizer)
+        items = retokenized(read_items(hellaswag_file())[: options.hellaswag_items], tokenizer)
 
     def fitting(measure: Callable[[int], Any]) -> Any:
         """What `measure` tells with so many rows per device, or fewer where memory runs out."""

@@ -72,7 +72,7 @@ def known(run: Path, step: int) -> dict[str, Any]:
     from nanogpt.files import parsed, read_json
     from nanogpt.runs.folder import Circumstances, Metrics
 
-    facts = {}
+    facts: dict[str, Any] = {}
     with suppress(ConfigError, KeyError):
         facts["commit"] = read_json(run / "run.json", Circumstances, "")["commit"]
     with suppress(OSError):

@@ -93,7 +93,10 @@ def main(arguments: list[str] | None = None) -> int:
         # A signal ends this at once: what is in the folder is good for another process to go on.
         with Interruption(), progress_line() as show:
             options.check()
-            inputs = hub_files(options, out) if options.hub else find_files(options.inputs, out)
+            if options.hub:
+                inputs = hub_files(options.hub, options.subset, out, options.keep_downloads)
+            else:
+                inputs = find_files(options.inputs, out)
             made = make_shards(inputs, out, recipe, options.processes, show)
     except UserError as error:
         print(error, file=sys.stderr)
@@ -135,8 +138,8 @@ class HubFiles:
             (self.folder / name).unlink(missing_ok=True)
 
 
-def hub_files(options: Options, out: Path) -> Inputs:
-    """The Parquet files that the options ask for; DataError if there are none.
+def hub_files(hub: str, subset: str | None, out: Path, keep_downloads: bool) -> Inputs:
+    """The Parquet files of a data set, or of a subset of it; DataError if there are none.
 
     Where an interrupted process began with a revision of the data set, it is that one again.
     """
@@ -146,27 +149,28 @@ def hub_files(options: Options, out: Path) -> Inputs:
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    note = out / f"{options.hub.replace('/', '--')}.revision"
+    note = out / f"{hub.replace('/', '--')}.revision"
     known = note.read_bytes().strip().decode(errors="replace") if note.exists() else None
     if known is not None and not re.fullmatch("[0-9a-f]{40}", known):
-        raise DataError(f"{note} names no revision of {options.hub}: delete {out}.")
-    info = patiently(options.hub, lambda: HfApi().dataset_info(options.hub, revision=known))
-    parquet = sorted(x.rfilename for x in info.siblings if x.rfilename.endswith(".parquet"))
+        raise DataError(f"{note} names no revision of {hub}: delete {out}.")
+    info = patiently(hub, lambda: HfApi().dataset_info(hub, revision=known))
+    parquet = sorted(x.rfilename for x in info.siblings or () if x.rfilename.endswith(".parquet"))
     configs = (info.card_data or {}).get("configs") or []
-    card = f"The card of {options.hub}"
+    card = f"The card of {hub}"
     configs = checked(configs, list[Subset], card, "choose another data set")
-    patterns = patterns_of(configs, options.subset)
+    patterns = patterns_of(configs, subset)
     names = [name for name in parquet if any(fnmatch(name, pattern) for pattern in patterns)]
     if not names:
         subsets = ", ".join(config["config_name"] for config in configs) or "none"
-        where = f" in subset {options.subset}" if options.subset else ""
+        where = f" in subset {subset}" if subset else ""
         raise DataError(
-            f"{options.hub} has no Parquet file{where}: its subsets are {subsets}; a folder in it "
+            f"{hub} has no Parquet file{where}: its subsets are {subsets}; a folder in it "
             "may be named, too."
         )
     out.mkdir(parents=True, exist_ok=True)
+    assert info.sha is not None  # the hub leaves it out of listings only
     note.write_text(info.sha + "\n")
-    return HubFiles(options.hub, info.sha, names, out, options.keep_downloads)
+    return HubFiles(hub, info.sha, names, out, keep_downloads)
 
 
 def patterns_of(configs: list[Subset], subset: str | None) -> list[str]:

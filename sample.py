@@ -56,7 +56,8 @@ Write = Callable[..., Iterator[tuple[int, Token]]]  # nanogpt.inference.text.wri
 def main(arguments: list[str] | None = None) -> int:
     """Print the prompt and its continuation, or serve a page; return the exit status."""
     options = tyro.cli(Options, args=arguments)
-    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show ends no text
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show ends no text
     try:
         options.check()
         if options.serve:

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from nanogpt.training.step import Params
 
 
+Preset = Literal["auto", "speedrun", "baseline", "laptop", "gpt2-medium", "gpt2-large", "gpt2-xl"]
+
+
 def windows(short: int, long: int) -> tuple[int, ...]:
     """The windows of 12 layers: long ones in the middle and at the end."""
     return (short,) * 4 + (long,) + (short,) * 6 + (long,)
@@ -80,9 +83,7 @@ SPEEDRUN_STAGES = (
 class Hyperparameters:
     """Every setting of a run. The defaults are the `speedrun` preset."""
 
-    preset: Literal[
-        "auto", "speedrun", "baseline", "laptop", "gpt2-medium", "gpt2-large", "gpt2-xl"
-    ] = "auto"
+    preset: Preset = "auto"
     """Where the other settings start: auto is speedrun with an accelerator, else laptop; with
     init_from it is the settings of that run."""
     config: str | None = None
@@ -317,13 +318,14 @@ PRESETS = {
 
 # The larger sizes of GPT-2, as `baseline` trains the smallest, for once through FineWeb10B: 10
 # billion tokens, as many as llm.c trains its GPT-2s on.
+GPT2_SIZES: dict[Preset, tuple[int, int, int]] = {
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
 PRESETS |= {
     name: replace(at_width(PRESETS["baseline"], *shape), preset=name, num_steps=19_000)
-    for name, shape in {
-        "gpt2-medium": (24, 16, 1024),
-        "gpt2-large": (36, 20, 1280),
-        "gpt2-xl": (48, 25, 1600),
-    }.items()
+    for name, shape in GPT2_SIZES.items()
 }
 
 

@@ -130,9 +130,10 @@ def _expected(what: str, kind: Any, path: Sequence[str | int]) -> str:
         for name in path:
             kind = get_args(kind)[0] if isinstance(name, int) else get_type_hints(kind)[name]
         return f"be {' or '.join(map(str, get_args(kind)))}"
-    kinds, bound = re.fullmatch(r"Expected `([^`]+)`(.*)|.*", what).groups()
-    if kinds is None:
+    expected = re.fullmatch(r"Expected `([^`]+)`(.*)", what)
+    if expected is None:
         return "be a number"  # it is beyond those that a float can be
+    kinds, bound = expected.groups()
     if found := re.fullmatch(r"( of length)? ?([<>]=?|) (\d+)(?:\.0)?(?:, got .*)?", bound):
         length, relation, number = found.groups()
         limit = f"{BOUNDS[relation]} {int(number):,}" if relation else number

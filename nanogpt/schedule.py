@@ -136,5 +136,5 @@ class Schedule:
         windows = [each.windows for each in self.stages[: stage + 1]]
         if windows[-1] is None:
             return config
-        earlier = tuple(max(each) for each in windows[:-1])
+        earlier = tuple(max(each) for each in windows[:-1] if each)
         return replace(config, windows=windows[-1], earlier_windows=earlier)

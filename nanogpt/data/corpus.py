@@ -105,10 +105,9 @@ def embedded_corpus(folder: Path | None = None) -> Corpus:
 def find_package(module: str, distribution: str) -> tuple[Path, str]:
     """The folder and version of an installed package, found without the cost of importing it."""
     try:
-        spec = util.find_spec(module)
-        version = metadata.version(distribution)
+        spec, version = util.find_spec(module), metadata.version(distribution)
     except ModuleNotFoundError:
-        spec = None
+        spec, version = None, ""
     if spec is None or not spec.submodule_search_locations:
         raise CorpusError(
             f"The embedded corpus needs the source of {module}: run `pip install {distribution}`."

@@ -63,8 +63,8 @@ def write_shard(path: str | os.PathLike, tokens: ArrayLike) -> None:
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # pods share process ids
     try:
         with temporary.open("wb") as file:
-            file.write(header)
-            file.write(np.ascontiguousarray(tokens, dtype="<u2"))
+            file.write(header.data)
+            file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -99,7 +99,7 @@ def model_in(folder: Path) -> ModelSettings:
 
 def named(params: Params) -> dict[str, jax.Array]:
     """The arrays of nested dicts by their path, with dots."""
-    return traverse_util.flatten_dict(params, sep=".")
+    return dict(traverse_util.flatten_dict(params, sep="."))
 
 
 def shapes_of(model: GPTConfig) -> dict[str, str]:

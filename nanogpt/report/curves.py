@@ -74,7 +74,8 @@ def read_run(folder: Path, name: str) -> History:
     for number, line in enumerate(lines, start=1):
         try:
             record = parsed(line, Metrics, f"{path}, line {number:,}", "repair it or take it out")
-            rows.append([float(record.get(metric, nan)) for metric in LABELS])
+            numbers: dict[str, Any] = {**record}
+            rows.append([float(numbers.get(metric, nan)) for metric in LABELS])
         except ConfigError as error:
             if number < len(lines):
                 raise RunError(str(error)) from error

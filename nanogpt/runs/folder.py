@@ -182,7 +182,7 @@ class SilentRun(Run):
         self.folder, self.console = folder, Console(quiet=True)
         self.trackers = Trackers(self.say)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         pass
 
     def configure(self, config: dict[str, Any], circumstances: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ class Checkpoints:
             # This copies the arrays into host memory. On CPUs, where they are there already, it
             # looks at them as they are; JAX does not write into an array that is looked at so.
             with ORBAX:
-                writing = ocp.save_checkpointables_async(folder, parts, overwrite=True)
+                writing = ocp.save_checkpointables_async(str(folder), parts, overwrite=True)
         except Exception as error:  # a full disk, a forbidden folder, and what nobody thought of
             self._failed(step, error)
         else:
@@ -249,7 +249,9 @@ def _load(checkpoint: Checkpoint, shapes: dict[str, Any]) -> dict[str, Any]:
             "restore config.json, or name another run."
         )
     try:
-        return {part: ocp.load(folder, shapes[part], checkpointable_name=part) for part in shapes}
+        return {
+            part: ocp.load(str(folder), shapes[part], checkpointable_name=part) for part in shapes
+        }
     except (ValueError, OSError) as error:
         raise CheckpointError(
             f"{checkpoint.folder} changed while it was read ({type(error).__name__}): try again."
@@ -260,7 +262,7 @@ def _saves(checkpoints: Path) -> list[Path]:
     """The folders of all saves, finished or not, newest first."""
     name = re.compile(r"(\d{8,})(\.orbax-checkpoint-tmp.*)?")
     saves = [path for path in checkpoints.glob("*") if name.fullmatch(path.name)]
-    return sorted(saves, key=lambda path: int(name.fullmatch(path.name)[1]), reverse=True)
+    return sorted(saves, key=lambda path: int(path.name.partition(".")[0]), reverse=True)
 
 
 def _delete(folder: Path) -> None:

@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from hashlib import blake2b, sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from nanogpt.checks import UserError
 
@@ -281,11 +281,11 @@ def _not_utf8(error: UnicodeDecodeError, end: int) -> str:
 
 
 @contextmanager
-def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], float]]]:
+def _unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], float]]]:
     """The bytes of a file, unpacked by its suffix, and a function that tells the share read."""
     with path.open("rb") as file:
         size = max(1, os.fstat(file.fileno()).st_size)
-        stream = file
+        stream: Any = file
         if path.suffix.lower() == ".gz":
             stream = gzip.GzipFile(fileobj=file)
         elif path.suffix.lower() == ".zst":

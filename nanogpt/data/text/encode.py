@@ -150,7 +150,8 @@ def become_worker() -> None:
     """Leave Ctrl-C to the parent, and end when it ends, were it by kill -9."""
 
     def follow() -> None:
-        parent_process().join()
+        if (parent := parent_process()) is not None:
+            parent.join()
         os._exit(1)
 
     signal(SIGINT, SIG_IGN)

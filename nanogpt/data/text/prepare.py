@@ -262,7 +262,7 @@ class Shards:
                 self.end()
                 self._open(self.number + 1, 0)
             now, tokens = np.split(tokens, [self.limit - self.length])
-            self._file.write(np.ascontiguousarray(now, "<u2"))
+            self._file.write(np.ascontiguousarray(now, "<u2").data)
             self.length += len(now)
         return self.number > first
 
@@ -277,7 +277,7 @@ class Shards:
         header = np.zeros(HEADER_BYTES // 4, "<i4")
         header[:3] = MAGIC, VERSION, self.length
         self._file.seek(0)
-        self._file.write(header)
+        self._file.write(header.data)
         self.sync()
         self._file.close()
 
