@@ -15,6 +15,12 @@ os.environ["XLA_FLAGS"] = (
 )
 
 
+def pytest_configure(config):
+    """Where annotations are checked (see tests/typechecker.py), the checker must be there first."""
+    if config.getoption("jaxtyping_packages"):
+        import tests.typechecker  # noqa: F401
+
+
 def with_every_trick():
     """A model small enough to differentiate in a test, with every trick on."""
     from nanogpt.config import GPTConfig

@@ -77,13 +77,13 @@ def project(x: Float[Array, "*B I"], weight: Float[Array, "I O"]) -> Float[Array
     return (x.reshape(-1, weight.shape[0]) @ weight).reshape(*x.shape[:-1], weight.shape[1])
 
 
-def pair(x: Float[Array, "B T N H"]) -> Float[Array, "B 2T N/2 H"]:
+def pair(x: Float[Array, "B T N H"]) -> Float[Array, "B 2*T N//2 H"]:
     """Two heads as one whose sequence is twice as long: a token of one, then of the other."""
     B, T, N, H = x.shape
     return x.reshape(B, T, N // 2, 2, H).swapaxes(2, 3).reshape(B, 2 * T, N // 2, H)
 
 
-def part(x: Float[Array, "B 2T N/2 H"]) -> Float[Array, "B T N H"]:
+def part(x: Float[Array, "B T2 pairs H"]) -> Float[Array, "B T2//2 2*pairs H"]:
     """The opposite of `pair`."""
     B, T2, pairs, H = x.shape
     return x.reshape(B, T2 // 2, 2, pairs, H).swapaxes(2, 3).reshape(B, T2 // 2, 2 * pairs, H)
@@ -137,8 +137,8 @@ class Attention(nnx.Module):
             y = y * jax.nn.sigmoid(project(x[:, :, :GATE_INPUTS], self.gate[...]))[..., None]
         return project(y.reshape(B, T, -1), self.out[...]), v.reshape(B, T, -1)
 
-    def joined(self) -> Float[Array, "D 3D"]:
-        """The matrices side by side, for one product of all three.
+    def joined(self) -> Float[Array, "D O"]:
+        """The matrices side by side, [D, 3 N H], for one product of all three.
 
         Values are scaled by way of their matrix: far fewer numbers.
         """

@@ -18,7 +18,7 @@ from nanogpt.model.parameters import is_table
 from nanogpt.optim.muon import scale_by_muon
 
 
-def group(path: tuple[jax.tree_util.DictKey, ...], parameter: Array) -> str:
+def group(path: tuple[jax.tree_util.DictKey, ...], parameter: Array | jax.ShapeDtypeStruct) -> str:
     """The group of a parameter by its name and shape: muon, embedding, head or scalar."""
     if path[-1].key == "head":
         return "head"
