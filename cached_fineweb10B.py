@@ -11,6 +11,7 @@ on where it stopped.
 import argparse
 import hashlib
 import os
+import re
 import shutil
 import sys
 import time
@@ -19,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
 
+from nanogpt.checks import UserError
 from nanogpt.data.shards import ShardError, read_shard
 
 Answer = TypeVar("Answer")
@@ -30,7 +32,7 @@ TRAINING_SHARDS = 103
 WAITS = (1, 2, 4, 8, 16)  # seconds before another attempt where the hub is overloaded or broken
 
 
-class DownloadError(Exception):
+class DownloadError(UserError):
     """A download that cannot go on; the message is one sentence for the user."""
 
 
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nInterrupted; run this again to go on where it stopped.", file=sys.stderr)
         return 130
-    except DownloadError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 1
     except OSError as error:
@@ -125,7 +127,7 @@ def look_up(name: str) -> Published:
     url = hf_hub_url(REPOSITORY, name, repo_type="dataset")
     file = patiently(name, lambda: get_hf_file_metadata(url))
     # The entity tag of a large file is its SHA-256; any other tag is not the hub's answer.
-    if file.size is None or file.etag is None or len(file.etag) != 64:
+    if file.size is None or file.etag is None or not re.fullmatch("[0-9a-f]{64}", file.etag):
         raise DownloadError(
             f"The answer about {name} has no size and SHA-256: check that HF_ENDPOINT, if set, "
             "names a hub and that no proxy or login page stands before it."

@@ -8,11 +8,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import partial
 from math import fsum, log
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Required, TypedDict, TypeVar
 
 import numpy as np
 import tyro
@@ -21,11 +22,11 @@ from rich.console import Console
 from rich.progress import track
 
 from cached_fineweb10B import DownloadError, patiently
-from nanogpt.config import ConfigError
-from nanogpt.data.corpus import CorpusError, embedded_corpus
-from nanogpt.data.shards import ShardError, find_shards
-from nanogpt.data.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from nanogpt.schedule import Schedule, stages_from_json
+from nanogpt.checks import ConfigError, Count, Positive, UserError, checked
+from nanogpt.data.corpus import embedded_corpus
+from nanogpt.data.shards import find_shards
+from nanogpt.data.tokenizer import Tokenizer, load_tokenizer
+from nanogpt.files import read_json, write_whole
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from nanogpt.data.batches import ValidationRows
     from nanogpt.inference.hellaswag import Item
+    from nanogpt.inference.weights import RunSettings
     from nanogpt.training.step import Params
 
 Step = TypeVar("Step")
@@ -48,22 +50,32 @@ class Options:
     """Folder of the run, runs/<name>."""
     val_files: str | None = None
     """Glob of other validation shards, of the same tokenizer; None for those of the run."""
-    val_tokens: int | None = None
+    val_tokens: Positive | None = None
     """Tokens to validate on, the first ones of the shards; None for as many as the run did."""
     hellaswag: bool = False
     """Score HellaSwag, too; on a CPU that takes hours for a model of the speedrun's size."""
-    hellaswag_items: int | None = None
+    hellaswag_items: Positive | None = None
     """Only the first so many items of it; None for all 10,042."""
-    batch_size: int | None = None
+    batch_size: Positive | None = None
     """Rows per device in one pass; None for as many as make 8,192 tokens. It changes no result."""
 
     def check(self) -> None:
         """Raise ConfigError, in a sentence for the user, for options that make no sense."""
-        for name in ("val_tokens", "hellaswag_items", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        checked(asdict(self), Options)
         if self.hellaswag_items is not None and not self.hellaswag:
             raise ConfigError("hellaswag_items says how much of HellaSwag: add --hellaswag.")
+
+
+class Results(TypedDict, total=False):
+    """What evaluation.json keeps of the step whose weights were evaluated last."""
+
+    step: Required[Count]
+    val_files: str
+    val_tokens: Positive
+    val_loss: float
+    bits_per_byte: float
+    hellaswag: dict[str, float]
+    environment: dict[str, Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -72,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         options.check()
         evaluate(options)
-    except (ConfigError, ShardError, CorpusError, TokenizerError, DownloadError) as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -94,14 +106,14 @@ def evaluate(options: Options) -> None:
     run = load(options.run, make_mesh())
 
     # What may be missing is looked for before the long work begins.
-    files, name = validation_files(options.val_files or run.hp["val_files"])
-    count = options.val_tokens or run.hp["val_tokens"]
-    rows = ValidationRows(files, run.row_length, count, run.hp["model"]["vocab_size"])
-    tokenizer = load_tokenizer(run.hp["tokenizer"])
+    files, name = validation_files(options.val_files or run.hp.val_files)
+    count = options.val_tokens or run.hp.val_tokens
+    rows = ValidationRows(files, run.row_length, count, run.hp.model.vocab_size)
+    tokenizer = load_tokenizer(run.hp.tokenizer)
     num_bytes = int(bytes_per_token(tokenizer)[rows.tokens[1:]].sum())
+    items = []
     if options.hellaswag:
-        items = read_items(hellaswag_file())[: options.hellaswag_items]
-        items = retokenized(items, tokenizer)
+        items = retokenized(read_items(hellaswag_file())[: options.hellaswag_items], tokenizer)
 
     def fitting(measure: Callable[[int], Any]) -> Any:
         """What `measure` tells with so many rows per device, or fewer where memory runs out."""
@@ -140,7 +152,7 @@ class Trained(NamedTuple):
     """The newest weights of a run, and what is needed to use them."""
 
     step: int  # after which they were saved
-    hp: dict[str, Any]  # config.json
+    hp: "RunSettings"  # those in config.json
     row_length: int  # tokens per row, T, of the stage that the step belongs to
     graph: "nnx.GraphDef"  # the model of that stage
     params: "Params"  # whole on every device
@@ -149,12 +161,10 @@ class Trained(NamedTuple):
 
 def load(folder: Path, mesh: "Mesh") -> Trained:
     """The newest weights of the run in a folder; ConfigError where there are none."""
-    from nanogpt.inference.weights import load_run
+    from nanogpt.inference.weights import load_run, schedule_in
 
     hp, graph, params, checkpoint = load_run(folder, mesh)
-    step = checkpoint.step
-    named = {field.name: hp[field.name] for field in fields(Schedule)}
-    schedule = Schedule(**named | {"stages": stages_from_json(hp["stages"])})
+    step, schedule = checkpoint.step, schedule_in(folder)
     T = schedule.row_length(schedule.stage(min(step, schedule.num_steps)))
     return Trained(step, hp, T, graph, params, mesh)
 
@@ -184,7 +194,7 @@ def validation_nats(run: Trained, rows: "ValidationRows", batch_size: int) -> fl
     from nanogpt.model.attention import choose_attention
     from nanogpt.training.step import graph_of, make_eval_step
 
-    T, dtype = run.row_length, run.hp["dtype"]
+    T, dtype = run.row_length, run.hp.dtype
     config = nnx.merge(run.graph, run.params).config
     attention, _ = choose_attention([config], T, dtype)
     eval_step = make_eval_step(graph_of(config, Kernels(attention)), run.mesh, dtype)
@@ -226,7 +236,7 @@ def hellaswag(
     rows = [row_of(item.context, end, separator, T) for item in items for end in item.endings]
     losses = losses_of(
         rows,
-        make_row_losses(run.graph, run.mesh, run.hp["dtype"]),
+        make_row_losses(run.graph, run.mesh, run.hp.dtype),
         run.params,
         run.mesh,
         tokens_per_device=batch_size * T,
@@ -246,18 +256,14 @@ def write_results(folder: Path, step: int, results: dict[str, Any]) -> None:
     from nanogpt.runs.environment import environment
 
     path = folder / "evaluation.json"
-    try:
-        earlier = json.loads(path.read_text(encoding="utf-8"))
+    earlier = {}
+    with suppress(ConfigError):  # there is none, or none that can be read
+        earlier = read_json(path, Results, "")
         earlier = earlier if earlier["step"] == step else {}
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or none that can be read
-        earlier = {}
     everything = {"step": step, **earlier, **results, "environment": environment()}
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(everything, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, json.dumps(everything, indent=2) + "\n")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ConfigError(
             f"{path} cannot be written ({error.strerror}): make room there, or copy the run to "
             "where you may write."

@@ -4,7 +4,6 @@ nanogpt/inference/export.py describes the folder, and nanogpt/inference/model_no
 MODEL.md.
 """
 
-import json
 import os
 import sys
 from contextlib import suppress
@@ -14,7 +13,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from nanogpt.config import ConfigError
+from nanogpt.checks import ConfigError, UserError
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = tyro.cli(Options, args=arguments)
     try:
         print(export(options.run, options.out))
-    except ConfigError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -57,7 +56,7 @@ def export(run: Path, out: Path) -> str:
 
     hp, graph, params, checkpoint = load_run(run, make_mesh(1))
     model = nnx.merge(graph, params).config
-    settings = {name: hp[name] for name in ("tokenizer", "sequence_length", "dtype")}
+    settings = {name: getattr(hp, name) for name in ("tokenizer", "sequence_length", "dtype")}
     settings["from"] = {
         "run": run.resolve().name,
         "step": checkpoint.step,
@@ -70,14 +69,18 @@ def export(run: Path, out: Path) -> str:
 
 def known(run: Path, step: int) -> dict[str, Any]:
     """The commit that trained a run and its validation loss at a step, as far as it tells."""
-    facts = {}
-    with suppress(OSError, ValueError, KeyError):
-        facts["commit"] = json.loads((run / "run.json").read_text("utf-8"))["commit"]
-    with suppress(OSError, ValueError, KeyError):
-        for line in (run / "metrics.jsonl").read_text("utf-8").splitlines():
-            record = json.loads(line)
-            if record["step"] == step:
-                facts["val_loss"] = record["val_loss"]
+    from nanogpt.files import parsed, read_json
+    from nanogpt.runs.folder import Circumstances, Metrics
+
+    facts: dict[str, Any] = {}
+    with suppress(ConfigError, KeyError):
+        facts["commit"] = read_json(run / "run.json", Circumstances, "")["commit"]
+    with suppress(OSError):
+        for line in (run / "metrics.jsonl").read_bytes().splitlines():
+            with suppress(ConfigError, KeyError):
+                record = parsed(line, Metrics, "", "")
+                if record["step"] == step:
+                    facts["val_loss"] = record["val_loss"]
     return facts
 
 

@@ -13,22 +13,22 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import tyro
 
-from cached_fineweb10B import DownloadError, patiently
-from nanogpt.data.shards import MAX_TOKENS
+from cached_fineweb10B import patiently
+from nanogpt.checks import Positive, UserError, checked
+from nanogpt.config import TokenizerName
 from nanogpt.data.text.documents import DataError, find_files
 from nanogpt.data.text.encode import Inputs
 from nanogpt.data.text.eta import progress_line
 from nanogpt.data.text.prepare import SHARD_TOKENS, Recipe, make_shards
-from nanogpt.data.tokenizer import TokenizerError
 from nanogpt.training.interruption import Interruption
 
 
@@ -46,30 +46,41 @@ class Options:
     """The configuration of that data set, or a folder in it; None for all of it."""
     keep_downloads: bool = False
     """Keep the files from the hub; else each is deleted when its documents are in the shards."""
-    tokenizer: Literal["gpt2", "bytes"] = "gpt2"
+    tokenizer: TokenizerName = "gpt2"
     """What makes the tokens; train with the same."""
     field: str = "text"
     """The member of the JSON objects, or the column of the Parquet files, with the text."""
     name: str | None = None
     """What the names of the shards begin with, as in text_train_000001.bin; None for the name of
     the data set, or else "text"."""
-    shard_tokens: int = SHARD_TOKENS
+    shard_tokens: Positive = SHARD_TOKENS
     """Tokens per shard."""
-    processes: int = os.cpu_count() or 1
+    processes: Positive = os.cpu_count() or 1
     """How many encode at the same time; it changes no byte of the shards."""
 
     def check(self) -> None:
-        """Raise DataError, in a sentence for the user, for options that make no sense."""
+        """Raise UserError, in a sentence for the user, for options that make no sense."""
+        checked(asdict(self), Options)
         if bool(self.inputs) == bool(self.hub):
             raise DataError("Name either inputs or, with --hub, a data set.")
         if self.hub is None and (self.subset or self.keep_downloads):
             raise DataError("subset and keep_downloads say what to do with a data set: add --hub.")
-        if not 1 <= self.shard_tokens <= MAX_TOKENS:
-            raise DataError(f"shard_tokens must be 1 to {MAX_TOKENS:,}, not {self.shard_tokens:,}.")
-        if self.processes < 1:
-            raise DataError(f"processes must be at least 1, not {self.processes}.")
         if self.name is not None and not re.match(r"\w[^/]*$", self.name):
             raise DataError(f"name must begin like a word and have no slash: {self.name!r}.")
+
+
+class DataFiles(TypedDict):
+    """Files of a subset, as a data set's card names them."""
+
+    split: NotRequired[str]
+    path: str | list[str]
+
+
+class Subset(TypedDict):
+    """A subset, as a data set's card declares it."""
+
+    config_name: str
+    data_files: NotRequired[str | DataFiles | list[str | DataFiles]]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,9 +93,12 @@ def main(arguments: list[str] | None = None) -> int:
         # A signal ends this at once: what is in the folder is good for another process to go on.
         with Interruption(), progress_line() as show:
             options.check()
-            inputs = hub_files(options, out) if options.hub else find_files(options.inputs, out)
+            if options.hub:
+                inputs = hub_files(options.hub, options.subset, out, options.keep_downloads)
+            else:
+                inputs = find_files(options.inputs, out)
             made = make_shards(inputs, out, recipe, options.processes, show)
-    except (DataError, DownloadError, TokenizerError) as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
@@ -124,8 +138,8 @@ class HubFiles:
             (self.folder / name).unlink(missing_ok=True)
 
 
-def hub_files(options: Options, out: Path) -> Inputs:
-    """The Parquet files that the options ask for; DataError if there are none.
+def hub_files(hub: str, subset: str | None, out: Path, keep_downloads: bool) -> Inputs:
+    """The Parquet files of a data set, or of a subset of it; DataError if there are none.
 
     Where an interrupted process began with a revision of the data set, it is that one again.
     """
@@ -135,26 +149,31 @@ def hub_files(options: Options, out: Path) -> Inputs:
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    note = out / f"{options.hub.replace('/', '--')}.revision"
-    known = note.read_text().strip() if note.exists() else None
-    info = patiently(options.hub, lambda: HfApi().dataset_info(options.hub, revision=known))
-    parquet = sorted(x.rfilename for x in info.siblings if x.rfilename.endswith(".parquet"))
+    note = out / f"{hub.replace('/', '--')}.revision"
+    known = note.read_bytes().strip().decode(errors="replace") if note.exists() else None
+    if known is not None and not re.fullmatch("[0-9a-f]{40}", known):
+        raise DataError(f"{note} names no revision of {hub}: delete {out}.")
+    info = patiently(hub, lambda: HfApi().dataset_info(hub, revision=known))
+    parquet = sorted(x.rfilename for x in info.siblings or () if x.rfilename.endswith(".parquet"))
     configs = (info.card_data or {}).get("configs") or []
-    patterns = patterns_of(configs, options.subset)
+    card = f"The card of {hub}"
+    configs = checked(configs, list[Subset], card, "choose another data set")
+    patterns = patterns_of(configs, subset)
     names = [name for name in parquet if any(fnmatch(name, pattern) for pattern in patterns)]
     if not names:
         subsets = ", ".join(config["config_name"] for config in configs) or "none"
-        where = f" in subset {options.subset}" if options.subset else ""
+        where = f" in subset {subset}" if subset else ""
         raise DataError(
-            f"{options.hub} has no Parquet file{where}: its subsets are {subsets}; a folder in it "
+            f"{hub} has no Parquet file{where}: its subsets are {subsets}; a folder in it "
             "may be named, too."
         )
     out.mkdir(parents=True, exist_ok=True)
+    assert info.sha is not None  # the hub leaves it out of listings only
     note.write_text(info.sha + "\n")
-    return HubFiles(options.hub, info.sha, names, out, options.keep_downloads)
+    return HubFiles(hub, info.sha, names, out, keep_downloads)
 
 
-def patterns_of(configs: list[dict[str, Any]], subset: str | None) -> list[str]:
+def patterns_of(configs: list[Subset], subset: str | None) -> list[str]:
     """Globs of a subset's training files: as the data set's card has it, or else a folder's."""
     if subset is None:
         return ["*"]

@@ -4,14 +4,15 @@ import os
 import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from msgspec import Meta
 
-from nanogpt.config import ConfigError
-from nanogpt.data.tokenizer import TokenizerError, load_tokenizer
+from nanogpt.checks import ConfigError, Positive, UserError, checked
+from nanogpt.data.tokenizer import load_tokenizer
 from nanogpt.inference.sampling import Sampling, Token
 
 MOST_SAMPLES = 1024  # a slip of the keyboard must not take all memory of a machine
@@ -27,33 +28,26 @@ class Options:
     """What to continue; nothing begins a new document."""
     prompt_file: Path | None = None
     """File with the prompt, instead; - for standard input."""
-    num_samples: int = 1
+    num_samples: Annotated[int, Meta(ge=1, le=MOST_SAMPLES)] = 1
     """Texts to write, all of them at once."""
-    max_new_tokens: int = 500
+    max_new_tokens: Positive = 500
     """Tokens of each text."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()  # noqa: RUF009
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """A text ends before this, or the first of several; a document ends with <|endoftext|>."""
     serve: bool = False
     """Serve a page to play with the model instead; there it is set how it writes."""
-    port: int = 8000
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
     """Where that page is served, on this machine only."""
 
     def check(self) -> None:
         """Raise ConfigError, in a sentence for the user, for options that make no sense."""
-        for name in ("num_samples", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        self.sampling.check()  # first: its options have no prefix on the command line
+        checked(asdict(self), Options)
         if self.prompt and self.prompt_file:
             raise ConfigError("prompt and prompt_file cannot both be given: leave one out.")
-        if self.num_samples > MOST_SAMPLES:
-            raise ConfigError(
-                f"num_samples must be at most {MOST_SAMPLES:,}, not {self.num_samples:,}: ask "
-                "several times, each with a seed of its own."
-            )
         if "" in self.stop:
             raise ConfigError("stop must not be empty.")
-        self.sampling.check()
 
 
 Write = Callable[..., Iterator[tuple[int, Token]]]  # nanogpt.inference.text.write, of one model
@@ -62,7 +56,8 @@ Write = Callable[..., Iterator[tuple[int, Token]]]  # nanogpt.inference.text.wri
 def main(arguments: list[str] | None = None) -> int:
     """Print the prompt and its continuation, or serve a page; return the exit status."""
     options = tyro.cli(Options, args=arguments)
-    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show ends no text
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show ends no text
     try:
         options.check()
         if options.serve:
@@ -71,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
             prompt = read_prompt(options)
             with enough_memory(options.num_samples):
                 print_samples(options, prompt)
-    except (ConfigError, TokenizerError) as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
@@ -178,10 +173,10 @@ def load_writer(folder: Path) -> Write:
         write,
         graph,
         params,
-        load_tokenizer(settings["tokenizer"]),
-        context=settings["sequence_length"],
+        load_tokenizer(settings.tokenizer),
+        context=settings.sequence_length,
         # CPUs emulate bfloat16.
-        dtype="float32" if jax.default_backend() == "cpu" else settings["dtype"],
+        dtype="float32" if jax.default_backend() == "cpu" else settings.dtype,
     )
 
 

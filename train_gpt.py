@@ -9,26 +9,33 @@ The file reads from top to bottom: the hyperparameters, the presets, then the tr
 
 import os
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.util import find_spec
-from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from nanogpt.config import ConfigError, GPTConfig, LossKernel, mesh_axes
-from nanogpt.data.corpus import CorpusError
-from nanogpt.data.shards import ShardError
-from nanogpt.data.text.documents import DataError
-from nanogpt.data.tokenizer import TOKENIZERS, TokenizerError
+from nanogpt.checks import (
+    ConfigError,
+    Count,
+    Decay,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    UserError,
+    checked,
+)
+from nanogpt.config import ComputeType, GPTConfig, LossKernel, TokenizerName, mesh_axes
+from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.runs.folder import Run, RunError
 from nanogpt.runs.profile import Trace, steps_of
 from nanogpt.runs.progress import BadNumbers
 from nanogpt.runs.settings import join_others, settings, with_own_text
 from nanogpt.runs.trackers import check_trackers
-from nanogpt.schedule import Schedule, Stage
+from nanogpt.schedule import Schedule, Stage, Stages
 from nanogpt.sizes import at_width
 from nanogpt.training.interruption import Interruption
 
@@ -37,6 +44,9 @@ if TYPE_CHECKING:
 
     from nanogpt.training.plan import Plan
     from nanogpt.training.step import Params
+
+
+Preset = Literal["auto", "speedrun", "baseline", "laptop", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
 
 def windows(short: int, long: int) -> tuple[int, ...]:
@@ -73,9 +83,7 @@ SPEEDRUN_STAGES = (
 class Hyperparameters:
     """Every setting of a run. The defaults are the `speedrun` preset."""
 
-    preset: Literal[
-        "auto", "speedrun", "baseline", "laptop", "gpt2-medium", "gpt2-large", "gpt2-xl"
-    ] = "auto"
+    preset: Preset = "auto"
     """Where the other settings start: auto is speedrun with an accelerator, else laptop; with
     init_from it is the settings of that run."""
     config: str | None = None
@@ -86,7 +94,7 @@ class Hyperparameters:
     """Glob of the training shards; None for the embedded corpus of Python code."""
     val_files: str | None = "fineweb10B/fineweb_val_*.bin"
     """Glob of the validation shards; None for the embedded corpus."""
-    tokenizer: Literal["gpt2", "bytes"] = "gpt2"
+    tokenizer: TokenizerName = "gpt2"
     """What made the shards, or makes them from `data`; decodes samples."""
     data: tuple[str, ...] = ()
     """Text of your own to train on, in place of shards: files, folders and globs of text, JSON
@@ -97,57 +105,57 @@ class Hyperparameters:
     shuffle: bool = False
     """Visit the rows in random order from the first epoch on; later epochs always do."""
 
-    max_document_length: int | None = 2048
+    max_document_length: Positive | None = 2048
     """Begin each row with a document and take at most so many tokens of each, the rest is left
     out; None for rows that leave nothing out."""
 
     # Batch: Ng = total_batch_size / (batch_size * sequence_length * number of devices along data)
-    batch_size: int | None = None
+    batch_size: Positive | None = None
     """Rows per device in one forward and backward pass; None for as many as its memory holds."""
-    sequence_length: int = 2048
+    sequence_length: Positive = 2048
     """Tokens per row, T."""
-    total_batch_size: int = 393_216
+    total_batch_size: Positive = 393_216
     """Tokens per optimizer step, over all devices and accumulation steps."""
 
     # Optimization
-    num_steps: int = 2160
+    num_steps: Positive = 2160
     """Optimizer steps."""
-    stages: tyro.conf.Suppress[tuple[Stage, ...]] = SPEEDRUN_STAGES
+    stages: tyro.conf.Suppress[Stages] = SPEEDRUN_STAGES
     """The stretches of the run, in order; see nanogpt/schedule.py."""
-    learning_rate: float = 0.023
+    learning_rate: NotNegative = 0.023
     """Rate of Muon, for the matrices of the layers."""
-    embedding_learning_rate: float = 0.6
+    embedding_learning_rate: NotNegative = 0.6
     """Rate of Adam for the embedding tables."""
-    head_learning_rate: float = 0.008
+    head_learning_rate: NotNegative = 0.008
     """Rate of Adam for the head."""
-    scalar_learning_rate: float = 0.04
+    scalar_learning_rate: NotNegative = 0.04
     """Rate of Adam for mixing coefficients and gates."""
-    cooldown_fraction: float = 0.55
+    cooldown_fraction: Share = 0.55
     """Share of the steps, the last ones, in which all rates fall linearly."""
-    final_learning_rate_factor: float = 0.1
+    final_learning_rate_factor: Share = 0.1
     """What the rates are multiplied with at the end of the cooldown."""
-    momentum: float = 0.95
+    momentum: Decay = 0.95
     """Muon's momentum, after its warm-up from 0.85."""
-    momentum_warmup_steps: int = 300
+    momentum_warmup_steps: Count = 300
     """First steps, in which Muon's momentum rises."""
-    neuron_decay: float | None = 0.95
+    neuron_decay: Decay | None = 0.95
     """Decay of the mean squares by which Muon evens out its neurons; None for plain Muon."""
-    adam_betas: tuple[float, float] = (0.65, 0.95)
+    adam_betas: tuple[Decay, Decay] = (0.65, 0.95)
     """Decay of Adam's means of the gradient and of its square."""
-    weight_decay: float = 1.2
+    weight_decay: NotNegative = 1.2
     """Of the matrices of the layers: a step takes the rate squared times this off those weights
     which it brings nearer to zero."""
 
     # Validation
-    val_loss_every: int = 125
+    val_loss_every: Count = 125
     """Steps between validations; the last step always validates. 0 for that one only."""
-    val_tokens: int = 10_485_760
+    val_tokens: Positive = 10_485_760
     """Tokens to validate on, the first ones of the validation shards."""
 
     # Run
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
     """What to train on; auto is the best that JAX finds, any other must be there."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    dtype: ComputeType = "bfloat16"
     """What the forward and backward passes compute in; weights are kept in float32."""
     loss_kernel: LossKernel = "xla"
     """What computes the loss: XLA, or on NVIDIA GPUs one Pallas kernel for it and its gradient."""
@@ -156,9 +164,9 @@ class Hyperparameters:
     coordinator_address: str | None = None
     """Where the first of several processes can be reached, host:port, if no launcher tells: Slurm,
     Open MPI, Kubernetes and TPU pods do. See docs/many-machines.md."""
-    num_processes: int | None = None
+    num_processes: Positive | None = None
     """How many processes there are, likewise."""
-    process_id: int | None = None
+    process_id: Count | None = None
     """Which of them this one is, from 0 on, likewise."""
     mesh: str | None = None
     """Devices by axis, such as data=4,model=2: those along data train on other rows, those along
@@ -169,9 +177,9 @@ class Hyperparameters:
     rematerialize: bool | None = None
     """Keep of each layer only its input for the backward pass and compute the rest again: less
     memory, a third more work; None where a single row would not fit otherwise."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the initial weights, of the order of the data and of the sample."""
-    skip_spikes: float = 0.0
+    skip_spikes: NotNegative = 0.0
     """Skip a step whose loss lies so many standard deviations above the latest; 0 skips none."""
     verify_data: bool = False
     """Check every token of the shards at the start, not only a sample."""
@@ -184,9 +192,9 @@ class Hyperparameters:
     made, and with a new optimizer and schedule: fine-tuning. Model, tokenizer and sequence_length
     are those of the weights. The other settings start from that run's, or from a preset if one is
     named or the folder is an exported one; in either case with a single stage."""
-    checkpoint_every: int = 500
+    checkpoint_every: Count = 500
     """Steps between checkpoints; the last step always makes one. 0 for that one only."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Positive = 2
     """How many of them are kept, the newest."""
     tensorboard: bool = False
     """Show the curves in TensorBoard, too: tensorboard --logdir runs."""
@@ -198,7 +206,7 @@ class Hyperparameters:
     what cost most in them; see docs/profiling.md."""
     dry_run: bool = False
     """Print what the run would do, and exit: devices, model, stages, memory, checkpoints."""
-    sample_tokens: int = 256
+    sample_tokens: Count = 256
     """Tokens to write at the end, as a sample; 0 for none."""
     sample_prompt: str = "The"
     """What the sample continues."""
@@ -208,37 +216,7 @@ class Hyperparameters:
 
     def check(self) -> None:
         """Raise ConfigError, in a sentence for the user, for settings that make no sense."""
-        for name in (
-            "batch_size",
-            "sequence_length",
-            "total_batch_size",
-            "num_steps",
-            "val_tokens",
-            "keep_checkpoints",
-            "max_document_length",
-        ):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        for name in ("val_loss_every", "sample_tokens", "checkpoint_every"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, but is {getattr(self, name)}.")
-        for name in (
-            "learning_rate",
-            "embedding_learning_rate",
-            "head_learning_rate",
-            "scalar_learning_rate",
-            "weight_decay",
-            "skip_spikes",
-        ):
-            if not 0 <= getattr(self, name) < inf:
-                raise ConfigError(f"{name} must be 0 or a positive number: {getattr(self, name)}.")
-        for decay in (*self.adam_betas, self.neuron_decay or 0.0):
-            if not 0 <= decay < 1:
-                raise ConfigError(
-                    f"adam_betas and neuron_decay must be 0 or more, below 1: {decay}."
-                )
-        if not 0 <= self.seed < 2**32:
-            raise ConfigError(f"seed must be 0 or more, below 2**32, not {self.seed}.")
+        checked(asdict(self), Hyperparameters)
         if (self.train_files is None) != (self.val_files is None):
             raise ConfigError("train_files and val_files must both be globs, or both None.")
         if self.train_files is None and not self.data and self.tokenizer != "bytes":
@@ -340,13 +318,14 @@ PRESETS = {
 
 # The larger sizes of GPT-2, as `baseline` trains the smallest, for once through FineWeb10B: 10
 # billion tokens, as many as llm.c trains its GPT-2s on.
+GPT2_SIZES: dict[Preset, tuple[int, int, int]] = {
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
 PRESETS |= {
     name: replace(at_width(PRESETS["baseline"], *shape), preset=name, num_steps=19_000)
-    for name, shape in {
-        "gpt2-medium": (24, 16, 1024),
-        "gpt2-large": (36, 20, 1280),
-        "gpt2-xl": (48, 25, 1600),
-    }.items()
+    for name, shape in GPT2_SIZES.items()
 }
 
 
@@ -365,7 +344,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             wait_for_others()
             return status
-    except (ConfigError, ShardError, CorpusError, DataError, TokenizerError, RunError) as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except BadNumbers as error:
@@ -376,7 +355,7 @@ def main(arguments: list[str] | None = None) -> int:
 def train(hp: Hyperparameters, interruption: Interruption) -> int:
     """Train a model as `hp` says, in a new folder under runs/ or a resumed one; the exit status."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # JAX's own default is 0.75
-    from nanogpt.data.batches import prefetch
+    from nanogpt.data.prefetch import prefetch
     from nanogpt.devices.compilation import use_compilation_cache
     from nanogpt.devices.mesh import make_mesh, use_device
     from nanogpt.inference.weights import with_weights

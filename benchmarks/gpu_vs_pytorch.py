@@ -40,7 +40,8 @@ import numpy as np
 import tyro
 
 from benchmarks.results import save
-from nanogpt.config import GPTConfig, from_json
+from nanogpt.checks import checked
+from nanogpt.config import GPTConfig
 from nanogpt.data.shards import write_shard
 from nanogpt.devices.hardware import flops_per_token, utilization
 
@@ -201,7 +202,7 @@ def run_ours(size: Size) -> Figures:
         raise Mistake(f"train_gpt.py must run on one device: {headline}")
     milliseconds = statistics.median(1e3 * m["step_time_s"] for m in metrics[size.warm_up :])
     figures = step_figures(milliseconds, config["total_batch_size"])
-    flops = flops_per_token(from_json(GPTConfig, config["model"]), config["sequence_length"])
+    flops = flops_per_token(checked(config["model"], GPTConfig), config["sequence_length"])
     return figures | {"flops_per_token": flops, "device": device[1]}
 
 

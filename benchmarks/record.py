@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import numpy as np
 import tyro
@@ -29,11 +29,10 @@ from benchmarks.record_check import (
     sentence,
     statistics,
 )
+from nanogpt.checks import UserError
 from nanogpt.runs.environment import PACKAGES
 
 VAL_TOKENS = 10_485_760  # the first ones of FineWeb's validation shard
-SETTINGS = ("model", "num_steps", "seed", "shuffle", "train_files", "val_files", "val_tokens")
-CIRCUMSTANCES = ("command", "date", "commit", "hardware", "accelerators", "python", *PACKAGES)
 FILES = ("config.json", "run.json", "log.txt", "metrics.jsonl")
 MAY_DIFFER = {"seed", "run_name", "resume", "command", "date"}
 
@@ -48,6 +47,25 @@ class Options:
     """Folders of the runs, runs/<name>."""
     description: str
     """What is new, in one sentence."""
+
+
+class Settings(TypedDict):
+    """What is read of config.json by name."""
+
+    model: dict[str, Any]
+    num_steps: int
+    seed: int
+    shuffle: bool
+    train_files: str | None
+    val_files: str | None
+    val_tokens: int
+
+
+Circumstances = TypedDict(
+    "Circumstances",
+    dict.fromkeys(("command", "date", "commit", "hardware", "python", *PACKAGES), str)
+    | {"accelerators": list[str]},
+)
 
 
 class Run(NamedTuple):
@@ -70,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise RecordError(f"These runs make no record: {sentence(found, TARGET)}")
         runs.sort(key=lambda run: run.config["seed"])
         write(options.folder, runs, page(options.folder.name, options.description, runs, found))
-    except RecordError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
     print(sentence(found, TARGET))
@@ -84,8 +102,8 @@ def read_run(folder: Path) -> Run:
     for name in FILES:
         if not (folder / name).is_file():
             raise RecordError(f"{folder} has no {name}: give the folder of a run, runs/<name>.")
-    config = read_object(folder / "config.json", SETTINGS)
-    environment = read_object(folder / "run.json", CIRCUMSTANCES)
+    config = read_object(folder / "config.json", Settings)
+    environment = read_object(folder / "run.json", Circumstances)
     return Run(folder, config, environment, end(folder / "metrics.jsonl"))
 
 

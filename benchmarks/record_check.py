@@ -8,19 +8,21 @@ Gosset, "The probable error of a mean", 1908): how likely so low a mean would be
 true mean were the target. The exit status is 0 if p < 0.01, 1 if not, 2 if the runs cannot be read.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from math import nan
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import tyro
 from rich.console import Console
 from rich.table import Table
+
+from nanogpt.checks import UserError, checked
+from nanogpt.files import parsed, read_json
 
 TARGET = 3.28  # nats per token, on FineWeb
 SIGNIFICANT = 0.01  # p must be below this
@@ -36,8 +38,23 @@ class Options:
     """The validation loss to reach."""
 
 
-class RecordError(Exception):
+class RecordError(UserError):
     """Runs that cannot be read or make no record; the message is one sentence for the user."""
+
+
+class LastStep(TypedDict):
+    """What is read of the last line of metrics.jsonl."""
+
+    step: int
+    tokens: int
+    time_s: float
+    val_loss: NotRequired[float]
+
+
+class Steps(TypedDict):
+    """What is read of config.json."""
+
+    num_steps: int
 
 
 class End(NamedTuple):
@@ -65,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         ends = [end(metrics) for metrics in find_metrics(options.logs)]
         found = statistics(ends, options.target)
-    except RecordError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
     table = Table("run", "steps", "tokens", "val loss", "training time")
@@ -106,17 +123,13 @@ def end(metrics: Path) -> End:
     stops, or if it has no validation loss.
     """
     try:
-        last = json.loads(metrics.read_text(encoding="utf-8").splitlines()[-1])
-        step, tokens, time_s = int(last["step"]), int(last["tokens"]), float(last["time_s"])
-        val_loss = float(last.get("val_loss", nan))
+        line = (metrics.read_bytes().splitlines() or [b""])[-1]
     except OSError as error:
         raise RecordError(f"{metrics} cannot be read ({error.strerror}).") from error
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise RecordError(
-            f"The last line of {metrics} is not a step's metrics: give runs that came to their end."
-        ) from error
+    last = parsed(line, LastStep, f"The last line of {metrics}", "give runs that came to their end")
+    step, tokens, time_s, val_loss = (last.get(name, nan) for name in LastStep.__annotations__)
     config = metrics.with_name("config.json")
-    num_steps = read_object(config, ["num_steps"])["num_steps"] if config.is_file() else step
+    num_steps = read_object(config, Steps)["num_steps"] if config.is_file() else step
     if step != num_steps:
         raise RecordError(
             f"{metrics} ends at step {step} of {num_steps}: give runs that came to their end."
@@ -129,19 +142,11 @@ def end(metrics: Path) -> End:
     return End(metrics.resolve().parent.name, step, tokens, val_loss, time_s)
 
 
-def read_object(path: Path, names: Sequence[str]) -> dict[str, Any]:
-    """The JSON object in a file; RecordError if there is none, or if it lacks one of the names."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise RecordError(f"{path} is not JSON ({error}): restore it.") from error
-    if not isinstance(value, dict):
-        raise RecordError(f"{path} holds no JSON object: restore it.")
-    for name in names:
-        if name not in value:
-            raise RecordError(f"{path} has no {name}: give a run that this version has made.")
+def read_object(path: Path, kind: type) -> dict[str, Any]:
+    """The JSON object in a file, of which `kind` declares a part; ConfigError if that is broken."""
+    remedy = "give a run that this version has made"
+    value = read_json(path, dict[str, Any], remedy)
+    checked(value, kind, path, remedy)
     return value
 
 

@@ -23,7 +23,7 @@ from benchmarks.results import save
 from nanogpt.inference.generate import CHUNK, generate
 from nanogpt.inference.sampling import Sampling
 from nanogpt.model.context import Prompts
-from nanogpt.model.gpt import compute_copy
+from nanogpt.model.parameters import compute_copy
 from nanogpt.training.step import graph_of, init_params
 from train_gpt import PRESETS
 

@@ -30,7 +30,8 @@ from nanogpt.config import ConfigError, Kernels
 from nanogpt.devices.compilation import memory_of
 from nanogpt.devices.hardware import PEAK_FLOPS, activation_bytes, flops_per_token, largest_batch
 from nanogpt.optim.groups import group
-from nanogpt.optim.muon import GROUP, POLAR_EXPRESS
+from nanogpt.optim.muon import POLAR_EXPRESS
+from nanogpt.optim.sharing import GROUP
 from nanogpt.runs.environment import environment
 from nanogpt.training.step import init_params
 from train_gpt import PRESETS

@@ -9,14 +9,15 @@ the program as numbers.
 No JAX here, so that wrong settings answer at once.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from math import inf
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
-from nanogpt.config import ConfigError, GPTConfig, from_json
+from msgspec import Meta
+
+from nanogpt.checks import AboveZero, ConfigError, Count, Decay, Positive, Share, checked
+from nanogpt.config import GPTConfig
 
 FIRST_MOMENTUM = 0.85  # the first gradients turn quickly and are best forgotten quickly
 
@@ -25,23 +26,26 @@ FIRST_MOMENTUM = 0.85  # the first gradients turn quickly and are best forgotten
 class Stage:
     """A stretch of a run. What it leaves out is as in the rest of the settings."""
 
-    share: float = 1.0
+    share: AboveZero = 1.0
     """How many of the steps it takes, in proportion to the shares of the others."""
 
-    batch: float = 1.0
+    batch: AboveZero = 1.0
     """Tokens per step, as a share of total_batch_size."""
 
-    length: float = 1.0
+    length: AboveZero = 1.0
     """Tokens per row, as a share of sequence_length."""
 
-    rate: float = 1.0
+    rate: AboveZero = 1.0
     """What all learning rates are multiplied with before they fall."""
 
-    windows: tuple[int, ...] | None = None
+    windows: Annotated[tuple[Positive, ...], Meta(min_length=1)] | None = None
     """Instead of the windows of the model."""
 
-    target_weights: tuple[float, ...] = (1.0,)
+    target_weights: Annotated[tuple[AboveZero, ...], Meta(min_length=1)] = (1.0,)
     """Weights of the losses of the next token, the one after it, and so on."""
+
+
+Stages = Annotated[tuple[Stage, ...], Meta(min_length=1)]
 
 
 class Rates(NamedTuple):
@@ -55,38 +59,23 @@ class Rates(NamedTuple):
 class Schedule:
     """The stages of a run, and the rates of its steps, which count from 1."""
 
-    stages: tuple[Stage, ...]
-    num_steps: int
-    total_batch_size: int
-    sequence_length: int
-    cooldown_fraction: float
+    stages: Stages
+    num_steps: Positive
+    total_batch_size: Positive
+    sequence_length: Positive
+    cooldown_fraction: Share
     """Share of the steps, the last ones, in which the rates fall linearly to their final value."""
-    final_learning_rate_factor: float
-    momentum: float
-    momentum_warmup_steps: int
+    final_learning_rate_factor: Share
+    momentum: Decay
+    momentum_warmup_steps: Count
     """First steps, in which the momentum rises from 0.85."""
 
     def check(self) -> None:
         """Raise ConfigError, in a sentence for the user, for a schedule that makes no sense."""
-        if self.momentum_warmup_steps < 0:
-            raise ConfigError(
-                f"momentum_warmup_steps must not be negative, but is {self.momentum_warmup_steps}."
-            )
-        for name in ("cooldown_fraction", "final_learning_rate_factor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"{name} must lie between 0 and 1, not at {getattr(self, name)}.")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"momentum must be 0 or more, below 1: {self.momentum}.")
-        if not self.stages:
-            raise ConfigError("stages must hold at least one stage.")
+        checked(asdict(self), Schedule)
         if len({stage.windows is None for stage in self.stages}) > 1:
             raise ConfigError("Either every stage has windows, or none.")
         for number, stage in enumerate(self.stages, start=1):
-            if stage.windows is not None and min(stage.windows, default=0) < 1:
-                raise ConfigError(f"windows of stage {number} must be at least 1: {stage.windows}.")
-            for name in ("share", "batch", "length", "rate"):
-                if not 0 < getattr(stage, name) < inf:
-                    raise ConfigError(f"{name} of stage {number} must be positive: {stage}.")
             for name, whole in (("batch", self.total_batch_size), ("length", self.sequence_length)):
                 part = whole * getattr(stage, name)
                 if round(part) < 1 or abs(part - round(part)) > 1e-6 * part:
@@ -99,10 +88,7 @@ class Schedule:
                     f"length of stage {number}, {stage.length}, must be one over a whole number: "
                     "its rows take the place of long ones."
                 )
-            weights = stage.target_weights
-            if not weights or not all(0 < weight < inf for weight in weights):
-                raise ConfigError(f"target_weights of stage {number} must be positive: {weights}.")
-            if len(weights) > self.row_length(number - 1):
+            if len(stage.target_weights) > self.row_length(number - 1):
                 raise ConfigError(f"stage {number} has more target_weights than tokens in a row.")
 
     @cached_property
@@ -150,10 +136,5 @@ class Schedule:
         windows = [each.windows for each in self.stages[: stage + 1]]
         if windows[-1] is None:
             return config
-        earlier = tuple(max(each) for each in windows[:-1])
+        earlier = tuple(max(each) for each in windows[:-1] if each)
         return replace(config, windows=windows[-1], earlier_windows=earlier)
-
-
-def stages_from_json(stages: Sequence[Mapping[str, Any]]) -> tuple[Stage, ...]:
-    """The stages as they were before they were written to config.json."""
-    return tuple(from_json(Stage, stage) for stage in stages)

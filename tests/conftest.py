@@ -30,6 +30,12 @@ def pytest_unconfigure():
         shutil.rmtree(os.environ[COMPILED], ignore_errors=True)
 
 
+def pytest_configure(config):
+    """Where annotations are checked (see tests/typechecker.py), the checker must be there first."""
+    if config.getoption("jaxtyping_packages"):
+        import tests.typechecker  # noqa: F401
+
+
 def with_every_trick():
     """A model small enough to differentiate in a test, with every trick on."""
     from nanogpt.config import GPTConfig

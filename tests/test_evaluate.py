@@ -172,7 +172,19 @@ def test_results_of_the_same_step_are_added_to_and_those_of_another_dropped(tmp_
     assert write(4, val_loss=1.0) == {"step": 4, "val_loss": 1.0}
 
 
-@pytest.mark.parametrize("content", ["", "{", "[1]", "{}", '{"step": 3'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[1]",
+        "{}",
+        '{"step": 3',
+        '{"step": "3"}',
+        '{"step": 3, "val_loss": []}',
+        "[" * 10_000,
+    ],
+)
 def test_a_file_of_results_that_cannot_be_read_is_replaced(tmp_path, content):
     (tmp_path / "evaluation.json").write_text(content)
     evaluate.write_results(tmp_path, 3, {"val_loss": 2.0})

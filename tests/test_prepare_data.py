@@ -393,7 +393,7 @@ def test_a_worker_that_was_killed_is_one_sentence_and_it_goes_on(tmp_path, start
         ([], "either inputs or"),
         (["x", "--hub", "a/b"], "either inputs or"),
         (["x", "--subset", "c"], "add --hub"),
-        (["x", "--shard-tokens", "0"], "shard_tokens must be 1 to 2,147,483,647, not 0"),
+        (["x", "--shard-tokens", "0"], "shard_tokens must be at least 1, not 0"),
         (["x", "--processes", "0"], "processes must be at least 1, not 0"),
         (["x", "--name", "a/b"], "'a/b'"),
         (["x"], "names no file"),
@@ -437,7 +437,7 @@ class Hub:
     """A hub with one data set."""
 
     def __init__(self, files, configs):
-        self.files, self.gets = files, []
+        self.files, self.configs, self.gets = files, configs, []
         self.sha = self.newest = "1" * 40  # the only revision with files, and what main is
         hub = self
 
@@ -457,7 +457,7 @@ class Hub:
                         "id": "o/d",
                         "sha": asked[path],
                         "siblings": [{"rfilename": name} for name in hub.files],
-                        "cardData": {"configs": configs},
+                        "cardData": {"configs": hub.configs},
                     }
                     content = json.dumps(info).encode()
                 elif path.startswith(prefix := f"/datasets/o/d/resolve/{hub.sha}/"):
@@ -569,6 +569,36 @@ def test_after_an_interruption_the_revision_is_the_same_and_what_is_done_not_dow
 def test_a_subset_that_does_not_exist_is_told_with_those_that_do(tmp_path, hub, capsys):
     assert run("--hub", "o/d", "--subset", "big", "--out", tmp_path / "out") == 2
     assert "no Parquet file in subset big: its subsets are small" in one_sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("configs", "told"),
+    [
+        ("x", ' must be a list, not "x"'),
+        ({"small": 1}, ' must be a list, not {"small": 1}'),
+        ([{"config_name": 3}], ": [0].config_name must be a string, not 3"),
+        ([{"data_files": "some/*"}], ": [0].config_name is missing"),
+        (
+            [{"config_name": "small", "data_files": [{"path": 3}]}],
+            ": [0].data_files[0].path must be a string or a list, not 3",
+        ),
+    ],
+)
+def test_a_card_that_declares_no_subsets_is_one_sentence(tmp_path, hub, capsys, configs, told):
+    hub.configs = configs
+    assert run("--hub", "o/d", "--subset", "small", "--out", tmp_path / "out") == 2
+    sentence = one_sentence(capsys)
+    assert sentence.startswith(f"The card of o/d{told}: choose another data set.")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_note_of_the_revision_is_named(tmp_path, hub, capsys):
+    note = tmp_path / "out" / "o--d.revision"
+    note.parent.mkdir()
+    for content in (b"", b"\xff\0", b"main\n"):
+        note.write_bytes(content)
+        assert run("--hub", "o/d", "--out", tmp_path / "out") == 2
+        assert str(note) in one_sentence(capsys)
 
 
 def test_a_data_set_that_does_not_exist_is_one_sentence(tmp_path, hub, capsys):

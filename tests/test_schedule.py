@@ -6,8 +6,9 @@ from math import inf, nan
 
 import pytest
 
-from nanogpt.config import ConfigError, GPTConfig
-from nanogpt.schedule import Schedule, Stage, stages_from_json
+from nanogpt.checks import ConfigError, checked
+from nanogpt.config import GPTConfig
+from nanogpt.schedule import Schedule, Stage
 
 
 def schedule(*stages, **how):
@@ -168,21 +169,26 @@ def test_a_stage_without_windows_trains_the_model_as_it_is():
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"momentum_warmup_steps": -1}, "momentum_warmup_steps must not be negative, but is -1"),
-        ({"momentum_warmup_steps": -2}, "momentum_warmup_steps must not be negative"),
-        ({"cooldown_fraction": -0.1}, "cooldown_fraction must lie between 0 and 1, not at -0.1"),
-        ({"cooldown_fraction": nan}, "cooldown_fraction must lie between 0 and 1, not at nan"),
-        ({"final_learning_rate_factor": 1.1}, "final_learning_rate_factor must lie .* not at 1.1"),
-        ({"momentum": 1.0}, "momentum must be 0 or more, below 1: 1.0"),
-        ({"stages": ()}, "at least one stage"),
+        ({"momentum_warmup_steps": -1}, "momentum_warmup_steps must be at least 0, not -1"),
+        ({"cooldown_fraction": -0.1}, "cooldown_fraction must be at least 0, not -0.1"),
+        ({"cooldown_fraction": nan}, "cooldown_fraction must be at least 0, not nan"),
+        (
+            {"final_learning_rate_factor": 1.1},
+            "final_learning_rate_factor .* at most 1, not 1.1",
+        ),
+        ({"momentum": 1.0}, "momentum must be below 1, not 1.0"),
+        ({"stages": ()}, "stages must have at least 1 entry"),
         ({"stages": (Stage(windows=(3,)), Stage())}, "Either every stage has windows, or none"),
-        ({"stages": (Stage(), Stage(windows=(3, 0)))}, "Either every stage has windows, or none"),
-        ({"stages": (Stage(windows=(3, 0)),)}, r"windows of stage 1 must be at least 1: \(3, 0\)"),
-        ({"stages": (Stage(windows=()),)}, "windows of stage 1 must be at least 1"),
-        ({"stages": (Stage(), Stage(share=0.0))}, "share of stage 2 must be positive: .*share=0.0"),
-        ({"stages": (Stage(rate=-1.0),)}, "rate of stage 1 must be positive: .*rate=-1.0"),
-        ({"stages": (Stage(batch=inf),)}, "batch of stage 1 must be positive: .*batch=inf"),
-        ({"stages": (Stage(length=nan),)}, "length of stage 1 must be positive: .*length=nan"),
+        ({"stages": (Stage(), Stage(windows=(3,)))}, "Either every stage has windows, or none"),
+        (
+            {"stages": (Stage(windows=(3, 0)),)},
+            r"stages\[0\].windows\[1\] .* at least 1, not 0",
+        ),
+        ({"stages": (Stage(windows=()),)}, r"stages\[0\].windows must have at least 1 "),
+        ({"stages": (Stage(), Stage(share=0.0))}, r"stages\[1\].share must be above 0, not 0.0"),
+        ({"stages": (Stage(rate=-1.0),)}, r"stages\[0\].rate must be above 0, not -1.0"),
+        ({"stages": (Stage(batch=inf),)}, r"stages\[0\].batch must be a number, not inf"),
+        ({"stages": (Stage(length=nan),)}, r"stages\[0\].length must be above 0, not nan"),
         ({"stages": (Stage(batch=0.3),)}, r"batch of stage 1, 0.3 \* 1,024, makes no whole number"),
         ({"stages": (Stage(length=1e-3),)}, r"length of stage 1, 0.001 \* 64, makes no whole"),
         ({"stages": (Stage(length=0.75),)}, "length of stage 1, 0.75, must be one over a whole"),
@@ -191,18 +197,18 @@ def test_a_stage_without_windows_trains_the_model_as_it_is():
             {"stages": (Stage(length=1 / 64, target_weights=(1.0, 1.0)),)},
             "stage 1 has more target_weights than tokens in a row",
         ),
-        ({"stages": (Stage(target_weights=()),)}, "target_weights of stage 1 must be positive"),
+        ({"stages": (Stage(target_weights=()),)}, r"stages\[0\].target_weights must have at least"),
         (
             {"stages": (Stage(target_weights=(0.0, 1.0)),)},
-            "target_weights of stage 1 must be positive",
+            r"stages\[0\].target_weights\[0\] must be above 0, not 0.0",
         ),
         (
             {"stages": (Stage(target_weights=(1.0, 0.0)),)},
-            "target_weights of stage 1 must be positive",
+            r"stages\[0\].target_weights\[1\] must be above 0, not 0.0",
         ),
         (
             {"stages": (Stage(target_weights=(1.0, inf)),)},
-            "target_weights of stage 1 must be positive",
+            r"stages\[0\].target_weights\[1\] must be a number, not inf",
         ),
     ],
 )
@@ -230,4 +236,4 @@ def test_a_schedule_on_the_edge_of_what_makes_sense_is_accepted(change):
 def test_stages_come_back_from_json():
     stages = (Stage(0.5, windows=(3, 4), target_weights=(1.0, 0.5)), Stage(rate=1.5))
     written = json.loads(json.dumps([asdict(stage) for stage in stages]))
-    assert stages_from_json(written) == stages
+    assert checked(written, tuple[Stage, ...]) == stages

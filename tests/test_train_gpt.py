@@ -136,7 +136,7 @@ def test_a_run_repeated_from_its_configuration_is_the_same_to_the_last_bit_but_f
         (["--config", "{config}", "--init-from", "runs/a"], "init_from and config each say"),
         (["--config", "{config}", "--preset", "laptop"], "preset and config both say"),
         (["--config", "none/config.json"], "none/config.json cannot be read (No such file"),
-        (["--config", train_gpt.__file__], "train_gpt.py is not what"),
+        (["--config", train_gpt.__file__], "train_gpt.py is not valid JSON"),
     ],
 )
 def test_settings_that_start_from_two_places_or_none_are_told_in_one_sentence(

@@ -1,7 +1,7 @@
 """Batches as a pure function of (shards, row number): nothing to save, nothing to lose.
 
-A row is T + 1 tokens of one shard, so that T of them have a successor to predict. It is of one of
-two kinds:
+A row is T + 1 tokens of one shard, so that T of them have a successor to predict; in shapes below
+that is T1. It is of one of two kinds:
 
 - A plain row is neighbouring tokens. The rows of a shard overlap by one token and leave out a tail
   shorter than T. Nearly everything is trained on, but a row begins wherever the one before it
@@ -10,8 +10,7 @@ two kinds:
   then as many of the next document, and so on until the row is full. The last document is cut
   there, and the next row begins with a document not used yet. Every token is thus predicted from
   its document's beginning, and no long document fills row after row. What that leaves out is no
-  loss while there are more tokens than a run reads (modded-nanogpt's records of 2025-07-12 and
-  2025-09-03).
+  loss while there are more tokens than a run reads (modded-nanogpt, 2025-07-12 and 2025-09-03).
 
 Rows are numbered in the order of training, whatever the number of devices or micro-batches; numbers
 beyond the last row begin a new epoch in a new order. The numbering may begin anywhere in the
@@ -19,20 +18,15 @@ shards, so that a run whose T changes goes on in the data where it was.
 """
 
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
-from jaxtyping import Int, Int32, Int64
+from jaxtyping import Int32, Int64, UInt16
 
 from nanogpt.data.shards import ShardError, check_vocabulary, read_shard
 from nanogpt.schedule import Schedule
-
-Result = TypeVar("Result")
 
 
 class Rows:
@@ -61,15 +55,13 @@ class Rows:
         """Plain rows, or with `max_document` aligned ones.
 
         Args:
-            shuffle: whether the first epoch, too, visits the rows in random order. Shards whose
-                documents were shuffled when they were made, like FineWeb's, read faster in the
-                order they have.
-            separator: the token that begins each document; aligned rows need it. What a shard has
-                before its first separator is left out of them.
-            max_document: tokens of a document that an aligned row takes at most, its separator
-                among them.
-            start: the offset, in tokens over all shards put end to end, where an epoch begins. It
-                goes on through the shards that follow, then from the first shard to that offset.
+            shuffle: whether to shuffle the first epoch, too; later ones always are. Shards whose
+                documents were shuffled when they were made, like FineWeb's, read faster unshuffled.
+            separator: the token that begins each document. Aligned rows need it, and leave out
+                what a shard has before its first one.
+            max_document: the most tokens of a document in an aligned row, its separator included.
+            start: where an epoch begins, in tokens over all shards end to end. From the last shard
+                it goes on to the first, and ends where it began.
         """
         self.files, self.vocab_size = files, vocab_size
         self.shards = [read_shard(file) for file in files]
@@ -82,21 +74,19 @@ class Rows:
         self._ends = [0]  # the number of rows up to the end of each of them
         self._order = lru_cache(maxsize=2)(self._order_of)
         if not self._reaches(0):
-            which, remedy = "", ""
+            kind = f"row of {sequence_length + 1} tokens"
+            remedy = "use more data or a shorter sequence_length"
             if max_document is not None:
-                which = f" that begins with the document separator {separator}"
-                remedy = ", or set max_document_length to None"
-            raise ShardError(
-                f"The shards ({files[0]}, ...) hold no row of {sequence_length + 1} tokens{which}: "
-                f"use more data or a shorter sequence_length{remedy}."
-            )
+                kind += f" that begins with the document separator {separator}"
+                remedy += ", or set max_document_length to None"
+            raise ShardError(f"The shards ({files[0]}, ...) hold no {kind}: {remedy}.")
 
     def __len__(self) -> int:
         """Rows in one epoch."""
         self._reaches(self.offsets[-1])  # more than there are rows
         return self._ends[-1]
 
-    def __call__(self, numbers: Int64[np.ndarray, "*R"]) -> Int32[np.ndarray, "*R T+1"]:
+    def __call__(self, numbers: Int64[np.ndarray, "*R"]) -> Int32[np.ndarray, "*R T1"]:
         """The rows with these numbers, which count on through the epochs."""
         rows = np.empty((numbers.size, self.sequence_length + 1), np.int32)
         for row, number in zip(rows, numbers.flat, strict=True):
@@ -112,7 +102,7 @@ class Rows:
         if not self._reaches(number):
             return self.start
         shard, begin, _ = self._find(number)
-        return self.offsets[shard] + int(begin)
+        return self.offsets[shard] + begin
 
     def _between(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """The segments (shard, first, last) of the shards that lie between two offsets."""
@@ -129,13 +119,12 @@ class Rows:
             self._ends.append(self._ends[-1] + len(self._bounds[-1]) - 1)
         return number < self._ends[-1]
 
-    def _bounds_of(self, shard: int, first: int, last: int) -> range | Int64[np.ndarray, "rows+1"]:
+    def _bounds_of(self, shard: int, first: int, last: int) -> range | Int64[np.ndarray, "bounds"]:
         """Where in its shard each row of a segment begins, and then where the last one ends."""
         T, tokens = self.sequence_length, self.shards[shard]
         if self.max_document is None:
             return range(first, min(last, len(tokens) - 1) + 1, T)
-        documents = first + np.flatnonzero(tokens[first:last] == self.separator)
-        bounds = np.append(documents, last)
+        bounds = np.append(first + np.flatnonzero(tokens[first:last] == self.separator), last)
         lengths = np.minimum(np.diff(bounds), self.max_document)
         taken = np.append(0, np.cumsum(lengths))  # tokens that the documents before each give
         # The document after a row that begins with each; len(bounds) if the row would not be full.
@@ -162,9 +151,10 @@ class Rows:
         """The shard of row `number` of the unshuffled order, and the bounds of the row there."""
         segment = bisect_right(self._ends, number) - 1
         row = number - self._ends[segment]
-        return self._segments[segment][0], *self._bounds[segment][row : row + 2]
+        begin, end = self._bounds[segment][row : row + 2]
+        return self._segments[segment][0], int(begin), int(end)
 
-    def _read(self, shard: int, begin: int, end: int) -> Int[np.ndarray, "T+1"]:
+    def _read(self, shard: int, begin: int, end: int) -> UInt16[np.ndarray, "T1"]:
         tokens, width = self.shards[shard], self.sequence_length + 1
         if self.max_document is None:
             row = tokens[begin : begin + width]
@@ -179,7 +169,7 @@ class Rows:
 
 def train_batch(
     rows: Rows, first: int, shape: tuple[int, int], index: tuple[slice, ...] = ()
-) -> Int32[np.ndarray, "Ng R T+1"]:
+) -> Int32[np.ndarray, "Ng R T1"]:
     """Micro-batches of the rows from number `first` on.
 
     Args:
@@ -200,19 +190,20 @@ class RowOrder:
 
     def __call__(self, step: int) -> tuple[Rows, int]:
         """The rows of a step, which counts from 1, and the number of the first of them."""
-        stage = self.schedule.stage(step)
+        return self._after(self.schedule.stage(step), step)
+
+    def _after(self, stage: int, step: int) -> tuple[Rows, int]:
+        """The rows of a stage, and the number of the first that no step before this one used."""
         rows, first = self._first(stage)
         steps = step - self.schedule.first_step(stage)
         return rows, first + steps * self.schedule.tokens_per_step(stage) // rows.sequence_length
 
     def _first_of(self, stage: int) -> tuple[Rows, int]:
-        """The same of a stage: a stage whose rows are as long as before counts on."""
+        """The same at the first step of a stage, which counts on if its rows are as long."""
         T = self.schedule.row_length(stage)
         if stage == 0:
             return self.make(T, 0), 0
-        rows, first = self._first(stage - 1)
-        steps = self.schedule.ends[stage - 1] + 1 - self.schedule.first_step(stage - 1)
-        used = first + steps * self.schedule.tokens_per_step(stage - 1) // rows.sequence_length
+        rows, used = self._after(stage - 1, self.schedule.first_step(stage))
         if rows.sequence_length == T:
             return rows, used
         if self.shuffle:
@@ -250,27 +241,10 @@ class ValidationRows:
 
     def __call__(
         self, first: int, count: int, index: tuple[slice, ...] = ()
-    ) -> Int32[np.ndarray, "count T+1"]:
+    ) -> Int32[np.ndarray, "count T1"]:
         """`count` rows from `first` on, or the part at `index`; after the end all is -1."""
         T = self.sequence_length
         tokens = self.tokens[first * T : (first + count) * T + 1]
         padded = np.full(count * T + 1, -1, np.int32)
         padded[: len(tokens)] = tokens
         return np.lib.stride_tricks.sliding_window_view(padded, T + 1)[::T][index]
-
-
-def prefetch(
-    make: Callable[[int], Result], steps: Iterable[int], ahead: int = 2
-) -> Iterator[Result]:
-    """`make(step)` for each step in order, made by a thread up to `ahead` steps early.
-
-    An exception in `make` is raised at the step it belongs to.
-    """
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
-        waiting = deque()
-        for step in steps:
-            waiting.append(worker.submit(make, step))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()

@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanogpt.checks import UserError
 from nanogpt.data.shards import ShardError, Tokens, read_shard, write_shard
 from nanogpt.data.tokenizer import ByteTokenizer
 from nanogpt.files import cache_folder
@@ -50,7 +51,7 @@ SEPARATOR = bytes([ByteTokenizer.separator])
 Document = tuple[str, bytes]  # POSIX path relative to site-packages, UTF-8 text
 
 
-class CorpusError(Exception):
+class CorpusError(UserError):
     """A package the corpus is made of is missing, or its folder cannot be written."""
 
 
@@ -104,10 +105,9 @@ def embedded_corpus(folder: Path | None = None) -> Corpus:
 def find_package(module: str, distribution: str) -> tuple[Path, str]:
     """The folder and version of an installed package, found without the cost of importing it."""
     try:
-        spec = util.find_spec(module)
-        version = metadata.version(distribution)
+        spec, version = util.find_spec(module), metadata.version(distribution)
     except ModuleNotFoundError:
-        spec = None
+        spec, version = None, ""
     if spec is None or not spec.submodule_search_locations:
         raise CorpusError(
             f"The embedded corpus needs the source of {module}: run `pip install {distribution}`."

@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import UInt16
 from numpy.typing import ArrayLike
 
+from nanogpt.checks import UserError
+
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 1024
@@ -29,7 +31,7 @@ Tokens = UInt16[np.ndarray, "tokens"]
 REMAKE = "delete it, then download it or make it again"
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """A shard that cannot be used or written; the message is one sentence for the user."""
 
 
@@ -61,8 +63,8 @@ def write_shard(path: str | os.PathLike, tokens: ArrayLike) -> None:
     temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")  # pods share process ids
     try:
         with temporary.open("wb") as file:
-            file.write(header)
-            file.write(np.ascontiguousarray(tokens, dtype="<u2"))
+            file.write(header.data)
+            file.write(np.ascontiguousarray(tokens, dtype="<u2").data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from jaxtyping import Integer, UInt16
 
+from nanogpt.checks import UserError
+
 if TYPE_CHECKING:
     import tiktoken
 
 DOWNLOAD_SECONDS = 60  # the longest wait for GPT-2's vocabulary, 1.5 MB
 
 
-class TokenizerError(Exception):
+class TokenizerError(UserError):
     """A tokenizer that does not exist, or whose vocabulary cannot be had."""
 
 

@@ -22,7 +22,7 @@ from math import prod
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, PyTree, Shaped
 
 from nanogpt.config import ConfigError, GPTConfig
 
@@ -80,7 +80,7 @@ def shardings(arrays: PyTree, mesh: Mesh, shard_params: bool) -> PyTree:
         ConfigError: the mesh cannot divide an array; names it.
     """
 
-    def sharding(path: Path, array: Array) -> NamedSharding:
+    def sharding(path: Path, array: Array | jax.ShapeDtypeStruct) -> NamedSharding:
         spec = spec_of(path, array, shard_params)
         for size, axes in zip(array.shape, spec, strict=False):
             axes = (axes,) if isinstance(axes, str) else axes or ()
@@ -166,7 +166,7 @@ to_parts.defvjp(lambda x: (x, None), lambda _, g: (sum_over_model(g),))
 from_parts.defvjp(lambda x: (from_parts(x), None), lambda _, g: (g,))
 
 
-def share_of_row(x: Float[Array, "B T ..."]) -> Float[Array, "B T/model ..."]:
+def share_of_row(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B part ..."]:
     """The tokens of each row that are this device's, of those along "model"."""
     T = x.shape[1] // jax.lax.axis_size("model")
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("model") * T, T, axis=1)

@@ -22,8 +22,9 @@ from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from nanogpt.config import ConfigError, GPTConfig, from_json
-from nanogpt.data.tokenizer import TOKENIZERS
+from nanogpt.checks import ConfigError
+from nanogpt.config import GPTConfig, ModelSettings
+from nanogpt.files import found_in, read_json
 from nanogpt.training.step import Params, init_params
 
 ARRAYS, CONFIG, NOTE = "model.safetensors", "config.json", "MODEL.md"
@@ -66,50 +67,39 @@ def save_model(
 
 def is_exported(folder: Path) -> bool:
     """Whether this is the folder of an exported model rather than of a run."""
-    return (folder / ARRAYS).exists()
+    return os.path.exists(folder / ARRAYS)
 
 
-def model_in(folder: Path) -> tuple[dict[str, Any], GPTConfig]:
-    """The settings and the model of an exported folder, whose arrays are those of that model.
+def model_in(folder: Path) -> ModelSettings:
+    """The settings of an exported folder, whose arrays are those of their model.
 
     Only the header of model.safetensors is read. Raises ConfigError if a file is damaged, or names
     the array that does not fit.
     """
-    path = folder / CONFIG
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        model = from_json(GPTConfig, settings["model"])
-        model.check()
-        used = settings["tokenizer"] in TOKENIZERS, settings["sequence_length"] >= 1
-        if not all(used) or settings["dtype"] not in ("float32", "bfloat16"):
-            raise ValueError("tokenizer, sequence_length or dtype is none there is")
-        wanted = shapes_of(model)
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(
-            f"{path} is not what export.py wrote ({type(error).__name__}: {error}): export the "
-            "run again."
-        ) from error
+    again = "export the run again"
+    settings = read_json(folder / CONFIG, ModelSettings, again, others=True)
+    with found_in(folder / CONFIG, again):
+        settings.model.check()
+    wanted = shapes_of(settings.model)
     try:
         with safe_open(folder / ARRAYS, "numpy") as file:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
             found = {name: f"{s.get_dtype()}{s.get_shape()}" for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise ConfigError(
-            f"{folder / ARRAYS} is damaged ({error}): export the run again."
-        ) from error
+        raise ConfigError(f"{folder / ARRAYS} is damaged ({error}): {again}.") from error
     if different := found.items() ^ wanted.items():
         name, _ = min(different)
         raise ConfigError(
             f"{folder / ARRAYS} is not of the model in {CONFIG}, which has "
             f"{wanted.get(name, 'nothing')} as {name} where it has {found.get(name, 'nothing')}: "
-            "export the run again."
+            f"{again}."
         )
-    return settings, model
+    return settings
 
 
 def named(params: Params) -> dict[str, jax.Array]:
     """The arrays of nested dicts by their path, with dots."""
-    return traverse_util.flatten_dict(params, sep=".")
+    return dict(traverse_util.flatten_dict(params, sep="."))
 
 
 def shapes_of(model: GPTConfig) -> dict[str, str]:

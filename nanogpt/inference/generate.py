@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32, UInt32
 
 from nanogpt.inference.sampling import Sampling
 from nanogpt.model.context import Cache, Next, Prompts
-from nanogpt.model.gpt import compute_copy, unrolled
+from nanogpt.model.parameters import compute_copy, unrolled
 from nanogpt.training.step import Params
 
 CHUNK = 16  # tokens of each text that one program writes
@@ -28,10 +28,10 @@ class Written(NamedTuple):
     Probabilities are those of the model, before temperature, top_k and top_p.
     """
 
-    tokens: Int32[np.ndarray, "n B"]
-    probabilities: Float32[np.ndarray, "n B"]
-    likeliest: Int32[np.ndarray, "n B alternatives"]  # in falling order
-    their_probabilities: Float32[np.ndarray, "n B alternatives"]
+    tokens: Int32[Array | np.ndarray, "n B"]
+    probabilities: Float32[Array | np.ndarray, "n B"]
+    likeliest: Int32[Array | np.ndarray, "n B alternatives"]  # in falling order
+    their_probabilities: Float32[Array | np.ndarray, "n B alternatives"]
 
 
 class _State(NamedTuple):
@@ -135,7 +135,7 @@ def _write(
     params: Params,
     state: _State,
     *,
-    seed: Int[Array, ""],
+    seed: UInt32[Array, ""],
     temperature: Float[Array, ""],
     top_k: Int[Array, ""],
     top_p: Float[Array, ""],

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int, UInt16
 from nanogpt.config import ConfigError
 from nanogpt.data.tokenizer import Tokenizer, load_tokenizer
 from nanogpt.devices.mesh import REPLICATED, ROWS, put
-from nanogpt.model.gpt import compute_copy
+from nanogpt.model.parameters import compute_copy
 from nanogpt.training.step import Params
 
 # The 10,042 items of the validation split, as llm.c's author keeps them.

@@ -1,27 +1,29 @@
 """Trained weights: of a run or an exported model, to use as they are or to begin a run with."""
 
-import json
+import os
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, NamedTuple
 
-import jax
-from flax import nnx, traverse_util
-from jax.sharding import Mesh
-from safetensors import safe_open
+from nanogpt.checks import ConfigError, Positive
+from nanogpt.config import GPTConfig, ModelSettings
+from nanogpt.files import found_in, read_json
+from nanogpt.schedule import Schedule, Stage
+from nanogpt.training.resume import RESTORE, Settings, saved_settings
 
-from nanogpt.config import ConfigError, GPTConfig, from_json
-from nanogpt.devices.mesh import REPLICATED, put, shapes_on
-from nanogpt.inference.export import ARRAYS, is_exported, model_in
-from nanogpt.schedule import Schedule, Stage, stages_from_json
-from nanogpt.training.checkpoint import Checkpoint, load_params, newest_checkpoint
-from nanogpt.training.resume import saved_settings
-from nanogpt.training.step import Params, TrainState, graph_of, init_params
+if TYPE_CHECKING:
+    from flax import nnx
+    from jax.sharding import Mesh
 
-Settings = TypeVar("Settings")  # train_gpt.Hyperparameters
+    from nanogpt.training.checkpoint import Checkpoint
+    from nanogpt.training.step import Params, TrainState
+    from train_gpt import Hyperparameters
+
+# JAX, and what imports it, is imported by the functions below that need it: train_gpt.py reads its
+# arguments first.
 
 # What weights bind whoever begins with them: the settings on which their shapes depend, or their
 # meaning. The vocabulary counts as padded, and of mlp_only and backout how many layers they name.
@@ -41,70 +43,96 @@ BOUND = {
 }
 
 
-def load_run(run: Path, mesh: Mesh) -> tuple[dict[str, Any], nnx.GraphDef, Params, Checkpoint]:
-    """The hyperparameters of a run, its model, its newest weights, and whence these come.
+@dataclass(frozen=True)
+class RunSettings(ModelSettings):
+    """Those of a run's hyperparameters that are used after training."""
+
+    val_files: str | None
+    val_tokens: Positive
+
+
+def load_run(run: Path, mesh: "Mesh") -> "tuple[RunSettings, nnx.GraphDef, Params, Checkpoint]":
+    """The settings of a run, its model, its newest weights, and the checkpoint they come from.
 
     The weights are whole on every device; the model is that of the stage in which they were saved.
 
     Raises ConfigError when the folder is not that of a run with a checkpoint.
     """
+    import jax
+
+    from nanogpt.devices.mesh import REPLICATED, shapes_on
+    from nanogpt.inference.export import is_exported
+    from nanogpt.training.checkpoint import load_params, newest_checkpoint
+    from nanogpt.training.step import graph_of, init_params
+
     if is_exported(run):
         raise ConfigError(
             f"{run} is an exported model, not a run: name the run that it comes from."
         )
-    if not (run / "config.json").exists():
+    config = run / "config.json"
+    if not os.path.exists(config):
         raise ConfigError(
             f"{run} is not the folder of a run: it has no config.json; give one that train_gpt.py "
             "made, such as runs/<name>."
         )
-    try:
-        hp = json.loads((run / "config.json").read_text(encoding="utf-8"))
-        whole = from_json(GPTConfig, hp["model"])
-        named = {field.name: hp[field.name] for field in fields(Schedule)}
-        schedule = Schedule(**named | {"stages": stages_from_json(hp["stages"])})
-    except (KeyError, TypeError, ValueError, OSError) as error:
-        raise ConfigError(
-            f"{run / 'config.json'} is not what train_gpt.py wrote ({type(error).__name__}: "
-            f"{error}): restore it, or name another run."
-        ) from error
+    hp = read_json(config, RunSettings, RESTORE, others=True)
+    schedule = schedule_in(run)
     checkpoint = newest_checkpoint(run, lambda line: print(line, file=sys.stderr))
-    config = schedule.model(whole, schedule.stage(min(checkpoint.step, schedule.num_steps)))
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    model = schedule.model(hp.model, schedule.stage(min(checkpoint.step, schedule.num_steps)))
+    with found_in(config, RESTORE):
+        model.check()
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     params = load_params(checkpoint, shapes_on(mesh, REPLICATED, shapes))
-    return hp, graph_of(config), params, checkpoint
+    return hp, graph_of(model), params, checkpoint
 
 
-def with_weights(state: TrainState, folder: Path, mesh: Mesh) -> TrainState:
+def with_weights(state: "TrainState", folder: Path, mesh: "Mesh") -> "TrainState":
     """The state with the weights in a folder, which lie as its own did."""
+    import jax
+
     _, _, weights = load_model(folder, mesh)
     places = jax.tree.map(lambda p: p.sharding, state.params)
     return replace(state, params=jax.device_put(weights, places))
 
 
-def load_model(folder: Path, mesh: Mesh) -> tuple[dict[str, Any], nnx.GraphDef, Params]:
+def schedule_in(run: Path) -> Schedule:
+    """The schedule of the run in a folder; ConfigError if its config.json has none."""
+    schedule = read_json(run / "config.json", Schedule, RESTORE, others=True)
+    with found_in(run / "config.json", RESTORE):
+        schedule.check()
+    return schedule
+
+
+def load_model(folder: Path, mesh: "Mesh") -> "tuple[ModelSettings, nnx.GraphDef, Params]":
     """Settings, model and weights, whole on every device: of an exported folder, or of a run.
 
-    The settings have at least tokenizer, sequence_length, dtype and model; a run's are all its
-    hyperparameters, and its weights the newest (see `nanogpt.inference.weights.load_run`).
+    A run's weights are its newest (see `load_run`).
 
     Raises ConfigError when the folder holds neither, or is damaged.
     """
+    from flax import traverse_util
+    from safetensors import safe_open
+
+    from nanogpt.devices.mesh import REPLICATED, put
+    from nanogpt.inference.export import ARRAYS, is_exported, model_in
+    from nanogpt.training.step import graph_of
+
     if not is_exported(folder):
         return load_run(folder, mesh)[:3]
-    settings, model = model_in(folder)
+    settings = model_in(folder)
     params = {}
     with safe_open(folder / ARRAYS, "numpy") as file:
         for name in file.offset_keys():  # one by one: host memory need not hold them all
             array = file.get_tensor(name)
             params[name] = put(mesh, REPLICATED, array.shape, array.__getitem__)
-    return settings, graph_of(model), traverse_util.unflatten_dict(params, sep=".")
+    return settings, graph_of(settings.model), traverse_util.unflatten_dict(params, sep=".")
 
 
 class Weights(NamedTuple):
     """What a run can begin with instead of random numbers, and what binds it."""
 
     folder: Path
-    settings: Any | None  # of the run that made them; an exported folder does not tell
+    settings: "Hyperparameters | None"  # of the run that made them, not known of an exported one
     model: GPTConfig  # as they were trained last
     tokenizer: str
     sequence_length: int
@@ -115,10 +143,13 @@ def weights_in(kind: type[Settings], folder: Path) -> Weights:
 
     Raises ConfigError if there are none.
     """
+    from nanogpt.inference.export import is_exported, model_in
+    from nanogpt.training.checkpoint import newest_checkpoint
+
     if is_exported(folder):
-        settings, model = model_in(folder)
-        return Weights(folder, None, model, settings["tokenizer"], settings["sequence_length"])
-    if not (folder / "config.json").is_file():
+        told = model_in(folder)
+        return Weights(folder, None, told.model, told.tokenizer, told.sequence_length)
+    if not os.path.isfile(folder / "config.json"):
         raise ConfigError(
             f"{folder} holds no weights to begin with: it has neither a run's config.json nor an "
             "exported model."

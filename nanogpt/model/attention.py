@@ -4,7 +4,7 @@
 
     "xla"     the reference below, compiled by XLA: any device, any dtype
     "cudnn"   cuDNN's fused flash attention: NVIDIA Ampere or newer, bfloat16, no document mask
-    "pallas"  this project's flash attention, kernels/flash_attention.py: NVIDIA, bfloat16
+    "pallas"  this project's flash attention: NVIDIA, bfloat16
     "splash"  JAX's splash attention: TPU, bfloat16
 
 and `choose_attention` picks one for the hardware at hand: it compiles each candidate on a small
@@ -22,6 +22,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from nanogpt.config import AttentionKernel, GPTConfig
+from nanogpt.model.kernels.cudnn_attention import cudnn_attention
+from nanogpt.model.kernels.splash_attention import splash_attention
 
 CANDIDATES = {"gpu": ("cudnn", "pallas"), "tpu": ("splash",)}  # by platform, the fastest first
 NAMES = {
@@ -74,58 +76,6 @@ def softmax_attention(
     scores = jnp.where(mask, scale * scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("...qk,...kh->...qh", weights, v)
-
-
-def cudnn_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T N H"],
-    v: Float[Array, "B T N H"],
-    documents: None = None,
-    *,
-    scale: float,
-    window: int | None = None,
-) -> Float[Array, "B T N H"]:
-    """Flash attention by cuDNN. ValueError if documents are given.
-
-    As a dense mask they would cost more than they save, and what cuDNN has for packed documents
-    reserves memory for a fixed number of them in every row, which no data promises to keep.
-    """
-    if documents is not None:
-        raise ValueError("cuDNN attention has no document mask: use another kernel.")
-    return jax.nn.dot_product_attention(
-        q,
-        k,
-        v,
-        scale=scale,
-        is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0),
-        implementation="cudnn",
-    )
-
-
-def splash_attention(
-    q: Float[Array, "B T N H"],
-    k: Float[Array, "B T N H"],
-    v: Float[Array, "B T N H"],
-    documents: Int[Array, "B T"] | None = None,
-    *,
-    scale: float,
-    window: int | None = None,
-) -> Float[Array, "B T N H"]:
-    """JAX's block-sparse flash attention for TPUs, interpreted on CPUs; T a multiple of 128."""
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    T, N = q.shape[1:3]
-    mask = splash.CausalMask((T, T))
-    if window is not None:
-        mask = splash.LocalMask((T, T), (window - 1, 0), offset=0)
-    heads = splash.MultiHeadMask([mask] * N)
-    make = partial(splash.make_splash_mha, heads, head_shards=1, q_seq_shards=1)
-    on_tpu, on_cpu = (jax.vmap(make(interpret=interpret)) for interpret in (False, True))
-    q, k, v = (x.swapaxes(1, 2) for x in (scale * q, k, v))
-    segments = None if documents is None else splash.SegmentIds(documents, documents)
-    out = jax.lax.platform_dependent(q, k, v, segments, cpu=on_cpu, default=on_tpu)
-    return out.swapaxes(1, 2)
 
 
 def pallas_attention(*arrays: Array | None, **how: float | int | None) -> Float[Array, "B T N H"]:

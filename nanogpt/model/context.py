@@ -17,14 +17,13 @@ what the model was trained with: a text may go on for as long as one likes.
 Shapes: B batch, T sequence, N heads, H head size, S slots of a ring.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from nanogpt.config import AttentionKernel, GPTConfig
 from nanogpt.model.attention import attention, softmax_attention
@@ -39,11 +38,11 @@ class Rows:
         if config.document_separator is not None:
             self.documents = jnp.cumsum(tokens == config.document_separator, axis=1, dtype=np.int32)
 
-    def before(self, name: str, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+    def before(self, name: str, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
         """What stood one token before, and zero before the first; `name` tells x from others."""
         return jnp.pad(x, ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)))[:, :-1]
 
-    def angles(self, speed: Float[np.ndarray, "H/2"], T: int) -> Float[np.ndarray, "1 T H/2"]:
+    def angles(self, speed: Float[np.ndarray, "pairs"], T: int) -> Float[np.ndarray, "1 T pairs"]:
         """How far the pairs of a head are turned in each of T places, in radians."""
         return (np.arange(T)[:, None] * speed)[None]
 
@@ -72,9 +71,9 @@ class Cache:
     position: Int[Array, "B"]  # of the next token
     reach: Int[Array, "B"]  # how many of the tokens before it are of its document
     count: Int[Array, ""]  # of the tokens that were added since the prompts
-    before: Mapping[str, Float[Array, "B 1 ..."]]  # what stood one token before, by its name
-    keys: Mapping[int, Float[Array, "BN S H"]]  # by layer; rotated
-    values: Mapping[int, Float[Array, "BN S H"]]
+    before: dict[str, Shaped[Array, "B 1 ..."]]  # what stood one token before, by its name
+    keys: dict[int, Float[Array, "BN S H"]]  # by layer; rotated
+    values: dict[int, Float[Array, "BN S H"]]
 
 
 class Prompts(Rows):
@@ -84,7 +83,7 @@ class Prompts(Rows):
         super().__init__(config, tokens, "xla")
         self.tokens, self.seen = tokens, {}  # by name, or by layer
 
-    def before(self, name: str, x: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+    def before(self, name: str, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
         self.seen[name] = x
         return super().before(name, x)
 
@@ -95,7 +94,7 @@ class Prompts(Rows):
     def cache(self, lengths: Int[Array, "B"], context: int) -> Cache:
         """To go on after the first `lengths` tokens of each row, with `context` tokens in view."""
 
-        def latest(x: Float[Array, "B P ..."], size: int) -> Float[Array, "B size ..."]:
+        def latest(x: Shaped[Array, "B P ..."], size: int) -> Shaped[Array, "B {size} ..."]:
             """The latest `size` places before each row's end; what is missing there is anything."""
             end = lengths * (x.shape[1] // self.length)
             index = jnp.maximum(end[:, None] - size + jnp.arange(size), 0)
@@ -126,12 +125,12 @@ class Next:
         self.old = cache
         self.cache = Cache(cache.position + 1, self.reach + 1, cache.count + 1, {}, {}, {})
 
-    def before(self, name: str, x: Float[Array, "B 1 ..."]) -> Float[Array, "B 1 ..."]:
+    def before(self, name: str, x: Shaped[Array, "B 1 ..."]) -> Shaped[Array, "B 1 ..."]:
         """What stood one token before."""
         self.cache.before[name] = x
         return self.old.before[name]
 
-    def angles(self, speed: Float[np.ndarray, "H/2"], T: int) -> Float[Array, "B T H/2"]:
+    def angles(self, speed: Float[np.ndarray, "pairs"], T: int) -> Float[Array, "B T pairs"]:
         """How far the pairs of a head are turned in this token's T places, in radians.
 
         A place is a number of three digits, and the angle of each is looked up: a product in

@@ -32,26 +32,28 @@ Around that stand the tricks of the speedrun, each one small function or a few l
     several targets       the tokens after the next are scored, too (Gloeckle et al.,
                           arXiv:2404.19737; on the same logits: modded-nanogpt, 2025-12)
 
-A model computes in the dtype of its matrices: `compute_copy` casts them, and tables stay float32.
+A model computes in the dtype of its matrices, with layers stacked or apart: see parameters.py.
 
 Shapes, here and everywhere: B batch, T sequence, D model width, N heads, H head size, F MLP width,
 V vocabulary (padded), L layers. Arrays of attentions and MLPs have a leading axis of layers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key
 
 from nanogpt.config import GATE_INPUTS, GPTConfig, Kernels
 from nanogpt.devices.sharding import from_parts, share_of_row, to_parts
 from nanogpt.model.context import Next, Rows
-from nanogpt.model.loss import Softcap, linear_cross_entropy, softcap
+from nanogpt.model.loss import linear_cross_entropy
+from nanogpt.model.parameters import stack, unstack
 from nanogpt.model.rotary import rotary, rotation
+from nanogpt.model.softcap import Softcap, softcap
 
 Attend = Callable[[Array, Array, Array], Array]  # (q, k, v) to what each query takes from them
 XLA = Kernels()  # what runs everywhere
@@ -75,13 +77,13 @@ def project(x: Float[Array, "*B I"], weight: Float[Array, "I O"]) -> Float[Array
     return (x.reshape(-1, weight.shape[0]) @ weight).reshape(*x.shape[:-1], weight.shape[1])
 
 
-def pair(x: Float[Array, "B T N H"]) -> Float[Array, "B 2T N/2 H"]:
+def pair(x: Float[Array, "B T N H"]) -> Float[Array, "B 2*T N//2 H"]:
     """Two heads as one whose sequence is twice as long: a token of one, then of the other."""
     B, T, N, H = x.shape
     return x.reshape(B, T, N // 2, 2, H).swapaxes(2, 3).reshape(B, 2 * T, N // 2, H)
 
 
-def part(x: Float[Array, "B 2T N/2 H"]) -> Float[Array, "B T N H"]:
+def part(x: Float[Array, "B T2 pairs H"]) -> Float[Array, "B T2//2 2*pairs H"]:
     """The opposite of `pair`."""
     B, T2, pairs, H = x.shape
     return x.reshape(B, T2 // 2, 2, pairs, H).swapaxes(2, 3).reshape(B, T2 // 2, 2 * pairs, H)
@@ -95,22 +97,6 @@ def bigram_bucket(
     mixed = tokens.astype(jnp.uint32) * np.uint32(0x9E3779B1)
     mixed ^= before.astype(jnp.uint32) * np.uint32(0x85EBCA77)
     return ((mixed ^ (mixed >> 15)) % np.uint32(buckets)).astype(jnp.int32)
-
-
-def is_table(path: tuple[jax.tree_util.DictKey, ...]) -> bool:
-    """Whether the parameter at this path of the nested dict is a table that tokens index."""
-    return path[-1].key.endswith("embed")
-
-
-def compute_copy(params: PyTree, dtype: str) -> PyTree:
-    """The parameters of a GPT, to compute with in `dtype`.
-
-    Tables stay float32: the gradient of a row is the sum over all tokens that share it, thousands
-    for a frequent one, and in bfloat16 such a sum stops growing after some hundreds.
-    """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, p: p if is_table(path) else p.astype(dtype), params
-    )
 
 
 @jax.custom_vjp
@@ -151,8 +137,8 @@ class Attention(nnx.Module):
             y = y * jax.nn.sigmoid(project(x[:, :, :GATE_INPUTS], self.gate[...]))[..., None]
         return project(y.reshape(B, T, -1), self.out[...]), v.reshape(B, T, -1)
 
-    def joined(self) -> Float[Array, "D 3D"]:
-        """The matrices side by side, for one product of all three.
+    def joined(self) -> Float[Array, "D O"]:
+        """The matrices side by side, [D, 3 N H], for one product of all three.
 
         Values are scaled by way of their matrix: far fewer numbers.
         """
@@ -184,28 +170,6 @@ class Smear(nnx.Module):
     ) -> Float[Array, "B T D"]:
         gate = jax.nn.sigmoid(project(x[:, :, :GATE_INPUTS], self.gate[...].astype(x.dtype)))
         return x + self.share * gate * before
-
-
-def stack(kind: type[nnx.Module], count: int, config: GPTConfig, key: Key[Array, ""]) -> nnx.Module:
-    """`count` modules of a kind as one, whose arrays have a leading axis."""
-    make = nnx.vmap(lambda key: kind(config, rngs=nnx.Rngs(key)))
-    return make(jax.random.split(key, count))
-
-
-def unstack(stacked: nnx.Module, count: int) -> Iterator[nnx.Module]:
-    """The modules one by one: loops over them are unrolled, so each may differ from the next.
-
-    One split of each stacked array, rather than a slice per layer, has one concatenation as its
-    gradient instead of a sum of zero-padded arrays.
-    """
-    if isinstance(stacked, nnx.List):  # they are apart already
-        yield from stacked
-        return
-    graphdef, arrays = nnx.split(stacked)
-    leaves, structure = jax.tree.flatten(arrays)
-    rows = [jnp.split(leaf, count) for leaf in leaves]
-    for layer in zip(*rows, strict=True):
-        yield nnx.merge(graphdef, jax.tree.unflatten(structure, [row[0] for row in layer]))
 
 
 class GPT(nnx.Module):
@@ -286,13 +250,7 @@ class GPT(nnx.Module):
         """
         c, L = self.config, self.config.num_layers
         past = past or Rows(c, tokens, self.kernels.attention)
-        x = self.embed[tokens]
-        if c.bigram_buckets:
-            bucket = bigram_bucket(tokens, past.before("token", tokens), c.bigram_buckets)
-            x = x + self.bigram_embed[bucket]
-        if c.smear:
-            x = self.smear(x, past.before("embedding", x))
-        x = x0 = norm(x).astype(self.head.dtype)
+        x = x0 = self.embedded(tokens, past)
 
         # What of a layer is computed in parts, if devices share it, and again in the backward pass,
         # if that saves the memory needed.
@@ -327,6 +285,15 @@ class GPT(nnx.Module):
             x = x - self.backout * taken_back
         return norm(x)
 
+    def embedded(self, tokens: Int[Array, "B T"], past: Rows | Next) -> Float[Array, "B T D"]:
+        """What the first layer reads: the tokens, the pairs that they end, and a smear of both."""
+        x = self.embed[tokens]
+        if buckets := self.config.bigram_buckets:
+            x = x + self.bigram_embed[bigram_bucket(tokens, past.before("token", tokens), buckets)]
+        if self.config.smear:
+            x = self.smear(x, past.before("embedding", x))
+        return norm(x).astype(self.head.dtype)
+
     def attend(self, past: Rows | Next, layer: int, q: Array, k: Array, v: Array) -> Array:
         """What a layer does with its queries, keys and values [B, T, N, H]."""
         speed, scale = rotation(self.config)
@@ -346,19 +313,3 @@ class GPT(nnx.Module):
         tables = jnp.split(self.value_embed[...], count) if count else []
         looked_up = [table[0][tokens].astype(self.head.dtype) for table in tables]
         return (looked_up + [None] * (L - 2 * count) + looked_up[max(0, 2 * count - L) :])[:L]
-
-
-def unrolled(model: GPT) -> GPT:
-    """The model with its layers apart, as whoever treats them one by one wants them."""
-    model.attention = nnx.List(unstack(model.attention, model.config.num_attentions))
-    model.mlp = nnx.List(unstack(model.mlp, model.config.num_layers))
-    return model
-
-
-def stacked(params: PyTree) -> PyTree:
-    """The nested dict of a model from that of an `unrolled` one, whose layers have numbers."""
-    together = {
-        name: jax.tree.map(lambda *layers: jnp.stack(layers), *params[name].values())
-        for name in ("attention", "mlp")
-    }
-    return params | together

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from nanogpt.config import GPTConfig
 
 
-def rotation(config: GPTConfig) -> tuple[Float[np.ndarray, "H/2"], float]:
+def rotation(config: GPTConfig) -> tuple[Float[np.ndarray, "pairs"], float]:
     """How far the pairs of a head turn per token, in radians, and the scale of q·k.
 
     The first `rope_fraction` of the pairs turn by base^0 ... base^-1; the others stand still and
@@ -37,7 +37,9 @@ def rotation(config: GPTConfig) -> tuple[Float[np.ndarray, "H/2"], float]:
     return speed, float(scale)
 
 
-def rotary(x: Float[Array, "B T N H"], angle: Float[Array, "#B T H/2"]) -> Float[Array, "B T N H"]:
+def rotary(
+    x: Float[Array, "B T N H"], angle: Float[Array | np.ndarray, "#B T H//2"]
+) -> Float[Array, "B T N H"]:
     """Turn the pairs (i, i + H/2) of each head by these angles, in radians."""
     xp = np if isinstance(angle, np.ndarray) else jnp  # known angles become constants, in float64
     angle = angle[:, :, None, None]

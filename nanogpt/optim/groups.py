@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from nanogpt.model.gpt import is_table
+from nanogpt.model.parameters import is_table
 from nanogpt.optim.muon import scale_by_muon
 
 
-def group(path: tuple[jax.tree_util.DictKey, ...], parameter: Array) -> str:
+def group(path: tuple[jax.tree_util.DictKey, ...], parameter: Array | jax.ShapeDtypeStruct) -> str:
     """The group of a parameter by its name and shape: muon, embedding, head or scalar."""
     if path[-1].key == "head":
         return "head"
@@ -56,7 +57,7 @@ def make_optimizer(
     adam_betas: tuple[float, float],
     weight_decay: float,
     neuron_decay: float | None = 0.95,
-    newton_schulz_dtype: jnp.dtype = jnp.float32,
+    newton_schulz_dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     shard_params: bool = False,
 ) -> optax.GradientTransformationExtraArgs:

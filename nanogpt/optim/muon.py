@@ -8,23 +8,22 @@ still moves some neurons much more than others; dividing each neuron by its usua
 out (NorMuon: Li et al., arXiv:2510.05491).
 
 Here it is an Optax transformation for parameters whose last two axes are matrices [I, O] (inputs,
-outputs) and whose other axes stack them. The devices of a mesh share all matrices of one shape
-between them.
+outputs) and whose other axes stack them. The devices of a mesh share the work: see sharing.py.
 """
 
 from collections import defaultdict
-from functools import partial
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from nanogpt.devices.mesh import DEVICES, REPLICATED
+from nanogpt.optim.sharing import map_matrices
 
 # a s + b s³ + c s⁵, with one (a, b, c) after another, takes singular values s from 0.001 ... 1 to
 # 0.84 ... 1.15. Each polynomial brings nearest to one whatever the one before it may leave. (They
@@ -39,8 +38,6 @@ POLAR_EXPRESS = (
     (2.3465, -1.7098, 0.4232),
 )
 
-GROUP = 8  # matrices in one batched product, which fill a GPU if they are 768 x 768
-
 
 class MuonState(NamedTuple):
     """Of every parameter, float32: its momentum, and the mean square that each neuron moves by."""
@@ -50,7 +47,7 @@ class MuonState(NamedTuple):
 
 
 def orthogonalize(
-    matrices: Float[Array, "*stack I O"], dtype: jnp.dtype = jnp.float32
+    matrices: Float[Array, "*stack I O"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "*stack I O"]:
     """About U Vᵀ for each matrix U S Vᵀ, by the polynomials of Polar Express in `dtype`.
 
@@ -94,7 +91,7 @@ def normalize_neurons(
 
 def scale_by_muon(
     neuron_decay: float | None = 0.95,
-    dtype: jnp.dtype = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     shard_params: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
@@ -108,15 +105,14 @@ def scale_by_muon(
             the neurons as they are, which is plain Muon.
         dtype: in which matrices are orthogonalised; bfloat16 is accurate enough, and fast where
             there are matrix units for it.
-        mesh: devices that share the work; each takes its part of every stack, and the results are
-            the same to the bit as when one device does it all.
-        shard_params: whether devices along "data" hold parts of the matrices, which they then
-            exchange for whole ones, and back.
+        mesh, shard_params: see `map_matrices` in sharing.py; the results are the same to the bit
+            as when one device does it all.
     """
 
-    orthogonalize_all = partial(
-        _orthogonalize_by_shape, dtype=dtype, mesh=mesh, shard_params=shard_params
-    )
+    def orthogonalize_stack(matrices: Float[Array, "S I O"]) -> Float[Array, "S I O"]:
+        return map_matrices(
+            lambda group: orthogonalize(group, dtype).astype(dtype), matrices, mesh, shard_params
+        )
 
     def init(params: optax.Params) -> MuonState:
         squares = jax.tree.map(neuron_mean_square, params)
@@ -127,7 +123,7 @@ def scale_by_muon(
         mean = optax.tree.update_moment(gradients, state.momentum, momentum, order=1)
         ahead = optax.tree.update_moment(gradients, mean, momentum, order=1)
         leaves, structure = jax.tree.flatten(ahead)
-        updates = jax.tree.unflatten(structure, orthogonalize_all(leaves))
+        updates = jax.tree.unflatten(structure, _by_shape(orthogonalize_stack, leaves))
         if neuron_decay is None:
             return updates, MuonState(mean, state.neuron_mean_square)
         usual = optax.tree.update_moment(
@@ -138,9 +134,9 @@ def scale_by_muon(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _orthogonalize_by_shape(
-    leaves: list[Array], dtype: jnp.dtype, mesh: Mesh | None, shard_params: bool
-) -> list[Array]:
+def _by_shape(
+    orthogonalize_stack: Callable[[Array], Array], leaves: list[Array]
+) -> list[Float[Array, "*stack I O"]]:
     """The leaves, orthogonalised and scaled, all matrices of one shape together."""
     members = defaultdict(list)
     for index, leaf in enumerate(leaves):
@@ -151,7 +147,7 @@ def _orthogonalize_by_shape(
         # Tall matrices lie down beside the wide ones: UVᵀ of a transpose is the transpose of UVᵀ.
         lying = [leaves[i] if leaves[i].shape[-2:] == shape else leaves[i].mT for i in indices]
         stacks = [leaf.reshape(-1, *shape) for leaf in lying]
-        stack = _orthogonalize_stack(jnp.concatenate(stacks), dtype, mesh, shard_params)
+        stack = orthogonalize_stack(jnp.concatenate(stacks))
         ends = np.cumsum([len(stack) for stack in stacks])
         for i, update in zip(indices, jnp.split(stack, ends[:-1]), strict=True):
             inputs, outputs = leaves[i].shape[-2:]
@@ -159,56 +155,3 @@ def _orthogonalize_by_shape(
             update = max(1, outputs / inputs) ** 0.5 * update.astype(jnp.float32)
             updates[i] = update.reshape(leaves[i].shape)
     return updates
-
-
-def _orthogonalize_stack(
-    matrices: Float[Array, "S I O"], dtype: jnp.dtype, mesh: Mesh | None, shard_params: bool
-) -> Float[Array, "S I O"]:
-    """All matrices orthogonalised, in `dtype`: group by group, each device its share of groups.
-
-    A group is one batched product wherever it is computed. That is why the devices' results are
-    those of one device to the bit, which products of differently large batches would not be.
-    """
-    S, devices = len(matrices), 1
-    if mesh:
-        devices = mesh.size if shard_params else mesh.shape["data"]
-    # Devices without a group of their own would only lengthen what all gather: they do the work of
-    # another instead. Parts of matrices that lie divided must reach every device anyway.
-    fewest = devices if shard_params else min(devices, -(-S // GROUP))
-    sharers = min(n for n in range(fewest, devices + 1) if devices % n == 0)
-    groups = -(-S // (GROUP * sharers)) * sharers
-    padding = [(0, groups * GROUP - S), (0, 0), (0, 0)]
-    grouped = jnp.pad(matrices, padding).reshape(groups, GROUP, *matrices.shape[1:])
-
-    def orthogonalize_groups(share: Float[Array, "share group I O"]) -> Float[Array, "..."]:
-        return jax.lax.map(lambda group: orthogonalize(group, dtype).astype(dtype), share)
-
-    def share_of_whole(grouped: Float[Array, "groups group I O"]) -> Float[Array, "..."]:
-        each = groups // sharers
-        first = jax.lax.axis_index("data") % sharers * each
-        share = jax.lax.dynamic_slice_in_dim(grouped, first, each)
-        teams = np.arange(devices).reshape(-1, sharers).tolist()
-        return jax.lax.all_gather(
-            orthogonalize_groups(share), "data", axis_index_groups=teams, tiled=True
-        )
-
-    if mesh and shard_params:
-        each_its_share = jax.shard_map(
-            orthogonalize_groups, mesh=mesh, in_specs=DEVICES, out_specs=DEVICES, check_vma=False
-        )
-        # From how matrices lie to whole ones and back, one axis of the mesh at a time: that is what
-        # the compiler can do without gathering them all.
-        lying = P(None, None, "data", "model")
-        way = [NamedSharding(mesh, each) for each in (lying, P("data", None, None, "model"))]
-        for step in way:
-            grouped = jax.lax.with_sharding_constraint(grouped, step)
-        grouped = each_its_share(grouped)
-        for step in reversed(way):
-            grouped = jax.lax.with_sharding_constraint(grouped, step)
-    elif mesh:
-        grouped = jax.shard_map(
-            share_of_whole, mesh=mesh, in_specs=REPLICATED, out_specs=REPLICATED, check_vma=False
-        )(grouped)
-    else:
-        grouped = orthogonalize_groups(grouped)
-    return grouped.reshape(-1, *matrices.shape[1:])[:S]

@@ -14,6 +14,7 @@ from typing import Annotated
 
 import tyro
 
+from nanogpt.checks import UserError
 from nanogpt.report.curves import NoNumbers, read_run
 from nanogpt.report.page import page
 from nanogpt.report.picture import overview
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for file in report(options.runs, options.out, lambda line: print(line, file=sys.stderr)):
             print(file)
-    except RunError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return 2
     return 0

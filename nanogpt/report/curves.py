@@ -1,16 +1,17 @@
 """What runs did, as curves read from their folders."""
 
-import json
 import re
 from dataclasses import dataclass
 from math import nan
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from jaxtyping import Float64
 
-from nanogpt.runs.folder import RunError
+from nanogpt.checks import ConfigError, checked
+from nanogpt.files import parsed, read_json
+from nanogpt.runs.folder import Circumstances, Metrics, RunError
 
 LABELS = {  # of each metric's axis, and its units, each with the size from which on it is used
     "tokens": ("tokens", {1e9: "billions", 1e6: "millions", 1e3: "thousands"}),
@@ -22,6 +23,15 @@ LABELS = {  # of each metric's axis, and its units, each with the size from whic
     "grad_norm": ("gradient norm", {}),
     "tokens_per_s": ("tokens per second", {1e6: "millions", 1e3: "thousands"}),
 }
+
+
+class Settings(TypedDict, total=False):
+    """What the report reads of config.json by name."""
+
+    preset: str
+    tokenizer: str
+    num_steps: int
+    data: list[str]
 
 
 @dataclass(frozen=True)
@@ -63,14 +73,12 @@ def read_run(folder: Path, name: str) -> History:
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
-            rows.append([float(record.get(metric, nan)) for metric in LABELS])
-        except (ValueError, TypeError, AttributeError):
+            record = parsed(line, Metrics, f"{path}, line {number:,}", "repair it or take it out")
+            numbers: dict[str, Any] = {**record}
+            rows.append([float(numbers.get(metric, nan)) for metric in LABELS])
+        except ConfigError as error:
             if number < len(lines):
-                raise RunError(
-                    f"{path}, line {number:,} is no JSON object of numbers: repair it or take it "
-                    "out."
-                ) from None
+                raise RunError(str(error)) from error
     if not rows:
         raise NoNumbers(f"{path} has no numbers yet: wait for the run's first step.")
     log = folder / "log.txt"
@@ -78,15 +86,20 @@ def read_run(folder: Path, name: str) -> History:
     return History(
         name,
         dict(zip(LABELS, np.array(rows).T, strict=True)),
-        _json_object(folder / "config.json"),
-        _json_object(folder / "run.json"),
+        _told_in(folder / "config.json", Settings),
+        _told_in(folder / "run.json", Circumstances),
         (re.findall(r"^parameters: ([\d,]+)$", text, re.MULTILINE) or ["unknown"])[-1],
     )
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    """What a file holds; nothing if there is none."""
+def _told_in(path: Path, kind: type) -> dict[str, Any]:
+    """All that a JSON file tells, of which `kind` declares a part; nothing if there is none."""
+    if not path.exists():
+        return {}
+    remedy = "restore it or take it away"
     try:
-        return dict(json.loads(path.read_bytes())) if path.exists() else {}
-    except (ValueError, TypeError):
-        raise RunError(f"{path} holds no JSON object: restore it or take it away.") from None
+        told = read_json(path, dict[str, Any], remedy)
+        checked(told, kind, path, remedy)
+        return told
+    except ConfigError as error:
+        raise RunError(str(error)) from error

@@ -14,13 +14,13 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Required, TypedDict
 
 import rich.progress
 from filelock import FileLock, Timeout
@@ -28,11 +28,37 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from nanogpt.checks import ConfigError, Count, Total, UserError
+from nanogpt.files import parsed, write_whole
 from nanogpt.runs.trackers import Trackers
 
 
-class RunError(Exception):
+class RunError(UserError):
     """A run folder that cannot be used; the message is one sentence for the user."""
+
+
+class Metrics(TypedDict, total=False):
+    """A line of metrics.jsonl: what is known after an optimizer step."""
+
+    step: Required[Count]
+    train_loss: float
+    val_loss: float
+    grad_norm: float
+    spike: float
+    learning_rate_factor: float
+    tokens: Total
+    time_s: float
+    step_time_s: float
+    tokens_per_s: float
+
+
+class Circumstances(TypedDict, total=False):
+    """What is read back of run.json; see nanogpt/runs/environment.py."""
+
+    commit: str
+    date: str
+    hardware: str
+    accelerators: list[str]
 
 
 class Run:
@@ -69,8 +95,8 @@ class Run:
     def configure(self, config: dict[str, Any], circumstances: dict[str, Any]) -> None:
         """Write run.json, and config.json, which makes the folder a run's."""
         everything = circumstances | {"config": config}
-        _write_whole(self.folder / "run.json", json.dumps(everything, indent=2) + "\n")
-        _write_whole(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
+        _write(self.folder / "run.json", json.dumps(everything, indent=2) + "\n")
+        _write(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def say(self, text: str, style: str = "") -> None:
         """A line on the console, with a style of rich's on a terminal, and in log.txt."""
@@ -131,10 +157,16 @@ class Run:
         self.trackers.log(metrics)
 
     def rewind(self, step: int) -> None:
-        """Drop the records of steps after `step`, which an earlier process made and lost."""
+        """Drop the records of steps after `step`, which an earlier process made and lost.
+
+        A line before them that cannot be read is dropped, too, and reported.
+        """
         path = self.folder / "metrics.jsonl"
         self._metrics.close()
-        _write_whole(path, "".join(_records_up_to(step, path)))
+        kept, damaged = _records_up_to(step, path)
+        for number in damaged:
+            self.say(f"WARNING: {path}, line {number:,} cannot be read and is dropped.")
+        _write(path, "".join(kept))
         self._metrics = path.open("ab", buffering=0)
 
     def sync(self) -> None:
@@ -150,7 +182,7 @@ class SilentRun(Run):
         self.folder, self.console = folder, Console(quiet=True)
         self.trackers = Trackers(self.say)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
         pass
 
     def configure(self, config: dict[str, Any], circumstances: dict[str, Any]) -> None:
@@ -223,21 +255,15 @@ def _hold(folder: Path) -> FileLock:
             "you may write."
         ) from error
     since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
-    _write_whole(holder, f"process {os.getpid()} on {platform.node()} since {since}\n")
+    _write(holder, f"process {os.getpid()} on {platform.node()} since {since}\n")
     return lock
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file so that it holds, whatever happens, either the old text or the new.
-
-    Raises RunError when it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
+def _write(path: Path, text: str) -> None:
+    """Write a file whole; RunError when it cannot be written."""
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RunError(
             f"{path} cannot be written ({error.strerror}): make room there, or start the run where "
             "you may write."
@@ -256,12 +282,19 @@ def _append(file: FileIO, line: bytes) -> bool:
     return False
 
 
-def _records_up_to(step: int, metrics: Path) -> Iterator[str]:
-    """The lines of the steps up to `step`; what a dying process left of a line is dropped."""
-    for line in metrics.read_text(encoding="utf-8").splitlines(keepends=True):
+def _records_up_to(step: int, metrics: Path) -> tuple[list[str], list[int]]:
+    """The lines of the steps up to `step`, and the numbers of lines among them that are damaged.
+
+    What a dying process left of a line stands behind them all.
+    """
+    kept, damaged, suspects = [], [], []
+    for number, line in enumerate(metrics.read_bytes().splitlines(keepends=True), start=1):
         try:
-            if json.loads(line)["step"] > step:
-                return
-        except ValueError:
-            return
-        yield line
+            if parsed(line, Metrics, metrics, "")["step"] > step:
+                break
+        except ConfigError:
+            suspects.append(number)
+            continue
+        kept.append(line.decode("utf-8"))
+        damaged, suspects = damaged + suspects, []
+    return kept, damaged

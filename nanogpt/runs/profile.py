@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nanogpt.config import ConfigError
+from nanogpt.checks import ConfigError
 
 if TYPE_CHECKING:
     from jax.profiler import ProfileData

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanogpt.config import ConfigError
+from nanogpt.checks import ConfigError
 from nanogpt.data.text.cache import prepare
 from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.devices.launchers import launched_with_others

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
-from nanogpt.config import ConfigError
+from nanogpt.checks import ConfigError
 
 NAMES = {
     "train_loss": "train/loss",

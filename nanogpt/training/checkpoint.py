@@ -22,13 +22,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 from jax.experimental.multihost_utils import broadcast_one_to_all
 from orbax.checkpoint import v1 as ocp
 
-from nanogpt.config import ConfigError
+from nanogpt.checks import ConfigError, Count, Total, checked
+from nanogpt.files import read_json, write_whole
 from nanogpt.training.step import Params, TrainState
 
 FORMAT = 1
@@ -44,6 +45,32 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax prints what it als
 
 class CheckpointError(ConfigError):
     """A checkpoint that was not written or cannot be used; the message is one sentence."""
+
+
+class Facts(TypedDict, total=False):
+    """What a run notes beside its state."""
+
+    tokens: Total  # trained on so far
+    training_seconds: float
+    unvalidated: dict[str, float] | None  # metrics of a step whose validation was broken off
+    data: list[tuple[str, int]]  # name and tokens of each training shard
+
+
+class File(TypedDict):
+    """A file of a checkpoint as it was written."""
+
+    bytes: Total
+    sha256: str
+
+
+class Manifest(TypedDict):
+    """What is read of manifest.json."""
+
+    format: int
+    step: Count
+    facts: Facts
+    arrays: dict[str, str]
+    files: dict[str, File]
 
 
 @dataclass(frozen=True)
@@ -95,7 +122,7 @@ class Checkpoints:
             # This copies the arrays into host memory. On CPUs, where they are there already, it
             # looks at them as they are; JAX does not write into an array that is looked at so.
             with ORBAX:
-                writing = ocp.save_checkpointables_async(folder, parts, overwrite=True)
+                writing = ocp.save_checkpointables_async(str(folder), parts, overwrite=True)
         except Exception as error:  # a full disk, a forbidden folder, and what nobody thought of
             self._failed(step, error)
         else:
@@ -222,7 +249,9 @@ def _load(checkpoint: Checkpoint, shapes: dict[str, Any]) -> dict[str, Any]:
             "restore config.json, or name another run."
         )
     try:
-        return {part: ocp.load(folder, shapes[part], checkpointable_name=part) for part in shapes}
+        return {
+            part: ocp.load(str(folder), shapes[part], checkpointable_name=part) for part in shapes
+        }
     except (ValueError, OSError) as error:
         raise CheckpointError(
             f"{checkpoint.folder} changed while it was read ({type(error).__name__}): try again."
@@ -233,7 +262,7 @@ def _saves(checkpoints: Path) -> list[Path]:
     """The folders of all saves, finished or not, newest first."""
     name = re.compile(r"(\d{8,})(\.orbax-checkpoint-tmp.*)?")
     saves = [path for path in checkpoints.glob("*") if name.fullmatch(path.name)]
-    return sorted(saves, key=lambda path: int(name.fullmatch(path.name)[1]), reverse=True)
+    return sorted(saves, key=lambda path: int(path.name.partition(".")[0]), reverse=True)
 
 
 def _delete(folder: Path) -> None:
@@ -255,25 +284,26 @@ def _write_manifest(folder: Path, known: dict[str, Any]) -> None:
         _sync(path)
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
     manifest = {"format": FORMAT, **known, "versions": versions, "files": files}
-    temporary = folder / f"{MANIFEST}.tmp"
-    temporary.write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1))
-    _sync(temporary)
-    os.replace(temporary, folder / MANIFEST)
+    whole = manifest | {"sha256": _digest(manifest)}
+    write_whole(folder / MANIFEST, json.dumps(whole, indent=1))
     _sync(folder)
 
 
 def _checked(folder: Path) -> Checkpoint | str:
     """The checkpoint in a folder if all of it is as it was written, else what is wrong with it."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if manifest.pop("sha256") != _digest(manifest):
+        found = read_json(folder / MANIFEST, dict[str, Any], "its checkpoint is passed over")
+        if found.pop("sha256", None) != _digest(found):
             return f"has a changed {MANIFEST}"
-    except FileNotFoundError:
-        return f"has no {MANIFEST}, so its save was interrupted"
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
-        return f"has an unreadable {MANIFEST} ({type(error).__name__})"
-    if (manifest["format"], manifest["step"]) != (FORMAT, int(folder.name)):
-        return f"is of step {manifest['step']} in format {manifest['format']}, not {FORMAT}"
+        if found.get("format", FORMAT) != FORMAT:
+            return f"is in format {found['format']}, not {FORMAT}"
+        manifest = checked(found, Manifest, MANIFEST)
+    except ConfigError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return f"has no {MANIFEST}, so its save was interrupted"
+        return f"has an unreadable {MANIFEST} ({str(error).removesuffix('.')})"
+    if manifest["step"] != int(folder.name):
+        return f"is of step {manifest['step']}"
     for name, file in manifest["files"].items():
         try:
             size = (folder / name).stat().st_size
@@ -283,7 +313,7 @@ def _checked(folder: Path) -> Checkpoint | str:
                 return f"has changed bytes in {name}"
         except OSError as error:
             return f"lacks {name} ({error.strerror})"
-    return Checkpoint(folder, manifest["step"], manifest["facts"], manifest["arrays"])
+    return Checkpoint(folder, manifest["step"], found["facts"], manifest["arrays"])
 
 
 def _digest(manifest: dict[str, Any]) -> str:

@@ -21,7 +21,8 @@ class Interruption:
     """
 
     def __init__(self):
-        self.patient, self.signal = False, None
+        self.patient = False
+        self.signal: int | None = None
         self._agreed = False
 
     def __enter__(self) -> "Interruption":

@@ -3,17 +3,42 @@
 Or with its weights only: the settings of another run that begins with them.
 """
 
-import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from nanogpt.config import ConfigError, GPTConfig, from_json
-from nanogpt.schedule import stages_from_json
+from nanogpt.checks import ConfigError
+from nanogpt.files import read_json
 
-Settings = TypeVar("Settings")  # train_gpt.Hyperparameters
+if TYPE_CHECKING:
+    from train_gpt import Hyperparameters
+
+Settings = TypeVar("Settings", bound="Hyperparameters")
+
+RESTORE = "restore it, or give another run"
+
+# Fields that were added to Hyperparameters since runs were first resumed by today's rules (those
+# before had no stages, or stages of another kind), and the values that mean what runs did without
+# them. A run without any other field is refused: its default is a preset's, perhaps not the run's.
+ADDED = {
+    "init_from": None,
+    "config": None,
+    "tensorboard": False,
+    "wandb": False,
+    "data": [],
+    "data_field": "text",
+    "profile": None,
+    "dry_run": False,
+    "coordinator_address": None,
+    "num_processes": None,
+    "process_id": None,
+    "mesh": None,
+    "shard_params": False,
+    "rematerialize": False,
+}
 
 # What may change when a run is resumed: nothing of what it learns from its next batches, but for
 # num_steps, which says how far it goes, and what says how its work is divided.
@@ -49,7 +74,7 @@ def run_to_resume(resume: str) -> Path:
     """
     if resume != "auto":
         folder = Path(resume)
-        if not (folder / "config.json").is_file():
+        if not os.path.isfile(folder / "config.json"):  # also where it can be no path at all
             raise ConfigError(f"{folder} holds no run to resume: it has no config.json.")
         return folder
     runs = [config.parent for config in Path("runs").glob("*/config.json")]
@@ -60,23 +85,7 @@ def run_to_resume(resume: str) -> Path:
 
 def saved_settings(kind: type[Settings], path: Path) -> Settings:
     """The settings in a run's config.json; ConfigError if they cannot be read."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        nested = {
-            "model": from_json(GPTConfig, saved["model"]),
-            "stages": stages_from_json(saved["stages"]),
-        }
-        return from_json(kind, saved | nested)
-    except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error.strerror}): name a run that has it, or with "
-            "--config the file itself."
-        ) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{path} is not what this version of train_gpt.py writes ({type(error).__name__}: "
-            f"{error}): restore it, or name another run."
-        ) from error
+    return read_json(path, kind, RESTORE, ADDED)
 
 
 def resumed_settings(

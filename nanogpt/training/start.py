@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt.config import ConfigError
+from nanogpt.checks import ConfigError
 from nanogpt.training.checkpoint import Checkpoint, newest_checkpoint
 from nanogpt.training.plan import Plan
 from nanogpt.training.resume import check_same_data

@@ -1,6 +1,6 @@
 """One optimizer step, and one evaluation step, over all devices of a mesh.
 
-    batch [Ng, rows, T + 1]      Ng micro-batches; rows divided over the devices
+    batch [Ng, R, T1]      Ng micro-batches of R rows, divided over the devices; T1 = T + 1 tokens
       each device:   for every micro-batch: gradients of its own rows, added up in float32
       all devices:   one mean over the devices
       each device:   the same optimizer update, or that of its part of the parameters
@@ -16,7 +16,6 @@ parts of it, by itself; and so that its gradient is on its way to the other devi
 the layers before it are still computed.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,18 +24,16 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.stages import Wrapped
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from nanogpt.config import GPTConfig, Kernels
 from nanogpt.devices.mesh import BATCH, REPLICATED, ROWS
 from nanogpt.devices.sharding import gathered, reduced, shardings, specs, sum_over_model
-from nanogpt.model.gpt import GPT, XLA, compute_copy, stacked, unrolled
+from nanogpt.model.gpt import GPT, XLA
+from nanogpt.model.parameters import Params, layers_apart, stacked
 from nanogpt.schedule import Rates
-
-Params = PyTree[Float[Array, "..."]]
-Metrics = dict[str, Float[Array, ""]]
-
-RECENT = 0.05  # weight of a new loss in the running mean and variance: about 20 steps count
+from nanogpt.training.spikes import spike_and_moments
 
 
 @jax.tree_util.register_dataclass
@@ -47,7 +44,7 @@ class TrainState:
     step: Int[Array, ""]  # batches seen
     params: Params  # float32, a nested dict
     opt_state: optax.OptState
-    loss_mean: Float[Array, ""]  # of the latest losses, weighted by RECENT
+    loss_mean: Float[Array, ""]  # of the latest losses: see spikes.py
     loss_variance: Float[Array, ""]
 
 
@@ -61,19 +58,13 @@ def init_params(config: GPTConfig, key: Key[Array, ""]) -> Params:
     return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key))))
 
 
-def layers_apart(graph: nnx.GraphDef, params: Params, dtype: str) -> tuple[nnx.GraphDef, Params]:
-    """The model with its layers apart, and its parameters, to compute with in `dtype`."""
-    graph, layers = nnx.split(unrolled(nnx.merge(graph, compute_copy(params, dtype))))
-    return graph, nnx.to_pure_dict(layers)
-
-
 def make_init(
     config: GPTConfig,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     shard_params: bool = False,
-) -> Callable[[Key[Array, ""]], TrainState]:
-    """Build `init(key)`, jitted: the state before the first step, on the devices of the mesh.
+) -> Wrapped:
+    """Build `init(key) -> state`, jitted: before the first step, on the devices of the mesh.
 
     Raises ConfigError when the mesh cannot divide it.
     """
@@ -94,7 +85,7 @@ def make_train_step(
     skip_spikes: float = 0.0,
     target_weights: tuple[float, ...] = (1.0,),
     shard_params: bool = False,
-) -> Callable[[TrainState, Int[Array, "Ng R T+1"], Rates], tuple[TrainState, Metrics]]:
+) -> Wrapped:
     """Build `train_step(state, batch, rates) -> (state, metrics)`, jitted; it consumes its state.
 
     It minimises the cross-entropies of the next tokens by `target_weights`. The rates are numbers
@@ -109,33 +100,13 @@ def make_train_step(
     the first steps), and `applied`, whether the update was made.
     """
 
-    def loss_and_gradients(
-        graph: nnx.GraphDef, placed: PyTree, parts: Params, batch: Int[Array, "Ng R T+1"]
-    ) -> tuple[Array, Params]:
-        params = gathered(parts, placed)
-
-        def losses_of(params: Params, rows: Int[Array, "R T+1"]) -> tuple[Array, Array]:
-            """Means over the rows, as sums over this device's share of each."""
-            inputs, targets = rows[:, :-1], rows[:, 1:]
-            objective, losses = nnx.merge(graph, params).loss(inputs, targets, target_weights)
-            return objective.sum() / targets.size, losses.sum() / targets.size
-
-        def accumulate(total, rows):
-            (_, loss), gradients = jax.value_and_grad(losses_of, has_aux=True)(params, rows)
-            new = loss, gradients
-            return jax.tree.map(lambda t, n: t + n.astype(jnp.float32), total, new), None
-
-        zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p)), (0.0, params))
-        total, _ = jax.lax.scan(accumulate, zeros, batch)
-        loss, gradients = jax.tree.map(lambda t: t / len(batch), total)
-        loss = jax.lax.pmean(sum_over_model(loss), "data")
-        return loss, reduced(gradients, placed)
-
-    def train_step(state: TrainState, batch: Int[Array, "Ng R T+1"], rates: Rates):
+    def train_step(
+        state: TrainState, batch: Int[Array, "Ng R T1"], rates: Rates
+    ) -> tuple[TrainState, dict[str, Array]]:
         apart, layers = layers_apart(graph, state.params, dtype)
         placed = specs(layers, shard_params)
         loss, gradients = jax.shard_map(
-            partial(loss_and_gradients, apart, placed),
+            partial(_loss_and_gradients, apart, placed, target_weights),
             mesh=mesh,
             in_specs=(placed, BATCH),
             out_specs=(REPLICATED, placed),
@@ -144,10 +115,9 @@ def make_train_step(
         gradients = stacked(gradients)
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-
-        surprise = loss - state.loss_mean
-        known = state.step >= 1 / RECENT
-        spike = jnp.where(known, surprise / jnp.sqrt(state.loss_variance + 1e-12), 0.0)
+        spike, mean, variance = spike_and_moments(
+            loss, state.loss_mean, state.loss_variance, state.step, finite
+        )
         applied = finite & (spike <= skip_spikes) if skip_spikes else finite
 
         updates, opt_state = optimizer.update(
@@ -158,43 +128,63 @@ def make_train_step(
         params, opt_state = jax.tree.map(partial(jnp.where, applied), new, old)
         placed = shardings((params, opt_state), mesh, shard_params)
         params, opt_state = jax.lax.with_sharding_constraint((params, opt_state), placed)
-
-        # The first loss is the mean; later ones move it (and the variance: West, 1979).
-        weight = jnp.where(finite, jnp.where(state.step == 0, 1.0, RECENT), 0.0)
-        surprise = jnp.where(finite, surprise, 0.0)
-        mean = state.loss_mean + weight * surprise
-        variance = (1 - weight) * (state.loss_variance + weight * surprise**2)
         metrics = {"loss": loss, "grad_norm": grad_norm, "spike": spike, "applied": applied}
         return TrainState(state.step + 1, params, opt_state, mean, variance), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
 
+def _loss_and_gradients(
+    graph: nnx.GraphDef,
+    placed: PyTree,
+    target_weights: tuple[float, ...],
+    parts: Params,
+    batch: Int[Array, "Ng R T1"],
+) -> tuple[Float[Array, ""], Params]:
+    """Their means over all devices, of which each keeps its part; in `jax.shard_map`."""
+    params = gathered(parts, placed)
+
+    def losses_of(params: Params, rows: Int[Array, "R T1"]) -> tuple[Array, Array]:
+        """Means over the rows, as sums over this device's share of each."""
+        inputs, targets = rows[:, :-1], rows[:, 1:]
+        objective, losses = nnx.merge(graph, params).loss(inputs, targets, target_weights)
+        return objective.sum() / targets.size, losses.sum() / targets.size
+
+    def accumulate(total, rows):
+        (_, loss), gradients = jax.value_and_grad(losses_of, has_aux=True)(params, rows)
+        return jax.tree.map(lambda t, n: t + n.astype(jnp.float32), total, (loss, gradients)), None
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p)), (0.0, params))
+    total, _ = jax.lax.scan(accumulate, zeros, batch)
+    loss, gradients = jax.tree.map(lambda t: t / len(batch), total)
+    loss = jax.lax.pmean(sum_over_model(loss), "data")
+    return loss, reduced(gradients, placed)
+
+
 def make_eval_step(
     graph: nnx.GraphDef, mesh: Mesh, dtype: str, shard_params: bool = False
-) -> Callable[[Params, Int[Array, "R T+1"]], Float[Array, ""]]:
+) -> Wrapped:
     """Build `eval_step(params, rows)`, jitted: the sum of the losses of all targets, in nats.
 
     A negative token marks the end of the data: as a target it counts nothing.
     """
 
     def summed_loss(
-        graph: nnx.GraphDef, placed: PyTree, parts: Params, rows: Int[Array, "R T+1"]
+        graph: nnx.GraphDef, placed: PyTree, parts: Params, rows: Int[Array, "R T1"]
     ) -> Float[Array, ""]:
         model = nnx.merge(graph, gathered(parts, placed))
         _, losses = model.loss(jnp.maximum(rows[:, :-1], 0), rows[:, 1:])
         return jax.lax.psum(sum_over_model(losses.sum()), "data")
 
-    def eval_step(params: Params, rows: Int[Array, "R T+1"]) -> Float[Array, ""]:
+    def eval_step(params: Params, rows: Int[Array, "R T1"]) -> Float[Array, ""]:
         apart, layers = layers_apart(graph, params, dtype)
         placed = specs(layers, shard_params)
-        over_devices = jax.shard_map(
+        return jax.shard_map(
             partial(summed_loss, apart, placed),
             mesh=mesh,
             in_specs=(placed, ROWS),
             out_specs=REPLICATED,
             check_vma=False,
-        )
-        return over_devices(layers, rows)
+        )(layers, rows)
 
     return jax.jit(eval_step)

@@ -345,15 +345,15 @@ def test_a_run_without_one_of_its_files_is_refused(good_runs, capsys, name):
 @pytest.mark.parametrize(
     ("name", "text", "told"),
     [
-        ("config.json", "{", "is not JSON"),
-        ("config.json", "[]", "holds no JSON object"),
-        ("config.json", "{}", "has no model"),
-        ("run.json", '{"command": "a"}', "has no date"),
+        ("config.json", "{", " is not valid JSON"),
+        ("config.json", "[]", " must be an object, not []: give"),
+        ("config.json", "{}", ": model is missing: give a run"),
+        ("run.json", '{"command": "a"}', ": date is missing"),
     ],
 )
 def test_a_file_that_is_not_what_a_run_writes_is_named(good_runs, capsys, name, text, told):
     (good_runs[3] / name).write_text(text)
-    assert refusal(capsys, *good_runs).startswith(f"runs/r3/{name} {told}")
+    assert refusal(capsys, *good_runs).startswith(f"runs/r3/{name}{told}")
 
 
 def test_a_folder_that_exists_is_left_as_it_is(good_runs, capsys):
@@ -378,5 +378,5 @@ def test_a_folder_that_cannot_be_made_whole_is_not_made_at_all(good_runs, capsys
 def test_the_rules_are_those_of_the_speedrun_preset():
     hp = train_gpt.PRESETS["speedrun"]
     assert hp.val_tokens == record.VAL_TOKENS == 20 * 2**19
-    assert asdict(hp).keys() >= set(record.SETTINGS)
-    assert set(environment()) == set(record.CIRCUMSTANCES)
+    assert asdict(hp).keys() >= record.Settings.__annotations__.keys()
+    assert set(environment()) == record.Circumstances.__annotations__.keys()

@@ -1,12 +1,11 @@
 """Batches as a pure function of row numbers, held against rows cut from the raw files."""
 
-import threading
 from functools import partial
 
 import numpy as np
 import pytest
 
-from nanogpt.data.batches import RowOrder, Rows, ValidationRows, prefetch, train_batch
+from nanogpt.data.batches import RowOrder, Rows, ValidationRows, train_batch
 from nanogpt.data.shards import ShardError, write_shard
 from nanogpt.devices.mesh import BATCH, ROWS, make_mesh, put
 from nanogpt.schedule import Schedule, Stage
@@ -470,54 +469,3 @@ def test_more_validation_tokens_than_there_are_is_an_error_that_tells_how_many(t
     ValidationRows(files, T, 14)
     with pytest.raises(ShardError, match=r"val_tokens is 15, but .*0\.bin.* have 14 tokens"):
         ValidationRows(files, T, 15)
-
-
-# Prefetch
-
-
-def batch_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
-
-
-@pytest.mark.parametrize("ahead", [0, 1, 2, 30])
-def test_prefetch_keeps_the_order_and_loses_nothing(ahead):
-    assert list(prefetch(lambda step: step * 10, range(1, 21), ahead)) == list(range(10, 201, 10))
-    assert batch_threads() == []
-
-
-@pytest.mark.parametrize("ahead", [1, 2, 5])
-def test_prefetch_runs_ahead_without_being_asked_but_never_further_than_told(ahead):
-    asked = []  # drawn by the consumer's own thread, so what it holds is no matter of timing
-    made = {step: threading.Event() for step in range(10)}
-
-    def steps():
-        for step in range(10):
-            asked.append(step)
-            yield step
-
-    for step in prefetch(lambda step: made[step].set() or step, steps(), ahead):
-        furthest = min(step + ahead, 9)
-        assert asked == list(range(furthest + 1))
-        assert made[furthest].wait(timeout=30)
-
-
-def test_an_error_is_raised_at_the_step_it_belongs_to():
-    def make(step):
-        if step == 3:
-            raise OSError("the disk is gone")
-        return step
-
-    received = []
-    with pytest.raises(OSError, match="the disk is gone"):
-        for step in prefetch(make, range(10)):
-            received.append(step)
-    assert received == [0, 1, 2]
-    assert batch_threads() == []
-
-
-def test_a_consumer_that_stops_early_leaves_no_thread_behind():
-    batches = prefetch(lambda step: step, iter(int, 1))  # endless
-    next(batches)
-    assert len(batch_threads()) == 1
-    batches.close()
-    assert batch_threads() == []

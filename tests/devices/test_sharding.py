@@ -190,7 +190,7 @@ def test_devices_that_share_heads_and_mlps_sum_twice_per_layer_in_either_directi
     ("text", "axes"),
     [
         (None, {}),
-        ("model=2", {"data": None, "model": 2}),
+        ("model=2", {"model": 2}),
         ("data=4", {"data": 4, "model": 1}),
         ("data=4,model=2", {"data": 4, "model": 2}),
     ],

@@ -17,10 +17,10 @@ from nanogpt.model.gpt import (
     Attention,
     Smear,
     bigram_bucket,
-    compute_copy,
     norm,
     relu_squared,
 )
+from nanogpt.model.parameters import compute_copy
 from nanogpt.training.step import graph_of, init_params
 
 

@@ -100,7 +100,7 @@ def places(x):
 def test_rotary_multiplies_pairs_as_complex_numbers_with_those_of_the_unit_circle():
     H, T, speed = 16, 9, np.array([1.0, 0.3, 0.07, 0.002, 0, 0, 0, 0])
     x = np.random.default_rng(0).standard_normal((2, T, 3, H)).astype("f4")
-    turned = np.asarray(rotary(x, places(x) * speed))
+    turned = np.asarray(rotary(jnp.asarray(x), places(x) * speed))
     assert turned.dtype == np.float32
     z, found = (a[..., : H // 2] + 1j * a[..., H // 2 :] for a in (x.astype("f8"), turned))
     circle = np.exp(-1j * np.outer(np.arange(T), speed))[:, None]
@@ -121,7 +121,7 @@ def test_positions_are_exact_far_into_a_row_though_the_model_computes_in_bfloat1
 def test_a_score_depends_on_the_distance_of_query_and_key_alone():
     q, k = np.random.default_rng(0).standard_normal((2, 16)).astype("f4")
     speed, _ = rotation(model(rope_base=50.0))
-    everywhere = [np.tile(x, (1, 12, 1, 1)) for x in (q, k)]
+    everywhere = [jnp.tile(x, (1, 12, 1, 1)) for x in (q, k)]
     turned_q, turned_k = (np.asarray(rotary(x, places(x) * speed))[0, :, 0] for x in everywhere)
     scores = turned_q @ turned_k.T
     for distance in range(-11, 12):

@@ -32,9 +32,13 @@ def optimizer_with(**changed):
     return make_optimizer(**(settings | changed))
 
 
+def init(optimizer, params):
+    return optimizer.init(jax.tree.map(jnp.asarray, params))
+
+
 def updates_of(optimizer, gradients, params, rates=None, momenta=None):
     """The updates of one step after another, and the last state."""
-    state, update, updates = optimizer.init(params), jax.jit(optimizer.update), []
+    state, update, updates = init(optimizer, params), jax.jit(optimizer.update), []
     rates, momenta = rates or [1.0] * len(gradients), momenta or [0.9] * len(gradients)
     for gradient, rate, momentum in zip(gradients, rates, momenta, strict=True):
         moved, state = update(
@@ -115,7 +119,7 @@ def test_the_state_keeps_its_structure_shapes_and_dtypes():
     _, after = updates_of(optimizer, [some(1)], params)
     before, after = (
         jax.tree.map(lambda x: (x.shape, x.dtype), state)
-        for state in (optimizer.init(params), after)
+        for state in (init(optimizer, params), after)
     )
     assert before == after
 
@@ -152,8 +156,8 @@ def test_the_momentum_is_that_of_each_step():
 
 
 def test_cautious_decay_shrinks_only_weights_that_the_update_brings_nearer_to_zero():
-    updates = {"w": np.array([0.2, -0.2, 0.2, -0.2, 0.0, 0.2], "f4")}
-    weights = {"w": np.array([3.0, -3.0, -3.0, 3.0, 3.0, 0.0], "f4")}
+    updates = {"w": jnp.array([0.2, -0.2, 0.2, -0.2, 0.0, 0.2], "f4")}
+    weights = {"w": jnp.array([3.0, -3.0, -3.0, 3.0, 3.0, 0.0], "f4")}
     rule = cautious_decay(0.1)
     found, _ = rule.update(updates, rule.init(weights), weights, rate=0.5)
     # 0.1 * 0.5 * 3 = 0.15 more where both have one sign.

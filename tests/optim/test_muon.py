@@ -128,6 +128,10 @@ def test_bfloat16_comes_close_to_float32():
 # Momentum and neurons
 
 
+def init(muon):
+    return muon.init(jax.tree.map(jnp.asarray, gradients_at(99)))
+
+
 def normalized_by_neuron(update, mean_square):
     """One matrix after NorMuon, neuron by neuron; `mean_square`, a list, goes on in place."""
     rows, columns = update.shape
@@ -142,8 +146,7 @@ def normalized_by_neuron(update, mean_square):
 def test_updates_are_nesterovs_momentum_orthogonalised_and_normalised_by_neuron():
     decays = [0.5, 0.6, 0.9, 0.9]
     muon = scale_by_muon(neuron_decay=0.9)
-    params = gradients_at(99)
-    state, update = muon.init(params), jax.jit(muon.update)
+    state, update = init(muon), jax.jit(muon.update)
     mean = {name: np.zeros(shape) for name, shape in SHAPES.items()}
     neurons = {name: np.zeros((*shape[:-2], max(shape[-2:]))) for name, shape in SHAPES.items()}
     for step, decay in enumerate(decays):
@@ -163,7 +166,7 @@ def test_updates_are_nesterovs_momentum_orthogonalised_and_normalised_by_neuron(
 
 def test_without_a_gradient_nothing_moves_and_the_first_one_moves_by_the_usual_norm():
     muon = scale_by_muon()
-    update, state = jax.jit(muon.update), muon.init(gradients_at(99))
+    update, state = jax.jit(muon.update), init(muon)
     # Behind projections that start at zero, that is how training begins.
     zeros = jax.tree.map(np.zeros_like, gradients_at(0))
     for _ in range(2):
@@ -183,7 +186,7 @@ def test_a_neuron_without_a_gradient_stays_and_the_others_move():
     gradients["up"][..., 7] = 0  # an output
     gradients["down"][..., 7, :] = 0  # an input
     muon = scale_by_muon()
-    updates, _ = jax.jit(muon.update)(gradients, muon.init(gradients), momentum=0.9)
+    updates, _ = jax.jit(muon.update)(gradients, init(muon), momentum=0.9)
     for neurons in (updates["up"].mT, updates["down"]):
         sizes = np.linalg.norm(neurons, axis=-1)
         np.testing.assert_allclose(sizes[:, 7], 0, atol=1e-3)

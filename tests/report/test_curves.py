@@ -76,8 +76,20 @@ def test_a_run_without_numbers_is_told_from_one_that_cannot_be_read(tmp_path, ca
     assert "has no numbers yet: wait" in failure(capsys, folder)
 
 
-@pytest.mark.parametrize("line", ['{"step": 3, "tra', "[3]", '{"step": "three"}', "", "\0\0"])
-def test_a_broken_line_is_named_but_the_last_one_is_not_read(tmp_path, capsys, line):
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ('{"step": 3, "tra', " is not valid JSON (Unterminated"),
+        ("[3]", " must be an object, not [3]"),
+        ('{"step": "three"}', ': step must be an integer, not "three"'),
+        ('{"step": 3, "tokens": null}', ": tokens must be an integer, not null"),
+        ("{}", ": step is missing"),
+        ("", " is not valid JSON (empty)"),
+        ("\0\0", " is not valid JSON (Expecting value"),
+        ("[" * 10_000, " is not valid JSON (nested too deeply)"),
+    ],
+)
+def test_a_broken_line_is_named_but_the_last_one_is_not_read(tmp_path, capsys, line, told):
     folder = write(tmp_path / "run", records(4))
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_text().splitlines()
@@ -85,11 +97,35 @@ def test_a_broken_line_is_named_but_the_last_one_is_not_read(tmp_path, capsys, l
     np.testing.assert_array_equal(read_run(folder, "run").metrics["step"], [1, 2, 3, 4])
     metrics.write_text("\n".join([*lines[:2], line, *lines[2:]]))
     said = failure(capsys, folder)
-    assert f"{metrics}, line 3 is no JSON object of numbers: repair it" in said
+    assert f"{metrics}, line 3{told}" in said and said.endswith(": repair it or take it out.")
 
 
-@pytest.mark.parametrize("text", ["[1]", '{"a"', "7"])
-def test_a_broken_configuration_is_named(tmp_path, capsys, text):
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[1]", "must be an object, not [1]"),
+        ('{"a"', "is not valid JSON"),
+        ("7", "must be an object, not 7"),
+    ],
+)
+def test_a_broken_configuration_is_named(tmp_path, capsys, text, told):
     folder = write(tmp_path / "run", records(4))
     (folder / "config.json").write_text(text)
-    assert f"{folder / 'config.json'} holds no JSON object" in failure(capsys, folder)
+    assert f"{folder / 'config.json'} {told}" in failure(capsys, folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "told"),
+    [
+        ("run.json", {"hardware": []}, "hardware must be a string, not []"),
+        ("run.json", {"accelerators": "8 x H200"}, 'accelerators must be a list, not "8 x H200"'),
+        ("run.json", {"date": 2026}, "date must be a string, not 2026"),
+        ("config.json", {"num_steps": "9"}, 'num_steps must be an integer, not "9"'),
+        ("config.json", {"data": {}}, "data must be a list, not {}"),
+    ],
+)
+def test_a_field_that_is_not_as_declared_is_named(tmp_path, capsys, name, change, told):
+    file = write(tmp_path / "run", records(4)) / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    said = failure(capsys, file.parent)
+    assert said == f"{file}: {told}: restore it or take it away."

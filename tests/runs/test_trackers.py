@@ -245,8 +245,9 @@ def test_a_missing_library_is_named_with_the_command_that_brings_it(folder, monk
 def test_a_folder_that_wandb_left_behind_is_not_taken_for_its_library(tmp_path):
     (tmp_path / "wandb").mkdir()
     program = (
-        "import sys; sys.path = [sys.argv[1], *(p for p in sys.path if 'site-packages' not in p)];"
-        "from nanogpt.runs.trackers import check_trackers; check_trackers(False, True)"
+        "import sys; from nanogpt.runs.trackers import check_trackers;"
+        "sys.path = [sys.argv[1], *(p for p in sys.path if 'site-packages' not in p)];"
+        "check_trackers(False, True)"
     )
     done = subprocess.run(
         [sys.executable, "-c", program, tmp_path],

@@ -74,7 +74,7 @@ def run(tmp_path, tmp_path_factory, tiny, state):
     made = tmp_path_factory.getbasetemp() / "run with checkpoints"  # once for all tests
     if not made.exists():
         made.mkdir()
-        configure(made, seed=5, model=tiny)
+        configure(made, val_tokens=5, model=tiny)
         save(made, state, 10, 20, 30)
     return shutil.copytree(made, tmp_path / "runs" / "a")
 
@@ -331,13 +331,40 @@ def copy_an_older_one_over_it(folder):
     return "is of step 10"
 
 
-def write_a_later_format(folder):
-    manifest = json.loads((folder / "manifest.json").read_text())
+def rewrite_the_manifest(folder, **changes):
+    """With a digest that is right."""
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
     del manifest["sha256"]
-    manifest["format"] = 2
     manifest["sha256"] = module._digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def write_a_later_format(folder):
+    rewrite_the_manifest(folder, format=2)
     return "in format 2, not 1"
+
+
+def list_the_files(folder):
+    rewrite_the_manifest(folder, files=["params"])
+    return r"manifest.json: files must be an object, not \["
+
+
+def write_sizes_as_text(folder):
+    rewrite_the_manifest(folder, files={"params/x": {"bytes": "9", "sha256": "0"}})
+    return r"manifest.json: files\[...\].bytes must be an integer"
+
+
+def count_the_tokens_in_words(folder):
+    rewrite_the_manifest(folder, facts={"tokens": "all"})
+    return 'manifest.json: facts.tokens must be an integer, not "all"'
+
+
+def leave_the_format_out(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["format"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    rewrite_the_manifest(folder)
+    return "manifest.json: format is missing"
 
 
 def make_it_a_file(folder):
@@ -361,6 +388,10 @@ HARMS = [
     forget_a_file_in_the_manifest,
     copy_an_older_one_over_it,
     write_a_later_format,
+    list_the_files,
+    write_sizes_as_text,
+    count_the_tokens_in_words,
+    leave_the_format_out,
     make_it_a_file,
 ]
 
@@ -433,12 +464,9 @@ def test_a_pickle_among_the_files_is_never_run(run, state, shapes, tmp_path, mon
 
 
 def test_no_module_imports_what_would_run_code_from_a_file():
-    modules = [
-        path
-        for folder in (PROJECT, PROJECT / "nanogpt", PROJECT / "benchmarks")
-        for path in folder.glob("*.py")
-    ]
-    assert PROJECT / "nanogpt" / "checkpoint.py" in modules
+    folders = PROJECT / "nanogpt", PROJECT / "benchmarks"
+    modules = [*PROJECT.glob("*.py"), *(path for each in folders for path in each.rglob("*.py"))]
+    assert PROJECT / "nanogpt" / "training" / "checkpoint.py" in modules
     for path in modules:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
@@ -659,7 +687,7 @@ def test_a_loaded_run_is_the_model_that_was_configured_with_its_newest_weights(
     run, tiny, state, devices
 ):
     hp, graph, params, _ = load_run(run, make_mesh(devices))
-    assert hp["seed"] == 5
+    assert (hp.tokenizer, hp.val_tokens) == ("bytes", 5)
     assert_same_bits(params, state(30).params)
     model = nnx.merge(graph, params)
     assert model.config == tiny  # in JSON its tuple of windows was a list
@@ -762,9 +790,9 @@ def weights_of_another_program(run):
         (no_folder, "no config.json"),
         (no_checkpoint, "no checkpoint that can be used: there is none"),
         (no_good_checkpoint, "none of 3 is whole"),
-        (config_of_another_program, "config.json is not what train_gpt.py wrote"),
-        (config_cut_short, "config.json is not what train_gpt.py wrote"),
-        (config_without_stages, "config.json is not what train_gpt.py wrote"),
+        (config_of_another_program, "config.json: tokenizer is missing: restore it"),
+        (config_cut_short, "config.json is not valid JSON .*: restore it"),
+        (config_without_stages, "config.json: stages is missing: restore it"),
         (config_of_another_width, "00000030 is not of the model in config.json.* params.*"),
         (config_of_another_depth, "00000030 is not of the model in config.json.* params.*"),
         (config_with_other_arrays, "00000030 is not of the model in config.json.* params.*"),

@@ -72,7 +72,7 @@ def first_params(config=CONFIG):
 def train(devices=1, micro_batches=1, dtype="float32", target_weights=(1.0,)):
     """The metrics of every step, and every state."""
     mesh, optimizer = make_mesh(devices), some_optimizer()
-    params = jax.tree.map(np.asarray, first_params())
+    params = jax.tree.map(jnp.copy, first_params())
     mean, variance = jnp.zeros([]), jnp.zeros([])
     state = TrainState(jnp.int32(0), params, optimizer.init(params), mean, variance)
     states = [jax.device_put(state, shardings(state, mesh, shard_params=False))]

@@ -10,18 +10,18 @@ So text is read again only where those facts changed, and encoded again only whe
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from glob import escape
 from pathlib import Path
 from typing import NamedTuple
-from uuid import uuid4
 
 from nanogpt.data.text.documents import Files, find_files, suffixes
 from nanogpt.data.text.eta import progress_line
 from nanogpt.data.text.prepare import Recipe, fingerprint_of, make_shards
-from nanogpt.files import cache_folder
+from nanogpt.files import cache_folder, write_whole
 
 BYTES_PER_PROCESS = 2**23  # below that a process takes longer to start than to encode
 
@@ -64,7 +64,8 @@ def content_of(files: Files, show: Callable[[str], None]) -> str:
     """
     known = cache_folder() / "contents" / files.fingerprint
     with suppress(OSError):
-        return known.read_text(encoding="utf-8")
+        if re.fullmatch(b"[0-9a-f]{64}", content := known.read_bytes()):
+            return content.decode()
     kinds_and_digests, readable = [], True
     for name in files.names:
         show(f"reading {name}")
@@ -78,7 +79,5 @@ def content_of(files: Files, show: Callable[[str], None]) -> str:
     if readable:
         with suppress(OSError):  # told when the shards cannot be written there
             known.parent.mkdir(parents=True, exist_ok=True)
-            temporary = known.with_name(f".{known.name}.{uuid4().hex}.tmp")
-            temporary.write_text(content, encoding="utf-8")
-            os.replace(temporary, known)
+            write_whole(known, content)
     return content

@@ -23,7 +23,9 @@ from contextlib import contextmanager
 from hashlib import blake2b, sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import IO, Any, NamedTuple
+
+from nanogpt.checks import UserError
 
 PIECE = 2**20  # bytes of a file, or characters of a long document, that are looked at in one go
 ROWS = 256  # of a Parquet file
@@ -35,7 +37,7 @@ LAST_SHARE = 10  # ... and of a lone document the last one in so many characters
 CUT = re.compile(r"(?s).*\S(?=[ \n])")
 
 
-class DataError(Exception):
+class DataError(UserError):
     """Inputs that cannot be made into shards; the message is one sentence for the user."""
 
 
@@ -279,11 +281,11 @@ def _not_utf8(error: UnicodeDecodeError, end: int) -> str:
 
 
 @contextmanager
-def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, Callable[[], float]]]:
+def _unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], float]]]:
     """The bytes of a file, unpacked by its suffix, and a function that tells the share read."""
     with path.open("rb") as file:
         size = max(1, os.fstat(file.fileno()).st_size)
-        stream = file
+        stream: Any = file
         if path.suffix.lower() == ".gz":
             stream = gzip.GzipFile(fileobj=file)
         elif path.suffix.lower() == ".zst":

@@ -18,7 +18,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from nanogpt.data.batches import prefetch
+from nanogpt.data.prefetch import prefetch
 from nanogpt.data.shards import Tokens
 from nanogpt.data.text.documents import (
     DataError,
@@ -42,9 +42,14 @@ tokenizer_of = cache(load_tokenizer)
 class Inputs(Protocol):
     """Files that are here, or that can be fetched (nanogpt.data.text.documents.Files, for one)."""
 
-    names: list[str]
-    weights: list[int]
-    fingerprint: str
+    @property
+    def names(self) -> list[str]: ...
+
+    @property
+    def weights(self) -> list[int]: ...
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def get(self, name: str) -> Path: ...
 
@@ -145,7 +150,8 @@ def become_worker() -> None:
     """Leave Ctrl-C to the parent, and end when it ends, were it by kill -9."""
 
     def follow() -> None:
-        parent_process().join()
+        if (parent := parent_process()) is not None:
+            parent.join()
         os._exit(1)
 
     signal(SIGINT, SIG_IGN)

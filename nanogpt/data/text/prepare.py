@@ -24,6 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from filelock import FileLock, Timeout
 
+from nanogpt.checks import Positive, Total
 from nanogpt.data.shards import HEADER_BYTES, MAGIC, TOKEN_BYTES, VERSION, Tokens
 from nanogpt.data.text.documents import DataError, Split
 from nanogpt.data.text.encode import (
@@ -37,6 +38,7 @@ from nanogpt.data.text.encode import (
     tokenizer_of,
 )
 from nanogpt.data.text.eta import Pace
+from nanogpt.files import read_json, write_whole
 
 FORMAT = 1  # raise it when the same documents would be split, ordered or written differently
 SAVE_SECONDS = 5.0  # what an interruption costs at most
@@ -58,15 +60,15 @@ class Made:
     """What is in the shards of a folder so far; kept there as prepared.json."""
 
     fingerprint: str  # of inputs and recipe
-    shard_tokens: int
+    shard_tokens: Positive
     below: int | None = None  # the Split
-    next: tuple[int, int] = (0, 0)  # file, and how many of its units are in the shards
-    train: tuple[int, int] = (1, 0)  # number of the last shard and its tokens
-    val: tuple[int, int] = (0, 0)
-    input_bytes: int = 0
-    documents: int = 0
-    empty: int = 0  # documents left out
-    bad: int = 0  # documents and rests of files left out
+    next: tuple[Total, Total] = (0, 0)  # file, and how many of its units are in the shards
+    train: tuple[Total, Total] = (1, 0)  # number of the last shard and its tokens
+    val: tuple[Total, Total] = (0, 0)
+    input_bytes: Total = 0
+    documents: Total = 0
+    empty: Total = 0  # documents left out
+    bad: Total = 0  # documents and rests of files left out
     problems: list[str] = field(default_factory=list)  # where and why, of the first TOLD bad ones
     done: bool = False
 
@@ -116,8 +118,8 @@ def make_shards(
     They are called `name`_train_000001.bin, ... and `name`_val_000000.bin, ... Where several
     processes do this in one folder, one does and the others find it done. `show` gets lines that
     tell how far it is. Raises DataError if the inputs hold no document, if the folder holds other
-    shards or cannot be written; TokenizerError if the vocabulary is missing; and what `inputs.get`
-    raises.
+    shards or cannot be written; ConfigError if its record is damaged; TokenizerError if the
+    vocabulary is missing; and what `inputs.get` raises.
     """
     fingerprint = fingerprint_of(inputs, recipe)
     try:
@@ -164,7 +166,7 @@ def encode_rest(
         """From here another process goes on."""
         train.sync()
         val.sync()
-        write_record(folder, made)
+        write_whole(folder / RECORD, json.dumps(asdict(made), indent=2))
         name_shards(folder, recipe, made)
         inputs.release(inputs.names[: made.next[0]])
 
@@ -209,12 +211,7 @@ def read_record(folder: Path, fingerprint: str, recipe: Recipe) -> Made | None:
     """
     path = folder / RECORD
     if path.exists():
-        try:
-            made = Made(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise DataError(
-                f"{path} is not what this version writes: choose another folder, or delete it."
-            ) from error
+        made = read_json(path, Made, "choose another folder, or delete it")
         if made.fingerprint != fingerprint:
             raise DataError(
                 f"{folder} holds shards of other inputs, or made with other settings: choose "
@@ -225,16 +222,6 @@ def read_record(folder: Path, fingerprint: str, recipe: Recipe) -> Made | None:
     for shard in folder.glob(f"{escape(recipe.name)}_*.bin"):
         raise DataError(f"{shard} was made by something else: choose another folder.")
     return None
-
-
-def write_record(folder: Path, made: Made) -> None:
-    """Replace the record of what is in the folder, whole or not at all."""
-    temporary = folder / f".{RECORD}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(asdict(made), file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / RECORD)
 
 
 def name_shards(folder: Path, recipe: Recipe, made: Made) -> None:
@@ -275,7 +262,7 @@ class Shards:
                 self.end()
                 self._open(self.number + 1, 0)
             now, tokens = np.split(tokens, [self.limit - self.length])
-            self._file.write(np.ascontiguousarray(now, "<u2"))
+            self._file.write(np.ascontiguousarray(now, "<u2").data)
             self.length += len(now)
         return self.number > first
 
@@ -290,7 +277,7 @@ class Shards:
         header = np.zeros(HEADER_BYTES // 4, "<i4")
         header[:3] = MAGIC, VERSION, self.length
         self._file.seek(0)
-        self._file.write(header)
+        self._file.write(header.data)
         self.sync()
         self._file.close()
 

@@ -20,7 +20,7 @@ blocks of columns:
     dkv        rows are keys, columns queries    gradients of keys and values
 
 On a CPU they are interpreted: slowly, for tests. JAX 0.12 deprecates Pallas's Triton backend with
-a warning; should it go, the probe of `nanogpt.model.attention.choose_backend` falls back.
+a warning; should it go, the probe of `nanogpt.model.attention.choose_attention` falls back.
 
 Shapes: B batch, T sequence, N heads, H head size, R rows or columns of a block.
 """

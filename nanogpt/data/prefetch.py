@@ -1,0 +1,25 @@
+"""Results made ahead of time by a thread: batches while the device computes."""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Result = TypeVar("Result")
+
+
+def prefetch(
+    make: Callable[[int], Result], steps: Iterable[int], ahead: int = 2
+) -> Iterator[Result]:
+    """`make(step)` for each step in order, made by a thread up to `ahead` steps early.
+
+    An exception in `make` is raised at the step it belongs to.
+    """
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
+        waiting = deque()
+        for step in steps:
+            waiting.append(worker.submit(make, step))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

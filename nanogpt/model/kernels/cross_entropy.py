@@ -1,0 +1,106 @@
+"""Losses and the gradient of the logits in one pass over them: a Pallas kernel for NVIDIA GPUs.
+
+Each row is fetched from memory once, and its gradient is written over it while it is in the cache,
+as Liger Kernel (arXiv:2410.10989) and modded-nanogpt (2026-01-24) do. The plain form stands in
+nanogpt/model/loss.py: `_two_passes`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float, Int
+
+from nanogpt.model.kernels.fp8 import E5M2, to_e5m2
+from nanogpt.model.softcap import Softcap, softcap_tanh
+
+# A program is one row: 512 threads take CHUNK ids at a time, 32 each, which is four loads of 16
+# bytes. Their registers let two programs onto a multiprocessor. That is enough to hide the wait
+# for memory, and so few rows (264 of 100 kB on an H100) that the cache keeps them all until they
+# are read again.
+CHUNK, WARPS = 16384, 16
+# Pallas addresses arrays of up to 4 GiB by signed 32-bit numbers: too few for more 8-bit elements.
+MAX_8BIT_ELEMENTS = 2**31
+
+
+def in_parts(run: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
+    """`run(features, head, targets, ...)` on as many rows at a time as 8-bit dlogits may have."""
+
+    def run_in_parts(features, head, targets, *how):
+        parts = 1 + len(targets) * head.shape[1] // MAX_8BIT_ELEMENTS
+        rows = (jnp.array_split(x, parts) for x in (features, targets))
+        pairs = [run(x, head, y, *how) for x, y in zip(*rows, strict=True)]
+        return tuple(map(jnp.concatenate, zip(*pairs, strict=True)))
+
+    return run_in_parts
+
+
+def one_pass(
+    logits: Float[Array, "BT V"],
+    targets: Int[Array, "BT K"],
+    cap: Softcap,
+    weights: tuple[float, ...],
+    fp8: bool,
+    interpret: bool = False,
+) -> tuple[Float[Array, "BT K"], Float[Array, "BT V"]]:
+    """Losses, float32, and dlogits: over the logits, or beside them if 8 bits wide."""
+    from jax.experimental.pallas import triton as plgpu  # on use, should JAX drop it one day
+
+    (BT, V), K = logits.shape, targets.shape[1]
+    # Inside jax.shard_map a result says over which devices it varies.
+    array = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(logits).manual_axis_type)
+    # The tanh instruction of the GPU errs by 2^-11, a quarter of what bfloat16 logits are rounded
+    # by, and replaces about twenty. With those, arithmetic would take longer than memory does.
+    fast = logits.dtype == jnp.bfloat16 and not interpret
+    tanh = plgpu.approx_tanh if fast else jnp.tanh
+    of_targets, of_ids = (pl.BlockSpec((None, size), lambda i: (i, 0)) for size in (K, V))
+    dtype = E5M2 if fp8 else logits.dtype
+    return pl.pallas_call(
+        partial(_kernel, cap=cap, weights=weights, fp8=fp8, chunk=CHUNK, tanh=tanh),
+        grid=(BT,),
+        in_specs=[of_ids, of_targets],
+        out_specs=[of_targets, of_ids],
+        out_shape=[array((BT, K), jnp.float32), array((BT, V), dtype)],
+        input_output_aliases={} if fp8 else {0: 1},
+        compiler_params=None if interpret else plgpu.CompilerParams(WARPS, num_stages=1),
+        interpret=interpret,
+        name="cross_entropy",
+    )(logits, targets)
+
+
+def _kernel(logits_ref, targets_ref, losses_ref, dlogits_ref, *, cap, weights, fp8, chunk, tanh):
+    """One row: logits [V] and targets [K] to losses [K] and dlogits [V]."""
+
+    def exp(x):  # half the instructions of jnp.exp, which also mends the last bit
+        return jnp.exp2(x * 1.4426950408889634)
+
+    def tanh_at(span):
+        return softcap_tanh(logits_ref[span], cap, tanh)
+
+    spans, start = [], 0  # which make up V; the size of what Triton reads is a power of two
+    while rest := logits_ref.shape[0] - start:
+        spans.append(pl.ds(start, min(chunk, 1 << (rest.bit_length() - 1))))
+        start += spans[-1].size
+
+    # Read before the threads meet, after which one of them may overwrite it.
+    targets = [targets_ref[k] for k in range(len(weights))]
+    first = [pl.ds(jnp.maximum(target, 0), 1) for target in targets]
+    target_logits = [jnp.sum(cap.bound * tanh_at(span)) for span in first]  # of one number each
+    sums = {}  # by size: adding vectors first, the threads meet once per size, not once per span
+    for span in spans:
+        sums[span.size] = sums.get(span.size, 0.0) + exp(cap.bound * tanh_at(span) - cap.bound)
+    log_normaliser = cap.bound + jnp.log(sum(jnp.sum(terms) for terms in sums.values()))
+    for k, (target, target_logit) in enumerate(zip(targets, target_logits, strict=True)):
+        losses_ref[k] = jnp.where(target >= 0, log_normaliser - target_logit, 0.0)
+
+    weighted = zip(targets, weights, strict=True)
+    offset = log_normaliser - jnp.log(sum(weight * (target >= 0) for target, weight in weighted))
+    for span in reversed(spans):  # what was read last is the surest to be in the cache
+        ids, t = span.start + jnp.arange(span.size), tanh_at(span)
+        gradient = exp(cap.bound * t - offset)
+        for target, weight in zip(targets, weights, strict=True):
+            gradient -= weight * (ids == target)
+        gradient *= 1.0 - t * t
+        dlogits_ref[span] = to_e5m2(gradient) if fp8 else gradient.astype(dlogits_ref.dtype)

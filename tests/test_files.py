@@ -1,0 +1,324 @@
+"""Files that are read back: one sentence names the file, field, value and remedy of a mistake."""
+
+import json
+import re
+from dataclasses import asdict, fields, replace
+from math import inf, nan
+
+import pytest
+
+import evaluate
+import export
+import prepare_data
+import sample
+import train_gpt
+from nanogpt.checks import ConfigError, checked
+from nanogpt.config import GPTConfig
+from nanogpt.files import read_json, write_whole
+from nanogpt.schedule import Stage
+from nanogpt.training.resume import ADDED, saved_settings
+from train_gpt import PRESETS, Hyperparameters
+
+RUN = json.loads(json.dumps(asdict(PRESETS["laptop"])))  # the config.json of a run
+EXPORTED = {name: RUN[name] for name in ("tokenizer", "sequence_length", "dtype", "model")}
+DROPPED = object()
+
+
+def changed(values, path, value):
+    """JSON values with another one at a path such as model.width, or without it."""
+    values = json.loads(json.dumps(values))
+    *before, last = path.split(".")
+    place = values
+    for name in before:
+        place = place[int(name) if name.isdecimal() else name]
+    if value is DROPPED:
+        del place[last]
+    else:
+        place[last] = value
+    return values
+
+
+def refusal(capsys, folder, program, *arguments):
+    """The sentence with which a program refuses what is in a folder, which it leaves as it was."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert program.main([*map(str, arguments)]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (sentence,) = output.err.splitlines()
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    return sentence
+
+
+# A run's config.json
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The folder of a run, as far as it is looked at before its config.json is found good."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "a"
+    folder.mkdir(parents=True)
+    return folder
+
+
+PROGRAMS = {
+    "resume": (train_gpt, "--resume", "runs/a"),
+    "resume the latest": (train_gpt, "--resume", "auto"),
+    "repeat": (train_gpt, "--config", "runs/a/config.json"),
+    "begin with its weights": (train_gpt, "--init-from", "runs/a"),
+    "sample": (sample, "runs/a"),
+    "evaluate": (evaluate, "runs/a"),
+    "export": (export, "runs/a", "--out", "gpt"),
+}
+TRAINING = [name for name, (program, *_) in PROGRAMS.items() if program is train_gpt]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", " is not valid JSON (empty)"),
+        (b" \n", " is not valid JSON (empty)"),
+        (b'{"preset": "laptop', " is not valid JSON (Unterminated string"),
+        (json.dumps(RUN).encode() + b"}", " is not valid JSON (Extra data"),
+        (b'{"preset": "\xff"}', " is not valid JSON (not UTF-8 at byte 12)"),
+        (b"\x80\x04pickle", " is not valid JSON (not UTF-8 at byte 0)"),
+        (b"[" * 10_000, " is not valid JSON (nested too deeply)"),
+        (b'{"a":' * 100_000, " is not valid JSON (nested too deeply)"),
+        (b'{"seed": 1, "seed": 2}', ' is not valid JSON ("seed" is given twice)'),
+        (b'{"seed": ' + b"1" * 5000 + b"}", " is not valid JSON (Exceeds the limit"),
+        (b"[]", " must be an object, not []"),
+        (b"null", " must be an object, not null"),
+        (b'"text"', ' must be an object, not "text"'),
+    ],
+)
+def test_a_file_that_is_no_json_object_is_refused(run, capsys, program, content, told):
+    (run / "config.json").write_bytes(content)
+    sentence = refusal(capsys, run, *PROGRAMS[program])
+    assert f"runs/a/config.json{told}" in sentence
+    assert sentence.endswith(": restore it, or give another run.")
+
+
+@pytest.mark.parametrize(
+    ("programs", "path", "value", "told"),
+    [
+        (PROGRAMS, "sequence_length", "128", 'sequence_length must be an integer, not "128"'),
+        (PROGRAMS, "sequence_length", 128.0, "sequence_length must be an integer, not 128.0"),
+        (PROGRAMS, "sequence_length", True, "sequence_length must be an integer, not true"),
+        (PROGRAMS, "sequence_length", None, "sequence_length must be an integer, not null"),
+        (PROGRAMS, "sequence_length", [1], "sequence_length must be an integer, not [1]"),
+        (PROGRAMS, "sequence_length", {}, "sequence_length must be an integer, not {}"),
+        (PROGRAMS, "sequence_length", 0, "sequence_length must be at least 1, not 0"),
+        (PROGRAMS, "num_steps", 10**30, f"num_steps must be at most 2,147,483,647, not {10**30}"),
+        (PROGRAMS, "num_steps", DROPPED, "num_steps is missing"),
+        (PROGRAMS, "dtype", "float16", 'dtype must be float32 or bfloat16, not "float16"'),
+        (PROGRAMS, "dtype", 16, "dtype must be a string, not 16"),
+        (PROGRAMS, "tokenizer", "words", 'tokenizer must be gpt2 or bytes, not "words"'),
+        (PROGRAMS, "model", [], "model must be an object, not []"),
+        (PROGRAMS, "model", DROPPED, "model is missing"),
+        (PROGRAMS, "model.width", "wide", 'model.width must be an integer, not "wide"'),
+        (PROGRAMS, "model.width", DROPPED, "model.width is missing"),
+        (PROGRAMS, "model.smear", 1, "model.smear must be true or false, not 1"),
+        (PROGRAMS, "model.softcap", nan, "model.softcap must be above 0, not NaN"),
+        (PROGRAMS, "model.windows", [8, -1], "model.windows[1] must be at least 0, not -1"),
+        (PROGRAMS, "model.layers", 2, "model.layers, 2, is unknown to this version"),
+        (PROGRAMS, "stages", [], "stages must have at least 1 entry, not []"),
+        (PROGRAMS, "stages", {}, "stages must be a list, not {}"),
+        (PROGRAMS, "stages.0.share", DROPPED, "stages[0].share is missing"),
+        (PROGRAMS, "stages.0.rate", inf, "stages[0].rate must be a number, not Infinity"),
+        (PROGRAMS, "stages.0.windows", "x" * 99, "stages[0].windows must be a list or null, not"),
+        (TRAINING, "learning_rate", nan, "learning_rate must be at least 0, not NaN"),
+        (TRAINING, "learning_rate", 10**400, "learning_rate must be a number, not 1000000"),
+        (TRAINING, "learning_rate", DROPPED, "learning_rate is missing"),
+        (TRAINING, "adam_betas", [0.9], "adam_betas must have 2 entries, not [0.9]"),
+        (TRAINING, "adam_betas", [0.9, 1], "adam_betas[1] must be below 1, not 1"),
+        (TRAINING, "batch_size", "4", 'batch_size must be an integer or null, not "4"'),
+        (TRAINING, "data", "notes", 'data must be a list, not "notes"'),
+        (TRAINING, "data", ["notes", 3], "data[1] must be a string, not 3"),
+        (TRAINING, "seed", 2**32, "seed must be at most 4,294,967,295, not 4294967296"),
+        (TRAINING, "warp\ndrive", [1], "warp\\ndrive, [1], is unknown to this version"),
+    ],
+)
+def test_a_field_that_is_not_as_declared_is_named(run, capsys, programs, path, value, told):
+    (run / "config.json").write_text(json.dumps(changed(RUN, path, value)))
+    for program in programs:
+        sentence = refusal(capsys, run, *PROGRAMS[program])
+        assert sentence.startswith(f"runs/a/config.json: {told}")
+        assert sentence.endswith(": restore it, or give another run.")
+
+
+def test_what_does_not_go_together_is_told_with_its_file(run, capsys):
+    for path, value in {"stages.0.batch": 0.3, "model.num_heads": 3}.items():
+        (run / "config.json").write_text(json.dumps(changed(RUN, path, value)))
+        if path.startswith("stages"):
+            told = r"runs/a/config.json: batch of stage 1, 0.3 \* 2,048, makes no .*: restore it"
+            assert re.match(told, refusal(capsys, run, *PROGRAMS["sample"]))
+        sentence = refusal(capsys, run, *PROGRAMS["repeat"])
+        assert sentence.startswith("batch of stage 1" if "batch" in path else "width must be")
+
+
+def test_a_file_that_cannot_be_read_or_named_is_refused(run, capsys):
+    (run / "config.json").mkdir()
+    sentence = refusal(capsys, run, train_gpt, "--config", "runs/a/config.json")
+    assert sentence.startswith("runs/a/config.json cannot be read (Is a directory): restore it")
+    for option in ("--resume", "--init-from", "--config"):
+        assert refusal(capsys, run, train_gpt, option, "x" * 5000).endswith(".")
+    for program, *more in ((sample,), (evaluate,), (export, "--out", "gpt")):
+        assert "no config.json" in refusal(capsys, run, program, "x" * 5000, *more)
+
+
+# A run of an earlier version
+
+OF_2026_11_22 = """{"preset": "laptop", "train_files": null, "val_files": null,
+"tokenizer": "bytes", "shuffle": true, "max_document_length": null, "batch_size": 4,
+"sequence_length": 128,
+"total_batch_size": 2048, "num_steps": 900, "stages": [{"share": 1.0, "batch": 1.0, "length": 1.0,
+"rate": 1.0, "windows": null, "target_weights": [1.0]}], "learning_rate": 0.03,
+"embedding_learning_rate": 0.15, "head_learning_rate": 0.008, "scalar_learning_rate": 0.04,
+"cooldown_fraction": 0.5, "final_learning_rate_factor": 0.0, "momentum": 0.9,
+"momentum_warmup_steps": 50, "neuron_decay": 0.95, "adam_betas": [0.7, 0.95], "weight_decay": 0.0,
+"val_loss_every": 150, "val_tokens": 262144, "device": "auto", "dtype": "float32",
+"loss_kernel": "xla", "fp8_head": false, "seed": 0, "skip_spikes": 0.0, "verify_data": false,
+"run_name": "", "resume": null, "checkpoint_every": 500, "keep_checkpoints": 2,
+"sample_tokens": 600, "sample_prompt": "import jax\\n\\n\\ndef ", "model": {"vocab_size": 256,
+"num_layers": 4, "num_heads": 2, "width": 128, "mlp_width": 512, "mlp_only": [], "windows": [],
+"earlier_windows": [], "document_separator": null, "value_embeddings": 2, "bigram_buckets": 16384,
+"smear": true, "attention_gate": true, "key_offset": [3], "paired_heads": [3], "backout": null,
+"attention_scale": 0.12, "rope_base": 1024.0, "rope_fraction": 0.5, "softcap": 15.0,
+"logit_scale": 1.0, "logit_shift": 0.0}}"""
+
+
+def test_a_run_that_the_first_version_with_stages_began_is_read_as_it_was(tmp_path):
+    (tmp_path / "config.json").write_text(OF_2026_11_22)
+    model = replace(PRESETS["laptop"].model, key_offset=(3,), paired_heads=(3,))
+    assert saved_settings(Hyperparameters, tmp_path / "config.json") == replace(
+        PRESETS["laptop"], model=model, rematerialize=False
+    )
+
+
+def test_a_run_of_this_version_is_read_as_it_was_whatever_its_settings(tmp_path):
+    for hp in PRESETS.values():
+        hp = replace(hp, run_name="a", data=("x", "y"), mesh="data=2", rematerialize=True, seed=7)
+        (tmp_path / "config.json").write_text(json.dumps(asdict(hp)))
+        assert saved_settings(Hyperparameters, tmp_path / "config.json") == hp
+
+
+def test_no_setting_takes_a_default_in_silence(tmp_path):
+    for name in RUN.keys() - ADDED.keys():
+        (tmp_path / "config.json").write_text(json.dumps(changed(RUN, name, DROPPED)))
+        with pytest.raises(ConfigError, match=f"config.json: {name} is missing: restore it"):
+            saved_settings(Hyperparameters, tmp_path / "config.json")
+    assert ADDED.keys() == RUN.keys() - json.loads(OF_2026_11_22).keys()
+
+
+# An exported model's
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("dtype", "float16", 'dtype must be float32 or bfloat16, not "float16"'),
+        ("sequence_length", "128", 'sequence_length must be an integer, not "128"'),
+        ("model", [], "model must be an object, not []"),
+        ("model.width", 2.0, "model.width must be an integer, not 2.0"),
+        ("model.backout", DROPPED, "model.backout is missing"),
+        ("model.layers", 2, "model.layers, 2, is unknown to this version"),
+        ("model.num_heads", 3, "width must be a multiple of 4 * num_heads"),
+    ],
+)
+def test_a_field_of_an_exported_model_is_named(run, capsys, path, value, told):
+    (run / "model.safetensors").touch()
+    (run / "config.json").write_text(json.dumps(changed(EXPORTED, path, value) | {"from": {}}))
+    for program in ("sample", "begin with its weights"):
+        sentence = refusal(capsys, run, *PROGRAMS[program])
+        assert sentence.startswith(f"runs/a/config.json: {told}")
+        assert sentence.endswith(": export the run again.")
+
+
+# The record of prepared text
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "told"),
+    [
+        ("train", None, "train must be a list, not null"),
+        ("train", [1], "train must have 2 entries, not [1]"),
+        ("train", [1, -5], "train[1] must be at least 0, not -5"),
+        ("next", "0", 'next must be a list, not "0"'),
+        ("done", 1, "done must be true or false, not 1"),
+        ("fingerprint", DROPPED, "fingerprint is missing"),
+        ("bad", DROPPED, "bad is missing"),
+        ("shards", 3, "shards, 3, is unknown to this version"),
+    ],
+)
+def test_a_damaged_record_of_prepared_text_is_named(tmp_path, capsys, path, value, told):
+    (tmp_path / "x.txt").write_text("some words " * 100)
+    order = [tmp_path / "x.txt", "--out", tmp_path / "out", "--tokenizer", "bytes"]
+    arguments = [*map(str, order), "--processes", "1"]
+    assert prepare_data.main(arguments) == 0
+    capsys.readouterr()
+    record = tmp_path / "out" / "prepared.json"
+    record.write_text(json.dumps(changed(json.loads(record.read_text()), path, value)))
+    sentence = refusal(capsys, tmp_path / "out", prepare_data, *arguments)
+    assert sentence == f"{record}: {told}: choose another folder, or delete it."
+
+
+# The command line
+
+
+def numbers(settings):
+    return [x.name for x in fields(settings) if isinstance(getattr(settings, x.name), float)]
+
+
+@pytest.mark.parametrize("value", [inf, -inf, nan])
+@pytest.mark.parametrize("name", [*numbers(PRESETS["laptop"]), *numbers(GPTConfig())])
+def test_no_setting_is_infinite_or_nan(name, value):
+    hp = PRESETS["laptop"]
+    of_model = name in numbers(hp.model)
+    wrong = replace(
+        hp, **({"model": replace(hp.model, **{name: value})} if of_model else {name: value})
+    )
+    with pytest.raises(ConfigError, match=rf"^(model\.)?{name} must be .*, not {value}\.$"):
+        wrong.check()
+
+
+def test_the_presets_are_as_declared():
+    for hp in PRESETS.values():
+        hp.check()
+        assert checked(asdict(hp), Hyperparameters) == hp
+
+
+# Reading and writing
+
+
+def test_what_a_file_may_have_besides_is_left_out(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(asdict(Stage()) | {"more": 1}))
+    assert read_json(path, Stage, "restore it", others=True) == Stage()
+    with pytest.raises(ConfigError, match=r"x\.json: more, 1, is unknown to .*: restore it\.$"):
+        read_json(path, Stage, "restore it")
+
+
+def test_a_file_holds_the_old_text_or_the_new(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    write_whole(path, "old")
+    seen = []
+    replace_file = train_gpt.os.replace
+    monkeypatch.setattr("os.replace", lambda *a: (seen.append(path.read_text()), replace_file(*a)))
+    write_whole(path, "new é")
+    assert (seen, path.read_text(encoding="utf-8")) == (["old"], "new é")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_write_that_fails_leaves_the_old_text_alone(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    write_whole(path, "old")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,0 +1,18 @@
+"""The checker of annotations, for whoever runs tests with them checked:
+
+pytest --jaxtyping-packages=nanogpt,tests.typechecker.check tests/model
+"""
+
+from collections.abc import Callable
+
+from beartype import BeartypeConf, beartype
+
+# Pytrees hold shapes or shardings in place of arrays while JAX maps over them.
+PYTREES = ("TrainState.__init__", "Cache.__init__")
+
+_check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int may pass as a float
+
+
+def check(function: Callable) -> Callable:
+    """The function, with what it is called with and returns checked."""
+    return function if function.__qualname__ in PYTREES else _check(function)
