@@ -16,12 +16,12 @@ from nanogpt.model.rotary import rotary, rotation
 B, T, N, H = 4, 128, 2, 64  # a micro-batch of the laptop preset
 D = N * H
 SPEED, SCALE = rotation(GPTConfig(width=D, num_heads=N))
+ANGLE = np.arange(T)[None, :, None] * SPEED  # [1, T, H / 2], in radians
 
 
 def rotary_by_concatenation(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
     """The textbook form: split each head in halves, turn, concatenate."""
-    angle = np.arange(T)[:, None, None] * SPEED
-    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    cos, sin = (f(ANGLE)[:, :, None].astype(np.float32) for f in (np.cos, np.sin))
     left, right = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([left * cos + right * sin, right * cos - left * sin], axis=-1)
 
@@ -44,7 +44,7 @@ def qkv_einsum(x: Array, w: Array) -> Array:
 
 def rotary_by_reversal(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
     """The model's form: the two halves change places along an axis of their own."""
-    return rotary(x, SPEED)
+    return rotary(x, ANGLE)
 
 
 def layer(

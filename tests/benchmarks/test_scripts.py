@@ -20,24 +20,21 @@ TINY = [
     for name in SCRIPTS
     if "tiny: bool" in (ROOT / (name.replace(".", "/") + ".py")).read_text()
 ]
-# Their tiny runs are long, and have tests of their own that compare more than this one does.
+# Their tiny runs have tests of their own, that see more of them than the one here.
 TESTED_ELSEWHERE = {
     "benchmarks.compiled.scaling": "compiled/test_scaling.py",
+    "benchmarks.cpu.tokenize_text": "cpu/test_tokenize_text.py",
     "benchmarks.gpu.step": "gpu/test_step.py",
     "benchmarks.gpu.against_pytorch": "gpu/test_against_pytorch.py",
     "benchmarks.reliability.soak": "reliability/test_soak.py",
 }
 
 
-def folders():
-    """All files of the project but Python's caches, with the time of their last change."""
-    places = ("benchmarks", "docs", "records", "runs")
-    return {
-        path: path.stat().st_mtime
-        for place in places
-        for path in (ROOT / place).rglob("*")
-        if "__pycache__" not in path.parts
-    }
+def written():
+    """What scripts may write, each with the time of its last change."""
+    places = (ROOT / "benchmarks" / "results", ROOT / "records", ROOT / "runs")
+    paths = [path for place in places for path in place.rglob("*")]
+    return {path: path.stat().st_mtime for path in [*paths, ROOT / "docs" / "scaling.png"]}
 
 
 def test_there_are_scripts_and_each_of_their_folders_says_what_it_is_for():
@@ -48,7 +45,7 @@ def test_there_are_scripts_and_each_of_their_folders_says_what_it_is_for():
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_says_how_to_use_a_script_without_loading_jax_and_measures_nothing(script):
-    before = folders()
+    before = written()
     command = [sys.executable, "-X", "importtime", "-m", script, "--help"]
     answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
     assert answer.returncode == 0
@@ -56,7 +53,7 @@ def test_help_says_how_to_use_a_script_without_loading_jax_and_measures_nothing(
     loaded = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines()}
     assert "dataclasses" in loaded and not loaded & {"jax", "torch"}
     assert all(line.startswith("import time:") for line in answer.stderr.splitlines())
-    assert folders() == before
+    assert written() == before
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -75,9 +72,9 @@ def test_a_tiny_run_saves_its_figures_or_names_what_to_install(
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # to compile in half the time
-    before = folders()
+    before = written()
     status, printed = import_module(script).main(["--tiny"]), capsys.readouterr()
-    assert folders() == before
+    assert written() == before
     if status == 0:
         (file,) = tmp_path.iterdir()
         assert file.name.endswith("_tiny.json")

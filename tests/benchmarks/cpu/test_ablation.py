@@ -31,7 +31,7 @@ def test_every_piece_is_in_one_of_the_proxies():
 def test_a_run_ends_with_the_loss_of_its_validation():
     """Bytes that nothing was learnt of yet cost ln 256."""
     shape = {"num_layers": 1, "num_heads": 2, "width": 32, "mlp_width": 64}
-    how = {"num_steps": 1, "total_batch_size": 512, "val_tokens": 1024}
+    how = {"num_steps": 1, "total_batch_size": 4096, "val_tokens": 1024}
     hp = on_bytes("baseline", shape, stages=(Stage(rate=1e-6),), **how)
     assert final_loss(hp, None, None) == pytest.approx(np.log(256), abs=1e-4)
 

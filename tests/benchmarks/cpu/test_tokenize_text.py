@@ -22,8 +22,8 @@ def measure(monkeypatch, tmp_path):
     monkeypatch.setattr(tokenize_text, "SLICE", 2)
 
     def measure():
-        assert tokenize_text.main(["--megabytes", "0.001", "--rounds", "2"]) == 0
-        return json.loads(Path(tmp_path / "tokenize_text.json").read_text())
+        assert tokenize_text.main(["--tiny"]) == 0
+        return json.loads(Path(tmp_path / "tokenize_text_tiny.json").read_text())
 
     return measure
 
