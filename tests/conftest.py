@@ -1,18 +1,33 @@
 """What every test finds: eight virtual CPU devices, so that one machine can play many."""
 
 import os
+import shutil
+import tempfile
 
 import pytest
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")  # each test compiles what it tests
-# Most of a test's time goes into compiling. XLA's older code generator for CPUs, where there still
-# is one, and a single thread for each program need far less; what the shell has is left out.
+# Most of a test's time goes into compiling. Without most optimizations, by XLA's older code
+# generator for CPUs, where there still is one, and with a single thread for each program it takes
+# far less; what the shell has is left out.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] = (
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
     "--xla_cpu_parallel_codegen_split_count=1"
 )
+# Each program is compiled once for all processes of this one pytest: its workers, which inherit
+# this environment, and what they start.
+COMPILED = "JAX_COMPILATION_CACHE_DIR"
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ[COMPILED] = tempfile.mkdtemp(prefix="compiled-for-tests-")
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "1"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+
+
+def pytest_unconfigure():
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ[COMPILED], ignore_errors=True)
 
 
 def pytest_configure(config):
@@ -50,13 +65,54 @@ def tiny():
     return with_every_trick()
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """The folder of files that can be made again, with the embedded corpus."""
+    from tests.small_runs import shared_cache
+
+    return shared_cache(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A run of the embedded corpus."""
+    from tests.small_runs import base_run
+
+    return base_run(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def staged(tmp_path_factory):
+    """A run of the speedrun in all its stages."""
+    from tests.small_runs import staged_run
+
+    return staged_run(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def straight(tmp_path_factory):
+    """The folder of the run that nothing happens to, which others are compared with."""
+    from tests.small_runs import straight_run
+
+    return straight_run(tmp_path_factory)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with data, where runs are made; this process is in it, too."""
+    from tests.small_runs import write_data
+
+    write_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="module")
-def compiled_quickly():
-    """Programs that compile in half the time, and run no faster than they must."""
+def compiled_fully():
+    """Programs with every optimization, for tests that read what a compiler made."""
     import jax
 
     quickly = "jax_disable_most_optimizations"
-    before = jax.config.values[quickly]
-    jax.config.update(quickly, True)
+    jax.config.update(quickly, False)
     yield
-    jax.config.update(quickly, before)
+    jax.config.update(quickly, True)

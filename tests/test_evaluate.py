@@ -1,4 +1,4 @@
-"""evaluate.py on the runs that test_train_gpt.py made, and on a made-up hub's HellaSwag."""
+"""evaluate.py on small runs, and on a made-up hub's HellaSwag."""
 
 import hashlib
 import http.server
@@ -29,9 +29,8 @@ from nanogpt.inference import hellaswag
 from nanogpt.inference.hellaswag import FILE, REPOSITORY, REVISION, Item
 from nanogpt.inference.weights import load_run
 from tests.inference.test_hellaswag import file_of
-from tests.test_train_gpt import VAL_TOKENS, T, base_run, mean_loss, shared_folder, staged_run
-
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
+from tests.run_folders import mean_loss
+from tests.small_runs import VAL_TOKENS, T
 
 needs_gpt2 = pytest.mark.skipif(
     "TIKTOKEN_CACHE_DIR" not in os.environ,
@@ -40,22 +39,21 @@ needs_gpt2 = pytest.mark.skipif(
 
 
 @pytest.fixture
-def cache(tmp_path_factory, monkeypatch):
+def cache(cache, monkeypatch):
     """The folder with the embedded corpus that the runs were trained on."""
-    folder = shared_folder(tmp_path_factory) / "cache"
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    return cache
 
 
 @pytest.fixture
-def base(tmp_path_factory, tmp_path, cache):
+def base(base, tmp_path, cache):
     """A copy of the run, as other tests look at what it left."""
-    return shutil.copytree(base_run(tmp_path_factory).folder, tmp_path / "base")
+    return shutil.copytree(base.folder, tmp_path / "base")
 
 
 @pytest.fixture
-def staged(tmp_path_factory, tmp_path, cache):
-    return shutil.copytree(staged_run(tmp_path_factory).folder, tmp_path / "staged")
+def staged(staged, tmp_path, cache):
+    return shutil.copytree(staged.folder, tmp_path / "staged")
 
 
 @pytest.fixture
@@ -92,7 +90,6 @@ def test_the_loss_is_the_one_that_training_logged_last(base, capsys):
     assert lines[1].startswith(f"step 6 | bits per byte {found['bits_per_byte']:.4f} | ")
 
 
-@needs_gpt2
 @pytest.mark.parametrize("step", [26, 9])
 def test_the_loss_is_that_of_the_stage_in_which_the_weights_were_saved(staged, step):
     for later in (staged / "checkpoints").glob("[0-9]*"):

@@ -19,17 +19,14 @@ from nanogpt.devices.mesh import make_mesh
 from nanogpt.inference.export import save_model
 from nanogpt.inference.weights import load_model, load_run
 from tests.model import test_gpt as test_model
-from tests.test_train_gpt import base_run
-
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 21))
 SETTINGS = {"tokenizer": "bytes", "sequence_length": 16, "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return base_run(tmp_path_factory).folder
+def run(base):
+    return base.folder
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,7 @@ def moved(width, head_times=1.0):
     return [float(np.sqrt(np.mean((b - a) ** 2))) for a, b in zip(before, after, strict=True)]
 
 
-def test_steps_move_features_and_logits_as_far_at_four_times_the_width(compiled_quickly):
+def test_steps_move_features_and_logits_as_far_at_four_times_the_width():
     narrow, wide = moved(32), moved(128)
     assert np.array(wide) == pytest.approx(np.array(narrow), rel=0.3)
     assert min(narrow) > 0.1

@@ -1,27 +1,23 @@
 """The main job from end to end: a few small runs as a user starts them, and every mistake's answer.
 
-A run takes seconds, so those that many tests look at are made once, on first use, and shared by
-the processes of pytest-xdist.
+Those that many tests look at are made once: see small_runs.py.
 """
 
 import ast
-import fcntl
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import tyro
 from flax import nnx
-from scipy.special import logsumexp
 
 import nanogpt.training.programs
 import train_gpt
@@ -29,129 +25,24 @@ from nanogpt.config import ConfigError, GPTConfig
 from nanogpt.data.shards import write_shard
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.inference.weights import load_run
+from nanogpt.runs.description import heading
 from nanogpt.schedule import Stage
+from nanogpt.training.plan import plan_here
 from nanogpt.training.step import graph_of
+from tests.programs import as_a_user_starts_it, run_to_end
+from tests.run_folders import TIMES, mean_loss
+from tests.small_runs import (
+    SMALL,
+    STAGE_ENDS,
+    STAGED_STEPS,
+    STAGED_VAL_TOKENS,
+    TOKENS_PER_STEP,
+    VAL_TOKENS,
+    T,
+    shared_folder,
+    trained,
+)
 from train_gpt import PRESETS, Hyperparameters
-
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
-SCRIPT = Path(train_gpt.__file__).resolve()
-T, TOKENS_PER_STEP, STEPS = 32, 256, 6
-VAL_TOKENS = 268  # 8 rows, which make one pass, and a short ninth
-SMALL = (
-    f"--batch-size 8 --sequence-length {T} --total-batch-size {TOKENS_PER_STEP} "
-    f"--num-steps {STEPS} --val-loss-every 4 --val-tokens {VAL_TOKENS} --dtype float32 "
-    "--sample-tokens 0 --model.num-layers 2 --model.num-heads 2 --model.width 32 "
-    "--model.mlp-width 64 --model.value-embeddings 1 --model.bigram-buckets 64"
-).split()
-TIMES = ("time_s", "step_time_s", "tokens_per_s")
-
-# The speedrun at a thousandth of its size, in batches and rows, and with far fewer and thinner
-# layers. Of its 26 steps, 9, 8, 8 and 1 are in its stages.
-STAGED_STEPS, STAGED_VAL_TOKENS = 26, 300
-STAGED = (
-    "--preset speedrun --batch-size 2 --sequence-length 64 --total-batch-size 384 "
-    f"--num-steps {STAGED_STEPS} --max-document-length 40 --checkpoint-every 3 "
-    f"--keep-checkpoints 9 --val-loss-every 3 --val-tokens {STAGED_VAL_TOKENS} "
-    "--model.num-layers 3 --model.width 16 --model.mlp-width 32 --model.mlp-only 0 "
-    "--model.paired-heads 1 --model.key-offset 2 --model.backout 1 --learning-rate 0.1 "
-    "--model.attention-scale 2 --model.rope-base 16"
-).split()
-
-
-@dataclass(frozen=True)
-class Trained:
-    folder: Path
-    console: list[str]
-    log: list[str]
-    metrics: list[dict]
-
-    def column(self, key):
-        return [record[key] for record in self.metrics]
-
-
-def shared_folder(tmp_path_factory):
-    """A folder that the processes of one pytest run have in common."""
-    base = tmp_path_factory.getbasetemp()
-    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-
-def start(arguments, cwd, cache, devices=1, python_options=()):
-    """`python3 train_gpt.py` in another folder and process, with nothing of this one's settings."""
-    env = {k: v for k, v in os.environ.items() if k not in ("FORCE_COLOR", "COLUMNS")}
-    env |= {
-        "XDG_CACHE_HOME": str(cache),
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_ENABLE_COMPILATION_CACHE": "1",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # to compile in half the time
-    }
-    return subprocess.run(
-        [sys.executable, *python_options, SCRIPT, *arguments],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=300,
-    )
-
-
-def trained(tmp_path_factory, name, *arguments, devices=1):
-    """The run `name`, trained by the first process that asks for it."""
-    shared = shared_folder(tmp_path_factory)
-    place = shared / "trained"
-    place.mkdir(exist_ok=True)
-    console = place / f"{name}.console"
-    with (place / f"{name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not console.exists():
-            done = start([*SMALL, "--run-name", name, *arguments], place, shared / "cache", devices)
-            assert (done.returncode, done.stderr) == (0, "")
-            console.write_text(done.stdout)
-    folder = place / "runs" / name
-    return Trained(
-        folder,
-        console.read_text().splitlines(),
-        (folder / "log.txt").read_text().splitlines(),
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
-    )
-
-
-def base_run(tmp_path_factory):
-    """A run of the preset that is chosen without being asked for; test_sample.py uses it, too."""
-    return trained(tmp_path_factory, "base", "--sample-tokens", "8", "--sample-prompt", "def ")
-
-
-def staged_run(tmp_path_factory):
-    """A run of the speedrun in all its stages; test_resume.py uses it, too."""
-    data = shared_folder(tmp_path_factory) / "documents"
-    data.mkdir(exist_ok=True)
-    for seed, (name, count) in enumerate([("train_0", 6000), ("train_1", 6000), ("val", 60_000)]):
-        if not (data / f"{name}.bin").exists():
-            write_shard(data / f"{name}.bin", some_documents(count, seed))
-    files = "--train-files", data / "train_*.bin", "--val-files", data / "val.bin"
-    return trained(tmp_path_factory, "staged", *STAGED, *map(str, files))
-
-
-def some_documents(count, seed):
-    """So many of GPT-2's tokens: documents of 5 to 90, each after its separator."""
-    random, tokens = np.random.default_rng(seed), []
-    while len(tokens) < count:
-        document = random.integers(97) + 7 * np.arange(random.integers(5, 91))
-        tokens += [50256, *(10_000 + document % 97)]
-    return tokens[:count]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return base_run(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
-def staged(tmp_path_factory):
-    return staged_run(tmp_path_factory)
-
 
 # A run
 
@@ -218,20 +109,24 @@ def test_a_table_tells_of_the_run_before_its_first_step_and_another_at_its_end(b
     assert re.fullmatch(r"\d+\.\d GB.*|n/a", after["peak memory"])
 
 
-def test_a_run_can_be_repeated_from_its_configuration(base, tmp_path, tmp_path_factory):
-    cache = shared_folder(tmp_path_factory) / "cache"
+def test_a_run_repeated_from_its_configuration_is_the_same_to_the_last_bit_but_for_its_times(
+    base, tmp_path, cache
+):
     config = base.folder / "config.json"
-    arguments = ["--config", config, "--run-name", "again", "--sample-tokens", "0"]
-    done = start(map(str, arguments), tmp_path, cache)
+    done = run_to_end(["--config", config, "--run-name", "again"], tmp_path, cache)
     assert (done.returncode, done.stderr) == (0, "")
     again = tmp_path / "runs/again"
     records = map(json.loads, (again / "metrics.jsonl").read_text().splitlines())
-    assert [record["train_loss"] for record in records] == base.column("train_loss")
-    differing = {"run_name": "again", "sample_tokens": 0}
-    assert (
-        json.loads((again / "config.json").read_text())
-        == json.loads(config.read_text()) | differing
-    )
+    without_times = [
+        [{k: v for k, v in record.items() if k not in TIMES} for record in run]
+        for run in (base.metrics, records)
+    ]
+    assert without_times[0] == without_times[1]
+    weights = [load_run(folder, make_mesh(1))[2] for folder in (base.folder, again)]
+    for one, other in zip(*map(jax.tree.leaves, weights), strict=True):
+        np.testing.assert_array_equal(one, other)
+    settings = json.loads(config.read_text())
+    assert json.loads((again / "config.json").read_text()) == settings | {"run_name": "again"}
 
 
 @pytest.mark.parametrize(
@@ -282,27 +177,11 @@ def test_the_loss_starts_at_that_of_a_uniform_guess_and_falls(base):
     assert losses[-1] < losses[0] - 0.3
 
 
-def test_the_last_validation_is_that_of_the_weights_on_the_first_tokens_of_the_split(
-    base, tmp_path_factory
-):
-    (shard,) = (shared_folder(tmp_path_factory) / "cache").rglob("val_*.bin")
+def test_the_last_validation_is_that_of_the_weights_on_the_first_tokens_of_the_split(base, cache):
+    (shard,) = cache.rglob("val_*.bin")
     _, graph, params, _ = load_run(base.folder, make_mesh(1))
     loss = mean_loss(graph, params, shard, VAL_TOKENS, T)
     assert base.metrics[-1]["val_loss"] == pytest.approx(loss, abs=1e-5)
-
-
-def mean_loss(graph, params, shard, count, T):
-    """Of the first so many targets of a shard, in rows of T, in NumPy from the logits on."""
-    tokens = np.fromfile(shard, "<u2")[512:][: count + 1].astype(np.int32)
-    logits_of = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens[None])[0])
-    loss = 0.0
-    for first in range(0, count, T):
-        row = tokens[first : first + T + 1]
-        # A short last row is filled up to need no other compilation: tokens see only earlier ones.
-        logits = np.asarray(logits_of(np.pad(row[:-1], (0, T + 1 - len(row)))), np.float64)
-        loss += logsumexp(logits[: len(row) - 1], axis=1).sum()
-        loss -= logits[np.arange(len(row) - 1), row[1:]].sum()
-    return loss / count
 
 
 def test_a_run_ends_with_its_sample(base):
@@ -312,9 +191,6 @@ def test_a_run_ends_with_its_sample(base):
 
 
 # Stages
-
-
-STAGE_ENDS = [9, 17, 25, 26]  # round(26 * 0.33), round(26 * 0.66), round(26 * 0.98)
 
 
 def test_the_speedrun_takes_its_tokens_and_rates_from_one_stage_after_the_other(staged):
@@ -335,7 +211,7 @@ def test_the_speedrun_takes_its_tokens_and_rates_from_one_stage_after_the_other(
 
 def test_the_speedrun_learns_and_validates_in_every_stage(staged):
     losses = staged.column("train_loss")
-    assert losses[0] == pytest.approx(math.log(50304), abs=1e-4)
+    assert losses[0] == pytest.approx(math.log(256), abs=1e-4)
     assert losses[-1] < losses[0] - 1.5
     validated = {r["step"]: r["val_loss"] for r in staged.metrics if "val_loss" in r}
     assert [*validated] == [3, 6, 9, 12, 15, 18, 21, 24, 26]
@@ -366,11 +242,9 @@ def test_weights_of_an_early_stage_are_loaded_with_its_windows_and_rotations(
         assert mean_loss(graph_of(last), params, *validation) != pytest.approx(found, abs=1e-5)
 
 
-def test_a_dry_run_prints_the_plan_and_leaves_nothing(
-    tmp_path, tmp_path_factory, monkeypatch, capsys
-):
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(cache, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(shared_folder(tmp_path_factory) / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     assert train_gpt.main([*SMALL, "--batch-size", "1", "--dry-run"]) == 0
     told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert told["devices"] == "8 x cpu"
@@ -381,18 +255,6 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(
 
 
 # Runs that must be alike
-
-
-def test_a_run_repeated_is_the_same_to_the_last_bit_but_for_its_times(base, tmp_path_factory):
-    again = trained(tmp_path_factory, "again", "--sample-tokens", "8", "--sample-prompt", "def ")
-    without_times = [
-        [{k: v for k, v in record.items() if k not in TIMES} for record in run.metrics]
-        for run in (base, again)
-    ]
-    assert without_times[0] == without_times[1]
-    weights = [load_run(run.folder, make_mesh(1))[2] for run in (base, again)]
-    for one, other in zip(*map(jax.tree.leaves, weights), strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(
@@ -409,10 +271,10 @@ def test_accumulation_and_devices_do_not_change_the_losses(
     np.testing.assert_allclose(*validations, rtol=1e-5)
 
 
-def in_this_process(tmp_path_factory, tmp_path, monkeypatch, *arguments):
+def in_this_process(cache, tmp_path, monkeypatch, *arguments):
     """The first train losses of SMALL on the eight devices here, and the console."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(shared_folder(tmp_path_factory) / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     assert train_gpt.main([*SMALL, "--run-name", "here", *arguments]) == 0
     lines = (tmp_path / "runs/here/metrics.jsonl").read_text().splitlines()
     log = (tmp_path / "runs/here/log.txt").read_text().splitlines()
@@ -420,7 +282,7 @@ def in_this_process(tmp_path_factory, tmp_path, monkeypatch, *arguments):
 
 
 def test_a_micro_batch_that_memory_cannot_hold_is_halved_and_the_losses_stay(
-    base, tmp_path, tmp_path_factory, monkeypatch
+    cache, tmp_path, monkeypatch
 ):
     make = nanogpt.training.programs.make_train_step
 
@@ -448,47 +310,49 @@ def test_a_micro_batch_that_memory_cannot_hold_is_halved_and_the_losses_stay(
 
     monkeypatch.setattr(nanogpt.training.programs, "make_train_step", on_devices_of_one_row)
     arguments = ["--batch-size", "2", "--total-batch-size", "512", "--num-steps", "2"]
-    losses, log = in_this_process(tmp_path_factory, tmp_path, monkeypatch, *arguments)
+    losses, log = in_this_process(cache, tmp_path, monkeypatch, *arguments)
     assert "Ng = 512 / (2 * 32 * 8) = 1" in log[0]
     assert "out of memory with micro-batches of 2 rows: now 1, Ng = 2" in log
     # As if one row had been asked for.
     monkeypatch.undo()
     (tmp_path / "asked").mkdir()
     asked, _ = in_this_process(
-        tmp_path_factory, tmp_path / "asked", monkeypatch, *arguments, "--batch-size", "1"
+        cache, tmp_path / "asked", monkeypatch, *arguments, "--batch-size", "1"
     )
     assert losses == asked
 
 
-def test_without_a_batch_size_the_micro_batch_is_the_largest_that_should_fit(
-    tmp_path, tmp_path_factory, monkeypatch
-):
-    monkeypatch.setattr("nanogpt.training.plan.device_memory", lambda device: 0.11e9)
-    arguments = ["--batch-size", "None", "--total-batch-size", "131072", "--num-steps", "1"]
-    _, log = in_this_process(tmp_path_factory, tmp_path, monkeypatch, *arguments)
+def heading_of(cache, monkeypatch, memory, *arguments):
+    """How SMALL begins on eight devices with so much memory each."""
+    monkeypatch.setattr("nanogpt.training.plan.device_memory", lambda device: memory)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    hp = tyro.cli(Hyperparameters, args=[*SMALL, *arguments], default=PRESETS["laptop"])
+    return heading(plan_here(hp), Path("runs/here"))
+
+
+def test_without_a_batch_size_the_micro_batch_is_the_largest_that_should_fit(cache, monkeypatch):
+    arguments = ["--batch-size", "None", "--total-batch-size", "131072"]
+    lines = heading_of(cache, monkeypatch, 0.11e9, *arguments)
     # A token keeps, per layer, arrays of 608 numbers in all and two heads' scores of 32 keys, twice
     # as many where these are paired, and twice 256 logits: 2 * 4 * 608 + 3 * 8 * 64 + 4 * 512 =
     # 8,448 bytes. Two thirds of the memory hold 271 rows of 32 tokens; of the 512 rows per device
     # and step, half of them fit.
-    assert "Ng = 131,072 / (256 * 32 * 8) = 2" in log[0]
-    (line,) = (line for line in log if line.startswith("micro-batches of"))
+    assert "Ng = 131,072 / (256 * 32 * 8) = 2" in lines[0]
+    (line,) = (line for line in lines if line.startswith("micro-batches of"))
     assert line == "micro-batches of 256 rows: about 0.1 GB of activations in 0.1 GB of memory"
 
 
 def test_where_not_even_a_row_fits_layers_are_computed_again_and_the_losses_stay(
-    tmp_path, tmp_path_factory, monkeypatch
+    base, cache, tmp_path, monkeypatch
 ):
-    losses, logs = [], []
-    for memory in (0.5e6, 0.3e6):  # a row of 32 tokens needs 8,448 bytes for each of them
-        monkeypatch.setattr("nanogpt.training.plan.device_memory", lambda device, m=memory: m)
-        folder = tmp_path / f"{memory:.0f}"
-        folder.mkdir()
-        arguments = ["--batch-size", "None", "--total-batch-size", "256", "--num-steps", "2"]
-        found, log = in_this_process(tmp_path_factory, folder, monkeypatch, *arguments)
-        losses.append(found)
-        logs.append("layers are computed again in the backward pass, to save memory" in log)
-    assert logs == [False, True]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    told = "layers are computed again in the backward pass, to save memory"
+    arguments = ["--batch-size", "None"]
+    # A row of 32 tokens needs 8,448 bytes for each of them.
+    assert told not in heading_of(cache, monkeypatch, 0.5e6, *arguments)
+    assert told in heading_of(cache, monkeypatch, 0.3e6, *arguments)
+    losses, log = in_this_process(cache, tmp_path, monkeypatch, *arguments, "--num-steps", "2")
+    assert told in log
+    assert losses == pytest.approx(base.column("train_loss")[:2], rel=1e-5)
 
 
 def test_fineweb_shards_are_read_in_order_each_token_once(tmp_path, tmp_path_factory):
@@ -521,17 +385,21 @@ def test_fineweb_shards_are_read_in_order_each_token_once(tmp_path, tmp_path_fac
 # Mistakes
 
 
-def test_missing_fineweb_stops_the_speedrun_with_the_command_that_fetches_it(tmp_path):
-    done = start(["--preset", "speedrun"], tmp_path, tmp_path / "cache")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "`python3 cached_fineweb10B.py`" in done.stderr
-    assert "fineweb10B/fineweb_train_*.bin" in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_missing_fineweb_stops_the_speedrun_with_the_command_that_fetches_it(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert train_gpt.main(["--preset", "speedrun"]) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (sentence,) = output.err.splitlines()
+    assert "`python3 cached_fineweb10B.py`" in sentence
+    assert "fineweb10B/fineweb_train_*.bin" in sentence
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_run_whose_name_is_taken_stops_and_leaves_the_first_untouched(
-    base, tmp_path_factory, monkeypatch, capsys
+    base, cache, monkeypatch, capsys
 ):
     def contents():
         files = (file for file in sorted(base.folder.rglob("*")) if file.is_file())
@@ -539,7 +407,7 @@ def test_a_run_whose_name_is_taken_stops_and_leaves_the_first_untouched(
 
     before = contents()
     monkeypatch.chdir(base.folder.parent.parent)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(shared_folder(tmp_path_factory) / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     # Eight devices here: a row each for four passes.
     assert train_gpt.main([*SMALL, "--batch-size", "1", "--run-name", "base"]) == 2
     output = capsys.readouterr()
@@ -666,7 +534,7 @@ def test_arguments_that_cannot_be_read_are_pointed_at(folder, capsys, monkeypatc
 # Several devices
 
 
-def test_two_devices_validate_on_as_many_batches_as_the_laptop_preset_has(folder, tmp_path_factory):
+def test_two_devices_validate_on_as_many_batches_as_the_laptop_preset_has(folder, cache):
     """So many that each device of a CPU waits for the other in another program, if let."""
     laptop = PRESETS["laptop"]
     shape = (
@@ -675,8 +543,7 @@ def test_two_devices_validate_on_as_many_batches_as_the_laptop_preset_has(folder
         "--num-steps 1 --model.num-layers 1 --model.width 32 --model.mlp-width 32 "
         "--model.value-embeddings 0 --model.bigram-buckets 0 --model.paired-heads"
     )
-    cache = shared_folder(tmp_path_factory) / "cache"
-    done = start([*SMALL, *shape.split()], folder, cache, devices=2)
+    done = run_to_end([*SMALL, *shape.split()], folder, cache, devices=2)
     assert (done.returncode, done.stderr) == (0, "")
     assert "step 1/1 | val loss" in done.stdout
 
@@ -700,7 +567,7 @@ def meanings(cls):
 
 
 def test_help_gives_every_setting_its_meaning_without_loading_jax(tmp_path):
-    done = start(["--help"], tmp_path, tmp_path, python_options=("-X", "importtime"))
+    done = as_a_user_starts_it(["--help"], tmp_path, tmp_path, python_options=("-X", "importtime"))
     assert done.returncode == 0
     shown = " ".join(done.stdout.replace("│", " ").split())
     for cls, prefix in ((Hyperparameters, "--"), (GPTConfig, "--model.")):

@@ -19,8 +19,8 @@ import yaml
 import nanogpt.devices.launchers
 from nanogpt.devices.launchers import has_its_gpus_alone, launched_with_others
 from tests.devices.test_processes import QUIET, assert_same, forget_launchers, losses
-from tests.test_train_gpt import SCRIPT
-from tests.training.test_resume import PATIENCE, RUN, cache, place, straight, wait_until  # noqa: F401
+from tests.programs import PATIENCE, SCRIPT, wait_until
+from tests.small_runs import RUN
 
 LAUNCH = Path(SCRIPT).parent / "launch"
 SLURM = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
@@ -28,7 +28,7 @@ WITHOUT_GPUS = ("--ntasks-per-node=2", "--gpus-per-node=0")
 
 
 @pytest.fixture
-def checkout(place, cache, monkeypatch):  # noqa: F811
+def checkout(place, cache, monkeypatch):
     """A folder as a user is in: the program, its recipes and data; `python3` is this Python."""
     Path("train_gpt.py").symlink_to(SCRIPT)
     Path("launch").symlink_to(LAUNCH)
@@ -37,9 +37,6 @@ def checkout(place, cache, monkeypatch):  # noqa: F811
         "XDG_CACHE_HOME": str(cache),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": "2",
-        "JAX_ENABLE_COMPILATION_CACHE": "1",
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
     for name, value in (QUIET | settings).items():
         monkeypatch.setenv(name, value)
@@ -87,7 +84,7 @@ def test_a_job_starts_once_and_then_goes_on_from_its_checkpoints(tmp_path, monke
 @pytest.mark.skipif(
     shutil.which("mpirun") is None, reason="needs Open MPI: apt install openmpi-bin"
 )
-def test_open_mpi_starts_them_without_any_argument(straight, checkout):  # noqa: F811
+def test_open_mpi_starts_them_without_any_argument(straight, checkout):
     allowed = {
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -175,7 +172,7 @@ def asked(env, *command):
     reason="needs to be root, and Slurm: apt install slurmctld slurmd slurm-client munge",
 )
 def test_a_slurm_job_that_is_told_to_end_saves_and_comes_back_and_goes_on_to_the_same_end(
-    straight,  # noqa: F811
+    straight,
     checkout,
     tmp_path_factory,
 ):

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -14,32 +13,31 @@ from pathlib import Path
 
 import pytest
 
+import nanogpt.devices.processes
+import train_gpt
 from nanogpt.runs.folder import SilentRun
 from nanogpt.training.checkpoint import Checkpoint, _checked
-from tests.test_train_gpt import SCRIPT
-from tests.training.test_resume import (  # noqa: F401
-    RUN,
-    STEPS,
-    Process,
-    cache,
-    place,
-    straight,
-    wait_until,
-    write_data,
-)
+from tests.programs import SCRIPT, Process, wait_until
+from tests.small_runs import LONGER, RUN, write_data
 
 QUIET = {"GLOO_LOG_LEVEL": "ERROR"}
 
 
-def joined(arguments, cwd, cache, port, number, count=2, devices=2):  # noqa: F811
+def impatient(arguments):
+    """The main job, which waits a third as long for a sign of life of the others."""
+    nanogpt.devices.processes.LOST_AFTER = 10
+    return train_gpt.main(arguments)
+
+
+def joined(arguments, cwd, cache, port, number, count=2, devices=2):
     """`train_gpt.py` as one of several processes."""
     where = "--coordinator-address", f"127.0.0.1:{port}", "--num-processes", count
     arguments = [*where, "--process-id", number, *arguments]
-    return Process(arguments, cwd, cache, devices, environment=QUIET)
+    return Process(arguments, cwd, cache, devices, environment=QUIET, main=impatient)
 
 
 @contextmanager
-def processes(arguments, cwd, cache, count=2, devices=2):  # noqa: F811
+def processes(arguments, cwd, cache, count=2, devices=2):
     """`train_gpt.py` in so many processes with so many devices each, joined by arguments."""
     port = free_port()
     with ExitStack() as stack:
@@ -85,7 +83,7 @@ def without_gloo(text):
     return [line for line in text if "Gloo" not in line and "peer ranks" not in line]
 
 
-def test_two_processes_train_as_one_does_and_the_first_alone_tells(straight, place, cache):  # noqa: F811
+def test_two_processes_train_as_one_does_and_the_first_alone_tells(straight, place, cache):
     with processes([*RUN, "--batch-size", "1", "--run-name", "a"], place, cache) as (
         (one, two),
         (end,),
@@ -99,16 +97,16 @@ def test_two_processes_train_as_one_does_and_the_first_alone_tells(straight, pla
     told += "go on with --resume runs/a"
     assert re.fullmatch(told, without_gloo(one.lines)[1])
     steps = [line for line in one.lines if "train loss" in line and line.startswith("step")]
-    assert len(steps) == STEPS
+    assert len(steps) == LONGER
     assert len(list(Path("runs").iterdir())) == 1
     config = json.loads(Path("runs/a/config.json").read_text())
     assert config["process_id"] is None  # another launch has other numbers
 
 
 def test_when_one_is_killed_the_other_ends_and_the_run_goes_on_on_other_devices(
-    straight,  # noqa: F811
-    place,  # noqa: F811
-    cache,  # noqa: F811
+    straight,
+    place,
+    cache,
 ):
     with processes([*RUN, "--batch-size", "2", "--run-name", "a"], place, cache) as (
         (one, two),
@@ -120,21 +118,17 @@ def test_when_one_is_killed_the_other_ends_and_the_run_goes_on_on_other_devices(
         status = end.result()
     assert status != 0
     assert "another task died" in two.stderr
-    shutil.copytree("runs/a", "runs/b")
-    with Process(["--resume", "runs/a", "--batch-size", "2"], place, cache, 4) as alone:
-        assert (alone.end(), alone.stderr) == (0, "")
-    assert "resuming runs/a after step 7" in alone.lines
-    with processes(["--resume", "runs/b"], place, cache, count=4, devices=1) as (four, ends):
+    with processes(["--resume", "runs/a"], place, cache, count=4, devices=1) as (four, ends):
         statuses = [four[0].end(), *(end.result() for end in ends)]
     assert statuses == [0] * 4, four[0].stderr
-    for run in ("runs/a", "runs/b"):
-        assert_same(losses(run), losses(straight))
+    assert "resuming runs/a after step 7" in four[0].lines
+    assert_same(losses("runs/a"), losses(straight))
 
 
 def test_one_that_is_killed_as_they_save_or_cannot_begin_ends_all_and_nothing_is_half_written(
-    straight,  # noqa: F811
-    place,  # noqa: F811
-    cache,  # noqa: F811
+    straight,
+    place,
+    cache,
 ):
     """Neither is the first, so that the first must miss it: both at once, to wait only once."""
     saves, elsewhere, port = Path("runs/a/checkpoints"), place / "elsewhere", free_port()
@@ -170,7 +164,7 @@ def test_one_that_is_killed_as_they_save_or_cannot_begin_ends_all_and_nothing_is
 
 
 @pytest.mark.parametrize("what", ["settings", "data"])
-def test_processes_that_were_started_differently_all_say_so(place, cache, what):  # noqa: F811
+def test_processes_that_were_started_differently_all_say_so(place, cache, what):
     port, elsewhere = free_port(), place / "elsewhere"
     arguments = [*RUN, "--batch-size", "2", "--run-name", "a"]
     elsewhere.mkdir()
@@ -191,7 +185,7 @@ def test_processes_that_were_started_differently_all_say_so(place, cache, what):
     assert not Path("runs").exists()
 
 
-def test_when_one_is_told_to_end_all_save_after_the_same_step(straight, place, cache):  # noqa: F811
+def test_when_one_is_told_to_end_all_save_after_the_same_step(straight, place, cache):
     # So long a run that it cannot end before the signal is minded.
     long = [*RUN, "--batch-size", "2", "--run-name", "a", "--num-steps", "900"]
     with processes(long, place, cache) as ((one, two), (end,)):
@@ -206,14 +200,14 @@ def test_when_one_is_told_to_end_all_save_after_the_same_step(straight, place, c
     found = losses("runs/a")
     assert max(found) == step
     # The shorter run's rates are the same up to its cooldown.
-    same = range(min(step, STEPS // 2) + 1)
+    same = range(min(step, LONGER // 2) + 1)
     assert_same(
         {k: v for k, v in found.items() if k in same},
         {k: v for k, v in losses(straight).items() if k in same},
     )
 
 
-def test_what_the_first_cannot_begin_no_other_begins(place, cache):  # noqa: F811
+def test_what_the_first_cannot_begin_no_other_begins(place, cache):
     Path("runs/a").mkdir(parents=True)
     with processes([*RUN, "--batch-size", "2", "--run-name", "a"], place, cache) as (
         (one, _),
@@ -245,7 +239,7 @@ def test_a_process_that_no_other_joins_says_so_and_ends(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_a_port_that_is_taken_is_told(place, cache):  # noqa: F811
+def test_a_port_that_is_taken_is_told(place, cache):
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with joined(RUN, place, cache, port, 0) as process:

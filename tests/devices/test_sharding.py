@@ -18,8 +18,6 @@ from nanogpt.optim.groups import make_optimizer
 from nanogpt.training.step import graph_of, init_params, make_eval_step, make_init, make_train_step
 from tests.training.test_step import RATES, T, collectives, placed, some_rows, train_plainly
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 # Heads for four devices in pairs, and every trick that heads and values have.
 CONFIG = GPTConfig(
     vocab_size=100,

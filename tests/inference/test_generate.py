@@ -18,8 +18,6 @@ from nanogpt.model.rotary import rotation
 from nanogpt.training.step import graph_of, init_params
 from tests.conftest import with_every_trick
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 CONTEXT = 20  # between the windows of 8 and 24 that the layers have in turn
 PROMPTS = ([99, 3, 41, 7, 7, 20, 64, 5], [4], [8, 9, *[1, 2, 3, 7, 5] * 4])  # the last is cut
 TOKENS = 40  # no multiple of CHUNK

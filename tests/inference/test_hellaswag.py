@@ -18,8 +18,6 @@ from nanogpt.inference import hellaswag
 from nanogpt.inference.hellaswag import Item, losses_of, make_row_losses, read_items, row_of, scores
 from nanogpt.training.step import graph_of, init_params
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 SEPARATOR, T = 99, 64
 
 

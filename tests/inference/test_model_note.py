@@ -13,8 +13,6 @@ from nanogpt.inference.export import save_model
 from nanogpt.inference.model_note import note
 from tests.model import test_gpt as test_model
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 21))
 SOURCE = {"run": "a", "step": 5, "tokens": 500, "commit": "abc", "val_loss": 1.25}
 SETTINGS = {"tokenizer": "bytes", "sequence_length": 16, "dtype": "float32", "from": SOURCE}

@@ -21,18 +21,11 @@ from nanogpt.inference.weights import Weights, load_run, settings_with
 from nanogpt.runs.settings import settings
 from nanogpt.schedule import Stage
 from nanogpt.training.step import init_params
-from tests.test_train_gpt import SMALL, T, base_run, mean_loss, shared_folder, start
-from tests.training.test_resume import (
-    another,
-    arrays,
-    assert_one_sentence,
-    records,
-    steps,
-    without_times,
-)
+from tests.programs import run_to_end
+from tests.run_folders import arrays, mean_loss, records, steps, without_times
+from tests.small_runs import SMALL, T
+from tests.training.test_resume import another, assert_one_sentence
 from train_gpt import PRESETS, Hyperparameters
-
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
 STEPS = 4
 TUNED = [
@@ -43,9 +36,9 @@ TUNED = [
 
 
 @pytest.fixture(scope="module")
-def first(tmp_path_factory):
+def first(base):
     """The run whose weights the others begin with."""
-    return base_run(tmp_path_factory).folder
+    return base.folder
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +65,16 @@ def place(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tuned(first, tmp_path_factory):
+def tuned(first, cache, tmp_path_factory):
     """A run that began with the weights of a copy of the first one, which then was deleted."""
     place = tmp_path_factory.mktemp("tuned")
     write_data(place)
     shutil.copytree(first, place / "runs" / "copy")
-    done = start(["--init-from", "runs/copy", *TUNED], place, cache(tmp_path_factory))
+    done = run_to_end(["--init-from", "runs/copy", *TUNED], place, cache)
     assert (done.returncode, done.stderr) == (0, "")
     assert "beginning with the weights in runs/copy" in done.stdout.splitlines()
     shutil.rmtree(place / "runs" / "copy")
     return place / "runs" / "tuned"
-
-
-def cache(tmp_path_factory):
-    return shared_folder(tmp_path_factory) / "cache"
 
 
 def asked(*arguments):
@@ -121,9 +110,9 @@ def test_steps_schedule_and_optimizer_begin_anew(first, tuned):
 
 
 def test_an_exported_model_begins_the_same_run_on_another_number_of_devices(
-    exported, tuned, place, monkeypatch, tmp_path_factory
+    exported, tuned, place, monkeypatch, cache
 ):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache(tmp_path_factory)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     one_row_each = [*SMALL, *TUNED, "--batch-size", "1"]
     assert train_gpt.main(["--init-from", str(exported), *one_row_each]) == 0
     for ours, theirs in zip(records(place / "runs" / "tuned"), records(tuned), strict=True):
@@ -132,13 +121,11 @@ def test_an_exported_model_begins_the_same_run_on_another_number_of_devices(
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
-def test_it_is_resumed_from_its_own_checkpoints_when_the_other_run_is_gone(
-    tuned, place, tmp_path_factory
-):
+def test_it_is_resumed_from_its_own_checkpoints_when_the_other_run_is_gone(tuned, place, cache):
     run = shutil.copytree(tuned, place / "runs" / "tuned")
     for step in (3, 4):
         shutil.rmtree(run / "checkpoints" / f"{step:08}")
-    done = start(["--resume", "runs/tuned"], place, cache(tmp_path_factory))
+    done = run_to_end(["--resume", "runs/tuned"], place, cache)
     assert (done.returncode, done.stderr) == (0, "")
     assert "resuming runs/tuned after step 2" in done.stdout
     assert "beginning with" not in done.stdout

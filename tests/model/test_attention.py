@@ -14,8 +14,6 @@ import nanogpt.model.attention
 from nanogpt.config import GPTConfig
 from nanogpt.model.attention import attention, choose_attention, reference_attention
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def some_qkv(B=2, T=11, N=3, H=8, dtype="float32"):
     x = np.random.default_rng(0).standard_normal((3, B, T, N, H))

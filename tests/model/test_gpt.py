@@ -23,8 +23,6 @@ from nanogpt.model.gpt import (
 from nanogpt.model.parameters import compute_copy
 from nanogpt.training.step import graph_of, init_params
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def alive(config, seed=0):
     """Random parameters, so that nothing stands at the zero it starts from."""

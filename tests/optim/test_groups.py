@@ -9,8 +9,6 @@ from nanogpt.optim.groups import cautious_decay, group, make_optimizer
 from nanogpt.optim.muon import MuonState
 from nanogpt.training.step import init_params
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 # One matrix, and parameters for each of Adam's groups.
 SHAPES = {"up": (2, 8, 12), "embed": (6, 8), "head": (8, 6), "skips": (2,), "gate": (2, 3, 4)}
 RATES = {"up": 0.05, "embed": 0.3, "head": 0.007, "skips": 0.02, "gate": 0.02}

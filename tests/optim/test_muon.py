@@ -11,8 +11,6 @@ from jax.sharding import NamedSharding
 from nanogpt.devices.mesh import REPLICATED, make_mesh
 from nanogpt.optim.muon import POLAR_EXPRESS, SAFETY, orthogonalize, scale_by_muon
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 SHAPES = {"qkv": (5, 3, 16, 16), "out": (5, 16, 16), "up": (5, 16, 40), "down": (5, 40, 16)}
 JORDAN = [(3.4445, -4.7750, 2.0315)] * 5  # what Muon had before: one quintic, five times over
 

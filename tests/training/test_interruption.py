@@ -1,38 +1,28 @@
 """Signals to real runs, at every stage: what is saved, with which status they end, and how soon."""
 
 import json
-import os
-import re
+import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from nanogpt.data.shards import read_shard, write_shard
-from tests.test_train_gpt import VAL_TOKENS
-from tests.training.test_resume import (
-    PATIENCE,
-    Process,
+from tests.programs import PATIENCE, PYTHON, SCRIPT, Process, settings, wait_until
+from tests.run_folders import (
     arrays,
     assert_same_run,
-    cache,
     checkpoints,
-    place,
     records,
-    resume,
-    started,
     steps,
-    straight,
-    wait_until,
     without_times,
 )
-
-__all__ = ["cache", "place", "straight"]  # fixtures
+from tests.small_runs import RUN, VAL_TOKENS, resume, started
 
 TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 AT_ONCE = 5.0  # seconds: far less than what the interrupted work would still take
@@ -127,37 +117,37 @@ def validates_long(place):
     write_shard(place / "val.bin", np.tile(read_shard(place / "val.bin"), 301))
 
 
-@pytest.mark.parametrize(("interval", "last", "broken"), [(4, 6, 4), (0, 5, 5)])
-def test_a_validation_is_broken_off_and_made_up_for_when_the_run_goes_on(
-    place, cache, interval, last, broken
-):
-    """Its last validation too, after which there is nothing else to do."""
+def test_a_validation_is_broken_off_and_made_up_for_when_the_run_goes_on(place, cache):
+    """Its last validation, after which there is nothing else to do, unless steps are added."""
     validates_long(place)
-    arguments = ["--val-loss-every", interval, "--num-steps", last]
-    with started(place, cache, *arguments, *LONG) as process:
-        process.read_until(f"step {broken}/{last} | train")
+    run = place / "runs" / "a"
+    arguments = ["--val-loss-every", "4", "--checkpoint-every", "4", "--cooldown-fraction", "0"]
+    with started(place, cache, *arguments, "--num-steps", "4", *LONG) as process:
+        process.read_until("step 4/4 | train")
         process.send(TERM)
         before = time.monotonic()
         assert process.end() == 143
         assert time.monotonic() - before < AT_ONCE
-    run = place / "runs" / "a"
-    assert steps(run) == [broken]
     assert not any("val loss" in line for line in process.lines), "the signal came too late"
-    assert [record["step"] for record in records(run)] == [*range(1, broken)]
-    # The next process makes up for it, and is killed before it saves again.
+    assert steps(run) == [4]
+    assert [record["step"] for record in records(run)] == [1, 2, 3]
+    # The next process makes up for it, and is killed before it ends.
     with Process(["--resume", "runs/a", *SHORT], place, cache) as process:
-        assert f"step {broken}/{last} | val loss " in process.read_until(f"/{last} | ")
-        wait_until(lambda: broken in [record["step"] for record in records(run)])
+        assert "step 4/4 | val loss " in process.read_until("/4 | ")
+        wait_until(lambda: records(run)[-1]["step"] == 4)
         process.send(signal.SIGKILL)
         process.end()
-    assert steps(run) == [broken]
-    _, status, errors = resume(run, cache, *SHORT)
-    assert (status, errors) == (0, "")
-    with started(place, cache, *arguments, "--run-name", "b") as uninterrupted:
+    assert steps(run) == [4]
+    longer = shutil.copytree(run, place / "runs" / "longer")
+    for each, more in ((run, []), (longer, ["--num-steps", "6"])):
+        _, status, errors = resume(each, cache, *SHORT, *more)
+        assert (status, errors) == (0, "")
+    with started(place, cache, *arguments, "--num-steps", "6", "--run-name", "b") as uninterrupted:
         assert uninterrupted.end() == 0
     other = place / "runs" / "b"
-    assert without_times(run) == without_times(other)
-    assert arrays(run, last) == arrays(other, last)
+    assert without_times(longer) == without_times(other)
+    assert without_times(run) == without_times(other)[:4]
+    assert [step for step in (4, 6) if arrays(longer, step) != arrays(other, step)] == []
 
 
 # Before and after
@@ -168,16 +158,23 @@ def test_a_validation_is_broken_off_and_made_up_for_when_the_run_goes_on(
 def test_a_signal_while_jax_is_loaded_ends_at_once_and_leaves_nothing(
     place, cache, sent, status, after
 ):
-    with started(place, cache) as process:
+    with subprocess.Popen(
+        [*PYTHON, SCRIPT, *RUN, "--run-name", "a"],
+        env=settings(cache, 1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
         maps = Path(f"/proc/{process.pid}/maps")
         wait_until(lambda: "jaxlib" in maps.read_text())
         time.sleep(after)
-        process.send(sent)
+        process.send_signal(sent)
         before = time.monotonic()
-        assert process.end() in (status, -sent)  # a shell says `status` of both
+        output, errors = process.communicate(timeout=PATIENCE)
         assert time.monotonic() - before < AT_ONCE
-    assert process.lines == [], "the signal came too late"
-    assert "Traceback" not in process.stderr
+    assert process.returncode in (status, -sent)  # a shell says `status` of both
+    assert output == "", "the signal came too late"
+    assert "Traceback" not in errors
     assert checkpoints(place / "runs" / "a") == []
     assert no_half_files(place / "runs")
 
@@ -221,63 +218,52 @@ def test_a_signal_while_it_writes_its_sample_ends_at_once_and_the_run_is_whole(
 # Several processes
 
 
-MEMBER = """
-import sys, time
-import jax
+def member(arguments):
+    """A process of two that do nothing but take steps together."""
+    import jax
+    from jax.experimental.multihost_utils import sync_global_devices
 
-port, me, last = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-jax.distributed.initialize(f"127.0.0.1:{port}", 2, me)
+    from nanogpt.training.interruption import Interruption
 
-from jax.experimental.multihost_utils import sync_global_devices
-from nanogpt.training.interruption import Interruption
-
-with Interruption() as interruption:
-    interruption.patient = True
-    for step in range(1, last + 1):
-        time.sleep(0.02)
-        sync_global_devices(f"step {step}")
-        print("step", step, flush=True)
-        if interruption.requested(step):
-            print("step", step, "is the last", flush=True)
-            sys.exit(interruption.exit_status)
-"""
+    port, me, last = map(int, arguments)
+    jax.distributed.initialize(f"127.0.0.1:{port}", 2, me)
+    with Interruption() as interruption:
+        interruption.patient = True
+        for step in range(1, last + 1):
+            time.sleep(0.02)
+            sync_global_devices(f"step {step}")
+            print("step", step, flush=True)
+            if interruption.requested(step):
+                print("step", step, "is the last", flush=True)
+                return interruption.exit_status
+    return 0
 
 
 @pytest.mark.parametrize(
-    ("member", "sent", "statuses"),
+    ("number", "sent", "statuses"),
     [(0, TERM, [143, 143]), (1, TERM, [143, 143]), (1, INT, [143, 130])],
 )
-def test_processes_that_train_together_end_after_the_same_step(member, sent, statuses, tmp_path):
+def test_processes_that_train_together_end_after_the_same_step(
+    number, sent, statuses, tmp_path, cache
+):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    root = str(Path(__file__).parents[2])
-    environment = os.environ | {
-        "PYTHONPATH": root,
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": "1",
-    }
     last = 2000
-    members = [
-        subprocess.Popen(
-            [sys.executable, "-c", MEMBER, f"{port}", f"{i}", f"{last}"],
-            env=environment,
-            stdout=(tmp_path / f"{i}").open("wb"),
-            stderr=(tmp_path / f"{i}.stderr").open("wb"),
-        )
-        for i in range(2)
-    ]
-    try:
-        wait_until(lambda: (tmp_path / f"{member}").read_text().count("\n") >= 10)
-        members[member].send_signal(sent)
-        ended = [process.wait(PATIENCE) for process in members]
-    finally:
-        for process in members:
-            process.kill()
-            process.wait()
-    made = [re.findall(r"^step .*$", (tmp_path / f"{i}").read_text(), re.M) for i in range(2)]
-    errors = [(tmp_path / f"{i}.stderr").read_text()[-2000:] for i in range(2)]
-    assert ended == statuses, errors
+    with (
+        Process([port, 0, last], tmp_path, cache, main=member) as first,
+        Process([port, 1, last], tmp_path, cache, main=member) as second,
+        ThreadPoolExecutor() as threads,
+    ):
+        members = first, second
+        other_ends = threads.submit(members[1 - number].end)
+        members[number].read_until("step 10")
+        members[number].send(sent)
+        members[number].end()
+        other_ends.result()
+    errors = [process.stderr[-2000:] for process in members]
+    assert [process.poll() for process in members] == statuses, errors
+    made = [[x for x in process.lines if x.startswith("step ")] for process in members]
     assert made[0] == made[1]
     assert made[0][-1].endswith(" is the last")
     assert 10 <= len(made[0]) < last

@@ -5,16 +5,12 @@ by its console, which it waits for like any program whose output is not read; so
 depends on being quick.
 """
 
-import fcntl
 import json
 import os
 import re
 import resource
-import select
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields, replace
 from pathlib import Path
@@ -28,243 +24,20 @@ import train_gpt
 from nanogpt.config import ConfigError, GPTConfig
 from nanogpt.data.shards import check_vocabulary, write_shard
 from nanogpt.training.resume import CHANGEABLE, resumed_settings
-from tests.test_train_gpt import SCRIPT, SMALL, STAGE_ENDS, STAGED, TIMES, shared_folder, staged_run
+from tests.programs import NO_LIMIT, Process, wait_until
+from tests.run_folders import (
+    arrays,
+    assert_same_end,
+    assert_same_run,
+    checkpoints,
+    contents,
+    died_after,
+    records,
+    steps,
+    without_times,
+)
+from tests.small_runs import LONGER, RUN, SMALL, STAGE_ENDS, STAGED, resume, started
 from train_gpt import PRESETS, Hyperparameters
-
-STEPS, EVERY = 20, 7
-DATA = ["--train-files", "train_*.bin", "--val-files", "val.bin"]
-RUN = [
-    *("--preset", "laptop", *SMALL, *DATA, "--num-steps", f"{STEPS}"),
-    *("--checkpoint-every", f"{EVERY}", "--keep-checkpoints", "9"),
-]
-PATIENCE = 120  # seconds after which a process that does not do what it should has failed
-
-
-# Runs a command with signals as they are on a terminal, but for those to ignore, and with a limit
-# to the size of files.
-PREPARE = """
-import os, resource, signal, sys
-ignored, limit, *command = sys.argv[1:]
-for number in (signal.SIGINT, signal.SIGHUP):
-    signal.signal(number, signal.SIG_DFL)
-for number in ignored.split():
-    signal.signal(int(number), signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
-os.execv(command[0], command)
-"""
-NO_LIMIT = resource.RLIM_INFINITY
-
-
-# Runs, and what they leave
-
-
-class Process:
-    """`train_gpt.py` in a process of its own, which can get one line ahead of who reads it.
-
-    Its console is a pipe that holds a single write. When step k's line was read, that of step
-    k + 1 is in the pipe, and the run is held before that of k + 2 until more is read.
-    """
-
-    def __init__(
-        self, arguments, cwd, cache, devices=1, environment=(), ignored=(), limit=NO_LIMIT
-    ):
-        """Start it in a folder, with nothing of this process's settings.
-
-        It ignores the signals `ignored`, and no file of it may grow beyond `limit` bytes.
-        """
-        left_out = ("FORCE_COLOR", "COLUMNS", "PYTHONUNBUFFERED")
-        settings = {
-            "XDG_CACHE_HOME": str(cache),
-            "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": str(devices),
-            "JAX_ENABLE_COMPILATION_CACHE": "1",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # to compile in half the time
-        }
-        inherited = {k: v for k, v in os.environ.items() if k not in left_out}
-        self._read, write = os.pipe2(os.O_DIRECT)
-        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
-        self._errors, errors = os.pipe()  # no file, to which the limit would apply, too
-        self.stderr = ""
-        self.lines, self._rest = [], ""  # what was read of the console
-        command = [sys.executable, SCRIPT, *map(str, arguments)]
-        signals = "".join(f"{number:d} " for number in ignored)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", PREPARE, signals, f"{limit}", *command],
-            cwd=cwd,
-            env=inherited | settings | dict(environment),
-            stdout=write,
-            stderr=errors,
-        )
-        self.pid = self._process.pid
-        os.close(write)
-        os.close(errors)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self._process.kill()
-        self._process.wait()
-        self.close_console()
-        os.close(self._errors)
-
-    def read_until(self, text):
-        """Read on to the next line with `text` in it, and return that line."""
-        read = len(self.lines)
-        while True:
-            for line in self.lines[read:]:
-                read += 1
-                if text in line:
-                    return line
-            assert self._read_more(), (text, self.lines, self.end(), self.stderr)
-
-    def send(self, number):
-        self._process.send_signal(number)
-
-    def poll(self):
-        return self._process.poll()
-
-    def close_console(self):
-        if self._read is not None:
-            os.close(self._read)
-            self._read = None
-
-    def end(self):
-        """Read all that is still to come, and return the exit status."""
-        while self._read is not None and self._read_more():
-            pass
-        status = self._process.wait(PATIENCE)
-        while piece := os.read(self._errors, 1 << 16):
-            self.stderr += piece.decode()
-        return status
-
-    def _read_more(self):
-        """Read a little; False at the end."""
-        readable, _, _ = select.select([self._read], [], [], PATIENCE)
-        assert readable, f"nothing came after {self.lines}"
-        piece = os.read(self._read, 1 << 16)
-        *lines, self._rest = (self._rest + piece.decode()).split("\n")
-        self.lines += lines
-        return bool(piece)
-
-
-def wait_until(true):
-    """Wait for something that another process does."""
-    deadline = time.monotonic() + PATIENCE
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """One cache of compiled code for all these runs."""
-    return shared_folder(tmp_path_factory) / "resume-cache"
-
-
-def write_data(folder):
-    """Two shards to train on, not twice the same row, and one to validate on."""
-    random = np.random.default_rng(0)
-    tokens = (7 * np.arange(20_000) % 97 + random.integers(0, 9, 20_000)).astype(np.uint16)
-    write_shard(folder / "train_0.bin", tokens[:9_000])
-    write_shard(folder / "train_1.bin", tokens[9_000:18_000])
-    write_shard(folder / "val.bin", tokens[18_000:])
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder with data, where runs are made; this process is in it, too."""
-    write_data(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture(scope="session")
-def straight(tmp_path_factory, cache):
-    """The run that nothing happened to, made by the first process that asks for it."""
-    folder = shared_folder(tmp_path_factory) / "straight"
-    with (folder.parent / "straight.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "done").exists():
-            folder.mkdir()
-            write_data(folder)
-            with Process([*RUN, "--run-name", "a"], folder, cache) as process:
-                assert (process.end(), process.stderr) == (0, "")
-            (folder / "done").touch()
-    return folder / "runs" / "a"
-
-
-@pytest.fixture(scope="session")
-def staged(tmp_path_factory):
-    """The same of a run through several stages, and the cache that it filled."""
-    return staged_run(tmp_path_factory).folder, shared_folder(tmp_path_factory) / "cache"
-
-
-def died_after(step, straight, place):
-    """A copy of the straight run as it would have been left by a crash soon after `step`."""
-    run = place / "runs" / "a"
-    shutil.copytree(straight, run)
-    for checkpoint in checkpoints(run):
-        if int(checkpoint.name) > step:
-            shutil.rmtree(checkpoint)
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join(lines[: step + 2]) + lines[step + 2][:20])
-    return run
-
-
-def resume(run, cache, *arguments, devices=1):
-    """Go on with a run to its end: the process, its exit status."""
-    place = run.parent.parent
-    with Process(["--resume", run.relative_to(place), *arguments], place, cache, devices) as it:
-        return it, it.end(), it.stderr
-
-
-def checkpoints(run):
-    """The folders of the whole checkpoints, oldest first."""
-    return sorted(path.parent for path in (run / "checkpoints").glob("*/manifest.json"))
-
-
-def steps(run):
-    return [int(checkpoint.name) for checkpoint in checkpoints(run)]
-
-
-def arrays(run, step):
-    """Every array of a checkpoint by its name: parameters, optimizer and the rest, to the bit."""
-    tree = ocp.load_checkpointables(run / "checkpoints" / f"{step:08}")
-    leaves = jax.tree.leaves_with_path(tree)
-    return {jax.tree_util.keystr(k): (x.dtype, x.shape, np.asarray(x).tobytes()) for k, x in leaves}
-
-
-def records(run):
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def without_times(run):
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in records(run)]
-
-
-def assert_same_run(run, straight):
-    assert without_times(run) == without_times(straight)
-    assert_same_end(run, straight)
-
-
-def assert_same_end(run, straight):
-    last = steps(straight)[-1]
-    assert steps(run)[-1] == last
-    ours, theirs = arrays(run, last), arrays(straight, last)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if ours[name] != theirs[name]] == []
-
-
-def contents(folder):
-    return {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
-
-
-def started(place, cache, *arguments, **settings):
-    """The run "a", which has begun."""
-    return Process([*RUN, "--run-name", "a", *arguments], place, cache, **settings)
 
 
 def killed_after_seven(place, cache, *arguments, devices=1):
@@ -284,18 +57,35 @@ def killed_after_seven(place, cache, *arguments, devices=1):
 
 def test_the_straight_run_has_what_the_others_are_compared_with(straight):
     assert steps(straight) == [7, 14, 20]
-    assert [record["step"] for record in records(straight)] == [*range(1, STEPS + 1)]
+    assert [record["step"] for record in records(straight)] == [*range(1, LONGER + 1)]
     assert [r["step"] for r in records(straight) if "val_loss" in r] == [4, 8, 12, 16, 20]
-    names = arrays(straight, STEPS).keys()
+    names = arrays(straight, LONGER).keys()
     assert any(name.startswith("['params']") for name in names)
     assert any("['opt_state']" in name for name in names)
-    assert arrays(straight, 14) != arrays(straight, STEPS)
+    assert arrays(straight, 14) != arrays(straight, LONGER)
 
 
-def test_a_run_that_was_killed_goes_on_after_its_last_checkpoint_to_the_same_end(
+def test_a_run_that_was_killed_is_free_and_goes_on_after_its_last_checkpoint_to_the_same_end(
     straight, place, cache
 ):
-    run = killed_after_seven(place, cache)
+    run = place / "runs" / "a"
+    with started(place, cache) as first:
+        first.read_until("step 7/")
+        wait_until(lambda: steps(run) == [7])
+        time.sleep(0.2)  # for what is not waited for to be written
+        before = contents(run)
+        # Until then it has one process at a time.
+        second, status, errors = resume(run, cache)
+        assert (status, second.lines) == (2, [])
+        (sentence,) = errors.splitlines()
+        assert re.search(
+            rf"^runs/a is being trained by process {first.pid} on \S+ "
+            r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d: .*\.$",
+            sentence,
+        )
+        assert contents(run) == before
+        first.send(signal.SIGKILL)
+        assert first.end() == -signal.SIGKILL
     process, status, errors = resume(run, cache)
     assert (status, errors) == (0, "")
     assert "resuming runs/a after step 7" in process.lines
@@ -358,9 +148,9 @@ def test_a_run_goes_on_with_another_number_of_devices_on_the_same_tokens(straigh
 
 
 def test_a_run_stopped_in_the_validation_that_ends_a_stage_goes_on_with_the_next_to_the_same_end(
-    staged, place
+    staged, place, cache
 ):
-    straight, cache = staged
+    straight = staged.folder
     hp = json.loads((straight / "config.json").read_text())
     files = [f"--{name}-files={hp[f'{name}_files']}" for name in ("train", "val")]
     end = STAGE_ENDS[0]
@@ -387,8 +177,10 @@ def test_a_run_stopped_in_the_validation_that_ends_a_stage_goes_on_with_the_next
     assert_same_end(run, straight)
 
 
-def test_a_run_goes_on_from_one_stage_through_the_next_on_another_number_of_devices(staged, place):
-    straight, cache = staged
+def test_a_run_goes_on_from_one_stage_through_the_next_on_another_number_of_devices(
+    staged, place, cache
+):
+    straight = staged.folder
     run = died_after(21, straight, place)
     process, status, errors = resume(run, cache, "--batch-size", "1", devices=2)
     assert (status, errors) == (0, "")
@@ -400,8 +192,10 @@ def test_a_run_goes_on_from_one_stage_through_the_next_on_another_number_of_devi
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
 
 
-def test_a_number_of_steps_that_moves_a_stage_which_has_been_trained_is_refused(staged, place):
-    straight, cache = staged
+def test_a_number_of_steps_that_moves_a_stage_which_has_been_trained_is_refused(
+    staged, place, cache
+):
+    straight = staged.folder
     run = died_after(15, straight, place)
     metrics, whole = (run / "metrics.jsonl").read_bytes(), contents(run / "checkpoints")
     process, status, errors = resume(run, cache, "--num-steps", "52")
@@ -607,29 +401,15 @@ def flipped_bit(checkpoint):
     largest_file(checkpoint).write_bytes(content)
 
 
-def truncated(checkpoint):
-    file = largest_file(checkpoint)
-    os.truncate(file, file.stat().st_size - 1)
-
-
-def deleted(checkpoint):
-    largest_file(checkpoint).unlink()
-
-
-@pytest.mark.parametrize(
-    ("harm", "why"), [(flipped_bit, "changed"), (truncated, "bytes instead of"), (deleted, "lacks")]
-)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
-    straight, place, cache, harm, why
-):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(straight, place, cache):
     run = died_after(14, straight, place)
     newest = run / "checkpoints" / "00000014"
     file = largest_file(newest).relative_to(newest).as_posix()
-    harm(newest)
+    flipped_bit(newest)
     process, status, errors = resume(run, cache)
     assert (status, errors) == (0, "")
     (warning,) = (line for line in process.lines if line.startswith("WARNING"))
-    for words in ("00000014", file, why, "step 7"):
+    for words in ("00000014", file, "changed", "step 7"):
         assert words in warning
     assert "resuming runs/a after step 7" in process.lines
     assert_same_run(run, straight)
@@ -706,32 +486,6 @@ def test_a_disk_that_is_full_from_the_start_is_told_in_one_sentence(straight, pl
         assert "File too large" in sentence
     assert (run / "metrics.jsonl").read_bytes() == metrics
     assert contents(run / "checkpoints") == whole
-
-
-# Two processes
-
-
-def test_a_run_has_one_process_at_a_time_and_is_free_when_that_was_killed(straight, place, cache):
-    run = place / "runs" / "a"
-    with started(place, cache) as first:
-        first.read_until("step 7/")
-        wait_until(lambda: steps(run) == [7])
-        time.sleep(0.2)  # for what is not waited for to be written
-        before = contents(run)
-        second, status, errors = resume(run, cache)
-        assert (status, second.lines) == (2, [])
-        (sentence,) = errors.splitlines()
-        assert re.search(
-            rf"^runs/a is being trained by process {first.pid} on \S+ "
-            r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d: .*\.$",
-            sentence,
-        )
-        assert contents(run) == before
-        first.send(signal.SIGKILL)
-        assert first.end() == -signal.SIGKILL
-    _, status, errors = resume(run, cache)
-    assert (status, errors) == (0, "")
-    assert_same_run(run, straight)
 
 
 # Numbers that are not finite

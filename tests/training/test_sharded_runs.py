@@ -7,7 +7,9 @@ import pytest
 
 import train_gpt
 from tests.devices.test_processes import losses, processes
-from tests.training.test_resume import RUN, STEPS, Process, cache, died_after, place, resume  # noqa: F401
+from tests.programs import Process
+from tests.run_folders import died_after
+from tests.small_runs import LONGER, RUN, resume
 
 ARGUMENTS = [*RUN, "--model.num-heads", "4"]  # which two devices share, in pairs too
 
@@ -21,7 +23,7 @@ def assert_close(found, expected):
             assert loss == (other and pytest.approx(other, rel=rel)), step
 
 
-def alone_and_in_parts(place, cache):  # noqa: F811
+def alone_and_in_parts(place, cache):
     """The same run on one device, and divided over four of two processes in both ways."""
     with Process([*ARGUMENTS, "--run-name", "alone"], place, cache) as process:
         assert (process.end(), process.stderr) == (0, "")
@@ -36,8 +38,8 @@ def alone_and_in_parts(place, cache):  # noqa: F811
 
 
 def test_a_run_in_parts_loses_as_one_on_a_device_does_and_goes_on_on_any_devices(
-    place,  # noqa: F811
-    cache,  # noqa: F811
+    place,
+    cache,
 ):
     alone, parts = alone_and_in_parts(place, cache)
     assert_close(losses(parts), losses(alone))
@@ -54,7 +56,7 @@ def test_a_run_in_parts_loses_as_one_on_a_device_does_and_goes_on_on_any_devices
         assert (status, errors) == (0, "")
         assert "resuming runs/a after step 7" in process.lines
         assert_close(losses(run), losses(alone))
-        assert max(losses(run)) == STEPS
+        assert max(losses(run)) == LONGER
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,7 @@ def test_a_run_in_parts_loses_as_one_on_a_device_does_and_goes_on_on_any_devices
     ],
 )
 def test_a_mesh_that_cannot_be_is_told_in_one_sentence_before_a_run_is_made(
-    place,  # noqa: F811
+    place,
     capsys,
     arguments,
     told,

@@ -26,8 +26,6 @@ from nanogpt.training.step import (
     make_train_step,
 )
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 CONFIG = GPTConfig(
     vocab_size=100,
     num_layers=2,

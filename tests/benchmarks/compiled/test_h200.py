@@ -14,10 +14,13 @@ from nanogpt.config import Kernels
 from nanogpt.devices.hardware import activation_bytes
 from train_gpt import PRESETS
 
-pytestmark = pytest.mark.skipif(
-    not (find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin")),
-    reason='needs JAX\'s CUDA plugin: pip install -e ".[gpu-compiler]"',
-)
+pytestmark = [
+    pytest.mark.usefixtures("compiled_fully"),
+    pytest.mark.skipif(
+        not (find_spec("jax_cuda12_plugin") or find_spec("jax_cuda13_plugin")),
+        reason='needs JAX\'s CUDA plugin: pip install -e ".[gpu-compiler]"',
+    ),
+]
 
 HP = PRESETS["speedrun"]
 V = HP.model.padded_vocab_size

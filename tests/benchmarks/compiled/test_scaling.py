@@ -14,8 +14,6 @@ from benchmarks.compiled.program import Instruction, Program
 from benchmarks.compiled.scaling_tables import table_of_sent, table_of_times
 from tests.devices.test_sharding import compiled
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 def bytes_of(tree):
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -12,8 +12,6 @@ from benchmarks.cpu.proxy_runs import final_loss, on_bytes
 from nanogpt.data.shards import read_shard
 from nanogpt.schedule import Stage
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 
 @pytest.mark.parametrize("proxy", [CPU, GPU], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("piece", PIECES)

@@ -13,8 +13,6 @@ from nanogpt.devices.mesh import make_mesh
 from nanogpt.model.attention import reference_attention
 from nanogpt.model.kernels.flash_attention import flash_attention
 
-pytestmark = pytest.mark.usefixtures("compiled_quickly")
-
 NAMES = ("out", "dq", "dk", "dv")
 
 

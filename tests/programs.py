@@ -1,0 +1,186 @@
+"""The main job, and other programs, in processes that tests start, hold, signal and kill.
+
+They are forked from a process that has imported everything (tests/imports.py) and used no device:
+importing takes longer than the rest of so small a run. `python3 train_gpt.py` itself is what
+`as_a_user_starts_it` runs.
+"""
+
+import atexit
+import fcntl
+import multiprocessing.forkserver
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import chdir
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import train_gpt
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "train_gpt.py"
+PATIENCE = 120  # seconds after which a process that does not do what it should has failed
+NO_LIMIT = resource.RLIM_INFINITY
+# Python that Ctrl-C ends, which is ignored by what tests start when they run in the background.
+PYTHON = ("env", "--default-signal=INT", sys.executable)
+
+FORKED = multiprocessing.get_context("forkserver")
+FORKED.set_forkserver_preload(["tests.imports"])
+
+
+def settings(cache, devices):
+    """The environment of a run with so many devices, with nothing of pytest's own settings."""
+    left_out = ("FORCE_COLOR", "COLUMNS", "PYTHONUNBUFFERED")
+    return {k: v for k, v in os.environ.items() if k not in left_out} | {
+        "XDG_CACHE_HOME": str(cache),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+    }
+
+
+def as_a_user_starts_it(arguments, cwd, cache, devices=1, python_options=()):
+    """`python3 train_gpt.py` from its first line on, to its end."""
+    return subprocess.run(
+        [sys.executable, *python_options, SCRIPT, *arguments],
+        cwd=cwd,
+        env=settings(cache, devices),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+
+
+def run_to_end(arguments, cwd, cache, devices=1):
+    """The same in a process that is forked."""
+    with Process(arguments, cwd, cache, devices) as process:
+        status = process.end()
+    return subprocess.CompletedProcess(
+        arguments, status, "".join(f"{line}\n" for line in process.lines), process.stderr
+    )
+
+
+class Process:
+    """A program in a process of its own, which can get one line ahead of who reads it.
+
+    Its console is a pipe that holds a single write. When step k's line was read, that of step
+    k + 1 is in the pipe, and the run is held before that of k + 2 until more is read.
+    """
+
+    def __init__(
+        self,
+        arguments,
+        cwd,
+        cache,
+        devices=1,
+        environment=(),
+        ignored=(),
+        limit=NO_LIMIT,
+        main=train_gpt.main,
+    ):
+        """Start main(arguments) in a folder, with nothing of this process's settings.
+
+        It ignores the signals `ignored`, and no file of it may grow beyond `limit` bytes.
+        """
+        self._read, write = os.pipe2(os.O_DIRECT)
+        fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+        self._errors, errors = os.pipe()  # no file, to which the limit would apply, too
+        self.stderr = ""
+        self.lines, self._rest = [], ""  # what was read of the console
+        with chdir(ROOT):  # where what is to be imported is found
+            multiprocessing.forkserver.ensure_running()
+        with Connection(write, readable=False) as out, Connection(errors, readable=False) as err:
+            env = settings(cache, devices) | dict(environment)
+            given = main, [*map(str, arguments)], cwd, env, [*ignored], limit, out, err
+            self._process = FORKED.Process(target=_become, args=given, daemon=True)
+            self._process.start()
+        self.pid = self._process.pid
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._process.kill()
+        self._process.join()
+        self.close_console()
+        os.close(self._errors)
+
+    def read_until(self, text):
+        """Read on to the next line with `text` in it, and return that line."""
+        read = len(self.lines)
+        while True:
+            for line in self.lines[read:]:
+                read += 1
+                if text in line:
+                    return line
+            assert self._read_more(), (text, self.lines, self.end(), self.stderr)
+
+    def send(self, number):
+        os.kill(self.pid, number)
+
+    def poll(self):
+        return self._process.exitcode
+
+    def close_console(self):
+        if self._read is not None:
+            os.close(self._read)
+            self._read = None
+
+    def end(self):
+        """Read all that is still to come, and return the exit status."""
+        while self._read is not None and self._read_more():
+            pass
+        self._process.join(PATIENCE)
+        assert self._process.exitcode is not None, f"no end after {self.lines}"
+        while piece := os.read(self._errors, 1 << 16):
+            self.stderr += piece.decode()
+        return self._process.exitcode
+
+    def _read_more(self):
+        """Read a little; False at the end."""
+        readable, _, _ = select.select([self._read], [], [], PATIENCE)
+        assert readable, f"nothing came after {self.lines}"
+        piece = os.read(self._read, 1 << 16)
+        *lines, self._rest = (self._rest + piece.decode()).split("\n")
+        self.lines += lines
+        return bool(piece)
+
+
+def _become(main, arguments, cwd, environment, ignored, limit, output, errors):
+    """What a forked process does: become a program, with everything imported."""
+    import jax
+
+    for descriptor, pipe in enumerate((output, errors), start=1):
+        os.dup2(pipe.fileno(), descriptor)
+        pipe.close()
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    # JAX read the environment when it was imported.
+    jax.config.update("jax_num_cpu_devices", int(environment["JAX_NUM_CPU_DEVICES"]))
+    cached = environment["JAX_ENABLE_COMPILATION_CACHE"] == "1"
+    jax.config.update("jax_enable_compilation_cache", cached)
+    # Signals as on a terminal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    sys.argv = [str(SCRIPT), *arguments]
+    try:
+        sys.exit(main(arguments))
+    finally:  # as Python ends, which multiprocessing leaves out
+        threading._shutdown()
+        atexit._run_exitfuncs()
+
+
+def wait_until(true):
+    """Wait for something that another process does."""
+    deadline = time.monotonic() + PATIENCE
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -1,0 +1,80 @@
+"""What a run left in its folder, as tests read and compare it."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
+from scipy.special import logsumexp
+
+TIMES = ("time_s", "step_time_s", "tokens_per_s")
+
+
+def checkpoints(run):
+    """The folders of the whole checkpoints, oldest first."""
+    return sorted(path.parent for path in (run / "checkpoints").glob("*/manifest.json"))
+
+
+def steps(run):
+    return [int(checkpoint.name) for checkpoint in checkpoints(run)]
+
+
+def arrays(run, step):
+    """Every array of a checkpoint by its name: parameters, optimizer and the rest, to the bit."""
+    tree = ocp.load_checkpointables(run / "checkpoints" / f"{step:08}")
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(k): (x.dtype, x.shape, np.asarray(x).tobytes()) for k, x in leaves}
+
+
+def records(run):
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(run):
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records(run)]
+
+
+def assert_same_run(run, straight):
+    assert without_times(run) == without_times(straight)
+    assert_same_end(run, straight)
+
+
+def assert_same_end(run, straight):
+    last = steps(straight)[-1]
+    assert steps(run)[-1] == last
+    ours, theirs = arrays(run, last), arrays(straight, last)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if ours[name] != theirs[name]] == []
+
+
+def contents(folder):
+    return {file: file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def died_after(step, straight, place):
+    """A copy of the straight run as it would have been left by a crash soon after `step`."""
+    run = place / "runs" / "a"
+    shutil.copytree(straight, run)
+    for checkpoint in checkpoints(run):
+        if int(checkpoint.name) > step:
+            shutil.rmtree(checkpoint)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(lines[: step + 2]) + lines[step + 2][:20])
+    return run
+
+
+def mean_loss(graph, params, shard, count, T):
+    """Of the first so many targets of a shard, in rows of T, in NumPy from the logits on."""
+    tokens = np.fromfile(shard, "<u2")[512:][: count + 1].astype(np.int32)
+    logits_of = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens[None])[0])
+    loss = 0.0
+    for first in range(0, count, T):
+        row = tokens[first : first + T + 1]
+        # A short last row is filled up to need no other compilation: tokens see only earlier ones.
+        logits = np.asarray(logits_of(np.pad(row[:-1], (0, T + 1 - len(row)))), np.float64)
+        loss += logsumexp(logits[: len(row) - 1], axis=1).sum()
+        loss -= logits[np.arange(len(row) - 1), row[1:]].sum()
+    return loss / count

@@ -1,0 +1,160 @@
+"""Small runs of the main job that many tests look at, each made once by who asks first.
+
+The processes of pytest-xdist share them: a test that changes a run works on a copy.
+"""
+
+import fcntl
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanogpt.data.shards import write_shard
+from tests.programs import Process, as_a_user_starts_it, run_to_end
+
+T, TOKENS_PER_STEP, STEPS = 32, 256, 6
+VAL_TOKENS = 268  # 8 rows, which make one pass, and a short ninth
+SMALL = (
+    f"--batch-size 8 --sequence-length {T} --total-batch-size {TOKENS_PER_STEP} "
+    f"--num-steps {STEPS} --val-loss-every 4 --val-tokens {VAL_TOKENS} --dtype float32 "
+    "--sample-tokens 0 --model.num-layers 2 --model.num-heads 2 --model.width 32 "
+    "--model.mlp-width 64 --model.value-embeddings 1 --model.bigram-buckets 64"
+).split()
+
+# The speedrun at a thousandth of its size, in batches and rows, with far fewer and thinner layers
+# and a vocabulary of bytes. Of its 26 steps, 9, 8, 8 and 1 are in its stages.
+STAGED_STEPS, STAGED_VAL_TOKENS = 26, 300
+STAGED = (
+    "--preset speedrun --tokenizer bytes --model.vocab-size 256 "
+    "--batch-size 2 --sequence-length 64 --total-batch-size 384 "
+    f"--num-steps {STAGED_STEPS} --max-document-length 40 --checkpoint-every 3 "
+    f"--keep-checkpoints 9 --val-loss-every 3 --val-tokens {STAGED_VAL_TOKENS} "
+    "--model.num-layers 3 --model.width 16 --model.mlp-width 32 --model.mlp-only 0 "
+    "--model.paired-heads 1 --model.key-offset 2 --model.backout 1 --learning-rate 0.1 "
+    "--model.attention-scale 2 --model.rope-base 16"
+).split()
+STAGE_ENDS = [9, 17, 25, 26]  # round(26 * 0.33), round(26 * 0.66), round(26 * 0.98)
+
+# A run that is killed, resumed and otherwise tried, on shards of its own.
+LONGER, EVERY = 20, 7
+DATA = ["--train-files", "train_*.bin", "--val-files", "val.bin"]
+RUN = [
+    *("--preset", "laptop", *SMALL, *DATA, "--num-steps", f"{LONGER}"),
+    *("--checkpoint-every", f"{EVERY}", "--keep-checkpoints", "9"),
+]
+
+
+@dataclass(frozen=True)
+class Trained:
+    folder: Path
+    console: list[str]
+    log: list[str]
+    metrics: list[dict]
+
+    def column(self, key):
+        return [record[key] for record in self.metrics]
+
+
+def shared_folder(tmp_path_factory):
+    """A folder that the processes of one pytest run have in common."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+def shared_cache(tmp_path_factory):
+    """The cache of them all, with the embedded corpus."""
+    return shared_folder(tmp_path_factory) / "cache"
+
+
+def once(tmp_path_factory, name, make):
+    """The folder `name`, filled by `make` in the first process of a pytest run that asks for it."""
+    folder = shared_folder(tmp_path_factory) / name
+    with (folder.parent / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "whole").exists():
+            folder.mkdir()
+            make(folder)
+            (folder / "whole").touch()
+    return folder
+
+
+def trained(tmp_path_factory, name, *arguments, devices=1, start=run_to_end):
+    """The run `name` of the embedded corpus, trained by the first process that asks for it."""
+
+    def train(place):
+        cache = shared_cache(tmp_path_factory)
+        done = start([*SMALL, "--run-name", name, *arguments], place, cache, devices)
+        assert (done.returncode, done.stderr) == (0, "")
+        (place / "console").write_text(done.stdout)
+
+    place = once(tmp_path_factory, f"trained_{name}", train)
+    folder = place / "runs" / name
+    return Trained(
+        folder,
+        (place / "console").read_text().splitlines(),
+        (folder / "log.txt").read_text().splitlines(),
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
+    )
+
+
+def base_run(tmp_path_factory):
+    """A run of the preset that is chosen without being asked for, started as a user starts it."""
+    sample = "--sample-tokens", "8", "--sample-prompt", "def "
+    return trained(tmp_path_factory, "base", *sample, start=as_a_user_starts_it)
+
+
+def staged_run(tmp_path_factory):
+    """A run of the speedrun in all its stages."""
+
+    def write(folder):
+        for seed, (name, count) in enumerate(
+            {"train_0": 6000, "train_1": 6000, "val": 60_000}.items()
+        ):
+            write_shard(folder / f"{name}.bin", some_documents(count, seed))
+
+    data = once(tmp_path_factory, "documents", write)
+    files = "--train-files", data / "train_*.bin", "--val-files", data / "val.bin"
+    return trained(tmp_path_factory, "staged", *STAGED, *map(str, files))
+
+
+def some_documents(count, seed):
+    """So many bytes: documents of 5 to 90, each after its separator."""
+    random, tokens = np.random.default_rng(seed), []
+    while len(tokens) < count:
+        document = random.integers(97) + 7 * np.arange(random.integers(5, 91))
+        tokens += [255, *(document % 97)]
+    return tokens[:count]
+
+
+def straight_run(tmp_path_factory):
+    """The run that nothing happens to, which others are compared with."""
+
+    def train(folder):
+        write_data(folder)
+        done = run_to_end([*RUN, "--run-name", "a"], folder, shared_cache(tmp_path_factory))
+        assert (done.returncode, done.stderr) == (0, "")
+
+    return once(tmp_path_factory, "straight", train) / "runs" / "a"
+
+
+def write_data(folder):
+    """Two shards to train on, not twice the same row, and one to validate on."""
+    random = np.random.default_rng(0)
+    tokens = (7 * np.arange(20_000) % 97 + random.integers(0, 9, 20_000)).astype(np.uint16)
+    write_shard(folder / "train_0.bin", tokens[:9_000])
+    write_shard(folder / "train_1.bin", tokens[9_000:18_000])
+    write_shard(folder / "val.bin", tokens[18_000:])
+
+
+def started(place, cache, *arguments, **settings):
+    """A run named "a", which has begun."""
+    return Process([*RUN, "--run-name", "a", *arguments], place, cache, **settings)
+
+
+def resume(run, cache, *arguments, devices=1):
+    """Go on with a run to its end: the process, its exit status, its errors."""
+    place = run.parent.parent
+    with Process(["--resume", run.relative_to(place), *arguments], place, cache, devices) as it:
+        return it, it.end(), it.stderr
