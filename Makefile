@@ -1,6 +1,7 @@
 # make train     set everything up and train
 # make test      set everything up and run the tests
 # make lint      set everything up and check style and types
+# make shapes    run the numeric tests with every shape annotation checked
 # make help      print this
 #
 # ARGS go to train_gpt.py or pytest:    make train ARGS="--preset laptop --num-steps 100"
@@ -14,7 +15,7 @@ ACCELERATOR ?= $(shell if [ -e /dev/nvidia0 ]; then echo cuda12; \
 	elif [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then echo tpu; else echo cpu; fi)
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: train test lint help
+.PHONY: train test lint shapes help
 
 train: $(VENV)/ready-$(ACCELERATOR)
 	$(VENV)/bin/python train_gpt.py $(ARGS)
@@ -26,6 +27,11 @@ lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python
+
+shapes: $(VENV)/ready-dev
+	$(VENV)/bin/python -m pytest -n 2 --jaxtyping-packages=nanogpt,tests.typechecker.check \
+		tests/model tests/optim tests/data/test_batches.py tests/training/test_step.py \
+		tests/inference/test_generate.py $(ARGS)
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile

@@ -9,9 +9,12 @@ from nanogpt.runs.environment import environment
 FOLDER = Path(__file__).resolve().parent / "results"
 
 
-def save(name: str, figures: dict[str, Any]) -> None:
-    """Write the figures beside command, date, commit, hardware and versions, and say where."""
+def save(name: str, figures: dict[str, Any], tiny: bool = False) -> None:
+    """Write the figures beside command, date, commit, hardware and versions, and say where.
+
+    Those of a script that was only tried with --tiny go to `<name>_tiny.json`.
+    """
     FOLDER.mkdir(exist_ok=True)
-    path = FOLDER / f"{name}.json"
+    path = FOLDER / f"{name}{'_tiny' if tiny else ''}.json"
     path.write_text(json.dumps(environment() | figures, indent=2) + "\n")
     print(f"written to {path}")

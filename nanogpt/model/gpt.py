@@ -207,7 +207,7 @@ class GPT(nnx.Module):
         tokens: Int[Array, "B T"],
         targets: Int[Array, "B T"],
         weights: tuple[float, ...] = (1.0,),
-    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    ) -> tuple[Float[Array, "B part"], Float[Array, "B part"]]:
         """What to minimise, and the cross-entropy of each target in nats, both float32.
 
         The first is the cross-entropies of the next targets after each token, by these weights.

@@ -36,7 +36,7 @@ def build(config, params):
 
 
 def some_tokens(config, B, T, seed=0):
-    return np.random.default_rng(seed).integers(0, config.vocab_size, (B, T))
+    return jnp.asarray(np.random.default_rng(seed).integers(0, config.vocab_size, (B, T)))
 
 
 def relative_error(actual, expected):
@@ -213,7 +213,7 @@ BARE = GPTConfig(
 )
 def test_logits_and_losses_equal_a_float64_model_in_numpy(config, weights):
     params, (B, T) = alive(config), (2, 13)
-    tokens, targets = (some_tokens(config, B, T, seed) for seed in (0, 1))
+    tokens, targets = (np.array(some_tokens(config, B, T, seed)) for seed in (0, 1))
     targets[1, 9] = -1
     expected = numpy_logits(config, params, tokens)
     log_p = expected - np.log(np.exp(expected).sum(-1, keepdims=True))
@@ -225,8 +225,8 @@ def test_logits_and_losses_equal_a_float64_model_in_numpy(config, weights):
 
     model = build(config, params)
     logits, (objective, losses) = jax.jit(
-        lambda: (model(tokens), model.loss(tokens, targets, weights))
-    )()
+        lambda tokens, targets: (model(tokens), model.loss(tokens, targets, weights))
+    )(tokens, targets)
 
     assert logits.dtype == objective.dtype == losses.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, atol=1e-4)
@@ -297,11 +297,11 @@ def influence(config):
     position that looks it up.
     """
     params = alive(config)
-    tokens = np.random.default_rng(1).permutation(config.vocab_size)[:T][None]
+    tokens = jnp.asarray(np.random.default_rng(1).permutation(config.vocab_size)[:T][None])
     rows = {"embed": tokens[0], "value_embed": tokens[0]}
     if config.bigram_buckets:
         rows["bigram_embed"] = np.asarray(
-            bigram_bucket(tokens, np.pad(tokens, ((0, 0), (1, 0)))[:, :-1], config.bigram_buckets)
+            bigram_bucket(tokens, jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1], config.bigram_buckets)
         )[0]
         assert len(set(rows["bigram_embed"].tolist())) == T
     probe = np.random.default_rng(2).standard_normal(config.padded_vocab_size).astype("f4")
@@ -394,7 +394,7 @@ def run_on_values(monkeypatch):
 
 
 def test_before_moves_everything_one_token_on():
-    x = np.arange(12).reshape(2, 3, 2)
+    x = jnp.arange(12).reshape(2, 3, 2)
     before = partial(Rows.before, None, "any")
     assert before(x).tolist() == [
         [[0, 0], [0, 1], [2, 3]],
@@ -412,8 +412,8 @@ def test_smear_adds_a_gated_share_of_the_token_before():
         opened = sigmoid(np.dot(x[b, t, :12].astype("f8"), gate[:, 0]))
         assert 0.01 < opened < 0.99
         expected[b, t] += share * opened * (x[b, t - 1] if t else 0)
-    before = np.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-    np.testing.assert_allclose(smear(x, before), expected, atol=1e-5)
+    before = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
+    np.testing.assert_allclose(smear(jnp.asarray(x), before), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -426,7 +426,7 @@ def test_attention_mixes_its_values_and_gates_what_each_head_takes(gated):
         return v + 2 * q - 3 * k
 
     @jax.jit
-    def run():
+    def run(x, mixed_in):
         layer = Attention(config, rngs=nnx.Rngs(0))
         layer.qkv, layer.out = nnx.Param(jnp.asarray(qkv)), nnx.Param(jnp.asarray(out))
         layer.value_mix = nnx.Param(jnp.array([0.7, -1.5]))
@@ -435,7 +435,9 @@ def test_attention_mixes_its_values_and_gates_what_each_head_takes(gated):
             layer.gate = nnx.Param(jnp.asarray(gate))
         return layer(x, mixed_in, attend), layer(x, None, attend)
 
-    for (added, values), mixed in zip(run(), (-1.5 * mixed_in.astype("f8"), 0), strict=True):
+    for (added, values), mixed in zip(
+        run(x, mixed_in), (-1.5 * mixed_in.astype("f8"), 0), strict=True
+    ):
         q, k, v = x.astype("f8") @ qkv[:, None]
         v = 0.7 * v + mixed
         np.testing.assert_allclose(values, v, atol=1e-4)
@@ -547,13 +549,14 @@ def test_logits_are_those_of_a_rescaled_sigmoid_but_for_a_constant():
     z = features.astype("f8") @ params["head"]
     assert z.min() < -20 and z.max() > 20
     published = 23 * sigmoid((z + 5) / 7.5)
-    np.testing.assert_allclose(build(config, params).logits(features) + 11.5, published, atol=1e-4)
+    logits = build(config, params).logits(jnp.asarray(features))
+    np.testing.assert_allclose(logits + 11.5, published, atol=1e-4)
 
 
 def test_the_tokens_after_the_next_are_scored_up_to_the_end_of_a_row():
     # All features are alike: so are the logits, and a loss is that of its target alone.
-    params, tokens = alive(BARE), np.zeros((1, 5), int)
-    targets = np.array([[7, 8, -1, 9, 10]])
+    params, tokens = alive(BARE), jnp.zeros((1, 5), int)
+    targets = jnp.array([[7, 8, -1, 9, 10]])
     model = build(BARE, params)
     logits, (objective, losses) = jax.jit(
         lambda: (model(tokens)[0, 0], model.loss(tokens, targets, (1.0, 0.5, 0.25)))
@@ -667,7 +670,7 @@ def test_in_bfloat16_the_model_agrees_with_float32_to_the_accuracy_of_bfloat16()
 
 def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
     # In bfloat16 a sum of 2048 terms like each other stops growing at some hundreds.
-    tokens = np.zeros((8, 256), int)
+    tokens = jnp.zeros((8, 256), int)
     params = alive(BARE)
 
     @partial(jax.jit, static_argnums=0)

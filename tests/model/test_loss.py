@@ -56,7 +56,7 @@ def some_targets(shape, K, ids=V):
     # Of more than one target some may be missing, or the same.
     targets[0, 3, 1:] = targets[1, 0, :-1] = -1
     targets[1, 1, 1:] = targets[1, 1, 0]
-    return targets
+    return jnp.asarray(targets)
 
 
 def some_inputs(dtype, spread=1.0, K=1):
@@ -149,7 +149,7 @@ def test_the_kernel_agrees_with_xla_for_any_number_of_tokens_and_ids(tokens, ids
     rng = np.random.default_rng(ids)
     features = jnp.asarray(rng.standard_normal((tokens, D)), "float32")
     head = jnp.asarray(rng.standard_normal((D, ids)), "float32")
-    targets = rng.integers(0, ids, (tokens, 3))
+    targets = jnp.asarray(rng.integers(0, ids, (tokens, 3)))
     ours, theirs = (
         losses_and_gradients(features, head, targets, TILTED, weights=THREE, kernel=kernel)
         for kernel in ("pallas", "xla")

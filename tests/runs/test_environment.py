@@ -79,7 +79,7 @@ def test_the_date_is_now_in_utc_wherever_the_clock_stands(monkeypatch):
     ("typed", "told"),
     [
         ("/usr/bin/python3.11 /home/a/b/train_gpt.py --seed 1", "python train_gpt.py --seed 1"),
-        ("python -m benchmarks.soak --tiny", "python -m benchmarks.soak --tiny"),
+        ("python -m benchmarks.cpu.forms --tiny", "python -m benchmarks.cpu.forms --tiny"),
         ("python a.py runs/a ../b", "python a.py runs/a ../b"),
         ("python a.py /data/fineweb/ --run=/c/d/e", "python a.py fineweb/ --run=e"),
         ("python a.py --train-files '/d/train_*.bin'", "python a.py --train-files 'train_*.bin'"),

@@ -166,6 +166,22 @@ def test_the_first_state_is_the_same_to_the_bit_on_any_number_of_devices():
     assert np.any(np.asarray(one.params["embed"]) != np.asarray(other.params["embed"]))
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"num_layers": 1},
+        {"num_layers": 1, "value_embeddings": 0, "bigram_buckets": 0, "smear": False},
+        {"mlp_only": (0,), "attention_gate": False},
+        {"paired_heads": (0,), "key_offset": (1,), "backout": 0},
+    ],
+)
+def test_no_array_of_the_state_is_empty(how):
+    # Orbax cannot save one.
+    init = make_init(replace(CONFIG, **how), some_optimizer(), make_mesh(1))
+    state = jax.eval_shape(init, jax.random.key(0))
+    assert all(leaf.size for leaf in jax.tree.leaves(state))
+
+
 # One reduction per step
 
 COLLECTIVE = re.compile(

@@ -1,0 +1,54 @@
+"""How every benchmark starts: it reads its options before anything slow is loaded.
+
+A script has frozen dataclass Options, `main(arguments) -> status`, and imports what needs JAX in
+the functions that use it. So `--help` and mistakes answer at once.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from nanogpt.checks import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+Options = TypeVar("Options")
+
+
+class Mistake(UserError):
+    """What the user can put right: one sentence, and below it the end of an output."""
+
+    def __init__(self, sentence: str, output: str = ""):
+        super().__init__("\n".join([sentence, *output.splitlines()[-10:]]))
+
+
+def run(
+    options: type[Options], work: Callable[[Options], int | None], arguments: list[str] | None
+) -> int:
+    """Do the work that the arguments ask for, and return the exit status: 2 for a mistake."""
+    script = Path(inspect.getfile(options)).resolve().relative_to(ROOT).with_suffix("")
+    chosen = tyro.cli(options, args=arguments, prog=f"python3 -m {'.'.join(script.parts)}")
+    try:
+        return work(chosen) or 0
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def check_positive(options: Any, *names: str) -> None:
+    """Raise Mistake unless each of these options is above 0; None is no mistake."""
+    for name in names:
+        value = getattr(options, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if number is not None and not number > 0:
+                raise Mistake(f"--{name.replace('_', '-')} must be above 0, not {number}.")
+
+
+def require(what: str, extra: str, *modules: str) -> None:
+    """Raise Mistake unless one of these modules is installed; `extra` is the one that brings it."""
+    if not any(map(find_spec, modules)):
+        raise Mistake(f'This benchmark needs {what}: pip install -e ".[{extra}]"')

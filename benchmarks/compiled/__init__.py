@@ -1,0 +1,1 @@
+"""What the training step holds when it is compiled for devices that are not there."""

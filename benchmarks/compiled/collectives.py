@@ -1,0 +1,127 @@
+"""What devices send each other in a step, read from the step as compiled."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from benchmarks.compiled.program import Instruction, Program, size_of
+
+HOST = 8  # GPUs that NVLink joins
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclass(frozen=True)
+class Sent:
+    """Collectives of one kind among so many devices at a time, in one optimizer step."""
+
+    kind: str
+    devices: int
+    per_host: int  # of these devices
+    count: int
+    bytes: int  # of their results, whole: for a reduce-scatter, of its operands
+
+
+def collectives(instructions: Iterable[Instruction]) -> dict[str, list[Instruction]]:
+    """What devices send each other, by kind.
+
+    Of the two halves of an asynchronous one, that which has the shape of the result.
+    """
+    found = defaultdict(list)
+    for x in instructions:
+        kind = x.opcode.removesuffix("-done")
+        if kind in COLLECTIVES:
+            found[kind].append(x)
+    return dict(found)
+
+
+def wire_bytes(kind: str, devices: int, size: int) -> float:
+    """Bytes that each device sends for an array of `size` bytes, whole, by a ring.
+
+    The least there can be (Patarasuk and Yuan, 2009, doi:10.1016/j.jpdc.2008.09.002): an all-reduce
+    is a reduce-scatter and an all-gather, each of which takes every device's part past all others.
+    In an all-to-all each keeps one part of its own.
+    """
+    once = size * (devices - 1) / devices
+    return {"all-reduce": 2 * once, "all-to-all": once / devices}.get(kind, once)
+
+
+def first_group(instruction: Instruction, num_devices: int) -> list[int]:
+    """The first devices that exchange something with each other: XLA has four ways to name them.
+
+    {}                                             all
+    {{0,2},{1,3}}                                  in full
+    [2,2]<=[2,2]T(1,0)                             rows of counted devices, transposed
+    mesh['a'=2,'b'=2], device_ids=([4]) {'a'}      along axes of a mesh of such
+    """
+    _, _, text = instruction.attributes.partition("replica_groups=")
+    order = r"(\[[\d,]+\](?:T\([\d,]+\))?)"
+    if listed := re.match(r"\{\{([\d,]+)\}", text):
+        return [int(n) for n in listed[1].split(",")]
+    if rows := re.match(rf"\[\d+,(\d+)\]<={order}", text):
+        return counted(rows[2])[: int(rows[1])].tolist()
+    if mesh := re.match(rf"mesh\[([^\]]+)\](?:, device_ids=\({order}\))? \{{([^}}]+)\}}", text):
+        sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
+        along = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", mesh[3])]
+        ids = counted(mesh[2] or f"[{num_devices}]").reshape(*sizes.values())
+        ids = np.moveaxis(ids, along, range(-len(along), 0))
+        return ids.reshape(-1, prod(ids.shape[-len(along) :]))[0].tolist()
+    if text and not text.startswith("{}"):
+        raise ValueError(f"Devices named in a way unknown here: replica_groups={text[:100]}")
+    return list(range(num_devices))
+
+
+def counted(order: str) -> np.ndarray:
+    """Numbers from 0 as HLO orders them: "[2,2]T(1,0)" is 0, 2, 1, 3."""
+    sizes, axes = (
+        [int(n) for n in re.findall(r"\d+", part)] for part in (order + "T").split("T")[:2]
+    )
+    return np.arange(prod(sizes)).reshape(sizes).transpose(axes or None).ravel()
+
+
+def reduced(program: Program, num_devices: int, model: int = 1) -> tuple[int, int]:
+    """Bytes that are reduced over more than `model` devices; how many of them begin early.
+
+    Early is before the last product of the backward pass: that one may run meanwhile.
+    """
+    whole = early = 0
+    for computation in program.computations.values():
+        order = list(computation.values())
+        last = max((i for i, x in enumerate(order) if is_backward_product(x)), default=-1)
+        for i, each in enumerate(order):
+            starts = each.opcode in ("all-reduce-start", "reduce-scatter-start")
+            if starts and len(first_group(each, num_devices)) > model:
+                size = sum(size_of(computation[name].shape) for name in each.operands)
+                whole, early = whole + size, early + size * (i < last)
+    return whole, early
+
+
+def is_backward_product(instruction: Instruction) -> bool:
+    """Whether it multiplies matrices, or is attention, in the backward pass."""
+    text = instruction.attributes
+    return "transpose(jvp" in text and any(x in text for x in ("gemm", "__cublas", "fmha"))
+
+
+def sent(program: Program, num_devices: int, micro_batches: int) -> list[Sent]:
+    """All that is sent in a step; what stands in the loop over micro-batches, that many times."""
+    # An asynchronous collective tells its groups where it starts, and its result where it is done.
+    starts = {x.name: x for x in program}
+    looped = {x.name for x in (program.loops() or [[]])[0]} if micro_batches > 1 else set()
+    counts, sizes = Counter(), Counter()
+    for kind, found in collectives(program).items():
+        for each in found:
+            begun = each
+            if each.opcode.endswith("-done"):
+                begun = next(starts[name] for name in each.operands if name in starts)
+            members = first_group(begun, num_devices)
+            devices, per_host = len(members), max(Counter(n // HOST for n in members).values())
+            times = micro_batches if each.name in looped else 1
+            whole = size_of(each.shape) * (
+                devices if kind in ("reduce-scatter", "all-to-all") else 1
+            )
+            counts[kind, devices, per_host] += times
+            sizes[kind, devices, per_host] += times * whole
+    return [Sent(*key, counts[key], sizes[key]) for key in sorted(counts)]

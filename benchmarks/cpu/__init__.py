@@ -1,0 +1,1 @@
+"""Measurements on a CPU: speed, and what each piece of the recipe is worth."""

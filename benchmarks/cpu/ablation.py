@@ -1,0 +1,108 @@
+"""What each piece of the recipe is worth: a small speedrun, with one piece left out at a time.
+
+    .venv/bin/python -m benchmarks.cpu.ablation          # on CPUs, one run per core at a time
+    .venv/bin/python -m benchmarks.cpu.ablation --gpu    # on Python's packages, as GPT-2's tokens
+
+Every run trains on as many tokens as the one with all pieces, on the same data, and all are made
+with the same seeds. The table gives the loss that each piece saves: the mean over the seeds of the
+difference of validation losses, run without it minus run with it, and its standard deviation. A
+proxy cannot tell what a large run gains, but it shows which pieces do what they are meant to.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from statistics import mean, stdev
+from typing import TYPE_CHECKING
+
+from benchmarks.command import Mistake, check_positive, run
+from benchmarks.results import save
+
+if TYPE_CHECKING:
+    from train_gpt import Hyperparameters
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a small speedrun with one piece of its recipe left out at a time."""
+
+    gpu: bool = False
+    """The larger proxy, on a GPU, rather than the small one on the CPU."""
+    seeds: int = 3
+    """Runs of each kind."""
+    pieces: tuple[str, ...] = ()
+    """Only the pieces whose names contain one of these."""
+    num_steps: int | None = None
+    """Steps of each run, in place of those of the proxy."""
+    tiny: bool = False
+    """Runs of one step and one stage, and a single piece: a test of this script only."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; return the exit status."""
+    return run(Options, compare, arguments)
+
+
+def compare(options: Options) -> None:
+    """Train with each piece left out, with every seed; print the table, and save it."""
+    check_positive(options, "seeds", "num_steps")
+    from benchmarks.cpu.pieces import BUILT_IN, PIECES
+    from benchmarks.cpu.proxy_runs import final_losses
+
+    proxy, seeds = proxy_of(options), range(1 if options.tiny else options.seeds)
+    variants = {piece: leave_out(proxy) for piece, leave_out in PIECES.items()}
+    # Else the proxy has no such piece.
+    variants = {piece: hp for piece, hp in variants.items() if hp != proxy}
+    variants |= dict.fromkeys(BUILT_IN, proxy)
+    wanted = ("YaRN",) if options.tiny else options.pieces
+    pieces = [name for name in variants if not wanted or any(part in name for part in wanted)]
+    if not pieces:
+        raise Mistake(f"No piece is named like that; there are {', '.join(variants)}.")
+    runs = {
+        (piece, seed): (replace(variants.get(piece, proxy), seed=seed), BUILT_IN.get(piece))
+        for seed in seeds
+        for piece in (None, *pieces)
+    }
+    found = final_losses(runs, own_core=not options.gpu)
+    losses = {piece: [found[piece, seed] for seed in seeds] for piece in (None, *pieces)}
+    print_table(losses)
+    figures = {
+        "tokens": proxy.schedule.tokens(proxy.num_steps),
+        "with_everything": losses.pop(None),
+        "without": losses,
+    }
+    save(f"ablation_{'gpu' if options.gpu else 'cpu'}", figures, options.tiny)
+
+
+def proxy_of(options: Options) -> "Hyperparameters":
+    """The run that has all pieces."""
+    from benchmarks.cpu.pieces import CPU, GPU
+
+    proxy = GPU if options.gpu else CPU
+    if options.num_steps is not None:
+        proxy = replace(proxy, num_steps=options.num_steps)
+    if options.tiny:
+        proxy = replace(proxy, num_steps=1, stages=proxy.stages[:1], val_tokens=1024)
+    if options.gpu:
+        from benchmarks.cpu.python_sources import python_sources
+
+        train_files, val_files = python_sources()
+        proxy = replace(proxy, train_files=train_files, val_files=val_files)
+    return proxy
+
+
+def print_table(losses: dict[str | None, list[float]]) -> None:
+    """What each piece saves, the most first; the losses with all pieces are those of None."""
+    print(f"with everything: {' '.join(f'{loss:.4f}' for loss in losses[None])}")
+    print("| without | costs | sd |\n|---|---|---|")
+    gains = {
+        piece: [without - whole for without, whole in zip(values, losses[None], strict=True)]
+        for piece, values in losses.items()
+        if piece is not None
+    }
+    for piece, gain in sorted(gains.items(), key=lambda item: -mean(item[1])):
+        spread = f"{stdev(gain):.4f}" if len(gain) > 1 else "-"
+        print(f"| {piece} | {mean(gain):+.4f} | {spread} |")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Small runs whose final losses are compared, each in a process of its own."""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import chdir, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from queue import Queue
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
+
+from rich.progress import track
+
+from benchmarks.processes import logged
+from nanogpt.training.interruption import Interruption
+from train_gpt import PRESETS, Hyperparameters, train
+
+Name = TypeVar("Name")
+Change = Callable[[], None]  # of the process that calls it
+
+
+def on_bytes(preset: str, model: Mapping[str, Any], **changes: Any) -> Hyperparameters:
+    """A preset on the bytes of the embedded corpus, in rows of 128, for a core of a CPU."""
+    start = PRESETS[preset]
+    return replace(
+        start,
+        train_files=None,
+        val_files=None,
+        tokenizer="bytes",
+        shuffle=True,
+        batch_size=4,
+        sequence_length=128,
+        momentum_warmup_steps=50,
+        val_loss_every=0,
+        device="cpu",
+        dtype="float32",
+        sample_tokens=0,
+        checkpoint_every=0,
+        model=replace(start.model, vocab_size=256, **model),
+        **changes,
+    )
+
+
+def final_loss(hp: Hyperparameters, change: Change | None, cores: Queue | None) -> float:
+    """Train after `change`, on one core of `cores` if they are given; the last validation loss."""
+    if cores is not None:
+        core = cores.get()
+        os.sched_setaffinity(0, {core})
+    if change:
+        change()
+    hp.check()
+    with TemporaryDirectory() as folder, chdir(folder), Path("console").open("w") as console:
+        with redirect_stdout(console):
+            status = train(hp, Interruption())
+        if status:
+            raise RuntimeError(f"A run ended with status {status}.")
+        (run,) = Path("runs").iterdir()
+        loss = logged(run)[-1]["val_loss"]
+    if cores is not None:
+        cores.put(core)
+    return loss
+
+
+def final_losses(
+    runs: Mapping[Name, tuple[Hyperparameters, Change | None]], own_core: bool
+) -> dict[Name, float]:
+    """The final loss of each: on every CPU core one at a time, or one after the other."""
+    context = multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        cores = manager.Queue() if own_core else None
+        for core in os.sched_getaffinity(0) if own_core else ():
+            cores.put(core)
+        workers = cores.qsize() if own_core else 1
+        with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
+            started = {name: pool.submit(final_loss, *run, cores) for name, run in runs.items()}
+            for run in track(as_completed(started.values()), "training", len(started)):
+                run.result()
+    return {name: run.result() for name, run in started.items()}

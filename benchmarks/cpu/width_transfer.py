@@ -1,0 +1,93 @@
+"""Whether learning rates carry over to another width, by the rule of the larger presets.
+
+    .venv/bin/python -m benchmarks.cpu.width_transfer
+
+Small models of two widths, all else equal, are trained with the rates that `at_width` gives
+them, and with a multiple of Muon's or of the head's. If the rule holds, the multiple that is best
+at one width is best at the other, too. A rate of the head that stayed constant would be a quarter
+of the rule's at a quarter of the base's width. One run per core at a time.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from benchmarks.command import run
+from benchmarks.results import save
+
+if TYPE_CHECKING:
+    from train_gpt import Hyperparameters
+
+HEAD_SIZE = 16
+WIDTHS = (32, 128)
+TIMES = {
+    "learning_rate": (1 / 4, 1 / 2, 1, 2),
+    "head_learning_rate": (1 / 4, 1 / 2, 2, 4),  # 1 is among the others
+}
+TINY_TIMES = {"learning_rate": (1,), "head_learning_rate": ()}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train small models of two widths with multiples of the learning rates."""
+
+    tiny: bool = False
+    """Runs of one step, without multiples: a test of this script only."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; return the exit status."""
+    return run(Options, compare, arguments)
+
+
+def compare(options: Options) -> None:
+    """Train at each width with each rate; print the table, and save it."""
+    from benchmarks.cpu.proxy_runs import final_losses
+
+    num_steps, times = (1, TINY_TIMES) if options.tiny else (150, TIMES)
+    base = base_of(num_steps)
+    runs = {
+        (name, factor, width): (with_rate(base, width, name, factor), None)
+        for width in reversed(WIDTHS)  # the longest first
+        for name, factors in times.items()
+        for factor in factors
+    }
+    losses = final_losses(runs, own_core=True)
+    losses |= {
+        ("head_learning_rate", 1, width): losses["learning_rate", 1, width] for width in WIDTHS
+    }
+    print(f"| rate | times | {' | '.join(f'width {width}' for width in WIDTHS)} |")
+    print("|---" * (2 + len(WIDTHS)) + "|")
+    table = {name: {} for name in times}
+    for name, factor in sorted({(name, factor) for name, factor, _ in losses}):
+        row = [losses[name, factor, width] for width in WIDTHS]
+        table[name][factor] = dict(zip(WIDTHS, row, strict=True))
+        print(f"| {name} | {factor:g} | {' | '.join(f'{loss:.4f}' for loss in row)} |")
+    figures = {"tokens": base.schedule.tokens(num_steps), "losses": table}
+    save("width_transfer", figures, options.tiny)
+
+
+def base_of(num_steps: int) -> "Hyperparameters":
+    """The run whose rates are multiplied, at the larger width."""
+    from benchmarks.cpu.proxy_runs import on_bytes
+
+    return on_bytes(
+        "baseline",
+        {"num_layers": 2, "num_heads": 8, "width": 128},
+        total_batch_size=1024,
+        num_steps=num_steps,
+        cooldown_fraction=0.5,
+        val_tokens=65_536,
+    )
+
+
+def with_rate(base: "Hyperparameters", width: int, name: str, times: float) -> "Hyperparameters":
+    """The settings of a run: one rate is multiplied, all others are the rule's."""
+    from train_gpt import at_width
+
+    hp = at_width(base, base.model.num_layers, width // HEAD_SIZE, width)
+    return replace(hp, **{name: times * getattr(hp, name)})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

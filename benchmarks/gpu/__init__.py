@@ -1,0 +1,1 @@
+"""Measurements of the training step on one GPU."""

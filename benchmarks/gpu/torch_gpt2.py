@@ -1,0 +1,132 @@
+"""GPT-2 small's training step in PyTorch, for against_pytorch.py; any Python with PyTorch runs it.
+
+    python3 -m benchmarks.gpu.torch_gpt2    # its last line holds the figures, as JSON
+
+It trains as nanoGPT does on a GPU: compiled, flash attention, bfloat16 autocast over float32
+weights, TF32 elsewhere, gradients added up over micro-batches and clipped to norm 1, fused AdamW.
+The tokens are random, the same in every step, and on the device beforehand: no reading is timed.
+Without a GPU all of this runs on the CPU, not compiled.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from importlib.util import find_spec
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained and timed. Each is an option of the command line."""
+
+    layers: int = 12
+    heads: int = 12
+    width: int = 768
+    sequence_length: int = 1024
+    batch_size: int = 64
+    total_batch_size: int = 524_288
+    warm_up: int = 5
+    steps: int = 20
+
+
+MEANINGS = {
+    "layers": "layers, L",
+    "heads": "heads, N",
+    "width": "width, D",
+    "sequence_length": "tokens per row, T",
+    "batch_size": "rows per forward and backward pass, B",
+    "total_batch_size": "tokens per optimizer step",
+    "warm_up": "steps that are not timed; the first one compiles",
+    "steps": "steps that are timed",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train for a few steps, print one line of JSON, and return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python3 -m benchmarks.gpu.torch_gpt2",
+        description="Time GPT-2 small's training step in PyTorch.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for field in fields(Settings):
+        option = "--" + field.name.replace("_", "-")
+        parser.add_argument(option, type=int, default=field.default, help=MEANINGS[field.name])
+    settings = Settings(**vars(parser.parse_args(arguments)))
+    if min(asdict(settings).values()) < 1:
+        parser.error("every option must be at least 1")
+    if settings.total_batch_size % (settings.batch_size * settings.sequence_length):
+        parser.error("total-batch-size must be a multiple of batch-size * sequence-length")
+    if not find_spec("torch"):
+        print("This benchmark needs PyTorch: pip install torch", file=sys.stderr)
+        return 2
+    print(json.dumps(measure(settings) | asdict(settings)))
+    return 0
+
+
+def measure(settings: Settings) -> dict[str, Any]:
+    """The figures."""
+    import torch
+
+    from benchmarks.gpu.torch_model import GPT2, VOCABULARY
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")  # TF32
+    shape = settings.layers, settings.width, settings.heads, settings.sequence_length
+    model = GPT2(*shape).to(device)
+    step = make_step(model, settings, device)
+    seconds, losses = [], []
+    for _ in range(settings.warm_up + settings.steps):
+        started = time.perf_counter()
+        losses.append(step())
+        seconds.append(time.perf_counter() - started)
+    median = statistics.median(seconds[settings.warm_up :])
+    return {
+        "tokens_per_s": settings.total_batch_size / median,
+        "ms_per_step": 1e3 * median,
+        "first_step_s": seconds[0],
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "vocabulary": VOCABULARY,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+    }
+
+
+def make_step(model: Any, settings: Settings, device: str) -> Callable[[], float]:
+    """A training step of the model, which returns its loss."""
+    import torch
+
+    B, T = settings.batch_size, settings.sequence_length
+    Ng = settings.total_batch_size // (B * T)
+    loss_of = torch.compile(model) if device == "cuda" else model
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, 6e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    tokens = torch.randint(50257, (Ng, B, T + 1), device=device)
+    inputs, targets = tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
+
+    def step() -> float:
+        total = torch.zeros((), device=device)
+        for x, y in zip(inputs, targets, strict=True):
+            with torch.autocast(device, torch.bfloat16):
+                loss = loss_of(x, y) / Ng
+            loss.backward()
+            total += loss.detach()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return total.item()  # waits for all of the above: the device works in order
+
+    return step
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""What is compared: a stage of the speedrun at two sizes, and ways to compute its step."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from nanogpt.config import AttentionKernel, LossKernel
+from nanogpt.schedule import Stage
+from train_gpt import PRESETS, Hyperparameters
+
+Figures = dict[str, Any]  # of one row, as they are saved
+Rule = Literal["NorMuon", "Muon", "Adam"]  # of the matrices; Adam is then that of all parameters
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is measured, and how often."""
+
+    hp: Hyperparameters  # its batch_size is that of the base
+    rounds: int  # of a part in one call
+    calls: int  # or steps, between two looks at the clock; even, as Adam rests in every second
+    repeats: int  # of which the median counts
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.hp.batch_size * self.hp.sequence_length
+
+    @property
+    def Ng(self) -> int:
+        """Micro-batches of a step."""
+        return self.hp.total_batch_size // self.tokens
+
+
+def stage_alone(hp: Hyperparameters, stage: int) -> Hyperparameters:
+    """A run that has this stage only, counted from 0, and as many tokens in a micro-batch."""
+    T, weights = hp.schedule.row_length(stage), hp.stages[stage].target_weights
+    return replace(
+        hp,
+        batch_size=hp.batch_size * hp.sequence_length // T,
+        sequence_length=T,
+        total_batch_size=hp.schedule.tokens_per_step(stage),
+        stages=(Stage(target_weights=weights),),
+        model=hp.schedule.model(hp.model, stage),
+    )
+
+
+SPEEDRUN = PRESETS["speedrun"]
+FULL = Size(replace(SPEEDRUN, batch_size=32), rounds=20, calls=4, repeats=5)
+TINY_MODEL = replace(
+    SPEEDRUN.model,
+    **{"vocab_size": 256, "num_layers": 3, "num_heads": 2, "width": 64, "mlp_width": 256},
+    **{"mlp_only": (1,), "key_offset": (2,), "paired_heads": (2,), "backout": 1},
+    **{"value_embeddings": 1, "bigram_buckets": 128},
+)
+TINY_STAGES = tuple(replace(stage, windows=(16, 16, 48)) for stage in SPEEDRUN.stages)
+TINY_BATCH = {"dtype": "float32", "batch_size": 2, "sequence_length": 64, "total_batch_size": 768}
+TINY = Size(replace(SPEEDRUN, stages=TINY_STAGES, model=TINY_MODEL, **TINY_BATCH), 2, 2, 1)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a step is computed."""
+
+    attention: AttentionKernel
+    batch_size: int
+    target_weights: tuple[float, ...] = (1.0,)
+    loss: LossKernel = "xla"
+    fp8_head: bool = False
+    rule: Rule = "NorMuon"
+
+
+def variants_of(base: Variant) -> dict[str, Variant]:
+    """The base, and what differs from it in one thing."""
+    R = base.batch_size
+    others = {
+        **{f"{rows} rows": replace(base, batch_size=rows) for rows in (R // 2, 2 * R)},
+        "Adam for all": replace(base, rule="Adam"),
+        "plain Muon": replace(base, rule="Muon"),
+        "one target": replace(base, target_weights=(1.0,)),
+        "FP8 head": replace(base, fp8_head=True),
+        **{f"{k} attention": replace(base, attention=k) for k in ("cudnn", "xla", "pallas")},
+        "pallas loss": replace(base, loss="pallas"),
+    }
+    return {"base": base} | {row: other for row, other in others.items() if other != base}
+
+
+def fastest_of_each(base: Variant, variants: dict[str, Variant], figures: Figures) -> Variant:
+    """The base with the fastest attention, loss, head and micro-batch that were measured."""
+    best = base
+    for thing in ("attention", "loss", "fp8_head", "batch_size"):
+        found = {
+            getattr(variant, thing): milliseconds(figures, "steps", row)
+            for row, variant in variants.items()
+            if replace(variant, **{thing: getattr(base, thing)}) == base
+        }
+        measured = [value for value in found if not math.isnan(found[value])]
+        if measured:
+            best = replace(best, **{thing: min(measured, key=found.get)})
+    return best
+
+
+def milliseconds(figures: Figures, section: str, row: str) -> float:
+    """The time in a row; NaN if it was not measured."""
+    return figures[section].get(row, {}).get("ms", math.nan)

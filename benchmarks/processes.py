@@ -1,0 +1,66 @@
+"""Processes that a benchmark starts, and what a run of train_gpt.py leaves behind."""
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.command import ROOT, Mistake
+
+
+def output_of(
+    command: Sequence[str],
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    shown: bool = True,
+) -> str:
+    """What a command prints, shown as it comes; Mistake if it cannot be run or fails.
+
+    Without an `environment` it has that of this process.
+    """
+    if shown:
+        print("\n$", shlex.join(command), flush=True)
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    try:
+        process = subprocess.Popen(command, cwd=folder, env=environment, errors="replace", **pipe)
+    except OSError as error:
+        raise Mistake(f"{command[0]} cannot be run ({error.strerror}).") from error
+    output = ""
+    with process:
+        for line in process.stdout:
+            if shown:
+                print(line, end="", flush=True)
+            output += line
+    if process.returncode:
+        status = process.returncode
+        raise Mistake(f"{shlex.join(command)} ended with status {status}; its output ends:", output)
+    return output
+
+
+def train(
+    arguments: str,
+    folder: Path,
+    environment: Mapping[str, str] | None = None,
+    *,
+    shown: bool = True,
+) -> Path:
+    """Run train_gpt.py in a folder, and return the folder of its run."""
+    command = [sys.executable, str(ROOT / "train_gpt.py"), *arguments.split()]
+    output_of(command, folder, environment, shown=shown)
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def logged(run: Path) -> list[dict[str, Any]]:
+    """The metrics of each step."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def median_step_s(run: Path, warm_up: int) -> float:
+    """Median seconds per step, without the first `warm_up` steps."""
+    return statistics.median(step["step_time_s"] for step in logged(run)[warm_up:])

@@ -1,0 +1,1 @@
+"""Records on FineWeb: testing whether runs make one, and making its folder."""

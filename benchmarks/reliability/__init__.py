@@ -1,0 +1,1 @@
+"""Whether a run survives what may happen to it."""

@@ -1,0 +1,52 @@
+"""What a killed run leaves behind: checkpoints, saves that were under way, and metrics."""
+
+import hashlib
+import json
+import warnings
+from contextlib import suppress
+from pathlib import Path
+
+TIMES = ("time_s", "step_time_s", "tokens_per_s")
+
+
+def unfinished(run: Path) -> set[tuple[str, int]]:
+    """The saves under way, and those that died; each with what tells it from one of its name."""
+    folder, found = run / "checkpoints", set()
+    for path in folder.iterdir() if folder.exists() else []:
+        with suppress(FileNotFoundError):  # it was finished, and has its final name now
+            if not (path / "manifest.json").exists():
+                found.add((path.name, path.stat().st_ino))
+    return found
+
+
+def checkpoints(run: Path) -> dict[int, Path]:
+    """The whole checkpoints by step."""
+    found = (path.parent for path in (run / "checkpoints").glob("*/manifest.json"))
+    return {int(path.name): path for path in found}
+
+
+def digest(checkpoint: Path) -> str:
+    """SHA-256 of all arrays of a checkpoint with their names, types and shapes."""
+    import jax
+    import numpy as np
+    from orbax.checkpoint import v1 as ocp
+
+    with warnings.catch_warnings():  # that the arrays come back as they were laid out
+        warnings.simplefilter("ignore", UserWarning)
+        tree = ocp.load_checkpointables(checkpoint)
+    total = hashlib.sha256()
+    for name, leaf in jax.tree.leaves_with_path(tree):
+        array = np.asarray(leaf)
+        total.update(f"{jax.tree_util.keystr(name)} {array.dtype} {array.shape}".encode())
+        total.update(array.tobytes())
+    return total.hexdigest()
+
+
+def metrics(run: Path) -> list[dict]:
+    """The whole lines of metrics.jsonl, without times."""
+    try:
+        text = (run / "metrics.jsonl").read_text()
+    except FileNotFoundError:
+        return []
+    lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]

@@ -1,0 +1,74 @@
+"""The ablation: what each run of it leaves out, and one small enough for a test."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks.cpu import python_sources as sources
+from benchmarks.cpu.pieces import BUILT_IN, CPU, GPU, PIECES
+from benchmarks.cpu.proxy_runs import final_loss, on_bytes
+from nanogpt.data.shards import read_shard
+from nanogpt.schedule import Stage
+
+
+@pytest.mark.parametrize("proxy", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_run_without_a_piece_is_valid_and_sees_as_many_tokens(proxy, piece):
+    without = PIECES[piece](proxy)
+    without.check()
+    tokens = [hp.schedule.tokens(hp.num_steps) for hp in (without, proxy)]
+    assert tokens[0] == pytest.approx(tokens[1], rel=0.01)
+
+
+def test_every_piece_is_in_one_of_the_proxies():
+    assert all(leave_out(CPU) != CPU or leave_out(GPU) != GPU for leave_out in PIECES.values())
+
+
+def test_a_run_ends_with_the_loss_of_its_validation():
+    """Bytes that nothing was learnt of yet cost ln 256."""
+    shape = {"num_layers": 1, "num_heads": 2, "width": 32, "mlp_width": 64}
+    how = {"num_steps": 1, "total_batch_size": 4096, "val_tokens": 1024}
+    hp = on_bytes("baseline", shape, stages=(Stage(rate=1e-6),), **how)
+    assert final_loss(hp, None, None) == pytest.approx(np.log(256), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("piece", "value"),
+    [
+        ("YaRN", "Schedule.model(CPU.schedule, CPU.model, 2).earlier_windows"),
+        ("Polar Express", "len(set(nanogpt.optim.muon.POLAR_EXPRESS))"),
+    ],
+)
+def test_what_is_no_setting_is_taken_out_of_its_process(piece, value):
+    program = (
+        "import nanogpt.optim.muon\nfrom benchmarks.cpu.pieces import *\n"
+        f"print({value})\nBUILT_IN[{piece!r}]()\nprint({value})"
+    )
+    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    whole, without = answer.stdout.splitlines()
+    assert (whole, without) == {"YaRN": ("(48, 96)", "()"), "Polar Express": ("5", "1")}[piece]
+    assert piece in BUILT_IN
+
+
+def test_the_text_for_a_gpu_is_what_python_s_packages_hold(tmp_path, monkeypatch):
+    class Words:  # stands in for GPT-2's vocabulary, which may not be at hand
+        separator = 50256
+
+        def encode(self, text):
+            return [len(word) for word in text.split()]
+
+    package = tmp_path / "packages" / "package"
+    package.mkdir(parents=True)
+    for i in range(40):
+        (package / f"module{i}.py").write_text(f"x = {'y' * (i + 1)}\n")
+    monkeypatch.setattr(sources, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(sources.sysconfig, "get_path", lambda name: str(tmp_path / "packages"))
+    monkeypatch.setattr(sources, "load_tokenizer", lambda name: Words())
+    documents = [
+        document.tolist()
+        for shard in sources.python_sources()
+        for document in np.split(read_shard(shard), np.arange(4, len(read_shard(shard)), 4))
+    ]
+    assert sorted(documents) == [[50256, 1, 1, i + 1] for i in range(40)]

@@ -1,0 +1,130 @@
+"""Every script in benchmarks/: its --help answers at once, and its --tiny run works."""
+
+import re
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from benchmarks import results
+from benchmarks.command import ROOT
+
+SCRIPTS = sorted(
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for file in (ROOT / "benchmarks").glob("*/*.py")
+    if '__name__ == "__main__"' in file.read_text()
+)
+TINY = [
+    name
+    for name in SCRIPTS
+    if "tiny: bool" in (ROOT / (name.replace(".", "/") + ".py")).read_text()
+]
+# Their tiny runs have tests of their own, that see more of them than the one here.
+TESTED_ELSEWHERE = {
+    "benchmarks.compiled.scaling": "compiled/test_scaling.py",
+    "benchmarks.cpu.tokenize_text": "cpu/test_tokenize_text.py",
+    "benchmarks.gpu.step": "gpu/test_step.py",
+    "benchmarks.gpu.against_pytorch": "gpu/test_against_pytorch.py",
+    "benchmarks.reliability.soak": "reliability/test_soak.py",
+}
+
+
+def written():
+    """What scripts may write, each with the time of its last change."""
+    places = (ROOT / "benchmarks" / "results", ROOT / "records", ROOT / "runs")
+    paths = [path for place in places for path in place.rglob("*")]
+    return {path: path.stat().st_mtime for path in [*paths, ROOT / "docs" / "scaling.png"]}
+
+
+def test_there_are_scripts_and_each_of_their_folders_says_what_it_is_for():
+    assert len(SCRIPTS) >= 15
+    for name in SCRIPTS:
+        assert import_module(name.rpartition(".")[0]).__doc__.strip().endswith(".")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_says_how_to_use_a_script_without_loading_jax_and_measures_nothing(script):
+    before = written()
+    command = [sys.executable, "-X", "importtime", "-m", script, "--help"]
+    answer = subprocess.run(command, cwd=ROOT, text=True, capture_output=True)
+    assert answer.returncode == 0
+    assert answer.stdout.startswith(f"usage: python3 -m {script} ")
+    loaded = {line.rpartition("|")[2].strip() for line in answer.stderr.splitlines()}
+    assert "dataclasses" in loaded and not loaded & {"jax", "torch"}
+    assert all(line.startswith("import time:") for line in answer.stderr.splitlines())
+    assert written() == before
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_unknown_option_is_a_mistake(script, capsys):
+    with pytest.raises(SystemExit) as end:
+        import_module(script).main(["--no-such-option"])
+    printed = capsys.readouterr()
+    assert (end.value.code, printed.out) == (2, "")
+    assert f"python3 -m {script}" in printed.err
+
+
+@pytest.mark.parametrize("script", [name for name in TINY if name not in TESTED_ELSEWHERE])
+def test_a_tiny_run_saves_its_figures_or_names_what_to_install(
+    script, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # to compile in half the time
+    before = written()
+    status, printed = import_module(script).main(["--tiny"]), capsys.readouterr()
+    assert written() == before
+    if status == 0:
+        (file,) = tmp_path.iterdir()
+        assert file.name.endswith("_tiny.json")
+    else:
+        assert (status, list(tmp_path.iterdir())) == (2, [])
+        assert re.fullmatch(r"[^\n]*pip install [^\n]*\n", printed.err)
+
+
+def test_the_other_tiny_runs_have_tests_of_their_own():
+    for script, file in TESTED_ELSEWHERE.items():
+        assert script in TINY
+        text = (ROOT / "tests" / "benchmarks" / file).read_text()
+        assert '"--tiny"' in text
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "told"),
+    [
+        ("cpu.forms", ["--rounds", "0"], "--rounds must be above 0, not 0."),
+        ("cpu.ablation", ["--seeds", "-1"], "--seeds must be above 0, not -1."),
+        ("cpu.ablation", ["--pieces", "no such"], "No piece is named like that; there are"),
+        ("cpu.sampling", ["--preset", "huge"], "There is no preset huge: choose from"),
+        ("cpu.sampling", ["--context", "3"], "--context must be above"),
+        ("cpu.tokenize_text", ["--megabytes", "0"], "--megabytes must be above 0"),
+        ("cpu.against_nanogpt", ["--nanogpt", "docs"], "docs is not a checkout of nanoGPT"),
+        ("reliability.soak", ["--kills", "0"], "--kills must be above 0, not 0."),
+        ("reliability.soak", ["--steps", "5"], "--steps must be 0 or at least"),
+        ("gpu.step", [], 'pip install -e ".[cuda12]"'),
+    ],
+)
+def test_what_cannot_be_measured_is_said_in_one_sentence(script, arguments, told, capsys):
+    assert import_module(f"benchmarks.{script}").main(arguments) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert told in printed.err and printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [
+        ("compiled.h200", 'pip install -e ".[gpu-compiler]"'),
+        ("compiled.scaling", 'pip install -e ".[gpu-compiler]"'),
+        ("gpu.torch_gpt2", "pip install torch"),
+    ],
+)
+def test_a_script_names_the_package_that_it_lacks(script, told, monkeypatch, capsys):
+    from benchmarks import command
+    from benchmarks.gpu import torch_gpt2
+
+    for module in (command, torch_gpt2):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert import_module(f"benchmarks.{script}").main([]) == 2
+    assert told in capsys.readouterr().err
