@@ -60,9 +60,9 @@ def as_a_user_starts_it(arguments, cwd, cache, devices=1, python_options=()):
     )
 
 
-def run_to_end(arguments, cwd, cache, devices=1):
+def run_to_end(arguments, cwd, cache, devices=1, main=train_gpt.main):
     """The same in a process that is forked."""
-    with Process(arguments, cwd, cache, devices) as process:
+    with Process(arguments, cwd, cache, devices, main=main) as process:
         status = process.end()
     return subprocess.CompletedProcess(
         arguments, status, "".join(f"{line}\n" for line in process.lines), process.stderr

@@ -80,12 +80,12 @@ def once(tmp_path_factory, name, make):
     return folder
 
 
-def trained(tmp_path_factory, name, *arguments, devices=1, start=run_to_end):
+def trained(tmp_path_factory, name, *arguments, start=run_to_end, **settings):
     """The run `name` of the embedded corpus, trained by the first process that asks for it."""
 
     def train(place):
         cache = shared_cache(tmp_path_factory)
-        done = start([*SMALL, "--run-name", name, *arguments], place, cache, devices)
+        done = start([*SMALL, "--run-name", name, *arguments], place, cache, **settings)
         assert (done.returncode, done.stderr) == (0, "")
         (place / "console").write_text(done.stdout)
 

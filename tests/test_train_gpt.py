@@ -19,6 +19,7 @@ import pytest
 import tyro
 from flax import nnx
 
+import nanogpt.training.plan
 import nanogpt.training.programs
 import train_gpt
 from nanogpt.config import ConfigError, GPTConfig
@@ -257,37 +258,32 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(cache, tmp_path, monkeypat
 # Runs that must be alike
 
 
+def accumulating(tmp_path_factory):
+    return trained(tmp_path_factory, "accumulating", "--batch-size", "2")
+
+
+def on_four(tmp_path_factory):
+    return trained(tmp_path_factory, "on_four", "--batch-size", "1", devices=4)
+
+
 @pytest.mark.parametrize(
-    ("name", "devices", "batch_size", "accumulation_steps"),
-    [("accumulating", 1, 2, 4), ("on_four", 4, 1, 2)],
+    ("other", "devices", "accumulation_steps"), [(accumulating, 1, 4), (on_four, 4, 2)]
 )
 def test_accumulation_and_devices_do_not_change_the_losses(
-    base, tmp_path_factory, name, devices, batch_size, accumulation_steps
+    base, tmp_path_factory, other, devices, accumulation_steps
 ):
-    run = trained(tmp_path_factory, name, "--batch-size", f"{batch_size}", devices=devices)
+    run = other(tmp_path_factory)
     assert re.search(rf"\| {devices} x .* = {accumulation_steps}$", run.console[0])
     np.testing.assert_allclose(run.column("train_loss"), base.column("train_loss"), rtol=1e-5)
     validations = [[r["val_loss"] for r in x.metrics if "val_loss" in r] for x in (run, base)]
     np.testing.assert_allclose(*validations, rtol=1e-5)
 
 
-def in_this_process(cache, tmp_path, monkeypatch, *arguments):
-    """The first train losses of SMALL on the eight devices here, and the console."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    assert train_gpt.main([*SMALL, "--run-name", "here", *arguments]) == 0
-    lines = (tmp_path / "runs/here/metrics.jsonl").read_text().splitlines()
-    log = (tmp_path / "runs/here/log.txt").read_text().splitlines()
-    return [json.loads(line)["train_loss"] for line in lines], log
-
-
-def test_a_micro_batch_that_memory_cannot_hold_is_halved_and_the_losses_stay(
-    cache, tmp_path, monkeypatch
-):
+def with_memory_for_two_rows(arguments):
+    """The main job, whose training step fails when it runs with more of them."""
     make = nanogpt.training.programs.make_train_step
 
-    def on_devices_of_one_row(*arguments):
-        """The training step, with memory for one row per device: it fails when it runs."""
+    def make_train_step(*arguments):
         train_step = make(*arguments)
 
         class Lowered:
@@ -298,7 +294,7 @@ def test_a_micro_batch_that_memory_cannot_hold_is_halved_and_the_losses_stay(
                 compiled = self.lowered.compile()
 
                 def run(state, batch, rates):
-                    if batch.shape[1] > 8:
+                    if batch.shape[1] > 2:
                         jax.tree.map(lambda x: x.delete(), state)  # it was donated
                         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
                     return compiled(state, batch, rates)
@@ -308,18 +304,17 @@ def test_a_micro_batch_that_memory_cannot_hold_is_halved_and_the_losses_stay(
 
         return type("Step", (), {"lower": staticmethod(Lowered)})
 
-    monkeypatch.setattr(nanogpt.training.programs, "make_train_step", on_devices_of_one_row)
-    arguments = ["--batch-size", "2", "--total-batch-size", "512", "--num-steps", "2"]
-    losses, log = in_this_process(cache, tmp_path, monkeypatch, *arguments)
-    assert "Ng = 512 / (2 * 32 * 8) = 1" in log[0]
-    assert "out of memory with micro-batches of 2 rows: now 1, Ng = 2" in log
-    # As if one row had been asked for.
-    monkeypatch.undo()
-    (tmp_path / "asked").mkdir()
-    asked, _ = in_this_process(
-        cache, tmp_path / "asked", monkeypatch, *arguments, "--batch-size", "1"
-    )
-    assert losses == asked
+    nanogpt.training.programs.make_train_step = make_train_step
+    return train_gpt.main(arguments)
+
+
+def test_a_micro_batch_that_memory_cannot_hold_is_halved_and_the_losses_stay(tmp_path_factory):
+    run = trained(tmp_path_factory, "halved", main=with_memory_for_two_rows)
+    assert run.console[0].endswith("Ng = 256 / (8 * 32 * 1) = 1")
+    assert "out of memory with micro-batches of 8 rows: now 4, Ng = 2" in run.console
+    assert "out of memory with micro-batches of 4 rows: now 2, Ng = 4" in run.console
+    # As if two rows had been asked for.
+    assert run.column("train_loss") == accumulating(tmp_path_factory).column("train_loss")
 
 
 def heading_of(cache, monkeypatch, memory, *arguments):
@@ -342,38 +337,47 @@ def test_without_a_batch_size_the_micro_batch_is_the_largest_that_should_fit(cac
     assert line == "micro-batches of 256 rows: about 0.1 GB of activations in 0.1 GB of memory"
 
 
+LITTLE = 0.3e6  # bytes; a row of 32 tokens needs 8,448 for each of them
+
+
+def with_little_memory(arguments):
+    nanogpt.training.plan.device_memory = lambda device: LITTLE
+    return train_gpt.main(arguments)
+
+
 def test_where_not_even_a_row_fits_layers_are_computed_again_and_the_losses_stay(
-    base, cache, tmp_path, monkeypatch
+    base, cache, tmp_path_factory, monkeypatch
 ):
     told = "layers are computed again in the backward pass, to save memory"
     arguments = ["--batch-size", "None"]
-    # A row of 32 tokens needs 8,448 bytes for each of them.
     assert told not in heading_of(cache, monkeypatch, 0.5e6, *arguments)
-    assert told in heading_of(cache, monkeypatch, 0.3e6, *arguments)
-    losses, log = in_this_process(cache, tmp_path, monkeypatch, *arguments, "--num-steps", "2")
-    assert told in log
-    assert losses == pytest.approx(base.column("train_loss")[:2], rel=1e-5)
+    assert told in heading_of(cache, monkeypatch, LITTLE, *arguments)
+    run = trained(tmp_path_factory, "little", *arguments, main=with_little_memory)
+    assert told in run.log
+    assert run.column("train_loss") == pytest.approx(base.column("train_loss"), rel=1e-5)
 
 
 def test_fineweb_shards_are_read_in_order_each_token_once(tmp_path, tmp_path_factory):
     # Step s of the baseline trains on nothing but the token 10,000 + s, which it never saw: it
     # cannot beat a uniform guess. Had it seen the token before, because the data repeats or skips
     # ahead to the second epoch, it would.
-    data = np.repeat(np.arange(10_001, 10_005), TOKENS_PER_STEP)
-    write_shard(tmp_path / "fineweb_train_000001.bin", data[: 2 * TOKENS_PER_STEP + 1])
-    write_shard(tmp_path / "fineweb_train_000002.bin", data[[*range(512, 1024), -1]])
-    write_shard(tmp_path / "fineweb_val_000000.bin", np.full(VAL_TOKENS + 1, 10_004))
+    count = 2 * T  # tokens per step
+    data = np.repeat(np.arange(10_001, 10_005), count)
+    write_shard(tmp_path / "fineweb_train_000001.bin", data[: 2 * count + 1])
+    write_shard(tmp_path / "fineweb_train_000002.bin", data[[*range(2 * count, 4 * count), -1]])
+    write_shard(tmp_path / "fineweb_val_000000.bin", np.full(count + 1, 10_004))
     run = trained(
         tmp_path_factory,
         "shards",
-        *("--preset", "baseline", "--dtype", "bfloat16", "--batch-size", "4"),
-        *("--num-steps", "4", "--val-loss-every", "0", "--model.windows", "8", "0"),
+        *("--preset", "baseline", "--dtype", "bfloat16", "--batch-size", "1"),
+        *("--total-batch-size", f"{count}", "--val-tokens", f"{count}", "--num-steps", "4"),
+        *("--val-loss-every", "0", "--model.windows", "8", "0"),
         *("--model.value-embeddings", "0", "--model.bigram-buckets", "0"),
         *("--train-files", str(tmp_path / "fineweb_train_*.bin")),
         *("--val-files", str(tmp_path / "fineweb_val_*.bin")),
     )
     assert run.console[0].startswith("baseline preset | ")
-    assert "fineweb_train_*.bin, 1,026 tokens | 1 x " in run.console[0]
+    assert f"fineweb_train_*.bin, {4 * count + 2} tokens | 1 x " in run.console[0]
     assert run.console[0].endswith(" = 2")
     uniform = math.log(50304)
     assert run.metrics[0]["train_loss"] == pytest.approx(uniform, abs=1e-2)
@@ -534,16 +538,17 @@ def test_arguments_that_cannot_be_read_are_pointed_at(folder, capsys, monkeypatc
 # Several devices
 
 
-def test_two_devices_validate_on_as_many_batches_as_the_laptop_preset_has(folder, cache):
+def test_two_devices_validate_on_as_many_batches_as_the_laptop_preset_has(tmp_path, cache):
     """So many that each device of a CPU waits for the other in another program, if let."""
-    laptop = PRESETS["laptop"]
+    laptop, T = PRESETS["laptop"], 16
+    rows = laptop.val_tokens // laptop.sequence_length
     shape = (
-        f"--batch-size {laptop.batch_size} --sequence-length {laptop.sequence_length} "
-        f"--val-tokens {laptop.val_tokens} --total-batch-size {laptop.total_batch_size} "
+        f"--batch-size {laptop.batch_size} --sequence-length {T} --val-tokens {rows * T} "
+        f"--total-batch-size {laptop.batch_size * T * 2} "
         "--num-steps 1 --model.num-layers 1 --model.width 32 --model.mlp-width 32 "
         "--model.value-embeddings 0 --model.bigram-buckets 0 --model.paired-heads"
     )
-    done = run_to_end([*SMALL, *shape.split()], folder, cache, devices=2)
+    done = run_to_end([*SMALL, *shape.split()], tmp_path, cache, devices=2)
     assert (done.returncode, done.stderr) == (0, "")
     assert "step 1/1 | val loss" in done.stdout
 

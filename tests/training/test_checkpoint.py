@@ -642,7 +642,7 @@ for line in sys.stdin:
     process = child(script, tmp_path, stderr=subprocess.DEVNULL)  # forking is warned against
     chance, step, leftovers = random.Random(0), 0, 0
     try:
-        for _ in range(10):
+        for _ in range(6):
             process.stdin.write(f"{step + 1}\n")
             process.stdin.flush()
             pid, alive = process.stdout.readline().split()
