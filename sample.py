@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -124,7 +125,7 @@ def print_samples(options: Options, prompt: str) -> None:
 
 
 @contextmanager
-def enough_memory(num_samples: int) -> Iterator[None]:
+def enough_memory(num_samples: int) -> Generator[None, None, None]:
     """Make a ConfigError of memory that runs out."""
     try:
         yield
