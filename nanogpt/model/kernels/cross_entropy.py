@@ -90,9 +90,8 @@ def _kernel(logits_ref, targets_ref, losses_ref, dlogits_ref, *, cap, weights, f
     targets = [targets_ref[k] for k in range(len(weights))]
     first = [pl.ds(jnp.maximum(target, 0), 1) for target in targets]
     target_logits = [jnp.sum(cap.bound * tanh_at(span)) for span in first]  # of one number each
-    sums: dict[
-        int, Any
-    ] = {}  # by size: adding vectors first, the threads meet once per size, not once per span
+    # By size: adding vectors first, the threads meet once per size, not once per span.
+    sums: dict[int, Any] = {}
     for span in spans:
         sums[span.size] = sums.get(span.size, 0.0) + exp(cap.bound * tanh_at(span) - cap.bound)
     log_normaliser = cap.bound + jnp.log(sum(jnp.sum(terms) for terms in sums.values()))
