@@ -1,13 +1,12 @@
 """What every test finds: eight virtual CPU devices, so that one machine can play many."""
 
 import os
-import shutil
-import tempfile
 
 import pytest
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "0")  # each test compiles what it tests
 # Most of a test's time goes into compiling. Without most optimizations, by XLA's older code
 # generator for CPUs, where there still is one, and with a single thread for each program it takes
 # far less; what the shell has is left out.
@@ -16,18 +15,6 @@ os.environ["XLA_FLAGS"] = (
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters "
     "--xla_cpu_parallel_codegen_split_count=1"
 )
-# Each program is compiled once for all processes of this one pytest: its workers, which inherit
-# this environment, and what they start.
-COMPILED = "JAX_COMPILATION_CACHE_DIR"
-if "PYTEST_XDIST_WORKER" not in os.environ:
-    os.environ[COMPILED] = tempfile.mkdtemp(prefix="compiled-for-tests-")
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "1"
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-
-
-def pytest_unconfigure():
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        shutil.rmtree(os.environ[COMPILED], ignore_errors=True)
 
 
 def pytest_configure(config):

@@ -34,12 +34,17 @@ FORKED.set_forkserver_preload(["tests.imports"])
 
 
 def settings(cache, devices):
-    """The environment of a run with so many devices, with nothing of pytest's own settings."""
+    """The environment of a run with so many devices, with nothing of pytest's own settings.
+
+    Runs compile each program once for all that have the same cache.
+    """
     left_out = ("FORCE_COLOR", "COLUMNS", "PYTHONUNBUFFERED")
     return {k: v for k, v in os.environ.items() if k not in left_out} | {
         "XDG_CACHE_HOME": str(cache),
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_ENABLE_COMPILATION_CACHE": "1",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
 
 
@@ -164,6 +169,7 @@ def _become(main, arguments, cwd, environment, ignored, limit, output, errors):
     jax.config.update("jax_num_cpu_devices", int(environment["JAX_NUM_CPU_DEVICES"]))
     cached = environment["JAX_ENABLE_COMPILATION_CACHE"] == "1"
     jax.config.update("jax_enable_compilation_cache", cached)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     # Signals as on a terminal.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)

@@ -570,7 +570,7 @@ def test_every_fault_on_the_page_on_reliability_names_tests_and_all_of_them_exis
     assert len(table) >= 30
     for row in table:
         fault, _, tests = (cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1])
-        named = re.findall(r"`(tests/\w+\.py)::(\w+)`", tests)
+        named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", tests)
         assert named, fault
         assert " ".join(f"`{file}::{test}`" for file, test in named) == tests
         for file, test in named:
