@@ -15,7 +15,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
@@ -211,7 +211,7 @@ def patiently(name: str, ask: Callable[[], Answer]) -> Answer:
 
 
 @contextmanager
-def hub_errors(name: str) -> Iterator[None]:
+def hub_errors(name: str) -> Generator[None, None, None]:
     """Make one DownloadError of whatever goes wrong between us and the hub."""
     try:
         yield

@@ -125,7 +125,7 @@ def print_samples(options: Options, prompt: str) -> None:
 
 
 @contextmanager
-def enough_memory(num_samples: int) -> Iterator[None]:
+def enough_memory(num_samples: int) -> Generator[None, None, None]:
     """Make a ConfigError of memory that runs out."""
     try:
         yield

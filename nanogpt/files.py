@@ -5,7 +5,7 @@ mistakes answer at once.
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,7 @@ def parsed(
 
 
 @contextmanager
-def found_in(path: Path, remedy: str) -> Iterator[None]:
+def found_in(path: Path, remedy: str) -> Generator[None, None, None]:
     """Make a ConfigError about settings that were read from a file name the file."""
     try:
         yield

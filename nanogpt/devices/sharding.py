@@ -58,11 +58,11 @@ def spec_of(path: Path, array: Array | jax.ShapeDtypeStruct, shard_params: bool)
     layout = LAYOUT.get(".".join(names[-2:])) or LAYOUT.get("".join(names[-1:]))
     if layout is None or array.ndim < 2:
         return P()
-    dividing = []
+    dividing: list[str | tuple[str, ...] | None] = []
     for size, axes in zip(array.shape[-2:], layout, strict=True):
         axes = (axes,) if isinstance(axes, str) else axes or ()
-        axes = [axis for axis in axes if size > 1 and (axis == "model" or shard_params)]
-        dividing.append(tuple(axes) if len(axes) > 1 else axes[0] if axes else None)
+        here = [axis for axis in axes if size > 1 and (axis == "model" or shard_params)]
+        dividing.append(tuple(here) if len(here) > 1 else here[0] if here else None)
     return P(*[None] * (array.ndim - 2), *dividing)
 
 

@@ -6,7 +6,7 @@ that the device does not wait for whoever reads the text.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -151,15 +151,15 @@ def _write(
     def next_token(state: _State, _: None) -> tuple[_State, Written]:
         cache, logits = state
         scaled = logits / jnp.maximum(temperature, 1e-6)
-        order = None
-        if limited:
-            order = jnp.argsort(-scaled, axis=1)
-            scaled = _limit(jnp.take_along_axis(scaled, order, axis=1), top_k, top_p)
-        chosen = jax.vmap(jax.random.categorical)(
-            jax.vmap(jax.random.fold_in)(keys, cache.position), scaled
+        draw = partial(
+            jax.vmap(jax.random.categorical), jax.vmap(jax.random.fold_in)(keys, cache.position)
         )
         if limited:
-            chosen = jnp.take_along_axis(order, chosen[:, None], axis=1)[:, 0]
+            order = jnp.argsort(-scaled, axis=1)
+            drawn = draw(_limit(jnp.take_along_axis(scaled, order, axis=1), top_k, top_p))
+            chosen = jnp.take_along_axis(order, drawn[:, None], axis=1)[:, 0]
+        else:
+            chosen = draw(scaled)
         tokens = jnp.where(temperature == 0, jnp.argmax(logits, axis=1), chosen).astype(jnp.int32)
 
         probabilities = jax.nn.softmax(logits, axis=1)
@@ -175,7 +175,7 @@ def _write(
     return jax.lax.scan(next_token, state, length=CHUNK)
 
 
-def _logits(model: nnx.Module, features: Float[Array, "B D"]) -> Float[Array, "B vocab"]:
+def _logits(model: Any, features: Float[Array, "B D"]) -> Float[Array, "B vocab"]:
     """Without those of the ids that only pad the vocabulary."""
     return model.logits(features)[:, : model.config.vocab_size]
 

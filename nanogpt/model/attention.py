@@ -15,6 +15,7 @@ Shapes: B batch, T sequence, N heads, H head size.
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,11 @@ from nanogpt.config import AttentionKernel, GPTConfig
 from nanogpt.model.kernels.cudnn_attention import cudnn_attention
 from nanogpt.model.kernels.splash_attention import splash_attention
 
-CANDIDATES = {"gpu": ("cudnn", "pallas"), "tpu": ("splash",)}  # by platform, the fastest first
+# By platform, the fastest first.
+CANDIDATES: dict[str, tuple[AttentionKernel, ...]] = {
+    "gpu": ("cudnn", "pallas"),
+    "tpu": ("splash",),
+}
 NAMES = {
     "xla": "XLA attention",
     "cudnn": "cuDNN flash attention",
@@ -78,7 +83,7 @@ def softmax_attention(
     return jnp.einsum("...qk,...kh->...qh", weights, v)
 
 
-def pallas_attention(*arrays: Array | None, **how: float | int | None) -> Float[Array, "B T N H"]:
+def pallas_attention(*arrays: Any, **how: Any) -> Float[Array, "B T N H"]:
     """This project's flash attention; loaded on use, for the day JAX goes without its compiler."""
     from nanogpt.model.kernels.flash_attention import flash_attention
 

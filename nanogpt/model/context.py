@@ -18,7 +18,7 @@ Shapes: B batch, T sequence, N heads, H head size, S slots of a ring.
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
 import jax
 import jax.numpy as jnp
@@ -55,11 +55,12 @@ class Rows:
         scale: float,
     ) -> Float[Array, "B T N H"]:
         """What each query takes from the values that it sees; several places may form a token."""
-        places, documents, window = q.shape[1] // self.length, self.documents, None
+        places, documents = q.shape[1] // self.length, self.documents
         if places > 1 and documents is not None:
             documents = jnp.repeat(documents, places, axis=1)
-        if self.config.window(layer) is not None:
-            window = places * self.config.window(layer)
+        window = self.config.window(layer)
+        if window is not None:
+            window *= places
         return attention(q, k, v, documents, scale=scale, window=window, kernel=self.kernel)
 
 
@@ -138,11 +139,11 @@ class Next:
         """
         base = 2048  # so that three digits reach further than int32
         place = T * self.old.position[:, None] + jnp.arange(T)
-        angle = 0.0
+        angles = []
         for digit in (1, base, base**2):
             turns = np.arange(base)[:, None] * digit * speed
-            angle += jnp.float32(np.mod(turns, 2 * np.pi))[place // digit % base]
-        return angle
+            angles.append(jnp.float32(np.mod(turns, 2 * np.pi))[place // digit % base])
+        return reduce(jnp.add, angles)
 
     def attention(
         self,

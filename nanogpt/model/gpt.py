@@ -169,7 +169,7 @@ class Smear(nnx.Module):
         self, x: Float[Array, "B T D"], before: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
         gate = jax.nn.sigmoid(project(x[:, :, :GATE_INPUTS], self.gate[...].astype(x.dtype)))
-        return x + self.share * gate * before
+        return x + self.share[...] * gate * before
 
 
 class GPT(nnx.Module):
@@ -267,7 +267,7 @@ class GPT(nnx.Module):
 
         mixed_in = self.value_embeddings(tokens)
         attentions, mlps = unstack(self.attention, c.num_attentions), unstack(self.mlp, L)
-        mlp_only, first_half = c.layers(c.mlp_only), []
+        mlp_only, first_half, taken_back = c.layers(c.mlp_only), [], x0
         for layer, mlp in enumerate(mlps):
             if layer >= L - L // 2:
                 x = x + self.skips[layer - (L - L // 2)] * first_half.pop()
@@ -282,7 +282,7 @@ class GPT(nnx.Module):
             if layer == c.backout:
                 taken_back = x
         if c.backout is not None:
-            x = x - self.backout * taken_back
+            x = x - self.backout[...] * taken_back
         return norm(x)
 
     def embedded(self, tokens: Int[Array, "B T"], past: Rows | Next) -> Float[Array, "B T D"]:

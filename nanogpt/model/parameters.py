@@ -5,7 +5,8 @@ a leading axis of layers, so that a model has few arrays however deep it is. The
 in the dtype of a run, and layer by layer, each an array of its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,9 @@ def compute_copy(params: Params, dtype: str) -> Params:
     )
 
 
-def stack(kind: type[nnx.Module], count: int, config: GPTConfig, key: Key[Array, ""]) -> nnx.Module:
+def stack(
+    kind: Callable[..., nnx.Module], count: int, config: GPTConfig, key: Key[Array, ""]
+) -> nnx.Module:
     """`count` modules of a kind as one, whose arrays have a leading axis."""
     make = nnx.vmap(lambda key: kind(config, rngs=nnx.Rngs(key)))
     return make(jax.random.split(key, count))
@@ -55,7 +58,7 @@ def unstack(stacked: nnx.Module, count: int) -> Iterator[nnx.Module]:
         yield nnx.merge(graphdef, jax.tree.unflatten(structure, [row[0] for row in layer]))
 
 
-def unrolled(model: nnx.Module) -> nnx.Module:
+def unrolled(model: Any) -> Any:
     """The GPT with its layers apart, as whoever treats them one by one wants them."""
     model.attention = nnx.List(unstack(model.attention, model.config.num_attentions))
     model.mlp = nnx.List(unstack(model.mlp, model.config.num_layers))

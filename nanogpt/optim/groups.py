@@ -7,6 +7,8 @@ Whoever calls the optimizer gives each step's rate and momentum along with the g
 one compiled program serves every schedule.
 """
 
+from collections.abc import Hashable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -45,6 +47,7 @@ def cautious_decay(strength: float) -> optax.GradientTransformationExtraArgs:
 
         return jax.tree.map(decayed, updates, params), state
 
+    # pyrefly: ignore[bad-argument-type]  (Optax has no type for arguments by name)
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
@@ -78,7 +81,7 @@ def make_optimizer(
         b1, b2 = adam_betas
         return optax.chain(optax.scale_by_adam(b1, b2, eps=1e-10), optax.scale(learning_rate))
 
-    rules = {
+    rules: dict[Hashable, optax.GradientTransformation] = {
         "muon": optax.chain(
             scale_by_muon(neuron_decay, newton_schulz_dtype, mesh, shard_params),
             cautious_decay(weight_decay * learning_rate),
@@ -98,4 +101,5 @@ def make_optimizer(
         updates, state = by_group.update(gradients, state, params, rate=rate, momentum=momentum)
         return jax.tree.map(lambda u: -rate * u, updates), state
 
+    # pyrefly: ignore[bad-argument-type]  (Optax has no type for arguments by name)
     return optax.GradientTransformationExtraArgs(by_group.init, update)

@@ -131,6 +131,7 @@ def scale_by_muon(
         )
         return jax.tree.map(normalize_neurons, updates, usual), MuonState(mean, usual)
 
+    # pyrefly: ignore[bad-argument-type]  (Optax has no type for arguments by name)
     return optax.GradientTransformationExtraArgs(init, update)
 
 

@@ -18,7 +18,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b, sha256
 from importlib.util import find_spec
@@ -281,7 +281,7 @@ def _not_utf8(error: UnicodeDecodeError, end: int) -> str:
 
 
 @contextmanager
-def _unpacked(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], float]]]:
+def _unpacked(path: Path) -> Generator[tuple[IO[bytes], Callable[[], float]], None, None]:
     """The bytes of a file, unpacked by its suffix, and a function that tells the share read."""
     with path.open("rb") as file:
         size = max(1, os.fstat(file.fileno()).st_size)

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from math import inf
@@ -32,7 +32,7 @@ class Pace:
 
 
 @contextmanager
-def progress_line() -> Iterator[Callable[[str], None]]:
+def progress_line() -> Generator[Callable[[str], None], None, None]:
     """A function that shows a line: in place on a terminal, elsewhere one every ten seconds."""
     terminal = sys.stderr.isatty()
     pause, start, end = (0.2, "\r", "\x1b[K") if terminal else (10.0, "", "\n")

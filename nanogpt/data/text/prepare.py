@@ -11,7 +11,7 @@ this one was killed. Only then do the shards that are full get their names.
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -190,7 +190,7 @@ def encode_rest(
 
 
 @contextmanager
-def locked(folder: Path, show: Callable[[str], None]) -> Iterator[None]:
+def locked(folder: Path, show: Callable[[str], None]) -> Generator[None, None, None]:
     """One process at a time in `folder`."""
     lock = FileLock(folder / ".lock")
     try:

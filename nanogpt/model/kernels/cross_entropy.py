@@ -7,6 +7,7 @@ nanogpt/model/loss.py: `_two_passes`.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +33,8 @@ def in_parts(run: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Arr
         parts = 1 + len(targets) * head.shape[1] // MAX_8BIT_ELEMENTS
         rows = (jnp.array_split(x, parts) for x in (features, targets))
         pairs = [run(x, head, y, *how) for x, y in zip(*rows, strict=True)]
-        return tuple(map(jnp.concatenate, zip(*pairs, strict=True)))
+        objectives, losses = zip(*pairs, strict=True)
+        return jnp.concatenate(objectives), jnp.concatenate(losses)
 
     return run_in_parts
 
@@ -88,7 +90,8 @@ def _kernel(logits_ref, targets_ref, losses_ref, dlogits_ref, *, cap, weights, f
     targets = [targets_ref[k] for k in range(len(weights))]
     first = [pl.ds(jnp.maximum(target, 0), 1) for target in targets]
     target_logits = [jnp.sum(cap.bound * tanh_at(span)) for span in first]  # of one number each
-    sums = {}  # by size: adding vectors first, the threads meet once per size, not once per span
+    # By size: adding vectors first, the threads meet once per size, not once per span.
+    sums: dict[int, Any] = {}
     for span in spans:
         sums[span.size] = sums.get(span.size, 0.0) + exp(cap.bound * tanh_at(span) - cap.bound)
     log_normaliser = cap.bound + jnp.log(sum(jnp.sum(terms) for terms in sums.values()))

@@ -1,6 +1,7 @@
 """JAX's splash attention, for TPUs."""
 
 from functools import partial
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -27,5 +28,5 @@ def splash_attention(
     on_tpu, on_cpu = (jax.vmap(make(interpret=interpret)) for interpret in (False, True))
     q, k, v = (x.swapaxes(1, 2) for x in (scale * q, k, v))
     segments = None if documents is None else splash.SegmentIds(documents, documents)
-    out = jax.lax.platform_dependent(q, k, v, segments, cpu=on_cpu, default=on_tpu)
+    out: Any = jax.lax.platform_dependent(q, k, v, segments, cpu=on_cpu, default=on_tpu)
     return out.swapaxes(1, 2)
