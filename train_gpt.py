@@ -26,6 +26,7 @@ from nanogpt.checks import (
     Seed,
     Share,
     UserError,
+    can_be_utf8,
     checked,
 )
 from nanogpt.config import ComputeType, GPTConfig, LossKernel, TokenizerName, mesh_axes
@@ -217,6 +218,8 @@ class Hyperparameters:
     def check(self) -> None:
         """Raise ConfigError, in a sentence for the user, for settings that make no sense."""
         checked(asdict(self), Hyperparameters)
+        if not can_be_utf8(self.sample_prompt):
+            raise ConfigError(f"sample_prompt must be UTF-8, not {self.sample_prompt!a}.")
         if (self.train_files is None) != (self.val_files is None):
             raise ConfigError("train_files and val_files must both be globs, or both None.")
         if self.train_files is None and not self.data and self.tokenizer != "bytes":

@@ -82,6 +82,15 @@ class _Flaw(Exception):
     """What msgspec accepts and we do not; the message begins a sentence."""
 
 
+def can_be_utf8(text: str) -> bool:
+    """Whether a text can be encoded; from a command line that was not UTF-8 it cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _compare(given: Any, made: Any, others: bool, path: Sequence[str | int] = ()) -> None:
     """Raise _Flaw where a dataclass lacks fields, or has others than it declares.
 

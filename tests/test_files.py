@@ -154,7 +154,21 @@ def test_what_does_not_go_together_is_told_with_its_file(run, capsys):
             told = r"runs/a/config.json: batch of stage 1, 0.3 \* 2,048, makes no .*: restore it"
             assert re.match(told, refusal(capsys, run, *PROGRAMS["sample"]))
         sentence = refusal(capsys, run, *PROGRAMS["repeat"])
-        assert sentence.startswith("batch of stage 1" if "batch" in path else "width must be")
+        told = "batch of stage 1" if "batch" in path else "width must be"
+        assert sentence.startswith(f"runs/a/config.json: {told}")
+
+
+@pytest.mark.parametrize("option", ["--resume", "--config"])
+def test_saved_settings_that_do_not_go_together_are_told_with_their_file(run, capsys, option):
+    (run / "config.json").write_text(json.dumps(changed(RUN, "model.vocab_size", 100)))
+    path = "runs/a/config.json"
+    said = refusal(capsys, run, train_gpt, option, path if option == "--config" else "runs/a")
+    assert said.startswith(f"{path}: model.vocab_size 100 is less than the 256 ids")
+
+
+def test_a_prompt_that_is_no_text_is_refused_before_anything_is_trained(run, capsys):
+    said = refusal(capsys, run, train_gpt, "--sample-prompt", "a\udcff")
+    assert said == "sample_prompt must be UTF-8, not 'a\\udcff'."
 
 
 def test_a_file_that_cannot_be_read_or_named_is_refused(run, capsys):

@@ -243,6 +243,12 @@ def test_weights_of_an_early_stage_are_loaded_with_its_windows_and_rotations(
         assert mean_loss(graph_of(last), params, *validation) != pytest.approx(found, abs=1e-5)
 
 
+TAKEN = (
+    "runs/base exists already: choose another run_name, or go on with that run "
+    "(--resume runs/base).\n"
+)
+
+
 def test_a_dry_run_prints_the_plan_and_leaves_nothing(cache, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
@@ -253,6 +259,27 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(cache, tmp_path, monkeypat
     assert told["tokens"] == "1,536 in 6 steps"
     assert {"model", "parameters", "data", "epochs", "memory", "checkpoints"} <= told.keys()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_refuses_what_the_run_would_refuse(base, cache, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    shutil.copytree(base.folder, "runs/a")
+
+    def told(*arguments):
+        status = train_gpt.main([*arguments, "--batch-size", "1", "--dry-run"])
+        output = capsys.readouterr()
+        return status, output.out + output.err
+
+    assert told(*SMALL, "--run-name", "a") == (2, TAKEN.replace("runs/base", "runs/a"))
+    assert told(*SMALL, "--run-name", "../a")[0] == 2
+    status, text = told("--resume", "runs/a", "--num-steps", "9")
+    assert status == 0 and "\nrun: runs/a, after step 6\n" in text
+    settings = json.loads(Path("runs/a/config.json").read_text())
+    settings["model"]["width"] *= 2
+    Path("runs/a/config.json").write_text(json.dumps(settings))
+    status, text = told("--resume", "runs/a", "--num-steps", "9")
+    assert status == 2 and "is not of the model in config.json" in text
 
 
 # Runs that must be alike
@@ -416,10 +443,7 @@ def test_a_run_whose_name_is_taken_stops_and_leaves_the_first_untouched(
     assert train_gpt.main([*SMALL, "--batch-size", "1", "--run-name", "base"]) == 2
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err == (
-        "runs/base exists already: choose another run_name, or go on with that run "
-        "(--resume runs/base).\n"
-    )
+    assert output.err == TAKEN
     assert contents() == before
 
 

@@ -64,20 +64,21 @@ def read_run(folder: Path, name: str) -> History:
     if folder.exists() and not path.exists():
         raise NoNumbers(f"{folder} is no run: name the folders of runs, runs/<name>.")
     try:
-        lines = path.read_bytes().splitlines()
+        content = path.read_bytes()
     except OSError as error:
         missing = path if folder.is_dir() else folder
         raise RunError(
             f"{missing} cannot be read ({error.strerror}): name the folders of runs, runs/<name>."
         ) from error
-    rows = []
+    lines, rows = content.splitlines(), []
+    whole = len(lines) if content.endswith(b"\n") else len(lines) - 1
     for number, line in enumerate(lines, start=1):
         try:
             record = parsed(line, Metrics, f"{path}, line {number:,}", "repair it or take it out")
             numbers: dict[str, Any] = {**record}
             rows.append([float(numbers.get(metric, nan)) for metric in LABELS])
         except ConfigError as error:
-            if number < len(lines):
+            if number <= whole:
                 raise RunError(str(error)) from error
     if not rows:
         raise NoNumbers(f"{path} has no numbers yet: wait for the run's first step.")

@@ -210,15 +210,30 @@ class SilentRun(Run):
         pass
 
 
+def check_name(parent: Path, name: str) -> None:
+    """Raise RunError for a name that is taken or cannot be a folder's; none is always good."""
+    if name and not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
+        raise RunError(
+            f"run_name {name!r} cannot name a folder: use letters, digits, '.', '_', '+' and '-'."
+        )
+    if name and (parent / name).exists():
+        raise taken(parent / name)
+
+
+def taken(folder: Path) -> RunError:
+    """The error for a run's folder that exists."""
+    return RunError(
+        f"{folder} exists already: choose another run_name, or go on with that run "
+        f"(--resume {folder})."
+    )
+
+
 def new_folder(parent: Path, name: str, fallback: str) -> Path:
     """Make the folder `parent/name`; without a name, `parent/<fallback>-<date>-<time>`.
 
     Raises RunError when the name is taken, cannot be a folder's, or cannot be written.
     """
-    if name and not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
-        raise RunError(
-            f"run_name {name!r} cannot name a folder: use letters, digits, '.', '_', '+' and '-'."
-        )
+    check_name(parent, name)
     stamped = f"{fallback}-{datetime.now():%Y%m%d-%H%M%S}"
     candidates = [name] if name else [stamped, *(f"{stamped}-{i}" for i in range(2, 100))]
     for candidate in candidates:
@@ -233,10 +248,7 @@ def new_folder(parent: Path, name: str, fallback: str) -> Path:
                 f"The run folder {folder} cannot be made ({error.strerror}): start the run where "
                 "you may write."
             ) from error
-    raise RunError(
-        f"{parent / candidates[0]} exists already: choose another run_name, or go on with that run "
-        f"(--resume {parent / candidates[0]})."
-    )
+    raise taken(parent / candidates[0])
 
 
 def _hold(folder: Path) -> FileLock:

@@ -10,7 +10,7 @@ from nanogpt.devices.hardware import peak_memory
 from nanogpt.devices.processes import told_by_first
 from nanogpt.runs.description import heading, outlook, table
 from nanogpt.runs.environment import environment
-from nanogpt.runs.folder import Run, SilentRun, new_folder
+from nanogpt.runs.folder import Run, SilentRun, check_name, new_folder
 from nanogpt.runs.profile import steps_of
 from nanogpt.runs.progress import Progress
 from nanogpt.runs.trackers import open_trackers
@@ -18,7 +18,7 @@ from nanogpt.training.checkpoint import Checkpoints
 from nanogpt.training.interruption import Interruption
 from nanogpt.training.plan import Plan
 from nanogpt.training.programs import Programs
-from nanogpt.training.start import Start, facts_to_save
+from nanogpt.training.start import Start, facts_to_save, where_to_begin
 from nanogpt.training.step import TrainState
 
 # What was asked of one process only, and is not part of the run.
@@ -34,10 +34,18 @@ OF_A_PROCESS = {
 
 
 def only_plan(plan: Plan) -> int:
-    """Print what a run would do, once for all processes; the exit status."""
+    """Print what a run would do, once for all processes; the exit status.
+
+    Raises RunError or ConfigError where the run could not begin.
+    """
+    rows = table(plan) | outlook(plan)
+    if plan.hp.resume:
+        start = where_to_begin(plan, Path(plan.hp.resume), print)
+        rows["run"] = f"{plan.hp.resume}, after step {start.first_step - 1}"
+    else:
+        check_name(Path("runs"), plan.hp.run_name)
     if jax.process_index() == 0:
-        for name, value in (table(plan) | outlook(plan)).items():
-            print(f"{name}: {value}")
+        print(*(f"{name}: {value}" for name, value in rows.items()), sep="\n")
     return 0
 
 

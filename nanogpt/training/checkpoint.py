@@ -33,6 +33,7 @@ from nanogpt.files import read_json, write_whole
 from nanogpt.training.step import Params, TrainState
 
 FORMAT = 1
+RESTORE = "restore it"
 MANIFEST = "manifest.json"
 SPACE = 1.2  # disk space that must be free before a save, in sizes of the state
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -209,7 +210,9 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Checkpoint:
             return checkpoint
         flaws.append(f"{folder.name} {checkpoint}")
     found = f"none of {len(flaws)} is whole ({'; '.join(flaws)})" if flaws else "there is none"
-    raise CheckpointError(f"{run} has no checkpoint that can be used: {found}.")
+    raise CheckpointError(
+        f"{run} has no checkpoint that can be used: {found}. Restore one, or start another run."
+    )
 
 
 def load_state(checkpoint: Checkpoint, shapes: TrainState) -> TrainState:
@@ -237,9 +240,14 @@ def _kinds(parts: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _load(checkpoint: Checkpoint, shapes: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a state that are asked for, if they are what the shapes say."""
-    folder, wanted = checkpoint.folder.resolve(), _kinds(shapes)
+def check_model(checkpoint: Checkpoint, params: Params) -> None:
+    """Raise CheckpointError unless a checkpoint has parameters of these shapes and dtypes."""
+    _check_kinds(checkpoint, {"params": params})
+
+
+def _check_kinds(checkpoint: Checkpoint, shapes: dict[str, Any]) -> None:
+    """Raise CheckpointError unless the parts of a state that are asked for are as in the shapes."""
+    wanted = _kinds(shapes)
     saved = {name: k for name, k in checkpoint.arrays.items() if name.split(".")[0] in shapes}
     if different := saved.items() ^ wanted.items():
         name, _ = min(different)
@@ -248,6 +256,12 @@ def _load(checkpoint: Checkpoint, shapes: dict[str, Any]) -> dict[str, Any]:
             f"{wanted.get(name, 'nothing')} as {name} where it has {saved.get(name, 'nothing')}: "
             "restore config.json, or name another run."
         )
+
+
+def _load(checkpoint: Checkpoint, shapes: dict[str, Any]) -> dict[str, Any]:
+    """The parts of a state that are asked for, if they are what the shapes say."""
+    folder = checkpoint.folder.resolve()
+    _check_kinds(checkpoint, shapes)
     try:
         return {
             part: ocp.load(str(folder), shapes[part], checkpointable_name=part) for part in shapes
@@ -292,7 +306,7 @@ def _write_manifest(folder: Path, known: dict[str, Any]) -> None:
 def _checked(folder: Path) -> Checkpoint | str:
     """The checkpoint in a folder if all of it is as it was written, else what is wrong with it."""
     try:
-        found = read_json(folder / MANIFEST, dict[str, Any], "its checkpoint is passed over")
+        found = read_json(folder / MANIFEST, dict[str, Any], RESTORE)
         if found.pop("sha256", None) != _digest(found):
             return f"has a changed {MANIFEST}"
         if found.get("format", FORMAT) != FORMAT:
@@ -301,7 +315,8 @@ def _checked(folder: Path) -> Checkpoint | str:
     except ConfigError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return f"has no {MANIFEST}, so its save was interrupted"
-        return f"has an unreadable {MANIFEST} ({str(error).removesuffix('.')})"
+        flaw = str(error).removesuffix(".").removesuffix(f": {RESTORE}")
+        return f"has an unreadable {MANIFEST} ({flaw})"
     if manifest["step"] != int(folder.name):
         return f"is of step {manifest['step']}"
     for name, file in manifest["files"].items():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from nanogpt.checks import ConfigError
-from nanogpt.files import read_json
+from nanogpt.files import found_in, read_json
 
 if TYPE_CHECKING:
     from train_gpt import Hyperparameters
@@ -74,6 +74,11 @@ def run_to_resume(resume: str) -> Path:
     """
     if resume != "auto":
         folder = Path(resume)
+        if os.path.isfile(folder / "model.safetensors"):
+            raise ConfigError(
+                f"{folder} is an exported model, not a run: name the run that it comes from, or "
+                "begin with its weights (--init-from)."
+            )
         if not os.path.isfile(folder / "config.json"):  # also where it can be no path at all
             raise ConfigError(f"{folder} holds no run to resume: it has no config.json.")
         return folder
@@ -84,8 +89,11 @@ def run_to_resume(resume: str) -> Path:
 
 
 def saved_settings(kind: type[Settings], path: Path) -> Settings:
-    """The settings in a run's config.json; ConfigError if they cannot be read."""
-    return read_json(path, kind, RESTORE, ADDED)
+    """The settings in a run's config.json; ConfigError if they cannot be read or make no sense."""
+    saved = read_json(path, kind, RESTORE, ADDED)
+    with found_in(path, RESTORE):
+        saved.check()
+    return saved
 
 
 def resumed_settings(

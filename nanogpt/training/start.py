@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from nanogpt.checks import ConfigError
-from nanogpt.training.checkpoint import Checkpoint, newest_checkpoint
+from nanogpt.training.checkpoint import Checkpoint, check_model, newest_checkpoint
 from nanogpt.training.plan import Plan
 from nanogpt.training.resume import check_same_data
+from nanogpt.training.step import init_params
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,7 @@ def where_to_begin(plan: Plan, folder: Path, say: Callable[[str], None]) -> Star
     if not hp.resume:
         return Start()
     checkpoint = newest_checkpoint(folder, say)
+    check_model(checkpoint, jax.eval_shape(partial(init_params, hp.model), jax.random.key(0)))
     start = Start(checkpoint)
     if start.first_step > hp.num_steps and not start.unvalidated:
         return start

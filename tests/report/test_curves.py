@@ -95,6 +95,9 @@ def test_a_broken_line_is_named_but_the_last_one_is_not_read(tmp_path, capsys, l
     lines = metrics.read_text().splitlines()
     metrics.write_text("\n".join([*lines, line]))
     np.testing.assert_array_equal(read_run(folder, "run").metrics["step"], [1, 2, 3, 4])
+    if line:
+        metrics.write_text("\n".join([*lines, line, ""]))  # it was written whole, but is wrong
+        assert f"{metrics}, line 5{told}" in failure(capsys, folder)
     metrics.write_text("\n".join([*lines[:2], line, *lines[2:]]))
     said = failure(capsys, folder)
     assert f"{metrics}, line 3{told}" in said and said.endswith(": repair it or take it out.")
