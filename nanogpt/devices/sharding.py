@@ -16,7 +16,7 @@ It keeps them from the first forward pass of a step to the last backward pass, s
 once, however many micro-batches there are; to let go of a layer in between would send them again.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 
 import jax
@@ -81,19 +81,36 @@ def shardings(arrays: PyTree, mesh: Mesh, shard_params: bool) -> PyTree:
     """
 
     def sharding(path: Path, array: Array | jax.ShapeDtypeStruct) -> NamedSharding:
-        spec = spec_of(path, array, shard_params)
-        for size, axes in zip(array.shape, spec, strict=False):
-            axes = (axes,) if isinstance(axes, str) else axes or ()
-            if size % prod(mesh.shape[axis] for axis in axes):
-                by = " * ".join(f"{axis}={mesh.shape[axis]}" for axis in axes)
-                raise ConfigError(
-                    f"The {size:,} rows or columns of {'.'.join(_names(path))} cannot be divided "
-                    f"by {by}: choose another mesh, another size of the model, or leave out "
-                    "shard_params."
-                )
-        return NamedSharding(mesh, spec)
+        num_parts(path, array, mesh.shape, shard_params)
+        return NamedSharding(mesh, spec_of(path, array, shard_params))
 
     return jax.tree_util.tree_map_with_path(sharding, arrays)
+
+
+def num_parts(
+    path: Path,
+    array: Array | jax.ShapeDtypeStruct,
+    devices: Mapping[str, int],
+    shard_params: bool,
+) -> int:
+    """Into how many parts so many devices along each axis of a mesh divide an array.
+
+    Raises:
+        ConfigError: they cannot divide it evenly; names it.
+    """
+    parts = 1
+    for size, axes in zip(array.shape, spec_of(path, array, shard_params), strict=False):
+        axes = (axes,) if isinstance(axes, str) else axes or ()
+        among = prod(devices[axis] for axis in axes)
+        if size % among:
+            by = " * ".join(f"{axis}={devices[axis]}" for axis in axes)
+            raise ConfigError(
+                f"The {size:,} rows or columns of {'.'.join(_names(path))} cannot be divided "
+                f"by {by}: choose another mesh, another size of the model, or leave out "
+                "shard_params."
+            )
+        parts *= among
+    return parts
 
 
 def check_shared(config: GPTConfig, row_lengths: Sequence[int], devices: int) -> None:

@@ -7,7 +7,7 @@ tested without compiling anything.
 
 from dataclasses import dataclass, replace
 from functools import partial
-from math import gcd, prod
+from math import gcd
 from typing import TYPE_CHECKING
 
 import jax
@@ -24,7 +24,7 @@ from nanogpt.devices.hardware import (
     utilization,
 )
 from nanogpt.devices.processes import check_same
-from nanogpt.devices.sharding import check_shared, specs
+from nanogpt.devices.sharding import check_shared, num_parts
 from nanogpt.model.attention import choose_attention
 from nanogpt.optim.groups import make_optimizer
 from nanogpt.training.step import init_params
@@ -262,7 +262,10 @@ def micro_batch(
 
 
 def size_of_state(hp: "Hyperparameters", readers: int, sharers: int) -> tuple[int, int, int]:
-    """Parameters, bytes of them and of the optimizer, and how many of these each device holds."""
+    """Parameters, bytes of them and of the optimizer, and how many of these each device holds.
+
+    Raises ConfigError where the devices cannot divide an array evenly.
+    """
 
     def init(key: jax.Array) -> tuple:
         params = init_params(hp.model, key)
@@ -270,16 +273,12 @@ def size_of_state(hp: "Hyperparameters", readers: int, sharers: int) -> tuple[in
 
     state = jax.eval_shape(init, jax.random.key(0))
     devices = {"data": readers, "model": sharers}
-
-    def parts(spec: jax.sharding.PartitionSpec) -> int:
-        names = [name for axes in spec if axes for name in ((axes,) if axes in devices else axes)]
-        return prod(devices[name] for name in names)
-
-    arrays = jax.tree.leaves(state)
-    divided = jax.tree.leaves(jax.tree.map(parts, specs(state, hp.shard_params)))
-    num_bytes = [array.size * array.dtype.itemsize for array in arrays]
-    here = sum(size // among for size, among in zip(num_bytes, divided, strict=True))
-    return sum(p.size for p in jax.tree.leaves(state[0])), sum(num_bytes), here
+    whole = here = 0
+    for path, array in jax.tree.leaves_with_path(state):
+        num_bytes = array.size * array.dtype.itemsize
+        whole += num_bytes
+        here += num_bytes // num_parts(path, array, devices, hp.shard_params)
+    return sum(p.size for p in jax.tree.leaves(state[0])), whole, here
 
 
 def optimizer_of(

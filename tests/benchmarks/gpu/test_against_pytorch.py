@@ -10,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -194,8 +195,8 @@ def ran(monkeypatch, device):
         run.mkdir(parents=True)
         steps = [{"step": i, "step_time_s": s} for i, s in enumerate((90, 9, 0.5, 0.2, 0.4), 1)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-        model = {"num_layers": 2, "width": 64, "num_heads": 2, "mlp_width": 128, "windows": [4]}
-        config = {"total_batch_size": 256, "sequence_length": 16, "model": model}
+        model = GPTConfig(num_layers=2, width=64, num_heads=2, mlp_width=128, windows=(4,))
+        config = {"total_batch_size": 256, "sequence_length": 16, "model": asdict(model)}
         (run / "config.json").write_text(json.dumps(config))
         (run / "log.txt").write_text(f"baseline preset | x, 9 tokens | {device} | Ng = 1\n...\n")
 
