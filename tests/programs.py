@@ -64,9 +64,7 @@ def run_to_end(arguments, cwd, cache, devices=1, main=train_gpt.main):
     """The same in a process that is forked."""
     with Process(arguments, cwd, cache, devices, main=main) as process:
         status = process.end()
-    return subprocess.CompletedProcess(
-        arguments, status, "".join(f"{line}\n" for line in process.lines), process.stderr
-    )
+    return subprocess.CompletedProcess(arguments, status, process.output, process.stderr)
 
 
 class Process:
@@ -124,6 +122,16 @@ class Process:
                     return line
             assert self._read_more(), (text, self.lines, self.end(), self.stderr)
 
+    def read(self, count):
+        """Read on until so many characters are here."""
+        while len(self.output) < count:
+            assert self._read_more(), (self.output, self.end(), self.stderr)
+
+    @property
+    def output(self):
+        """All that was read."""
+        return "\n".join([*self.lines, self._rest])
+
     def send(self, number):
         os.kill(self.pid, number)
 
@@ -162,6 +170,8 @@ def _become(main, arguments, cwd, environment, ignored, limit, output, errors):
     for descriptor, pipe in enumerate((output, errors), start=1):
         os.dup2(pipe.fileno(), descriptor)
         pipe.close()
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

@@ -17,7 +17,7 @@ import pytest
 import export
 import sample
 from nanogpt.config import ConfigError
-from tests.programs import PYTHON
+from tests.programs import Process
 from train_gpt import PRESETS
 
 
@@ -102,28 +102,25 @@ def test_an_exported_model_writes_what_its_run_writes(run, text, tmp_path):
     assert text(tmp_path / "model", "--prompt", "def ").endswith(text(run, "--prompt", "def "))
 
 
-def test_text_is_shown_as_it_is_written(run):
-    script = [sys.executable, "-u", sample.__file__, run, "--prompt", "def ", "--seed", "1"]
-    process = subprocess.Popen(
-        [*script, "--max-new-tokens", "100000000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    assert len(process.stdout.read(200)) == 200  # of a text that would go on for hours
-    process.stdout.close()  # as `head` does
-    assert process.wait(60) == 0
-    assert process.stderr.read() == b""
+def endless(run, tmp_path, cache):
+    """A text that would go on for hours."""
+    arguments = [run, "--prompt", "def ", "--seed", "1", "--max-new-tokens", "100000000"]
+    return Process(arguments, tmp_path, cache, main=sample.main)
 
 
-def test_ctrl_c_ends_a_text_quietly(run):
-    process = subprocess.Popen(
-        [*PYTHON, sample.__file__, run, "--max-new-tokens", "100000000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    process.stdout.read(20)
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (130, b"")
-    assert output.endswith(b"\n")
+def test_text_is_shown_as_it_is_written(run, tmp_path, cache):
+    with endless(run, tmp_path, cache) as process:
+        process.read(200)
+        process.close_console()  # as `head` does
+        assert (process.end(), process.stderr) == (0, "")
+
+
+def test_ctrl_c_ends_a_text_quietly(run, tmp_path, cache):
+    with endless(run, tmp_path, cache) as process:
+        process.read(20)
+        process.send(signal.SIGINT)
+        assert (process.end(), process.stderr) == (130, "")
+    assert process.output.endswith("\n")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
@@ -194,15 +191,22 @@ def test_a_prompt_given_twice_and_an_empty_stop_are_told_in_one_sentence(tmp_pat
     assert "stop must not be empty" in capsys.readouterr().err
 
 
-def test_the_page_is_served_with_the_model(run):
+def test_the_page_is_served_with_the_model(run, tmp_path, cache):
     pytest.importorskip("starlette", reason="needs the extra serve")
-    process = subprocess.Popen(
-        [*PYTHON, sample.__file__, run, "--serve", "--port", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    address = re.search(r"http://\S+", process.stdout.readline())[0]
+    arguments = [run, "--serve", "--port", "0"]
+    with Process(arguments, tmp_path, cache, main=sample.main) as process:
+        address = re.search(r"http://\S+", process.read_until("http://"))[0]
+        tokens, end = generated(address)
+        process.send(signal.SIGINT)
+        assert (process.end(), process.stderr) == (0, "")
+    assert end == {"done": "length"}
+    assert len(tokens) == 12
+    for token in tokens:  # at temperature zero each is the likeliest
+        assert token["probability"] == pytest.approx(token["alternatives"][0][1], rel=1e-5)
+
+
+def generated(address):
+    """The tokens that the page gets, and the end."""
     order = {"prompt": "def ", "num_tokens": 12, "temperature": 0, "top_k": None, "top_p": 1}
     request = urllib.request.Request(
         f"{address}/generate",
@@ -211,13 +215,7 @@ def test_the_page_is_served_with_the_model(run):
     )
     with urllib.request.urlopen(request, timeout=120) as answer:
         *tokens, end = map(json.loads, answer)
-    assert end == {"done": "length"}
-    assert len(tokens) == 12
-    for token in tokens:  # at temperature zero each is the likeliest
-        assert token["probability"] == pytest.approx(token["alternatives"][0][1], rel=1e-5)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, "")
+    return tokens, end
 
 
 @pytest.mark.parametrize("missing", ["everything", "config.json", "checkpoints"])
