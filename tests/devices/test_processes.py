@@ -103,6 +103,10 @@ def test_two_processes_train_as_one_does_and_the_first_alone_tells(straight, pla
     assert config["process_id"] is None  # another launch has other numbers
 
 
+# What a process says that misses another: JAX's service, or the collective that was under way.
+LOST = re.compile("another task died|Connection (reset|closed) by peer")
+
+
 def test_when_one_is_killed_the_other_ends_and_the_run_goes_on_on_other_devices(
     straight,
     place,
@@ -117,7 +121,7 @@ def test_when_one_is_killed_the_other_ends_and_the_run_goes_on_on_other_devices(
         one.send(signal.SIGKILL)
         status = end.result()
     assert status != 0
-    assert "another task died" in two.stderr
+    assert LOST.search(two.stderr)
     with processes(["--resume", "runs/a"], place, cache, devices=1) as ((one, two), (end,)):
         statuses = [one.end(), end.result()]
     assert statuses == [0, 0], (one.stderr, two.stderr)
@@ -150,8 +154,8 @@ def test_one_that_is_killed_as_they_save_or_cannot_begin_ends_all_and_nothing_is
         two.send(signal.SIGKILL)
         statuses = [future.result() for future in (*ends, end)]
     assert 0 not in statuses
-    assert "another task died" in one.stderr
-    assert "another task died" in first.stderr
+    assert LOST.search(one.stderr)
+    assert LOST.search(first.stderr)
     assert second.stderr.startswith("No shard matches train_*.bin")
     assert not Path("runs/b").exists()
     whole = [x for x in saves.iterdir() if (x / "manifest.json").exists()]
