@@ -275,6 +275,8 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(base, cache, tmp_path, monk
     assert told(*SMALL, "--run-name", "../a")[0] == 2
     status, text = told("--resume", "runs/a", "--num-steps", "9")
     assert status == 0 and "\nrun: runs/a, after step 6\n" in text
+    status, text = told("--resume", "runs/a")
+    assert status == 0 and "\nrun: runs/a, after step 6, nothing left to do\n" in text
     settings = json.loads(Path("runs/a/config.json").read_text())
     settings["model"]["width"] *= 2
     Path("runs/a/config.json").write_text(json.dumps(settings))

@@ -42,7 +42,7 @@ def table(plan: Plan) -> dict[str, str]:
 
 
 def outlook(plan: Plan) -> dict[str, str]:
-    """What `--dry-run` adds to the table: estimates, for nothing was compiled."""
+    """What `--dry-run` adds to the table: estimates, because nothing was compiled."""
     epochs = plan.hp.schedule.tokens(plan.hp.num_steps) / plan.dataset.train_tokens
     rows = {"epochs": f"{epochs:.2f}"}
     for number, stage in enumerate(plan.stages):

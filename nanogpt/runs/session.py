@@ -41,7 +41,8 @@ def only_plan(plan: Plan) -> int:
     rows = table(plan) | outlook(plan)
     if plan.hp.resume:
         start = where_to_begin(plan, Path(plan.hp.resume), print)
-        rows["run"] = f"{plan.hp.resume}, after step {start.first_step - 1}"
+        finished = ", nothing left to do" if start.first_record > plan.hp.num_steps else ""
+        rows["run"] = f"{plan.hp.resume}, after step {start.first_step - 1}{finished}"
     else:
         check_name(Path("runs"), plan.hp.run_name)
     if jax.process_index() == 0:
@@ -70,7 +71,9 @@ def nothing_left(run: Run, plan: Plan) -> int:
 
 
 def begin(run: Run, plan: Plan, start: Start) -> Progress:
-    """Write what the run is, open its trackers, and say what will be done; what will report it.
+    """Write the run's settings, open its trackers and print its heading.
+
+    Returns the Progress that reports its steps.
 
     Raises ConfigError for a profile of steps that were made before.
     """
