@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from flax import nnx
     from jax.sharding import Mesh
 
-    from nanogpt.data.batches import ValidationRows
+    from nanogpt.config import GPTConfig
+    from nanogpt.data.validation import ValidationRows
     from nanogpt.inference.hellaswag import Item
     from nanogpt.inference.weights import RunSettings
     from nanogpt.training.step import Params
@@ -97,7 +98,7 @@ def evaluate(options: Options) -> None:
     """Print the figures, and write each to the run's folder as soon as it is known."""
     # So that this takes no more of a GPU that trains at the same time than it needs.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    from nanogpt.data.batches import ValidationRows
+    from nanogpt.data.validation import ValidationRows
     from nanogpt.devices.compilation import first_that_fits, use_compilation_cache
     from nanogpt.devices.mesh import make_mesh
     from nanogpt.inference.hellaswag import read_items, retokenized
@@ -108,7 +109,14 @@ def evaluate(options: Options) -> None:
     # What may be missing is looked for before the long work begins.
     files, name = validation_files(options.val_files or run.hp.val_files)
     count = options.val_tokens or run.hp.val_tokens
-    rows = ValidationRows(files, run.row_length, count, run.hp.model.vocab_size)
+    rows = ValidationRows(
+        files,
+        run.row_length,
+        count,
+        run.hp.model.vocab_size,
+        separator=run.hp.model.document_separator,
+        context=run.model.reach(run.row_length),
+    )
     tokenizer = load_tokenizer(run.hp.tokenizer)
     num_bytes = int(bytes_per_token(tokenizer)[rows.tokens[1:]].sum())
     items = []
@@ -154,7 +162,8 @@ class Trained(NamedTuple):
     step: int  # after which they were saved
     hp: "RunSettings"  # those in config.json
     row_length: int  # tokens per row, T, of the stage that the step belongs to
-    graph: "nnx.GraphDef"  # the model of that stage
+    model: "GPTConfig"  # as it is used after that stage
+    graph: "nnx.GraphDef"
     params: "Params"  # whole on every device
     mesh: "Mesh"
 
@@ -166,7 +175,8 @@ def load(folder: Path, mesh: "Mesh") -> Trained:
     hp, graph, params, checkpoint = load_run(folder, mesh)
     step, schedule = checkpoint.step, schedule_in(folder)
     T = schedule.row_length(schedule.stage(min(step, schedule.num_steps)))
-    return Trained(step, hp, T, graph, params, mesh)
+    model = schedule.used(hp.model, schedule.stage(min(step, schedule.num_steps)))
+    return Trained(step, hp, T, model, graph, params, mesh)
 
 
 def validation_files(pattern: str | None) -> tuple[list[Path], str]:
@@ -187,17 +197,14 @@ def bytes_per_token(tokenizer: Tokenizer) -> Int64[np.ndarray, "65536"]:
 
 def validation_nats(run: Trained, rows: "ValidationRows", batch_size: int) -> float:
     """The loss of all targets in the rows, added up, in the run's own dtype."""
-    from flax import nnx
-
     from nanogpt.config import Kernels
     from nanogpt.devices.mesh import ROWS, put
     from nanogpt.model.attention import choose_attention
     from nanogpt.training.step import graph_of, make_eval_step
 
     T, dtype = run.row_length, run.hp.dtype
-    config = nnx.merge(run.graph, run.params).config
-    attention, _ = choose_attention([config], T, dtype)
-    eval_step = make_eval_step(graph_of(config, Kernels(attention)), run.mesh, dtype)
+    attention, _ = choose_attention([run.model], T, dtype)
+    eval_step = make_eval_step(graph_of(run.model, Kernels(attention)), run.mesh, dtype)
     devices = run.mesh.size
     R = min(batch_size, -(-len(rows) // devices)) * devices
     return fsum(

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+from msgspec import Meta
 
 from nanogpt.checks import (
     ConfigError,
@@ -29,7 +30,7 @@ from nanogpt.checks import (
     can_be_utf8,
     checked,
 )
-from nanogpt.config import ComputeType, GPTConfig, LossKernel, TokenizerName, mesh_axes
+from nanogpt.config import AdamGroups, ComputeType, GPTConfig, LossKernel, TokenizerName, mesh_axes
 from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.runs.folder import Run, RunError
 from nanogpt.runs.profile import Trace, steps_of
@@ -51,28 +52,32 @@ Preset = Literal["auto", "speedrun", "baseline", "laptop", "gpt2-medium", "gpt2-
 
 
 def windows(short: int, long: int) -> tuple[int, ...]:
-    """The windows of 12 layers: long ones in the middle and at the end."""
-    return (short,) * 4 + (long,) + (short,) * 6 + (long,)
+    """The windows of 11 layers: long ones in the middle and at the end."""
+    return (short,) * 3 + (long,) + (short,) * 6 + (long,)
 
 
+# Model, stages and rates of this preset are those of modded-nanogpt's record of 2026-01-19; see
+# docs/recipe.md.
 SPEEDRUN_MODEL = GPTConfig(
-    mlp_only=(0, 7),
-    key_offset=(4, 11),
-    paired_heads=(2, 5, 9),
-    backout=8,
+    mlp_only=(6,),
+    key_offset=(3, 10),
+    paired_heads=(0, 2, 5, 9),
+    skips=((3, 6),),
+    backout=7,
     bigram_buckets=5 * 50304,
+    document_separator=50256,
+    tied_head=True,
+    residual_init=1.1,
+    attention_scale=0.1,
     softcap=11.5,
     logit_scale=11.5 / 15,
     logit_shift=5.0,
 )
-
-# Batch and rates of these stages are those of modded-nanogpt's record of 2025-11-29, the targets
-# those of 2025-12-22. The last stage, when the rates are lowest, reads as far back as rows allow.
 SPEEDRUN_STAGES = (
-    Stage(0.33, 1 / 3, 0.5, 1.00, windows(128, 384), (1.0, 0.5, 0.25)),
-    Stage(0.33, 2 / 3, 1.0, 1.52, windows(384, 896), (1.0, 0.5)),
-    Stage(0.32, 1.0, 1.0, 1.73, windows(640, 1408)),
-    Stage(0.02, 1.0, 1.0, 1.73, windows(768, 2048)),
+    Stage(0.325, 1 / 3, 1.0, 1.00, windows(128, 384), target_weights=(1.0, 0.5, 0.25)),
+    Stage(0.325, 2 / 3, 1.0, 1.52, windows(384, 896), target_weights=(1.0, 0.5)),
+    Stage(0.325, 1.0, 1.0, 1.73, windows(640, 1408), split_head=True),
+    Stage(0.025, 1.0, 1.0, 1.73, windows(768, 1664), windows(768, 2560)),
 )
 
 
@@ -113,39 +118,41 @@ class Hyperparameters:
     # Batch: Ng = total_batch_size / (batch_size * sequence_length * number of devices along data)
     batch_size: Positive | None = None
     """Rows per device in one forward and backward pass; None for as many as its memory holds."""
-    sequence_length: Positive = 2048
+    sequence_length: Positive = 16_384
     """Tokens per row, T."""
     total_batch_size: Positive = 393_216
     """Tokens per optimizer step, over all devices and accumulation steps."""
 
     # Optimization
-    num_steps: Positive = 2160
+    num_steps: Positive = 1600
     """Optimizer steps."""
     stages: tyro.conf.Suppress[Stages] = SPEEDRUN_STAGES
     """The stretches of the run, in order; see nanogpt/schedule.py."""
     learning_rate: NotNegative = 0.023
     """Rate of Muon, for the matrices of the layers."""
-    embedding_learning_rate: NotNegative = 0.6
-    """Rate of Adam for the embedding tables."""
-    head_learning_rate: NotNegative = 0.008
-    """Rate of Adam for the head."""
-    scalar_learning_rate: NotNegative = 0.04
-    """Rate of Adam for mixing coefficients and gates."""
-    cooldown_fraction: Share = 0.55
-    """Share of the steps, the last ones, in which all rates fall linearly."""
-    final_learning_rate_factor: Share = 0.1
-    """What the rates are multiplied with at the end of the cooldown."""
+    mlp_out_factor: NotNegative = 4.0
+    """What it is multiplied with for the matrices that lead out of the MLPs."""
+    weight_decay: NotNegative = 1.2
+    """Of the matrices of the layers: a step takes the rate squared times this off those weights
+    which it brings nearer to zero."""
     momentum: Decay = 0.95
     """Muon's momentum, after its warm-up from 0.85."""
     momentum_warmup_steps: Count = 300
     """First steps, in which Muon's momentum rises."""
+    momentum_cooldown_steps: Count = 50
+    """Last steps, in which it falls back to 0.85."""
     neuron_decay: Decay | None = 0.95
     """Decay of the mean squares by which Muon evens out its neurons; None for plain Muon."""
-    adam_betas: tuple[Decay, Decay] = (0.65, 0.95)
-    """Decay of Adam's means of the gradient and of its square."""
-    weight_decay: NotNegative = 1.2
-    """Of the matrices of the layers: a step takes the rate squared times this off those weights
-    which it brings nearer to zero."""
+    adam_every: Positive = 2
+    """Adam, for all other parameters, acts at every so many steps, on their mean gradient."""
+    adam: AdamGroups = AdamGroups()
+    """How Adam moves each group of them."""
+    hold_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.025
+    """Share of the steps, the last ones, in which all rates stay at their lowest."""
+    cooldown_fraction: Share = 0.55
+    """Share of the steps before these, the last ones, in which they fall linearly."""
+    final_learning_rate_factor: Share = 0.1
+    """What the rates are multiplied with at the end of the cooldown."""
 
     # Validation
     val_loss_every: Count = 125
@@ -241,8 +248,14 @@ class Hyperparameters:
                 f"model.windows cannot be {self.model.windows}: the stages of the {self.preset} "
                 "preset have windows of their own."
             )
+        if self.model.tied_head and self.adam.embedding != self.adam.head:
+            raise ConfigError(
+                f"adam.embedding must be as adam.head, {self.adam.head}, while model.tied_head is "
+                "True: they learn as one."
+            )
         for stage in range(len(self.stages)):
             self.schedule.model(self.model, stage).check()
+            self.schedule.used(self.model, stage).check()
 
     @property
     def schedule(self) -> Schedule:
@@ -251,7 +264,7 @@ class Hyperparameters:
 
 
 PRESETS = {
-    # GPT-2 small's size with the recipe that modded-nanogpt had grown by the end of 2025.
+    # GPT-2 small's size with the recipe of modded-nanogpt's record of 2026-01-19.
     "speedrun": Hyperparameters(preset="speedrun"),
     # The same without most of it: modded-nanogpt's plain recipe of 2024-11-10.
     "baseline": Hyperparameters(
@@ -262,16 +275,22 @@ PRESETS = {
         num_steps=3000,
         stages=(Stage(),),
         learning_rate=0.04,
+        mlp_out_factor=1.0,
+        weight_decay=0.0,
+        momentum_warmup_steps=500,
+        momentum_cooldown_steps=0,
+        neuron_decay=None,
+        adam_every=1,
+        adam=AdamGroups.alike(tables=0.6, head=0.008, others=0.04, betas=(0.9, 0.95)),
+        hold_fraction=0.0,
         cooldown_fraction=0.3,
         final_learning_rate_factor=0.0,
-        momentum_warmup_steps=500,
-        neuron_decay=None,
-        adam_betas=(0.9, 0.95),
-        weight_decay=0.0,
         model=GPTConfig(
+            num_layers=12,
             value_embeddings=0,
             smear=False,
             attention_gate=False,
+            attention_init=0.5,
             attention_scale=128**-0.5,
             rope_base=10_000.0,
             rope_fraction=1.0,
@@ -292,13 +311,16 @@ PRESETS = {
         max_document_length=None,
         stages=(Stage(),),
         learning_rate=0.03,
-        embedding_learning_rate=0.15,
-        cooldown_fraction=0.5,
-        final_learning_rate_factor=0.0,
+        mlp_out_factor=1.0,
+        weight_decay=0.0,
         momentum=0.9,
         momentum_warmup_steps=50,
-        adam_betas=(0.7, 0.95),
-        weight_decay=0.0,
+        momentum_cooldown_steps=0,
+        adam_every=1,
+        adam=AdamGroups.alike(tables=0.15, head=0.008, others=0.04, betas=(0.7, 0.95)),
+        hold_fraction=0.0,
+        cooldown_fraction=0.5,
+        final_learning_rate_factor=0.0,
         val_loss_every=150,
         val_tokens=262_144,
         dtype="float32",

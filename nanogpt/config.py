@@ -9,7 +9,18 @@ from typing import Annotated, Literal
 
 from msgspec import Meta
 
-from nanogpt.checks import MOST, AboveZero, ConfigError, Count, Finite, Positive, Share, checked
+from nanogpt.checks import (
+    MOST,
+    AboveZero,
+    ConfigError,
+    Count,
+    Decay,
+    Finite,
+    NotNegative,
+    Positive,
+    Share,
+    checked,
+)
 from nanogpt.checks import UserError as UserError
 
 AttentionKernel = Literal["xla", "cudnn", "pallas", "splash"]
@@ -42,12 +53,12 @@ class Kernels:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of the network. The defaults are the 12-layer, 768-wide model of the speedrun."""
+    """The shape of the network. The defaults are the size and the coefficients of the speedrun."""
 
     vocab_size: Positive = 50257
     """Token ids that the data may hold; tables are padded to a multiple of 128."""
 
-    num_layers: Positive = 12
+    num_layers: Positive = 11
     """Transformer blocks, L."""
 
     num_heads: Positive = 6
@@ -63,26 +74,42 @@ class GPTConfig:
     """Layers without attention, counted from 0, or from -1 backwards."""
 
     windows: tuple[Count, ...] = ()
-    """Keys that a query sees, itself included, in each layer in turn; 0, or no entry, for all."""
+    """Keys that a query sees, itself included, in each layer in turn; 0, or no entry, for all.
+    Keys of paired heads count one by one."""
 
-    earlier_windows: tuple[Positive, ...] = ()
-    """The longest windows of the training stages before, whose rotations those of windows slow."""
+    rotary_windows: tuple[Positive, ...] = ()
+    """The longest window of each training stage so far: where they grow, rotations slow down."""
 
     document_separator: Count | None = None
     """Token that begins a document, to keep attention within documents; None lets it cross them."""
 
     value_embeddings: int = 3
-    """Token tables mixed into the values of the first, and again of the last, so many layers; with
-    0 the values of the first attention are mixed into all others."""
+    """Token tables that are mixed into the values of the last layers, one each, and of the first
+    layers, all but the first table; with 0 the values of the first attention are mixed into all
+    others."""
+
+    value_gate: bool = True
+    """Let each token open or close the gates of the value tables; False for one share per layer."""
 
     bigram_buckets: Count = 0
-    """Rows of the table that embeds hashed pairs of neighbouring tokens; 0 for no such table."""
+    """Rows of the table that embeds hashed pairs of neighbouring tokens, and is added to the stream
+    before every layer; 0 for no such table."""
 
     smear: bool = True
     """Add a gated part of each token's embedding to that of the next."""
 
     attention_gate: bool = True
     """Scale what each head adds by a gate that the token opens or closes."""
+
+    attention_init: AboveZero = 1.0
+    """Standard deviation of the first queries', keys' and values' matrices, times sqrt(width)."""
+
+    residual_init: AboveZero = 1.0
+    """What the stream is first multiplied with before each layer; it is learned."""
+
+    skips: tuple[tuple[Count, Count], ...] | None = None
+    """Pairs of layers: the output of the first returns, gated, before the second. None for a U-net:
+    those of the first half return in the second, the last one first, each by a learned share."""
 
     key_offset: tuple[int, ...] = ()
     """Layers in which the half of each key that is not rotated is that of the token before."""
@@ -92,6 +119,10 @@ class GPTConfig:
 
     backout: int | None = None
     """Layer whose output is taken back, by a learned share, before the head; None for no such."""
+
+    tied_head: bool = False
+    """Begin with the same numbers in embedding and head, and let them learn as one for as long as
+    the stages of a run do not split them."""
 
     attention_scale: AboveZero = 0.12
     """What q·k is multiplied with before the softmax; q and k are normalised to length √H."""
@@ -124,13 +155,17 @@ class GPTConfig:
                 f"value_embeddings must be 0 to num_layers, {self.num_layers}, "
                 f"not {self.value_embeddings}."
             )
-        if self.earlier_windows and not min(self.windows, default=0):
-            raise ConfigError("earlier_windows need windows, all of them at least 1.")
         if self.backout is not None and not 0 <= self.backout < self.num_layers:
             raise ConfigError(
                 f"backout names layer {self.backout}, but there are layers 0 to "
                 f"{self.num_layers - 1}."
             )
+        for source, target in self.skips or ():
+            if not source < target < self.num_layers:
+                raise ConfigError(
+                    f"skips has ({source}, {target}), but must lead from one of the layers 0 to "
+                    f"{self.num_layers - 1} to a later one."
+                )
         for name, layers in {
             "mlp_only": self.mlp_only,
             "key_offset": self.key_offset,
@@ -146,12 +181,17 @@ class GPTConfig:
             raise ConfigError(f"paired_heads needs an even num_heads, not {self.num_heads}.")
         if self.num_attentions == 0:
             raise ConfigError("mlp_only names all layers, but one must have attention.")
-        for name in ("smear", "attention_gate"):
+        gates = "smear", "attention_gate", "value_gate" if self.value_embeddings else "smear"
+        for name in gates:
             if getattr(self, name) and self.width < GATE_INPUTS:
                 raise ConfigError(
                     f"{name} reads {GATE_INPUTS} channels, but width is {self.width}: set it to "
                     "False."
                 )
+        if self.skips and self.width < GATE_INPUTS:
+            raise ConfigError(
+                f"skips reads {GATE_INPUTS} channels, but width is {self.width}: set it to None."
+            )
         if not 0 <= (self.document_separator or 0) < self.vocab_size:
             raise ConfigError(
                 f"document_separator must be one of the {self.vocab_size:,} token ids, "
@@ -168,6 +208,23 @@ class GPTConfig:
         return {layer % self.num_layers for layer in named}
 
     @property
+    def skip_pairs(self) -> tuple[tuple[int, int], ...]:
+        """The layers that each skip leads from and to."""
+        L = self.num_layers
+        unet = tuple((L - 1 - layer, layer) for layer in range(L - L // 2, L))
+        return unet if self.skips is None else self.skips
+
+    @property
+    def value_tables(self) -> dict[int, int]:
+        """The value table of each layer that mixes one in."""
+        L, count = self.num_layers, self.value_embeddings
+        tables = {layer: layer + 1 for layer in range(count - 1)}
+        tables |= {L - count + table: table for table in range(count)}
+        return {
+            layer: tables[layer] for layer in sorted(tables.keys() - self.layers(self.mlp_only))
+        }
+
+    @property
     def num_attentions(self) -> int:
         """How many layers have attention."""
         return self.num_layers - len(self.layers(self.mlp_only))
@@ -177,9 +234,61 @@ class GPTConfig:
         """V, the vocabulary rounded up to a multiple of 128 as matrix units like it (50304)."""
         return -(-self.vocab_size // 128) * 128
 
+    def reach(self, row_length: int) -> int:
+        """The most keys that a query of any layer sees in rows of this length, itself included."""
+        return max(self.window(layer) or row_length for layer in range(self.num_layers))
+
     def window(self, layer: int) -> int | None:
         """How many keys a query of this layer sees, itself included; None for all before it."""
         return (self.windows[layer % len(self.windows)] or None) if self.windows else None
+
+
+@dataclass(frozen=True)
+class Adam:
+    """How Adam moves a group of parameters."""
+
+    learning_rate: NotNegative
+
+    betas: tuple[Decay, Decay] = (0.9, 0.99)
+    """Decay of the means of the gradient and of its square."""
+
+    weight_decay: NotNegative = 0.0
+    """A step takes the rate squared times this off those weights which it brings nearer to zero."""
+
+
+@dataclass(frozen=True)
+class AdamGroups:
+    """How Adam moves each group of parameters. The defaults are the speedrun's."""
+
+    embedding: Adam = Adam(0.008, (0.5, 0.95), 0.75)
+    """The table of tokens."""
+    head: Adam = Adam(0.008, (0.5, 0.95), 0.75)
+    """What makes logits of the stream."""
+    tables: Adam = Adam(0.6, (0.75, 0.95), 0.025)
+    """Those of values and bigrams."""
+    gates: Adam = Adam(0.008, (0.9, 0.99), 0.005)
+    """Those of attention and of values."""
+    smear_gate: Adam = Adam(0.00008)
+    """That of the smear."""
+    skip_gate: Adam = Adam(0.0004)
+    """Those of the skips."""
+    shortcuts: Adam = Adam(0.04, (0.65, 0.95))
+    """The embedding's share in what each layer reads."""
+    scalars: Adam = Adam(0.04)
+    """All other coefficients."""
+
+    @classmethod
+    def alike(
+        cls, tables: float, head: float, others: float, betas: tuple[float, float]
+    ) -> "AdamGroups":
+        """With three rates, and the same betas in all: of all tables, of the head, of all else."""
+        few = "gates", "smear_gate", "skip_gate", "shortcuts", "scalars"
+        return cls(
+            embedding=Adam(tables, betas),
+            head=Adam(head, betas),
+            tables=Adam(tables, betas),
+            **{name: Adam(others, betas) for name in few},
+        )
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,9 @@ from nanogpt.config import GPTConfig
 FIRST_MOMENTUM = 0.85  # the first gradients turn quickly and are best forgotten quickly
 
 
+Windows = Annotated[tuple[Positive, ...], Meta(min_length=1)]
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stretch of a run. What it leaves out is as in the rest of the settings."""
@@ -38,11 +41,18 @@ class Stage:
     rate: AboveZero = 1.0
     """What all learning rates are multiplied with before they fall."""
 
-    windows: Annotated[tuple[Positive, ...], Meta(min_length=1)] | None = None
+    windows: Windows | None = None
     """Instead of the windows of the model."""
 
+    validation_windows: Windows | None = None
+    """Instead of these when the model is not trained but used."""
+
     target_weights: Annotated[tuple[AboveZero, ...], Meta(min_length=1)] = (1.0,)
-    """Weights of the losses of the next token, the one after it, and so on."""
+    """Weights of the losses of the next token, the one after it, and so on. Of several, the last
+    falls to zero by the end of the stage (modded-nanogpt, 2025-12-22)."""
+
+    split_head: bool = False
+    """Let a head that was tied to the embedding learn by itself from here on."""
 
 
 Stages = Annotated[tuple[Stage, ...], Meta(min_length=1)]
@@ -53,6 +63,7 @@ class Rates(NamedTuple):
 
     rate: float  # what all learning rates are multiplied with
     momentum: float  # Muon's
+    target_weights: tuple[float, ...] = (1.0,)  # see Stage
 
 
 @dataclass(frozen=True)
@@ -63,12 +74,16 @@ class Schedule:
     num_steps: Positive
     total_batch_size: Positive
     sequence_length: Positive
+    hold_fraction: Annotated[float, Meta(ge=0, lt=1)]
+    """Share of the steps, the last ones, in which the rates stay at their final value."""
     cooldown_fraction: Share
-    """Share of the steps, the last ones, in which the rates fall linearly to their final value."""
+    """Share of the steps before, the last ones, in which the rates fall to it linearly."""
     final_learning_rate_factor: Share
     momentum: Decay
     momentum_warmup_steps: Count
     """First steps, in which the momentum rises from 0.85."""
+    momentum_cooldown_steps: Count
+    """Last steps, in which it falls back."""
 
     def check(self) -> None:
         """Raise ConfigError, in a sentence for the user, for a schedule that makes no sense."""
@@ -88,6 +103,8 @@ class Schedule:
                     f"length of stage {number}, {stage.length}, must be one over a whole number: "
                     "its rows take the place of long ones."
                 )
+            if stage.validation_windows and stage.windows is None:
+                raise ConfigError(f"stage {number} has validation_windows, but no windows.")
             if len(stage.target_weights) > self.row_length(number - 1):
                 raise ConfigError(f"stage {number} has more target_weights than tokens in a row.")
 
@@ -123,18 +140,34 @@ class Schedule:
 
     def rates(self, step: int) -> Rates:
         """What holds at a step: constant, then linearly down (Hägele et al., arXiv:2405.18392)."""
-        N, before = self.num_steps, step - 1  # updates made before it
-        left = min(1.0, (N - before) / max(1.0, self.cooldown_fraction * N))
-        first, last = self.stages[self.stage(step)].rate, self.final_learning_rate_factor
-        warmup = self.momentum_warmup_steps
+        before, number = step - 1, self.stage(step)  # updates made before it; its stage
+        N, stage = self.num_steps * (1 - self.hold_fraction), self.stages[number]
+        left = min(1.0, max(0.0, N - before) / max(1.0, self.cooldown_fraction * N))
+        first, last = stage.rate, self.final_learning_rate_factor
+        warmup, cooldown = self.momentum_warmup_steps, self.momentum_cooldown_steps
         warm = min(1.0, before / warmup) if warmup else 1.0
-        momentum = FIRST_MOMENTUM + (self.momentum - FIRST_MOMENTUM) * warm
-        return Rates(last + (first - last) * left, momentum)
+        cool = min(1.0, (self.num_steps - before) / cooldown) if cooldown else 1.0
+        momentum = FIRST_MOMENTUM + (self.momentum - FIRST_MOMENTUM) * min(warm, cool)
+        weights, begin = stage.target_weights, self.first_step(number)
+        if len(weights) > 1:
+            fallen = (step - begin) / (self.ends[number] - begin + 1)
+            weights = *weights[:-1], weights[-1] * (1 - fallen)
+        return Rates(last + (first - last) * left, momentum, weights)
 
     def model(self, config: GPTConfig, stage: int) -> GPTConfig:
         """The model as a stage trains it, with rotations that remember the windows before."""
         windows = [each.windows for each in self.stages[: stage + 1]]
         if windows[-1] is None:
             return config
-        earlier = tuple(max(each) for each in windows[:-1] if each)
-        return replace(config, windows=windows[-1], earlier_windows=earlier)
+        longest = tuple(max(each) for each in windows if each)
+        return replace(config, windows=windows[-1], rotary_windows=longest)
+
+    def ties_head(self, config: GPTConfig, stage: int) -> bool:
+        """Whether embedding and head learn as one in a stage."""
+        return config.tied_head and not any(each.split_head for each in self.stages[: stage + 1])
+
+    def used(self, config: GPTConfig, stage: int) -> GPTConfig:
+        """The model as it is used in and after a stage: to validate, to evaluate, to write."""
+        windows = self.stages[stage].validation_windows
+        model = self.model(config, stage)
+        return model if windows is None else replace(model, windows=windows)

@@ -25,10 +25,11 @@ def at_width(
     These rules are about width. None of them tells how the rates change with depth, with the size
     of a batch, or with how many tokens a run takes.
     """
-    model = base.model
+    model, head = base.model, base.adam.head
+    rate = head.learning_rate * model.width / width
     return replace(
         base,
-        head_learning_rate=base.head_learning_rate * model.width / width,
+        adam=replace(base.adam, head=replace(head, learning_rate=rate)),
         model=replace(
             model,
             num_layers=num_layers,

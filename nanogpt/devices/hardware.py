@@ -67,7 +67,7 @@ def flops_per_token(config: GPTConfig, sequence_length: int) -> float:
     backward; so does each pair of a query and a key it sees, per channel, for the scores and again
     for the values. Embeddings are looked up, which costs none. The padding of V is counted: it is
     multiplied. The gates are not: each reads a dozen channels. Paired heads are half as many, with
-    rows and windows twice as long.
+    rows twice as long.
     """
     c = config
     weights = c.num_attentions * 4 * c.width**2 + c.num_layers * 2 * c.width * c.mlp_width
@@ -76,7 +76,7 @@ def flops_per_token(config: GPTConfig, sequence_length: int) -> float:
     for layer in set(range(c.num_layers)) - c.layers(c.mlp_only):
         times = 2 if layer in c.layers(c.paired_heads) else 1
         earlier = np.arange(1, times * sequence_length + 1)
-        keys += np.minimum(earlier, times * (c.window(layer) or sequence_length)).mean()
+        keys += np.minimum(earlier, c.window(layer) or times * sequence_length).mean()
     return float(6 * weights + 6 * 2 * c.width * keys)
 
 

@@ -31,6 +31,7 @@ LAYOUT = {
     "attention.qkv": P("data", "model"),  # [3, D, N H]
     "attention.out": P(("model", "data"), None),  # [N H, D]
     "attention.gate": P(None, "model"),  # [inputs, N]
+    "value_gate": P(None, "model"),
     "mlp.up": P("data", "model"),  # [D, F]
     "mlp.down": P("model", "data"),  # [F, D]
     "value_embed": P("data", "model"),  # [tables, V, N H]
@@ -39,7 +40,7 @@ LAYOUT = {
     "head": P("data", None),
 }
 # What devices along "model" have whole, and use each for its own heads or tokens.
-USED_IN_PARTS = ("head", "value_mix")
+USED_IN_PARTS = ("head", "own_share", "mixed_share", "out_share")
 
 Path = tuple[jax.tree_util.KeyEntry, ...]
 

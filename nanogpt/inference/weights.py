@@ -36,6 +36,8 @@ BOUND = {
     "model.mlp_width": lambda hp: hp.model.mlp_width,
     "model.mlp_only": lambda hp: hp.model.num_attentions,
     "model.value_embeddings": lambda hp: hp.model.value_embeddings,
+    "model.value_gate": lambda hp: hp.model.value_gate,
+    "model.skips": lambda hp: (hp.model.skips is None, len(hp.model.skip_pairs)),
     "model.bigram_buckets": lambda hp: hp.model.bigram_buckets,
     "model.smear": lambda hp: hp.model.smear,
     "model.attention_gate": lambda hp: hp.model.attention_gate,
@@ -78,7 +80,7 @@ def load_run(run: Path, mesh: "Mesh") -> "tuple[RunSettings, nnx.GraphDef, Param
     hp = read_json(config, RunSettings, RESTORE, others=True)
     schedule = schedule_in(run)
     checkpoint = newest_checkpoint(run, lambda line: print(line, file=sys.stderr))
-    model = schedule.model(hp.model, schedule.stage(min(checkpoint.step, schedule.num_steps)))
+    model = schedule.used(hp.model, schedule.stage(min(checkpoint.step, schedule.num_steps)))
     with found_in(config, RESTORE):
         model.check()
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
@@ -157,7 +159,7 @@ def weights_in(kind: type[Settings], folder: Path) -> Weights:
     saved = saved_settings(kind, folder / "config.json")
     step = newest_checkpoint(folder, lambda line: print(line, file=sys.stderr)).step
     stage = saved.schedule.stage(min(step, saved.num_steps))
-    model = saved.schedule.model(saved.model, stage)
+    model = saved.schedule.used(saved.model, stage)
     return Weights(folder, saved, model, saved.tokenizer, saved.sequence_length)
 
 

@@ -83,6 +83,18 @@ def softmax_attention(
     return jnp.einsum("...qk,...kh->...qh", weights, v)
 
 
+def pair(x: Float[Array, "B T N H"]) -> Float[Array, "B 2*T N//2 H"]:
+    """Two heads as one whose sequence is twice as long: a token of one, then of the other."""
+    B, T, N, H = x.shape
+    return x.reshape(B, T, N // 2, 2, H).swapaxes(2, 3).reshape(B, 2 * T, N // 2, H)
+
+
+def part(x: Float[Array, "B T2 pairs H"]) -> Float[Array, "B T2//2 2*pairs H"]:
+    """The opposite of `pair`."""
+    B, T2, pairs, H = x.shape
+    return x.reshape(B, T2 // 2, 2, pairs, H).swapaxes(2, 3).reshape(B, T2 // 2, 2 * pairs, H)
+
+
 def pallas_attention(*arrays: Any, **how: Any) -> Float[Array, "B T N H"]:
     """This project's flash attention; loaded on use, for the day JAX goes without its compiler."""
     from nanogpt.model.kernels.flash_attention import flash_attention
@@ -172,11 +184,7 @@ def _error_against_reference(
         pairs = zip(fast, exact, strict=True)
         return float(sum(jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in pairs))
 
-    windows = {
-        window * (1 + (layer in c.layers(c.paired_heads))) if (window := c.window(layer)) else None
-        for c in configs
-        for layer in range(c.num_layers)
-    }
+    windows = {c.window(layer) for c in configs for layer in range(c.num_layers)}
     return float(np.max([error(window) for window in windows]))  # NaN where one is
 
 

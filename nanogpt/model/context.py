@@ -23,7 +23,7 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from nanogpt.config import AttentionKernel, GPTConfig
 from nanogpt.model.attention import attention, softmax_attention
@@ -34,13 +34,15 @@ class Rows:
 
     def __init__(self, config: GPTConfig, tokens: Int[Array, "B T"], kernel: AttentionKernel):
         self.config, self.kernel, self.length = config, kernel, tokens.shape[1]
-        self.documents = None
+        self.begins = self.documents = None
         if config.document_separator is not None:
-            self.documents = jnp.cumsum(tokens == config.document_separator, axis=1, dtype=np.int32)
+            self.begins = tokens == config.document_separator
+            self.documents = jnp.cumsum(self.begins, axis=1, dtype=np.int32)
 
     def before(self, name: str, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
-        """What stood one token before, and zero before the first; `name` tells x from others."""
-        return jnp.pad(x, ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)))[:, :-1]
+        """What stood one token before in its document, or else zero; `name` tells x from others."""
+        shifted = jnp.pad(x, ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)))[:, :-1]
+        return shifted if self.begins is None else zero_where(self.begins, shifted)
 
     def angles(self, speed: Float[np.ndarray, "pairs"], T: int) -> Float[np.ndarray, "1 T pairs"]:
         """How far the pairs of a head are turned in each of T places, in radians."""
@@ -59,8 +61,6 @@ class Rows:
         if places > 1 and documents is not None:
             documents = jnp.repeat(documents, places, axis=1)
         window = self.config.window(layer)
-        if window is not None:
-            window *= places
         return attention(q, k, v, documents, scale=scale, window=window, kernel=self.kernel)
 
 
@@ -120,16 +120,18 @@ class Next:
 
     def __init__(self, config: GPTConfig, cache: Cache, tokens: Int[Array, "B"], context: int):
         self.config, self.context = config, context
-        self.reach = cache.reach  # how many tokens before this one it sees
+        self.reach, self.begins = cache.reach, None  # how many tokens before this one it sees
         if config.document_separator is not None:
-            self.reach = jnp.where(tokens == config.document_separator, 0, cache.reach)
+            self.begins = (tokens == config.document_separator)[:, None]
+            self.reach = jnp.where(self.begins[:, 0], 0, cache.reach)
         self.old = cache
         self.cache = Cache(cache.position + 1, self.reach + 1, cache.count + 1, {}, {}, {})
 
     def before(self, name: str, x: Shaped[Array, "B 1 ..."]) -> Shaped[Array, "B 1 ..."]:
-        """What stood one token before."""
+        """What stood one token before in its document, or else zero."""
         self.cache.before[name] = x
-        return self.old.before[name]
+        before = self.old.before[name]
+        return before if self.begins is None else zero_where(self.begins, before)
 
     def angles(self, speed: Float[np.ndarray, "pairs"], T: int) -> Float[Array, "B T pairs"]:
         """How far the pairs of a head are turned in this token's T places, in radians.
@@ -162,7 +164,7 @@ class Next:
         own = jnp.arange(T)[:, None]
         age = (new + T - 1 - jnp.arange(S)) % S  # how many places ago each slot was filled
         distance = age - (T - 1 - own)
-        seen = (distance >= 0) & (distance < T * window(self.config, layer, self.context))
+        seen = (distance >= 0) & (distance < window(self.config, layer, self.context, T))
         seen = seen & (distance <= T * self.reach[:, None, None] + own)  # [B, T, S]
         y = softmax_attention(
             by_head(q),
@@ -180,14 +182,22 @@ def by_head(x: Float[Array, "B T N H"]) -> Float[Array, "BN T H"]:
     return x.swapaxes(1, 2).reshape(B * N, T, H)
 
 
-def window(config: GPTConfig, layer: int, context: int) -> int:
-    """How many tokens a query of a layer sees, itself included, when texts may be endless."""
-    return min(config.window(layer) or context, context)
+def zero_where(
+    begins: Bool[Array, "B T"], before: Shaped[Array, "B T ..."]
+) -> Shaped[Array, "B T ..."]:
+    """What stood before each token, without what is of another document."""
+    begins = begins.reshape(*begins.shape, *[1] * (before.ndim - 2))
+    return jnp.where(begins, jnp.zeros_like(before), before)
+
+
+def window(config: GPTConfig, layer: int, context: int, places: int) -> int:
+    """How many keys a query of a layer sees when texts may be endless and tokens take `places`."""
+    return min(config.window(layer) or places * context, places * context)
 
 
 def slots(config: GPTConfig, layer: int, context: int, places: int) -> int:
-    """How many places the ring of a layer has, S, when each token takes so many.
+    """How many places the ring of a layer has, S: of whole tokens, enough for all their queries.
 
     The first place of a token sees one place further back than its last.
     """
-    return places * (window(config, layer, context) + (places > 1))
+    return places * -(-(window(config, layer, context, places) + places - 1) // places)

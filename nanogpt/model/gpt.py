@@ -10,13 +10,16 @@ Around that stand the tricks of the speedrun, each one small function or a few l
     rotary                positions by rotation            (Su et al., arXiv:2104.09864), of half of
                           each head only                   (modded-nanogpt, 2024-12-17)
     relu²                 the nonlinearity of the MLP      (So et al., arXiv:2109.08668)
-    zero projections      whatever adds to the stream, and the head, starts at zero, so the first
-                          loss is ln V                     (Yang et al., arXiv:2203.03466)
+    zero projections      whatever adds to the stream starts at zero
+                                                           (Yang et al., arXiv:2203.03466)
+    tied head             embedding and head begin as one  (Press and Wolf, arXiv:1608.05859; until
+                          late in the run: modded-nanogpt, 2025-12-19)
     embedding shortcut    x <- a x + b x0 before a layer   (modded-nanogpt, 2024-11-06)
-    U-net skips           outputs of the first half return in the second
-                                                           (modded-nanogpt, 2024-11-10)
+    skips                 outputs of early layers return late   (modded-nanogpt, 2024-11-10; one,
+                          gated: 2025-11-18 and 12-29)
     value residual        the first values are mixed into all   (Zhou et al., arXiv:2410.17897), or
-    value embeddings      token tables are, instead        (modded-nanogpt, 2024-12-04 and 12-17)
+    value embeddings      token tables are, instead        (modded-nanogpt, 2024-12-04 and 12-17;
+                          gated: 2025-12-29)
     attention gate        each head's output is scaled     (Qiu et al., arXiv:2505.06708; from few
                           inputs: modded-nanogpt, 2025-08)
     YaRN                  rotations adapt to wider windows (Peng et al., arXiv:2309.00071; per stage
@@ -27,7 +30,8 @@ Around that stand the tricks of the speedrun, each one small function or a few l
     key offset            part of a key is the last token's, so that one layer can tell what came
                           after a token                    (modded-nanogpt, 2026-01)
     paired heads          two heads attend to the keys of both   (modded-nanogpt, 2026-01-07)
-    bigram embedding      a table of hashed token pairs    (modded-nanogpt, 2026-01-19)
+    bigram embedding      a table of hashed token pairs, added before every layer
+                                                           (modded-nanogpt, 2026-01-19)
     softcap               bounds the logits                (Gemma 2, arXiv:2408.00118)
     several targets       the tokens after the next are scored, too (Gloeckle et al.,
                           arXiv:2404.19737; on the same logits: modded-nanogpt, 2025-12)
@@ -38,7 +42,7 @@ Shapes, here and everywhere: B batch, T sequence, D model width, N heads, H head
 V vocabulary (padded), L layers. Arrays of attentions and MLPs have a leading axis of layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import jax
@@ -49,7 +53,9 @@ from jaxtyping import Array, Float, Int, Key
 
 from nanogpt.config import GATE_INPUTS, GPTConfig, Kernels
 from nanogpt.devices.sharding import from_parts, share_of_row, to_parts
+from nanogpt.model.attention import pair, part
 from nanogpt.model.context import Next, Rows
+from nanogpt.model.kernels.relu_squared import relu_squared
 from nanogpt.model.loss import linear_cross_entropy
 from nanogpt.model.parameters import stack, unstack
 from nanogpt.model.rotary import rotary, rotation
@@ -59,9 +65,11 @@ Attend = Callable[[Array, Array, Array], Array]  # (q, k, v) to what each query 
 XLA = Kernels()  # what runs everywhere
 
 
-def matrix(key: Key[Array, ""], shape: tuple[int, ...]) -> Float[Array, "*stack I O"]:
-    """Matrices of uniform numbers with a standard deviation of 0.5 / sqrt(I)."""
-    bound = 0.5 * (3 / shape[-2]) ** 0.5
+def matrix(
+    key: Key[Array, ""], shape: tuple[int, ...], spread: float = 0.5
+) -> Float[Array, "*stack I O"]:
+    """Matrices of uniform numbers with a standard deviation of spread / sqrt(I)."""
+    bound = spread * (3 / shape[-2]) ** 0.5
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
@@ -69,24 +77,12 @@ def norm(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """x over its root mean square, in float32 up to the result."""
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-    return (x32 * jax.lax.rsqrt(mean_square + 1e-6)).astype(x.dtype)
+    return (x32 * jax.lax.rsqrt(mean_square + np.finfo(np.float32).eps)).astype(x.dtype)
 
 
 def project(x: Float[Array, "*B I"], weight: Float[Array, "I O"]) -> Float[Array, "*B O"]:
     """x @ weight as one product of two matrices, which XLA's CPU backend runs fastest."""
     return (x.reshape(-1, weight.shape[0]) @ weight).reshape(*x.shape[:-1], weight.shape[1])
-
-
-def pair(x: Float[Array, "B T N H"]) -> Float[Array, "B 2*T N//2 H"]:
-    """Two heads as one whose sequence is twice as long: a token of one, then of the other."""
-    B, T, N, H = x.shape
-    return x.reshape(B, T, N // 2, 2, H).swapaxes(2, 3).reshape(B, 2 * T, N // 2, H)
-
-
-def part(x: Float[Array, "B T2 pairs H"]) -> Float[Array, "B T2//2 2*pairs H"]:
-    """The opposite of `pair`."""
-    B, T2, pairs, H = x.shape
-    return x.reshape(B, T2 // 2, 2, pairs, H).swapaxes(2, 3).reshape(B, T2 // 2, 2 * pairs, H)
 
 
 def bigram_bucket(
@@ -99,16 +95,9 @@ def bigram_bucket(
     return ((mixed ^ (mixed >> 15)) % np.uint32(buckets)).astype(jnp.int32)
 
 
-@jax.custom_vjp
-def relu_squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """max(x, 0)², which keeps only its result for the backward pass, as its reader does anyway."""
-    return jnp.square(jax.nn.relu(x))
-
-
-relu_squared.defvjp(
-    lambda x: (relu_squared(x),) * 2,
-    lambda squared, gradient: (2 * jnp.sqrt(squared) * gradient,),
-)
+def opened(x: Float[Array, "B T D"], gate: Float[Array, "inputs N"]) -> Float[Array, "B T N 1"]:
+    """How far a token opens each of N gates, from 0 to 1."""
+    return jax.nn.sigmoid(project(x[:, :, : len(gate)], gate))[..., None]
 
 
 class Attention(nnx.Module):
@@ -117,33 +106,43 @@ class Attention(nnx.Module):
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         D, N = config.width, config.num_heads
         self.head_size = config.head_size
-        self.qkv = nnx.Param(matrix(rngs.params(), (3, D, D)))
+        self.qkv = nnx.Param(matrix(rngs.params(), (3, D, D), config.attention_init))
         self.out = nnx.Param(jnp.zeros((D, D)))
-        self.value_mix = nnx.Param(jnp.array([0.5, 0.5]))
+        self.own_share = nnx.Param(jnp.array(0.5))
+        if config.value_embeddings and config.value_gate:
+            self.out_share = nnx.Param(jnp.array(1.0))
+        else:
+            self.mixed_share = nnx.Param(jnp.array(0.5))
         if config.attention_gate:
             self.gate = nnx.Param(jnp.zeros((GATE_INPUTS, N)))
 
     def __call__(
-        self, x: Float[Array, "B T D"], mixed_in: Float[Array, "B T NH"] | None, attend: Attend
+        self,
+        x: Float[Array, "B T D"],
+        mixed_in: Float[Array, "B T NH"] | None,
+        value_gate: Float[Array, "inputs N"] | None,
+        attend: Attend,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T NH"]]:
-        """What to add to the stream, and the values. `mixed_in` is added to the values."""
+        """What to add to the stream, and the values, to which `mixed_in` is added by its gate."""
         B, T, _ = x.shape
         weight = self.joined() if self.qkv.ndim == 3 else self.qkv[...]
         q, k, v = jnp.unstack(project(x, weight).reshape(B, T, 3, -1, self.head_size), axis=2)
         if mixed_in is not None:
-            v = v + self.value_mix[1] * mixed_in.reshape(v.shape)
+            share = self.mixed_share[...] if value_gate is None else 2 * opened(x, value_gate)
+            v = v + share * mixed_in.reshape(v.shape)
         y = attend(q, k, v)
         if hasattr(self, "gate"):
-            y = y * jax.nn.sigmoid(project(x[:, :, :GATE_INPUTS], self.gate[...]))[..., None]
-        return project(y.reshape(B, T, -1), self.out[...]), v.reshape(B, T, -1)
+            y = y * opened(x, self.gate[...])
+        out = self.out_share[...] * self.out[...] if hasattr(self, "out_share") else self.out[...]
+        return project(y.reshape(B, T, -1), out), v.reshape(B, T, -1)
 
     def joined(self) -> Float[Array, "D O"]:
         """The matrices side by side, [D, 3 N H], for one product of all three.
 
         Values are scaled by way of their matrix: far fewer numbers.
         """
-        scale = jnp.concatenate([jnp.ones(2, self.qkv.dtype), self.value_mix[:1]])
-        scaled = scale[:, None, None] * self.qkv[...]
+        share = self.own_share[...]
+        scaled = jnp.stack([jnp.ones_like(share)] * 2 + [share])[:, None, None] * self.qkv[...]
         return scaled.swapaxes(0, 1).reshape(scaled.shape[1], -1)
 
 
@@ -168,7 +167,7 @@ class Smear(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], before: Float[Array, "B T D"]
     ) -> Float[Array, "B T D"]:
-        gate = jax.nn.sigmoid(project(x[:, :, :GATE_INPUTS], self.gate[...].astype(x.dtype)))
+        gate = opened(x, self.gate[...].astype(x.dtype))[..., 0]
         return x + self.share[...] * gate * before
 
 
@@ -181,22 +180,30 @@ class GPT(nnx.Module):
     def __init__(self, config: GPTConfig, kernels: Kernels = XLA, *, rngs: nnx.Rngs):
         V, D, L = config.padded_vocab_size, config.width, config.num_layers
         self.config, self.kernels = config, kernels
-        self.embed = nnx.Param(jax.random.normal(rngs.params(), (V, D)))
+        embed = jax.random.normal(rngs.params(), (V, D))
+        self.embed = nnx.Param(0.005 * embed if config.tied_head else embed)
+        self.head = nnx.Param(self.embed.T if config.tied_head else jnp.zeros((D, V)))
         if config.value_embeddings:
-            tables = (config.value_embeddings, V, D)
-            self.value_embed = nnx.Param(jax.random.normal(rngs.params(), tables))
-        if config.bigram_buckets:
-            self.bigram_embed = nnx.Param(jnp.zeros((config.bigram_buckets, D)))
+            self.value_embed = nnx.Param(jnp.zeros((config.value_embeddings, V, D)))
+            if config.value_gate:
+                gates = len(config.value_tables), GATE_INPUTS, config.num_heads
+                self.value_gate = nnx.Param(jnp.zeros(gates))
         if config.smear:
             self.smear = Smear()
         self.attention = stack(Attention, config.num_attentions, config, rngs.params())
         self.mlp = stack(MLP, L, config, rngs.params())
-        self.shortcuts = nnx.Param(jnp.tile(jnp.array([1.0, 0.0]), (L, 1)))
-        if L > 1:
-            self.skips = nnx.Param(jnp.ones(L // 2))
+        # Before each layer, the stream is made of these shares of itself, x0, and the bigrams.
+        self.residual_shares = nnx.Param(jnp.full(L, config.residual_init))
+        self.embedding_shares = nnx.Param(jnp.zeros(L))
+        if config.bigram_buckets:
+            self.bigram_embed = nnx.Param(jnp.zeros((config.bigram_buckets, D)))
+            self.bigram_shares = nnx.Param(jnp.full(L, 0.1))
+        if skips := len(config.skip_pairs):
+            self.skips = nnx.Param(jnp.full(skips, 1.0 if config.skips is None else -1.5))
+        if config.skips:
+            self.skip_gate = nnx.Param(jnp.zeros((skips, GATE_INPUTS, 1)))
         if config.backout is not None:
             self.backout = nnx.Param(jnp.array(0.5))
-        self.head = nnx.Param(jnp.zeros((D, V)))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Logits, float32 and soft-capped, of the token after each token."""
@@ -206,7 +213,7 @@ class GPT(nnx.Module):
         self,
         tokens: Int[Array, "B T"],
         targets: Int[Array, "B T"],
-        weights: tuple[float, ...] = (1.0,),
+        weights: Sequence[float | Float[Array, ""]] = (1.0,),
     ) -> tuple[Float[Array, "B part"], Float[Array, "B part"]]:
         """What to minimise, and the cross-entropy of each target in nats, both float32.
 
@@ -251,6 +258,7 @@ class GPT(nnx.Module):
         c, L = self.config, self.config.num_layers
         past = past or Rows(c, tokens, self.kernels.attention)
         x = x0 = self.embedded(tokens, past)
+        bigrams = self.bigrams(tokens, past) if c.bigram_buckets else None
 
         # What of a layer is computed in parts, if devices share it, and again in the backward pass,
         # if that saves the memory needed.
@@ -259,40 +267,50 @@ class GPT(nnx.Module):
 
         def attended(attention, layer, x):
             attend = partial(self.attend, past, layer)
-            added, values = attention(read(norm(x)), mixed_in[layer], attend)
+            added, values = attention(read(norm(x)), mixed_in.get(layer), gates.get(layer), attend)
             return x + add(added), values
 
         def transformed(mlp, x):
             return x + add(mlp(read(norm(x))))
 
-        mixed_in = self.value_embeddings(tokens)
+        mixed_in, gates = self.value_embeddings(tokens)
         attentions, mlps = unstack(self.attention, c.num_attentions), unstack(self.mlp, L)
-        mlp_only, first_half, taken_back = c.layers(c.mlp_only), [], x0
+        mlp_only, outputs = c.layers(c.mlp_only), []
         for layer, mlp in enumerate(mlps):
-            if layer >= L - L // 2:
-                x = x + self.skips[layer - (L - L // 2)] * first_half.pop()
-            x = self.shortcuts[layer, 0] * x + self.shortcuts[layer, 1] * x0
+            for number, (source, target) in enumerate(c.skip_pairs):
+                if target == layer:
+                    x = x + self.skip_share(number, x0) * outputs[source]
+            x = self.residual_shares[layer] * x + self.embedding_shares[layer] * x0
+            if bigrams is not None:
+                x = x + self.bigram_shares[layer] * bigrams
             if layer not in mlp_only:
                 x, values = again(partial(attended, next(attentions), layer))(x)
-                if not c.value_embeddings and mixed_in[layer] is None:
-                    mixed_in = [values] * L
+                if not c.value_embeddings and not mixed_in:
+                    mixed_in = dict.fromkeys(range(L), values)
             x = again(partial(transformed, mlp))(x)
-            if layer < L // 2:
-                first_half.append(x)
-            if layer == c.backout:
-                taken_back = x
+            outputs.append(x)
         if c.backout is not None:
-            x = x - self.backout[...] * taken_back
+            x = x - self.backout[...] * outputs[c.backout]
         return norm(x)
 
+    def skip_share(self, number: int, x0: Float[Array, "B T D"]) -> Float[Array, "..."]:
+        """How much of an earlier layer's output returns by a skip."""
+        if self.config.skips is None:
+            return self.skips[number]
+        gate = opened(x0, self.skip_gate[number])[..., 0]
+        return 2 * jax.nn.sigmoid(self.skips[number]) * gate
+
     def embedded(self, tokens: Int[Array, "B T"], past: Rows | Next) -> Float[Array, "B T D"]:
-        """What the first layer reads: the tokens, the pairs that they end, and a smear of both."""
+        """What the first layer reads: the tokens, each with a smear of the one before."""
         x = self.embed[tokens]
-        if buckets := self.config.bigram_buckets:
-            x = x + self.bigram_embed[bigram_bucket(tokens, past.before("token", tokens), buckets)]
         if self.config.smear:
             x = self.smear(x, past.before("embedding", x))
         return norm(x).astype(self.head.dtype)
+
+    def bigrams(self, tokens: Int[Array, "B T"], past: Rows | Next) -> Float[Array, "B T D"]:
+        """What every layer reads of the pairs that the tokens end."""
+        before, buckets = past.before("token", tokens), self.config.bigram_buckets
+        return self.bigram_embed[bigram_bucket(tokens, before, buckets)].astype(self.head.dtype)
 
     def attend(self, past: Rows | Next, layer: int, q: Array, k: Array, v: Array) -> Array:
         """What a layer does with its queries, keys and values [B, T, N, H]."""
@@ -307,9 +325,13 @@ class GPT(nnx.Module):
         y = past.attention(layer, rotary(q, angle), rotary(k, angle), v, scale)
         return part(y) if paired else y
 
-    def value_embeddings(self, tokens: Int[Array, "B T"]) -> list[Float[Array, "B T D"] | None]:
-        """What each layer mixes into its values: tables 0, 1, 2, none, ..., none, 0, 1, 2."""
-        L, count = self.config.num_layers, self.config.value_embeddings
-        tables = jnp.split(self.value_embed[...], count) if count else []
+    def value_embeddings(
+        self, tokens: Int[Array, "B T"]
+    ) -> tuple[dict[int, Float[Array, "B T D"]], dict[int, Float[Array, "inputs N"]]]:
+        """What each layer mixes into its values, if anything, and the gates by which it does."""
+        c = self.config
+        tables = jnp.split(self.value_embed[...], c.value_embeddings) if c.value_embeddings else []
         looked_up = [table[0][tokens].astype(self.head.dtype) for table in tables]
-        return (looked_up + [None] * (L - 2 * count) + looked_up[max(0, 2 * count - L) :])[:L]
+        gates = self.value_gate[...] if tables and c.value_gate else ()
+        mixed_in = {layer: looked_up[table] for layer, table in c.value_tables.items()}
+        return mixed_in, dict(zip(mixed_in, gates, strict=False))

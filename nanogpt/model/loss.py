@@ -18,6 +18,7 @@ A token may have K targets, the ids one place ahead, two, and so on, with a weig
 parameters of its own: modded-nanogpt, 2025-12). Then p - onehot becomes its weighted sum over k.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -36,7 +37,7 @@ def linear_cross_entropy(
     targets: Int[Array, "*BT K"],
     cap: Softcap,
     *,
-    weights: tuple[float, ...] = (1.0,),
+    weights: Sequence[float | Float[Array, ""]] = (1.0,),
     kernel: LossKernel = "xla",
     fp8: bool = False,
 ) -> tuple[Float[Array, "*BT"], Float[Array, "*BT"]]:
@@ -50,6 +51,7 @@ def linear_cross_entropy(
         features: bfloat16 or float32; for `fp8` they must be RMS-normalised.
         head: in the dtype of the features, to which the logits are rounded, too.
         targets: the next ids, the nearest first. A negative one is missing, and costs nothing.
+        weights: one per target of a token, not all of them zero.
         cap: bounds the logits, by at most 40: so exp(logit - bound) neither overflows nor
             vanishes, and the usual pass over V for the maximum is saved.
         kernel: "pallas" reads the logits once per step instead of twice, on NVIDIA GPUs; other
@@ -57,53 +59,50 @@ def linear_cross_entropy(
         fp8: whether to multiply 8-bit floats; see nanogpt/model/kernels/fp8.py.
 
     Raises:
-        ValueError: weights that are not K positive numbers.
+        ValueError: there are not K weights.
     """
     *shape, K = targets.shape
-    if len(weights) != K or not all(weight > 0 for weight in weights):
-        raise ValueError(
-            f"weights must be {K} positive numbers, one per target of a token, not {weights}."
-        )
-    total = sum(weights)
-    shares = tuple(weight / total for weight in weights)
+    if len(weights) != K:
+        raise ValueError(f"weights must be {K} numbers, one per target of a token, not {weights}.")
+    given = jnp.stack([jnp.asarray(weight, jnp.float32) for weight in weights])
+    total = given.sum()
     run = in_parts(_objective_and_loss) if kernel == "pallas" and fp8 else _objective_and_loss
     features, targets = features.reshape(-1, len(head)), targets.reshape(-1, K)
-    objective, loss = run(features, head, targets, cap, shares, fp8, kernel)
+    objective, loss = run(features, head, targets, given / total, cap, fp8, kernel)
     return total * objective.reshape(shape), loss.reshape(shape)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def _objective_and_loss(features, head, targets, cap, weights, fp8, kernel):
-    """Both [BT], of features [BT, D], targets [BT, K] and weights that add up to 1."""
-    return _forward(features, head, targets, cap, weights, fp8, "xla")[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _objective_and_loss(features, head, targets, weights, cap, fp8, kernel):
+    """Both [BT], of features [BT, D], targets [BT, K] and weights [K] that add up to 1."""
+    return _forward(features, head, targets, weights, cap, fp8, "xla")[0]
 
 
-def _forward(features, head, targets, cap, weights, fp8, kernel):
+def _forward(features, head, targets, weights, cap, fp8, kernel):
     if fp8:
         logits = fp8_logits(features, head)
     else:
         logits = _product("td,dv->tv", features, head, features.dtype)
     if kernel == "pallas":
-        how = {"cap": cap, "weights": weights, "fp8": fp8}
-        one, two = (partial(passes, **how) for passes in (one_pass, _two_passes))
-        losses, kept = jax.lax.platform_dependent(logits, targets, cuda=one, default=two)
+        one, two = (partial(passes, cap=cap, fp8=fp8) for passes in (one_pass, _two_passes))
+        losses, kept = jax.lax.platform_dependent(logits, targets, weights, cuda=one, default=two)
         offset = None  # for what is kept is dlogits already
     else:
-        kept, (losses, offset) = logits, _losses_and_offset(logits, targets, cap, weights)
-    objective = jnp.sum(losses * jnp.array(weights, jnp.float32), axis=-1)
-    return (objective, losses[:, 0]), (features, head, targets, kept, offset)
+        kept, (losses, offset) = logits, _losses_and_offset(logits, targets, weights, cap)
+    objective = jnp.sum(losses * weights, axis=-1)
+    return (objective, losses[:, 0]), (features, head, targets, weights, kept, offset)
 
 
-def _backward(cap, weights, fp8, kernel, residuals, gradients):
-    features, head, targets, kept, offset = residuals
-    dlogits = kept if offset is None else _dlogits(kept, offset, targets, cap, weights, fp8)
+def _backward(cap, fp8, kernel, residuals, gradients):
+    features, head, targets, weights, kept, offset = residuals
+    dlogits = kept if offset is None else _dlogits(kept, offset, targets, weights, cap, fp8)
     g = (cap.bound / cap.width) * gradients[0][:, None]
     if fp8:
         dfeatures, dhead = fp8_gradients(features, head, dlogits, g)
     else:
         dfeatures = g * _product("tv,dv->td", dlogits, head, jnp.float32)
         dhead = _product("td,tv->dv", (g * features).astype(features.dtype), dlogits, head.dtype)
-    return dfeatures.astype(features.dtype), dhead.astype(head.dtype), None
+    return dfeatures.astype(features.dtype), dhead.astype(head.dtype), None, None
 
 
 _objective_and_loss.defvjp(_forward, _backward)
@@ -114,13 +113,13 @@ def _product(formula, a, b, dtype):
     return jnp.einsum(formula, a, b, preferred_element_type=dtype)
 
 
-def _two_passes(logits, targets, cap, weights, fp8):
+def _two_passes(logits, targets, weights, cap, fp8):
     """What the kernel computes, where there is no kernel."""
-    losses, offset = _losses_and_offset(logits, targets, cap, weights)
-    return losses, _dlogits(logits, offset, targets, cap, weights, fp8)
+    losses, offset = _losses_and_offset(logits, targets, weights, cap)
+    return losses, _dlogits(logits, offset, targets, weights, cap, fp8)
 
 
-def _losses_and_offset(logits, targets, cap, weights):
+def _losses_and_offset(logits, targets, weights, cap):
     """Losses [BT, K], and offsets [BT] by which exp(capped logits - offset) is weight * p."""
     sums = jnp.sum(jnp.exp(softcap(logits, cap) - cap.bound), axis=-1)
     log_normaliser = cap.bound + jnp.log(sums)
@@ -133,7 +132,7 @@ def _losses_and_offset(logits, targets, cap, weights):
     return losses, log_normaliser - jnp.log(weight)
 
 
-def _dlogits(logits, offset, targets, cap, weights, fp8):
+def _dlogits(logits, offset, targets, weights, cap, fp8):
     """The gradient of the objective with respect to the logits, but for g."""
     # The barrier makes XLA compute tanh again from the logits instead of storing it in float32.
     tanh = softcap_tanh(jax.lax.optimization_barrier(logits), cap)

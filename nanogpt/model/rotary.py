@@ -28,12 +28,11 @@ def rotation(config: GPTConfig) -> tuple[Float[np.ndarray, "pairs"], float]:
     turning = round(config.rope_fraction * pairs)
     speed = np.pad(config.rope_base ** -np.linspace(0, 1, turning), (0, pairs - turning))
     scale = config.attention_scale
-    if config.earlier_windows:
-        for old, new in pairwise((*config.earlier_windows, max(config.windows))):
-            turns = old * speed / (2 * np.pi)
-            kept = np.clip((turns - 1) / (32 - 1), 0, 1)
-            speed = speed * (kept + (1 - kept) * old / new)
-            scale *= 1 + 0.2 * np.log(new / old)
+    for old, new in pairwise(config.rotary_windows):
+        turns = old * speed / (2 * np.pi)
+        kept = np.clip((turns - 1) / (32 - 1), 0, 1)
+        speed = speed * (kept + (1 - kept) * old / new)
+        scale *= 1 + 0.2 * np.log(new / old)
     return speed, float(scale)
 
 

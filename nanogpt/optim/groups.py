@@ -1,7 +1,10 @@
 """Which rule and rate each parameter learns by.
 
-    matrices of the layers      Muon (see nanogpt/optim/muon.py), and cautious weight decay
-    embeddings, head, scalars   Adam, each with its rate (Kingma and Ba, arXiv:1412.6980)
+    matrices of the layers      Muon (see nanogpt/optim/muon.py)
+    all others, by group        Adam (Kingma and Ba, arXiv:1412.6980)
+
+both with cautious weight decay. Adam may act on the gradients of several steps at once: tables and
+gates, whose gradients are noisier than those of matrices, gain by it (modded-nanogpt, 2025-09-30).
 
 Whoever calls the optimizer gives each step's rate and momentum along with the gradients, so that
 one compiled program serves every schedule.
@@ -16,19 +19,30 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from nanogpt.model.parameters import is_table
+from nanogpt.config import Adam, AdamGroups
 from nanogpt.optim.muon import scale_by_muon
 
+# Of Adam, beside gradients of losses that are summed over the tokens of a step. (modded-nanogpt has
+# 1e-10, beside an eighth of such a sum.)
+EPSILON = 8e-10
 
-def group(path: tuple[jax.tree_util.DictKey, ...], parameter: Array | jax.ShapeDtypeStruct) -> str:
-    """The group of a parameter by its name and shape: muon, embedding, head or scalar."""
-    if path[-1].key == "head":
-        return "head"
-    if is_table(path):
+Path = tuple[jax.tree_util.DictKey, ...]
+
+
+def group(path: Path, parameter: Array | jax.ShapeDtypeStruct) -> str:
+    """The group of a parameter by its name and shape: muon, or one of Adam's."""
+    name = path[-1].key
+    if name in ("head", "skip_gate"):
+        return name
+    if name == "embed":
         return "embedding"
-    if path[-1].key.endswith("gate"):
-        return "scalar"  # a few numbers per head: stacked like matrices, but too small to be some
-    return "muon" if parameter.ndim >= 3 else "scalar"  # matrices are stacked over the layers
+    if name.endswith("embed"):
+        return "tables"
+    if name == "embedding_shares":
+        return "shortcuts"
+    if name.endswith("gate"):  # a few numbers per head: stacked like matrices, but no such
+        return "smear_gate" if path[-2:-1] == (jax.tree_util.DictKey("smear"),) else "gates"
+    return "muon" if parameter.ndim >= 3 else "scalars"  # matrices are stacked over the layers
 
 
 def cautious_decay(strength: float) -> optax.GradientTransformationExtraArgs:
@@ -51,14 +65,23 @@ def cautious_decay(strength: float) -> optax.GradientTransformationExtraArgs:
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
+def scale_by_shape(mlp_out: float) -> optax.GradientTransformation:
+    """Updates of matrices [I, O] times sqrt(max(1, O / I)), of those out of the MLPs `mlp_out`."""
+
+    def scaled(path: Path, update: Float[Array, "*stack I O"]) -> Float[Array, "*stack I O"]:
+        inputs, outputs = update.shape[-2:]
+        return update * (mlp_out if path[-1].key == "down" else max(1, outputs / inputs) ** 0.5)
+
+    return optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(scaled, updates))
+
+
 def make_optimizer(
     *,
     learning_rate: float,
-    embedding_learning_rate: float,
-    head_learning_rate: float,
-    scalar_learning_rate: float,
-    adam_betas: tuple[float, float],
     weight_decay: float,
+    adam: AdamGroups,
+    adam_every: int = 1,
+    mlp_out_factor: float = 1.0,
     neuron_decay: float | None = 0.95,
     newton_schulz_dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
@@ -70,36 +93,48 @@ def make_optimizer(
     what all rates are multiplied with in this step, and Muon's momentum.
 
     Args:
-        learning_rate: Muon's; the next three are Adam's, by group.
+        learning_rate: Muon's.
         weight_decay: of the matrices, in proportion to the current rate: with r for
             `learning_rate * rate`, a step takes the part r² * weight_decay off every weight which
             it brings nearer to zero.
+        adam: by group, how Adam moves it.
+        adam_every: on the mean gradient of how many steps Adam acts, at the last of them.
+        mlp_out_factor: see `scale_by_shape`.
         neuron_decay, newton_schulz_dtype, mesh, shard_params: see `scale_by_muon` in muon.py.
     """
 
-    def adam(learning_rate: float) -> optax.GradientTransformation:
-        b1, b2 = adam_betas
-        return optax.chain(optax.scale_by_adam(b1, b2, eps=1e-10), optax.scale(learning_rate))
-
-    rules: dict[Hashable, optax.GradientTransformation] = {
-        "muon": optax.chain(
-            scale_by_muon(neuron_decay, newton_schulz_dtype, mesh, shard_params),
-            cautious_decay(weight_decay * learning_rate),
-            optax.scale(learning_rate),
-        ),
-        "embedding": adam(embedding_learning_rate),
-        "head": adam(head_learning_rate),
-        "scalar": adam(scalar_learning_rate),
-    }
+    def by_adam(how: Adam) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.scale_by_adam(*how.betas, eps=EPSILON),
+            cautious_decay(how.weight_decay * how.learning_rate),
+            optax.scale(how.learning_rate),
+        )
 
     def labels(params: PyTree) -> PyTree:
         return jax.tree_util.tree_map_with_path(group, params)
 
-    by_group = optax.partition(rules, labels)
+    def rules_of(params: PyTree) -> PyTree:
+        return jax.tree.map(lambda name: name if name == "muon" else "adam", labels(params))
+
+    all_adam = optax.partition({name: by_adam(how) for name, how in vars(adam).items()}, labels)
+    if adam_every > 1:
+        several = optax.MultiSteps(all_adam, adam_every)
+        # pyrefly: ignore[bad-argument-type]  (Optax has no type for arguments by name)
+        all_adam = optax.GradientTransformationExtraArgs(several.init, several.update)
+    rules: dict[Hashable, optax.GradientTransformation] = {
+        "muon": optax.chain(
+            scale_by_muon(neuron_decay, newton_schulz_dtype, mesh, shard_params),
+            cautious_decay(weight_decay * learning_rate),
+            scale_by_shape(mlp_out_factor),
+            optax.scale(learning_rate),
+        ),
+        "adam": all_adam,
+    }
+    by_rule = optax.partition(rules, rules_of)
 
     def update(gradients, state, params, *, rate, momentum):
-        updates, state = by_group.update(gradients, state, params, rate=rate, momentum=momentum)
+        updates, state = by_rule.update(gradients, state, params, rate=rate, momentum=momentum)
         return jax.tree.map(lambda u: -rate * u, updates), state
 
     # pyrefly: ignore[bad-argument-type]  (Optax has no type for arguments by name)
-    return optax.GradientTransformationExtraArgs(by_group.init, update)
+    return optax.GradientTransformationExtraArgs(by_rule.init, update)

@@ -6,8 +6,9 @@ from functools import partial
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from nanogpt.data.batches import RowOrder, Rows, ValidationRows, train_batch
+from nanogpt.data.batches import RowOrder, Rows, train_batch
 from nanogpt.data.tokenizer import TOKENIZERS
+from nanogpt.data.validation import ValidationRows
 from nanogpt.devices.mesh import BATCH, ROWS, put
 from nanogpt.training.plan import Plan
 
@@ -25,7 +26,12 @@ class Inputs:
         self._order(hp.num_steps)  # looks into the shards for rows of every stage
         self._validation = [
             ValidationRows(
-                [*plan.dataset.val_files], stage.row_length, hp.val_tokens, hp.model.vocab_size
+                [*plan.dataset.val_files],
+                stage.row_length,
+                hp.val_tokens,
+                hp.model.vocab_size,
+                separator=hp.model.document_separator,
+                context=stage.used_model.reach(stage.row_length),
             )
             for stage in plan.stages
         ]

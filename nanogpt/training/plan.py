@@ -55,10 +55,13 @@ class StagePlan:
     last_step: int
     """Below first_step for a stage without steps."""
     model: GPTConfig
+    used_model: GPTConfig
+    """The same with the windows that it validates with."""
+    tied_head: bool
+    """Whether embedding and head learn as one."""
     row_length: int
     """Tokens per row, T."""
     tokens_per_step: int
-    target_weights: tuple[float, ...]
     flops_per_token: float
 
 
@@ -147,7 +150,8 @@ def plan_here(hp: "Hyperparameters") -> Plan:
         hp.verify_data,
     )
     check_same("data", dataset.sha256)
-    attention = choose_attention([stage.model for stage in stages], hp.sequence_length, hp.dtype)
+    models = [model for stage in stages for model in (stage.model, stage.used_model)]
+    attention = choose_attention(models, hp.sequence_length, hp.dtype)
     return make_plan(hp, hardware, dataset, *attention)
 
 
@@ -230,9 +234,10 @@ def stages_of(hp: "Hyperparameters", readers: int) -> tuple[StagePlan, ...]:
                 first_step=schedule.first_step(number),
                 last_step=schedule.ends[number],
                 model=model,
+                used_model=schedule.used(hp.model, number),
+                tied_head=schedule.ties_head(hp.model, number),
                 row_length=T,
                 tokens_per_step=tokens,
-                target_weights=stage.target_weights,
                 flops_per_token=flops_per_token(model, T),
             )
         )
@@ -288,12 +293,11 @@ def optimizer_of(
     on_accelerator = mesh is not None and mesh.devices.flat[0].platform != "cpu"
     return make_optimizer(
         learning_rate=hp.learning_rate,
-        embedding_learning_rate=hp.embedding_learning_rate,
-        head_learning_rate=hp.head_learning_rate,
-        scalar_learning_rate=hp.scalar_learning_rate,
-        neuron_decay=hp.neuron_decay,
-        adam_betas=hp.adam_betas,
         weight_decay=hp.weight_decay,
+        adam=hp.adam,
+        adam_every=hp.adam_every,
+        mlp_out_factor=hp.mlp_out_factor,
+        neuron_decay=hp.neuron_decay,
         newton_schulz_dtype=jnp.bfloat16 if on_accelerator else jnp.float32,
         mesh=mesh,
         shard_params=hp.shard_params,

@@ -144,16 +144,19 @@ def lowered(
     """The training step and the validation of each stage, ready to be compiled."""
     hp, programs = plan.hp, {}
     state = jax.eval_shape(init, jax.random.key(0))
-    rates = jax.tree.map(lambda _: jax.ShapeDtypeStruct((), jnp.float32), Rates(0.0, 0.0))
-    for stage in stages:
+    for stage, step in stages.items():
         graph, (Ng, R) = graph_of(plan.stages[stage].model, plan.kernels), plan.shape(stage)
+        used = graph_of(plan.stages[stage].used_model, plan.kernels)
+        rates = jax.tree.map(
+            lambda _: jax.ShapeDtypeStruct((), jnp.float32), hp.schedule.rates(step)
+        )
         rows = jax.ShapeDtypeStruct((R, plan.stages[stage].row_length + 1), jnp.int32)
         batch = jax.ShapeDtypeStruct((Ng, *rows.shape), jnp.int32)
-        weights = plan.stages[stage].target_weights
+        tied = plan.stages[stage].tied_head
         train_step = make_train_step(
-            graph, optimizer, mesh, hp.dtype, hp.skip_spikes, weights, hp.shard_params
+            graph, optimizer, mesh, hp.dtype, hp.skip_spikes, hp.shard_params, tied
         )
-        eval_step = make_eval_step(graph, mesh, hp.dtype, hp.shard_params)
+        eval_step = make_eval_step(used, mesh, hp.dtype, hp.shard_params)
         programs["training step", stage] = train_step.lower(
             state, shapes_on(mesh, BATCH, batch), rates
         )

@@ -83,13 +83,16 @@ def make_train_step(
     mesh: Mesh,
     dtype: str,
     skip_spikes: float = 0.0,
-    target_weights: tuple[float, ...] = (1.0,),
     shard_params: bool = False,
+    tied_head: bool = False,
 ) -> Wrapped:
     """Build `train_step(state, batch, rates) -> (state, metrics)`, jitted; it consumes its state.
 
-    It minimises the cross-entropies of the next tokens by `target_weights`. The rates are numbers
-    of its input, so that one program serves schedules of any kind and length.
+    It minimises the cross-entropies of the next tokens by the rates' target weights. The rates are
+    numbers of its input, so that one program serves schedules of any kind and length.
+
+    With `tied_head` embedding and head, which began as the same numbers, get the same gradient, the
+    sum of theirs; so they remain the same, and so does what Adam keeps of them.
 
     A batch whose loss or gradient is not finite changes neither parameters nor optimizer; nor does
     one whose loss lies more than `skip_spikes` standard deviations above the latest, if that is
@@ -106,13 +109,16 @@ def make_train_step(
         apart, layers = layers_apart(graph, state.params, dtype)
         placed = specs(layers, shard_params)
         loss, gradients = jax.shard_map(
-            partial(_loss_and_gradients, apart, placed, target_weights),
+            partial(_loss_and_gradients, apart, placed),
             mesh=mesh,
-            in_specs=(placed, BATCH),
+            in_specs=(placed, BATCH, REPLICATED),
             out_specs=(REPLICATED, placed),
             check_vma=False,
-        )(layers, batch)
+        )(layers, batch, rates.target_weights)
         gradients = stacked(gradients)
+        if tied_head:
+            both = gradients["embed"] + gradients["head"].T
+            gradients |= {"embed": both, "head": both.T}
         grad_norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         spike, mean, variance = spike_and_moments(
@@ -120,8 +126,14 @@ def make_train_step(
         )
         applied = finite & (spike <= skip_spikes) if skip_spikes else finite
 
+        # Of sums, not of means: more tokens count for more beside the steps before.
+        tokens = batch.size // batch.shape[-1] * (batch.shape[-1] - 1)
         updates, opt_state = optimizer.update(
-            gradients, state.opt_state, state.params, **rates._asdict()
+            jax.tree.map(lambda g: tokens * g, gradients),
+            state.opt_state,
+            state.params,
+            rate=rates.rate,
+            momentum=rates.momentum,
         )
         new = optax.apply_updates(state.params, updates), opt_state
         old = state.params, state.opt_state
@@ -137,9 +149,9 @@ def make_train_step(
 def _loss_and_gradients(
     graph: nnx.GraphDef,
     placed: PyTree,
-    target_weights: tuple[float, ...],
     parts: Params,
     batch: Int[Array, "Ng R T1"],
+    target_weights: tuple[Float[Array, ""], ...],
 ) -> tuple[Float[Array, ""], Params]:
     """Their means over all devices, of which each keeps its part; in `jax.shard_map`."""
     params = gathered(parts, placed)
@@ -166,14 +178,14 @@ def make_eval_step(
 ) -> Wrapped:
     """Build `eval_step(params, rows)`, jitted: the sum of the losses of all targets, in nats.
 
-    A negative token marks the end of the data: as a target it counts nothing.
+    A negative token, ~t, is read as t, but is no target.
     """
 
     def summed_loss(
         graph: nnx.GraphDef, placed: PyTree, parts: Params, rows: Int[Array, "R T1"]
     ) -> Float[Array, ""]:
         model = nnx.merge(graph, gathered(parts, placed))
-        _, losses = model.loss(jnp.maximum(rows[:, :-1], 0), rows[:, 1:])
+        _, losses = model.loss(jnp.where(rows < 0, ~rows, rows)[:, :-1], rows[:, 1:])
         return jax.lax.psum(sum_over_model(losses.sum()), "data")
 
     def eval_step(params: Params, rows: Int[Array, "R T1"]) -> Float[Array, ""]:

@@ -42,8 +42,8 @@ def in_parts(run: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Arr
 def one_pass(
     logits: Float[Array, "BT V"],
     targets: Int[Array, "BT K"],
+    weights: Float[Array, "K"],
     cap: Softcap,
-    weights: tuple[float, ...],
     fp8: bool,
     interpret: bool = False,
 ) -> tuple[Float[Array, "BT K"], Float[Array, "BT V"]]:
@@ -58,21 +58,24 @@ def one_pass(
     fast = logits.dtype == jnp.bfloat16 and not interpret
     tanh = plgpu.approx_tanh if fast else jnp.tanh
     of_targets, of_ids = (pl.BlockSpec((None, size), lambda i: (i, 0)) for size in (K, V))
+    of_weights = pl.BlockSpec((K,), lambda i: (0,))
     dtype = E5M2 if fp8 else logits.dtype
     return pl.pallas_call(
-        partial(_kernel, cap=cap, weights=weights, fp8=fp8, chunk=CHUNK, tanh=tanh),
+        partial(_kernel, cap=cap, fp8=fp8, chunk=CHUNK, tanh=tanh),
         grid=(BT,),
-        in_specs=[of_ids, of_targets],
+        in_specs=[of_ids, of_targets, of_weights],
         out_specs=[of_targets, of_ids],
         out_shape=[array((BT, K), jnp.float32), array((BT, V), dtype)],
         input_output_aliases={} if fp8 else {0: 1},
         compiler_params=None if interpret else plgpu.CompilerParams(WARPS, num_stages=1),
         interpret=interpret,
         name="cross_entropy",
-    )(logits, targets)
+    )(logits, targets, weights)
 
 
-def _kernel(logits_ref, targets_ref, losses_ref, dlogits_ref, *, cap, weights, fp8, chunk, tanh):
+def _kernel(
+    logits_ref, targets_ref, weights_ref, losses_ref, dlogits_ref, *, cap, fp8, chunk, tanh
+):
     """One row: logits [V] and targets [K] to losses [K] and dlogits [V]."""
 
     def exp(x):  # half the instructions of jnp.exp, which also mends the last bit
@@ -87,7 +90,8 @@ def _kernel(logits_ref, targets_ref, losses_ref, dlogits_ref, *, cap, weights, f
         start += spans[-1].size
 
     # Read before the threads meet, after which one of them may overwrite it.
-    targets = [targets_ref[k] for k in range(len(weights))]
+    K = targets_ref.shape[0]
+    targets, weights = ([ref[k] for k in range(K)] for ref in (targets_ref, weights_ref))
     first = [pl.ds(jnp.maximum(target, 0), 1) for target in targets]
     target_logits = [jnp.sum(cap.bound * tanh_at(span)) for span in first]  # of one number each
     # By size: adding vectors first, the threads meet once per size, not once per span.
