@@ -59,6 +59,7 @@ def windows(short: int, long: int) -> tuple[int, ...]:
 # Model, stages and rates of this preset are those of modded-nanogpt's record of 2026-01-19; see
 # docs/recipe.md.
 SPEEDRUN_MODEL = GPTConfig(
+    num_layers=11,
     mlp_only=(6,),
     key_offset=(3, 10),
     paired_heads=(0, 2, 5, 9),
@@ -286,7 +287,6 @@ PRESETS = {
         cooldown_fraction=0.3,
         final_learning_rate_factor=0.0,
         model=GPTConfig(
-            num_layers=12,
             value_embeddings=0,
             smear=False,
             attention_gate=False,
