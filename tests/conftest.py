@@ -1,5 +1,6 @@
 """What every test finds: eight virtual CPU devices, so that one machine can play many."""
 
+import gc
 import os
 
 import pytest
@@ -21,6 +22,12 @@ def pytest_configure(config):
     """Where annotations are checked (see tests/typechecker.py), the checker must be there first."""
     if config.getoption("jaxtyping_packages"):
         import tests.typechecker  # noqa: F401
+
+
+def pytest_collection_finish():
+    """Look for garbage seldom: what was imported stays, and tracing leaves little of it behind."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 def with_every_trick():
