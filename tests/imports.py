@@ -5,6 +5,8 @@ import importlib
 import pkgutil
 from contextlib import suppress
 
+import jax
+
 import nanogpt
 
 for module in pkgutil.walk_packages(nanogpt.__path__, "nanogpt."):
@@ -15,6 +17,7 @@ for name in ("train_gpt", "matplotlib.figure", "matplotlib.backends.backend_agg"
     with suppress(ImportError):
         importlib.import_module(name)
 
+jax.config.update("jax_num_cpu_devices", 1)  # as on a laptop
 # Garbage is looked for seldom, as in pytest's own processes (see conftest.py).
 gc.freeze()
 gc.set_threshold(100_000, 50, 100)
