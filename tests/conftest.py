@@ -2,6 +2,7 @@
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,19 @@ def pytest_configure(config):
     """Where annotations are checked (see tests/typechecker.py), the checker must be there first."""
     if config.getoption("jaxtyping_packages"):
         import tests.typechecker  # noqa: F401
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that two processes end at the same time."""
+    folders = ("training", "devices", "benchmarks", "test_", "inference", "model")
+    tests = Path(__file__).parent
+
+    def place(item):
+        name = item.path.relative_to(tests).as_posix()
+        found = (at for at, start in enumerate(folders) if name.startswith(start))
+        return next(found, len(folders))
+
+    items.sort(key=place)
 
 
 def pytest_collection_finish():

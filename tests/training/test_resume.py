@@ -39,7 +39,6 @@ from tests.run_folders import (
 from tests.small_runs import LONGER, RUN, SMALL, STAGE_ENDS, STAGED, resume, started
 from train_gpt import PRESETS, Hyperparameters
 
-
 # The same run
 
 
