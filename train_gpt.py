@@ -240,6 +240,12 @@ class Hyperparameters:
                 f"model.vocab_size {self.model.vocab_size:,} is less than the "
                 f"{TOKENIZERS[self.tokenizer].vocab_size:,} ids of tokenizer {self.tokenizer}."
             )
+        separator = TOKENIZERS[self.tokenizer].separator
+        if self.model.document_separator not in (None, separator):
+            raise ConfigError(
+                f"model.document_separator must be {separator}, with which documents of tokenizer "
+                f"{self.tokenizer} begin, or None, not {self.model.document_separator}."
+            )
         self.model.check()
         mesh_axes(self.mesh)
         self.schedule.check()
