@@ -120,10 +120,10 @@ def staged_run(tmp_path_factory):
 
 
 def some_documents(count, seed):
-    """So many bytes: documents of 5 to 90, each after its separator."""
+    """So many bytes: documents of 5 to 59, each after its separator."""
     random, tokens = np.random.default_rng(seed), []
     while len(tokens) < count:
-        document = random.integers(97) + 7 * np.arange(random.integers(5, 91))
+        document = random.integers(97) + 7 * np.arange(random.integers(5, 60))
         tokens += [255, *(document % 97)]
     return tokens[:count]
 
