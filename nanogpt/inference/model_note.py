@@ -277,7 +277,7 @@ def _layers(c: GPTConfig) -> list[Any]:
 """,
         c.value_tables
         and f"""\
-            tables = {c.value_tables}  # those of layers
+            tables = {c.value_tables}  # by layer
             if layer in tables:
                 mixed_in = p["value_embed"][tables[layer]][tokens].reshape(-1, N, H)
 """,
