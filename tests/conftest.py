@@ -63,6 +63,7 @@ def with_every_trick():
         paired_heads=(3,),
         skips=((0, 2),),
         backout=1,
+        skips=((0, 2),),
         logit_scale=0.8,
         logit_shift=2.0,
     )
