@@ -5,7 +5,7 @@ mistakes answer at once.
 import json
 import os
 from collections import Counter
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,13 @@ def read_json(
     path: Path,
     kind: type[Kind],
     remedy: str,
-    added: Mapping[str, Any] | None = None,
     others: bool = False,
 ) -> Kind:
     """What a JSON file holds, as a `kind`; see `nanogpt.checks.checked`.
 
     Args:
         remedy: what the user can do when the file is damaged, such as "restore it".
-        added: fields that were added to `kind` after such files were first written, with the
-            values that they would have had.
+        others: whether the file may have more fields than `kind`.
 
     Raises ConfigError, in a sentence that names file, field, value and what was expected. Its
     cause is the OSError if there is one.
@@ -59,7 +57,7 @@ def read_json(
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{path} cannot be read ({reason}): {remedy}.") from error
-    return parsed(content, kind, path, remedy, added, others)
+    return parsed(content, kind, path, remedy, others)
 
 
 def parsed(
@@ -67,14 +65,11 @@ def parsed(
     kind: type[Kind],
     where: object,
     remedy: str,
-    added: Mapping[str, Any] | None = None,
     others: bool = False,
 ) -> Kind:
     """What JSON in UTF-8 means as a `kind`; arguments and errors are those of `read_json`."""
     try:
         values = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
-        if added and isinstance(values, dict):
-            values = {**added, **values}
         return checked(values, kind, where, remedy, others)
     except UnicodeDecodeError as error:
         reason = f"not UTF-8 at byte {error.start:,}"

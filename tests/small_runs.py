@@ -23,19 +23,20 @@ SMALL = (
     "--model.mlp-width 64 --model.value-embeddings 1 --model.bigram-buckets 64"
 ).split()
 
-# The speedrun at a thousandth of its size, in batches and rows, with far fewer and thinner layers
-# and a vocabulary of bytes. Of its 26 steps, 9, 8, 8 and 1 are in its stages.
-STAGED_STEPS, STAGED_VAL_TOKENS = 26, 300
+# The speedrun at a thousandth of its size, in batches, with far fewer and thinner layers and a
+# vocabulary of bytes. Of its 28 steps, 9, 9, 9 and 1 are in its stages.
+STAGED_STEPS, STAGED_VAL_TOKENS = 28, 300
 STAGED = (
     "--preset speedrun --tokenizer bytes --model.vocab-size 256 "
     "--batch-size 2 --sequence-length 64 --total-batch-size 384 "
     f"--num-steps {STAGED_STEPS} --max-document-length 40 --checkpoint-every 3 "
-    f"--keep-checkpoints 9 --val-loss-every 3 --val-tokens {STAGED_VAL_TOKENS} "
+    f"--keep-checkpoints 10 --val-loss-every 3 --val-tokens {STAGED_VAL_TOKENS} "
     "--model.num-layers 2 --model.width 16 --model.mlp-width 32 --model.mlp-only "
-    "--model.paired-heads 1 --model.key-offset 1 --model.backout 0 --learning-rate 0.1 "
+    "--model.skips 0 1 --model.paired-heads 0 --model.key-offset 1 --model.backout 0 "
+    "--model.value-embeddings 2 --model.document-separator 255 --learning-rate 0.1 "
     "--model.attention-scale 2 --model.rope-base 16"
 ).split()
-STAGE_ENDS = [9, 17, 25, 26]  # round(26 * 0.33), round(26 * 0.66), round(26 * 0.98)
+STAGE_ENDS = [9, 18, 27, 28]  # round(28 * 0.325), round(28 * 0.65), round(28 * 0.975)
 
 # A run that is killed, resumed and otherwise tried, on shards of its own.
 LONGER, EVERY = 20, 7

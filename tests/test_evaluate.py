@@ -90,13 +90,13 @@ def test_the_loss_is_the_one_that_training_logged_last(base, capsys):
     assert lines[1].startswith(f"step 6 | bits per byte {found['bits_per_byte']:.4f} | ")
 
 
-@pytest.mark.parametrize("step", [26, 9])
+@pytest.mark.parametrize("step", [28, 9])
 def test_the_loss_is_that_of_the_stage_in_which_the_weights_were_saved(staged, step):
     for later in (staged / "checkpoints").glob("[0-9]*"):
         if int(later.name) > step:
             shutil.rmtree(later)
     found = results(staged)
-    assert found["step"] == step  # the last of all, whose rows are twice those of the other
+    assert found["step"] == step  # the last of all, whose rotations are slower, or of stage 1
     assert found["val_loss"] == pytest.approx(logged(staged, step), abs=1e-5)
 
 
@@ -208,7 +208,7 @@ def test_a_write_that_fails_leaves_the_earlier_results_and_no_other_file(tmp_pat
 def test_a_checkpoint_that_is_saved_meanwhile_is_not_taken_for_the_one_that_was_read(
     staged, tmp_path, monkeypatch
 ):
-    newest = tmp_path / "00000026"
+    newest = tmp_path / "00000028"
     shutil.move(staged / "checkpoints" / newest.name, newest)
     mesh = make_mesh(1)
     _, _, params, checkpoint = load_run(staged, mesh)
@@ -220,7 +220,7 @@ def test_a_checkpoint_that_is_saved_meanwhile_is_not_taken_for_the_one_that_was_
 
     monkeypatch.setattr("nanogpt.inference.weights.load_run", read_and_save)
     run = evaluate.load(staged, mesh)
-    assert run.step == checkpoint.step < 26
+    assert run.step == checkpoint.step < 28
     np.testing.assert_array_equal(run.params["head"], params["head"])
 
 

@@ -16,7 +16,7 @@ from nanogpt.checks import ConfigError, checked
 from nanogpt.config import GPTConfig
 from nanogpt.files import read_json, write_whole
 from nanogpt.schedule import Stage
-from nanogpt.training.resume import ADDED, saved_settings
+from nanogpt.training.resume import saved_settings
 from train_gpt import PRESETS, Hyperparameters
 
 RUN = json.loads(json.dumps(asdict(PRESETS["laptop"])))  # the config.json of a run
@@ -121,6 +121,7 @@ def test_a_file_that_is_no_json_object_is_refused(run, capsys, program, content,
         (PROGRAMS, "model.smear", 1, "model.smear must be true or false, not 1"),
         (PROGRAMS, "model.softcap", nan, "model.softcap must be above 0, not NaN"),
         (PROGRAMS, "model.windows", [8, -1], "model.windows[1] must be at least 0, not -1"),
+        (PROGRAMS, "model.skips", [[0, 2], [1]], "model.skips[1] must have 2 entries, not [1]"),
         (PROGRAMS, "model.layers", 2, "model.layers, 2, is unknown to this version"),
         (PROGRAMS, "stages", [], "stages must have at least 1 entry, not []"),
         (PROGRAMS, "stages", {}, "stages must be a list, not {}"),
@@ -130,8 +131,14 @@ def test_a_file_that_is_no_json_object_is_refused(run, capsys, program, content,
         (TRAINING, "learning_rate", nan, "learning_rate must be at least 0, not NaN"),
         (TRAINING, "learning_rate", 10**400, "learning_rate must be a number, not 1000000"),
         (TRAINING, "learning_rate", DROPPED, "learning_rate is missing"),
-        (TRAINING, "adam_betas", [0.9], "adam_betas must have 2 entries, not [0.9]"),
-        (TRAINING, "adam_betas", [0.9, 1], "adam_betas[1] must be below 1, not 1"),
+        (TRAINING, "adam", [], "adam must be an object, not []"),
+        (TRAINING, "adam", DROPPED, "adam is missing"),
+        (TRAINING, "adam.gates", DROPPED, "adam.gates is missing"),
+        (TRAINING, "adam.biases", 1, "adam.biases, 1, is unknown to this version"),
+        (TRAINING, "adam.head.betas", [0.9], "adam.head.betas must have 2 entries, not [0.9]"),
+        (TRAINING, "adam.head.betas", [0.9, 1], "adam.head.betas[1] must be below 1, not 1"),
+        (TRAINING, "adam.head.learning_rate", nan, "adam.head.learning_rate must be at least 0,"),
+        (TRAINING, "adam_every", 0, "adam_every must be at least 1, not 0"),
         (TRAINING, "batch_size", "4", 'batch_size must be an integer or null, not "4"'),
         (TRAINING, "data", "notes", 'data must be a list, not "notes"'),
         (TRAINING, "data", ["notes", 3], "data[1] must be a string, not 3"),
@@ -202,12 +209,38 @@ OF_2026_11_22 = """{"preset": "laptop", "train_files": null, "val_files": null,
 "logit_scale": 1.0, "logit_shift": 0.0}}"""
 
 
-def test_a_run_that_the_first_version_with_stages_began_is_read_as_it_was(tmp_path):
-    (tmp_path / "config.json").write_text(OF_2026_11_22)
-    model = replace(PRESETS["laptop"].model, key_offset=(3,), paired_heads=(3,))
-    assert saved_settings(Hyperparameters, tmp_path / "config.json") == replace(
-        PRESETS["laptop"], model=model, rematerialize=False
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    ("told", "remedy"),
+    [
+        ('{"commit": "0123abc"}', "check out its commit, 0123abc, to go on with it"),
+        ('{"commit": "0123abc-dirty"}', "check out its commit, 0123abc, to go on with it"),
+        ('{"commit": "unknown"}', "use that version to go on with it"),
+        ('{"commit": ', "use that version to go on with it"),
+        ("[]", "use that version to go on with it"),
+        (None, "use that version to go on with it"),
+    ],
+)
+def test_a_run_of_a_version_with_other_parameters_is_refused_with_its_commit(
+    run, capsys, program, told, remedy
+):
+    (run / "config.json").write_text(OF_2026_11_22)
+    if told is not None:
+        (run / "run.json").write_text(told)
+    assert refusal(capsys, run, *PROGRAMS[program]) == (
+        "runs/a/config.json is of an earlier version, whose models had other parameters: "
+        f"{remedy}, or give another run."
     )
+
+
+def test_an_exported_model_of_such_a_version_is_refused_with_its_commit_too(run, capsys):
+    (run / "model.safetensors").touch()
+    old = {"model": json.loads(OF_2026_11_22)["model"], "from": {"commit": "0123abc"}}
+    (run / "config.json").write_text(json.dumps(EXPORTED | old))
+    for program in ("sample", "begin with its weights"):
+        sentence = refusal(capsys, run, *PROGRAMS[program])
+        assert sentence.startswith("runs/a/config.json is of an earlier version, ")
+        assert ": check out its commit, 0123abc, to go on with it, or " in sentence
 
 
 def test_a_run_of_this_version_is_read_as_it_was_whatever_its_settings(tmp_path):
@@ -218,11 +251,10 @@ def test_a_run_of_this_version_is_read_as_it_was_whatever_its_settings(tmp_path)
 
 
 def test_no_setting_takes_a_default_in_silence(tmp_path):
-    for name in RUN.keys() - ADDED.keys():
+    for name in RUN:
         (tmp_path / "config.json").write_text(json.dumps(changed(RUN, name, DROPPED)))
         with pytest.raises(ConfigError, match=f"config.json: {name} is missing: restore it"):
             saved_settings(Hyperparameters, tmp_path / "config.json")
-    assert ADDED.keys() == RUN.keys() - json.loads(OF_2026_11_22).keys()
 
 
 # An exported model's

@@ -9,6 +9,7 @@ import optax
 import pytest
 from flax import nnx
 
+from nanogpt.config import Adam
 from nanogpt.devices.hardware import flops_per_token
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.training.plan import optimizer_of
@@ -48,8 +49,10 @@ def test_every_piece_has_as_many_parameters_as_its_closed_form(name):
         "attention.out": L * D * D,
         "mlp.up": L * D * F,
         "mlp.down": L * F * D,
-        "attention.value_mix": L * 2,
-        "shortcuts": L * 2,
+        "attention.own_share": L,
+        "attention.mixed_share": L,
+        "residual_shares": L,
+        "embedding_shares": L,
         "skips": L // 2,
     }
 
@@ -110,8 +113,10 @@ def test_a_larger_preset_is_the_baseline_but_for_size_length_and_the_rate_of_its
         mlp_width=4 * D,
         attention_scale=1 / 8,  # heads of 64 as in GPT-2
     )
-    assert hp.head_learning_rate == pytest.approx(0.008 * 768 / D)
-    same = {"model": base.model, "head_learning_rate": 0.008, "preset": "baseline"}
+    assert hp.adam == replace(
+        base.adam, head=Adam(pytest.approx(0.008 * 768 / D), base.adam.embedding.betas)
+    )
+    same = {"model": base.model, "adam": base.adam, "preset": "baseline"}
     assert replace(hp, num_steps=base.num_steps, **same) == base
     # Once through FineWeb10B: 103 shards of 100 million tokens at most.
     assert 0.9 < hp.num_steps * hp.total_batch_size / 10e9 < 1.03
@@ -137,7 +142,8 @@ SMALL = replace(
 def moved(width, head_times=1.0):
     """How far three steps move logits and features, root mean square over the tokens."""
     hp = at_width(SMALL, 1, width // 16, width)
-    hp = replace(hp, head_learning_rate=head_times * hp.head_learning_rate)
+    head = replace(hp.adam.head, learning_rate=head_times * hp.adam.head.learning_rate)
+    hp = replace(hp, adam=replace(hp.adam, head=head))
     optimizer, graph = optimizer_of(hp, make_mesh(1)), graph_of(hp.model)
     rows = np.random.default_rng(0).integers(0, 100, (4, 33))
 

@@ -25,6 +25,7 @@ from safetensors.numpy import save_file
 from nanogpt.checks import ConfigError
 from nanogpt.config import GPTConfig, ModelSettings
 from nanogpt.files import found_in, read_json
+from nanogpt.training.resume import refuse_earlier_version
 from nanogpt.training.step import Params, init_params
 
 ARRAYS, CONFIG, NOTE = "model.safetensors", "config.json", "MODEL.md"
@@ -77,6 +78,7 @@ def model_in(folder: Path) -> ModelSettings:
     the array that does not fit.
     """
     again = "export the run again"
+    refuse_earlier_version(folder / CONFIG)
     settings = read_json(folder / CONFIG, ModelSettings, again, others=True)
     with found_in(folder / CONFIG, again):
         settings.model.check()

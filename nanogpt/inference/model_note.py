@@ -81,17 +81,23 @@ def meanings(c: GPTConfig) -> dict[str, str]:
     return {
         "embed": "a vector per token",
         "value_embed": "tables of vectors per token, mixed into the values of some layers",
+        "value_gate": f"how far each head of layers {[*c.value_tables]} is open to them",
         "bigram_embed": "a vector per bucket of pairs of tokens",
         "smear.gate": "how much of the token before is added to each, from its own vector",
         "smear.share": "what that is multiplied with",
         "attention.qkv": f"queries, keys and values, {each}",
         "attention.out": "what the heads found, back to the stream",
-        "attention.value_mix": "of a layer's own values, and of what is mixed into them",
+        "attention.own_share": "what a layer's own values are multiplied with",
+        "attention.mixed_share": "what is mixed into them, likewise",
+        "attention.out_share": "what `attention.out` is multiplied with",
         "attention.gate": "how far each head is open",
         "mlp.up": "of each layer, to its hidden neurons",
         "mlp.down": "and back",
-        "shortcuts": "before each layer: of the stream, and of the embedding",
-        "skips": "before each layer of the second half: of the output of its mirror image",
+        "residual_shares": "what the stream is multiplied with before each layer",
+        "embedding_shares": "how much of the embedding is added there",
+        "bigram_shares": "how much of the bigrams' vectors is added there",
+        "skips": "of each skip: how much of an earlier layer's output returns",
+        "skip_gate": "and how far each token is open to it",
         "backout": f"how much of the output of layer {c.backout} is taken back at the end",
         "head": "from the stream to logits",
     }
@@ -110,7 +116,7 @@ def program(c: GPTConfig) -> str:
 
 # What is attended to, each by the name of what decides it: as a condition, and for paired heads.
 SEEN = {"window": "ago < window", "document": "document[:, None] == document"}
-SEEN_BY_PAIRS = {"window": "2 * window", "document": "np.repeat(document, 2)"}
+SEEN_BY_PAIRS = {"window": "window", "document": "np.repeat(document, 2)"}
 
 
 def _masks(c: GPTConfig) -> list[str]:
@@ -132,21 +138,32 @@ ATTENTION = {attentions(c)}  # the layers that have it
 
 
 def norm(x):
-    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6)
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 2**-23)
 
 
 """,
-        (c.smear or c.attention_gate)
+        (c.smear or c.attention_gate or c.skips or _value_gate(c))
         and """\
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
 """,
-        (c.smear or c.bigram_buckets or c.key_offset)
+        _looks_back(c)
+        and c.document_separator is None
         and """\
 def before(x):  # what stood one token before, and zero before the first
     return np.concatenate([np.zeros_like(x[:1]), x[:-1]])
+
+
+""",
+        _looks_back(c)
+        and c.document_separator is not None
+        and """\
+def before(x, begins):  # what stood one token before in its document, and zero where one begins
+    shifted = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
+    shifted[begins] = 0
+    return shifted
 
 
 """,
@@ -188,6 +205,21 @@ def part(x):  # the opposite
     ]
 
 
+def _value_gate(c: GPTConfig) -> bool:
+    """Whether gates decide what is mixed into the values."""
+    return c.value_gate and c.value_embeddings > 0
+
+
+def _looks_back(c: GPTConfig) -> bool:
+    """Whether it needs what stood one token before."""
+    return bool(c.smear or c.bigram_buckets or c.key_offset)
+
+
+def _before(c: GPTConfig, name: str) -> str:
+    """What stood one token before."""
+    return f"before({name})" if c.document_separator is None else f"before({name}, begins)"
+
+
 def _embedding(c: GPTConfig) -> list[Any]:
     return [
         """\
@@ -195,64 +227,84 @@ def logits(tokens):  # ids [T] to the logits [T, V] of what comes after each
     tokens = np.asarray(tokens)
     x = p["embed"][tokens]
 """,
-        c.bigram_buckets
+        c.document_separator is not None
         and f"""\
-    token = tokens.astype(np.uint32)  # products are modulo 2^32
-    mixed = token * np.uint32({0x9E3779B1:#x}) ^ before(token) * np.uint32({0x85EBCA77:#x})
-    x = x + p["bigram_embed"][(mixed ^ (mixed >> 15)) % {c.bigram_buckets}]
+    begins = tokens == {c.document_separator}
+    document = np.cumsum(begins)
 """,
         c.smear
         and f"""\
     gate = sigmoid(x[:, :{GATE_INPUTS}] @ p["smear.gate"])
-    x = x + p["smear.share"] * gate * before(x)
+    x = x + p["smear.share"] * gate * {_before(c, "x")}
+""",
+        c.bigram_buckets
+        and f"""\
+    token = tokens.astype(np.uint32)  # products are modulo 2^32
+    mixed = token * np.uint32({0x9E3779B1:#x}) ^ {_before(c, "token")} * np.uint32({0x85EBCA77:#x})
+    bigrams = p["bigram_embed"][(mixed ^ (mixed >> 15)) % {c.bigram_buckets}]
 """,
         "    x = x0 = norm(x)\n    outputs = []\n",
-        c.document_separator is not None
-        and f"    document = np.cumsum(tokens == {c.document_separator})\n",
     ]
 
 
 def _layers(c: GPTConfig) -> list[Any]:
-    L, count = c.num_layers, c.value_embeddings
-    tables = [*range(count), *[None] * (L - 2 * count), *range(max(0, 2 * count - L), count)]
-    of_layer = {layer: table for layer, table in enumerate(tables[:L]) if table is not None}
     more = "".join(f", {mask}" for mask in _masks(c))
     twice = "".join(f", {SEEN_BY_PAIRS[mask]}" for mask in _masks(c))
+    windows = ", ".join(str(c.window(layer) or "np.inf") for layer in range(c.num_layers))
+    share = 'p["attention.mixed_share"][i]'
     return [
-        """\
-    for layer in range(L):
-        if layer >= L - L // 2:
-            x = x + p["skips"][layer - (L - L // 2)] * outputs[L - 1 - layer]
-        x = p["shortcuts"][layer, 0] * x + p["shortcuts"][layer, 1] * x0
-        if layer in ATTENTION:
-            i = ATTENTION.index(layer)
-            h, mix = norm(x), p["attention.value_mix"][i]
-            q, k, v = ((h @ w).reshape(-1, N, H) for w in p["attention.qkv"][i])
-            v = mix[0] * v
-""",
-        count
+        "    for layer in range(L):\n",
+        c.skip_pairs
         and f"""\
-            table = {of_layer}.get(layer)
-            if table is not None:
-                v = v + mix[1] * p["value_embed"][table][tokens].reshape(-1, N, H)
+        for skip, (source, target) in enumerate({[*c.skip_pairs]}):
+            if target == layer:
+                share = p["skips"][skip]
 """,
-        not count
-        and """\
+        c.skips
+        and f"""\
+                share = 2 * sigmoid(share) * sigmoid(x0[:, :{GATE_INPUTS}] @ p["skip_gate"][skip])
+""",
+        c.skip_pairs and "                x = x + share * outputs[source]\n",
+        """\
+        x = p["residual_shares"][layer] * x + p["embedding_shares"][layer] * x0
+""",
+        c.bigram_buckets and '        x = x + p["bigram_shares"][layer] * bigrams\n',
+        """\
+        if layer in ATTENTION:
+            i, h = ATTENTION.index(layer), norm(x)
+            q, k, v = ((h @ w).reshape(-1, N, H) for w in p["attention.qkv"][i])
+            v = p["attention.own_share"][i] * v
+""",
+        c.value_tables
+        and f"""\
+            tables = {c.value_tables}  # by layer
+            if layer in tables:
+                mixed_in = p["value_embed"][tables[layer]][tokens].reshape(-1, N, H)
+""",
+        c.value_tables and not c.value_gate and f"                v = v + {share} * mixed_in\n",
+        c.value_tables
+        and c.value_gate
+        and f"""\
+                gate = sigmoid(h[:, :{GATE_INPUTS}] @ p["value_gate"][list(tables).index(layer)])
+                v = v + 2 * gate[:, :, None] * mixed_in
+""",
+        not c.value_embeddings
+        and f"""\
             if i == 0:
                 first_v = v
             else:
-                v = v + mix[1] * first_v
+                v = v + {share} * first_v
 """,
         "            q, k = norm(q), norm(k)\n",
         c.key_offset
         and f"""\
             if layer in {sorted(c.layers(c.key_offset))}:  # where nothing turns, keys are one late
-                k = np.where(np.tile(SPEED == 0, 2), before(k), k)
+                k = np.where(np.tile(SPEED == 0, 2), {_before(c, "k")}, k)
 """,
         c.windows
         and f"""\
             # So many keys, and its own among them, does a query see in each layer.
-            window = [{", ".join(str(c.window(layer) or "np.inf") for layer in range(L))}][layer]
+            window = [{windows}][layer]
 """,
         not c.paired_heads and f"            y = attend(q, k, v{more})\n",
         c.paired_heads
@@ -266,6 +318,7 @@ def _layers(c: GPTConfig) -> list[Any]:
         and f"""\
             y = y * sigmoid(h[:, :{GATE_INPUTS}] @ p["attention.gate"][i])[:, :, None]
 """,
+        _value_gate(c) and '            y = p["attention.out_share"][i] * y\n',
         """\
             x = x + y.reshape(-1, N * H) @ p["attention.out"][i]
         hidden = np.maximum(norm(x) @ p["mlp.up"][layer], 0) ** 2

@@ -72,7 +72,7 @@ def sample(plan: Plan, params: Params, mesh: Mesh) -> str:
         return f"no sample: {error}"
     whole = jax.jit(lambda params: params, out_shardings=NamedSharding(mesh, REPLICATED))
     tokens = write(
-        graph_of(plan.stages[hp.schedule.stage(hp.num_steps)].model),
+        graph_of(plan.stages[hp.schedule.stage(hp.num_steps)].used_model),
         whole(params),
         tokenizer,
         [hp.sample_prompt],

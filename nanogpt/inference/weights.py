@@ -12,7 +12,12 @@ from nanogpt.checks import ConfigError, Positive
 from nanogpt.config import GPTConfig, ModelSettings
 from nanogpt.files import found_in, read_json
 from nanogpt.schedule import Schedule, Stage
-from nanogpt.training.resume import RESTORE, Settings, saved_settings
+from nanogpt.training.resume import (
+    RESTORE,
+    Settings,
+    refuse_earlier_version,
+    saved_settings,
+)
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -77,6 +82,7 @@ def load_run(run: Path, mesh: "Mesh") -> "tuple[RunSettings, nnx.GraphDef, Param
             f"{run} is not the folder of a run: it has no config.json; give one that train_gpt.py "
             "made, such as runs/<name>."
         )
+    refuse_earlier_version(config)
     hp = read_json(config, RunSettings, RESTORE, others=True)
     schedule = schedule_in(run)
     checkpoint = newest_checkpoint(run, lambda line: print(line, file=sys.stderr))

@@ -5,10 +5,11 @@ Or with its weights only: the settings of another run that begins with them.
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanogpt.checks import ConfigError
 from nanogpt.files import found_in, read_json
@@ -19,26 +20,6 @@ if TYPE_CHECKING:
 Settings = TypeVar("Settings", bound="Hyperparameters")
 
 RESTORE = "restore it, or give another run"
-
-# Fields that were added to Hyperparameters since runs were first resumed by today's rules (those
-# before had no stages, or stages of another kind), and the values that mean what runs did without
-# them. A run without any other field is refused: its default is a preset's, perhaps not the run's.
-ADDED = {
-    "init_from": None,
-    "config": None,
-    "tensorboard": False,
-    "wandb": False,
-    "data": [],
-    "data_field": "text",
-    "profile": None,
-    "dry_run": False,
-    "coordinator_address": None,
-    "num_processes": None,
-    "process_id": None,
-    "mesh": None,
-    "shard_params": False,
-    "rematerialize": False,
-}
 
 # What may change when a run is resumed: nothing of what it learns from its next batches, but for
 # num_steps, which says how far it goes, and what says how its work is divided.
@@ -88,9 +69,32 @@ def run_to_resume(resume: str) -> Path:
     return max(runs, key=lambda run: (run / "config.json").stat().st_mtime_ns)
 
 
+def refuse_earlier_version(path: Path) -> None:
+    """Raise ConfigError for the config.json of a version whose models had other parameters.
+
+    It says which commit can use it, where the run.json of the run, or an exported folder, tells.
+    """
+    found: dict[str, Any] = {}
+    with suppress(ConfigError):  # whatever else is wrong with it is told when it is read
+        found = read_json(path, dict[str, Any], "")
+    model, circumstances = found.get("model"), found.get("from")
+    if not isinstance(model, dict) or "earlier_windows" not in model:
+        return
+    with suppress(ConfigError):
+        circumstances = circumstances or read_json(path.with_name("run.json"), dict[str, Any], "")
+    commit = circumstances.get("commit") if isinstance(circumstances, dict) else None
+    known = isinstance(commit, str) and commit != "unknown"
+    use = f"check out its commit, {commit.removesuffix('-dirty')}," if known else "use that version"
+    raise ConfigError(
+        f"{path} is of an earlier version, whose models had other parameters: {use} to go on with "
+        "it, or give another run."
+    )
+
+
 def saved_settings(kind: type[Settings], path: Path) -> Settings:
     """The settings in a run's config.json; ConfigError if they cannot be read or make no sense."""
-    saved = read_json(path, kind, RESTORE, ADDED)
+    refuse_earlier_version(path)
+    saved = read_json(path, kind, RESTORE)
     with found_in(path, RESTORE):
         saved.check()
     return saved

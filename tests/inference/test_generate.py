@@ -27,10 +27,12 @@ GREEDY = Sampling(temperature=0)
 MODELS = {
     "every trick": replace(with_every_trick(), document_separator=7),
     "dense": replace(
-        with_every_trick(), windows=(), earlier_windows=(), value_embeddings=0, mlp_only=()
+        with_every_trick(),
+        **{"windows": (), "rotary_windows": (), "value_embeddings": 0, "mlp_only": ()},
+        skips=None,
     ),
     "all heads paired": replace(
-        with_every_trick(), paired_heads=(0, 2, 3), windows=(5, 0), earlier_windows=()
+        with_every_trick(), paired_heads=(0, 2, 3), windows=(5, 0), rotary_windows=()
     ),
 }
 
@@ -75,12 +77,13 @@ def written(
 def whole_pass(name, monkeypatch):
     """A function from a text to the probabilities of the next token, by the model as it trains.
 
-    Its windows are at most CONTEXT; its rotations are those that it was trained with.
+    Its windows are at most CONTEXT tokens; its rotations are those that it was trained with.
     """
     config = MODELS[name]
     _, params = trained(name)
     turns = rotation(config)
-    windows = [min(config.window(layer) or CONTEXT, CONTEXT) for layer in range(config.num_layers)]
+    keys = [CONTEXT * (1 + (layer in config.paired_heads)) for layer in range(config.num_layers)]
+    windows = [min(config.window(layer) or most, most) for layer, most in enumerate(keys)]
     limited = graph_of(replace(config, windows=tuple(windows)))
 
     @jax.jit

@@ -18,18 +18,34 @@ SOURCE = {"run": "a", "step": 5, "tokens": 500, "commit": "abc", "val_loss": 1.2
 SETTINGS = {"tokenizer": "bytes", "sequence_length": 16, "dtype": "float32", "from": SOURCE}
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        test_model.EVERY_TRICK,
-        test_model.VALUE_RESIDUAL,
-        test_model.OVERLAPPING,
-        test_model.BARE,
-        replace(test_model.OVERLAPPING, num_heads=2, smear=False, key_offset=(-1,)),
-        replace(test_model.BARE, num_layers=2, bigram_buckets=7, windows=(2, 5)),
-    ],
-    ids=["every trick", "value residual", "overlapping", "bare", "from the last", "windows"],
+# Whatever a setting changes in the program stands here in each of its ways.
+EVERY_TRICK = replace(
+    test_model.EVERY_TRICK, document_separator=4, value_gate=True, skips=((0, 2), (1, 4), (3, 4))
 )
+CONFIGS = {
+    "every trick": EVERY_TRICK,
+    "documents do not end": replace(EVERY_TRICK, document_separator=None),
+    "a U-net": replace(EVERY_TRICK, skips=None),
+    "no skips": replace(EVERY_TRICK, skips=()),
+    "value tables without gates": replace(EVERY_TRICK, value_gate=False),
+    "a table for most layers": replace(EVERY_TRICK, value_embeddings=4, mlp_only=(1,)),
+    "one table": replace(EVERY_TRICK, value_embeddings=1),
+    "no layer with a table": replace(EVERY_TRICK, value_embeddings=1, mlp_only=(-1,)),
+    "value residual": test_model.VALUE_RESIDUAL,
+    "overlapping": test_model.OVERLAPPING,
+    "bare": test_model.BARE,
+    "from the last": replace(
+        test_model.OVERLAPPING, num_heads=2, smear=False, key_offset=(-1,), paired_heads=(-2,)
+    ),
+    "no gate but a skip's": replace(
+        EVERY_TRICK, value_gate=False, smear=False, attention_gate=False
+    ),
+    "windows": replace(test_model.BARE, num_layers=2, bigram_buckets=7, windows=(2, 5)),
+    "documents of tokens alone": replace(test_model.BARE, document_separator=4),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_the_program_in_the_note_is_the_model_with_whatever_tricks_it_has(
     tmp_path, monkeypatch, config
 ):
@@ -40,14 +56,14 @@ def test_the_program_in_the_note_is_the_model_with_whatever_tricks_it_has(
     names = {}
     exec(program, names)
     tokens = TOKENS % config.vocab_size
-    tokens[0, 7] = 4  # the separator of EVERY_TRICK
+    tokens[0, 7] = tokens[1, 0] = 4  # a separator, where there is one
     expected = jax.jit(test_model.build(config, params))(tokens)
     for row, logits in zip(tokens, expected, strict=True):
         np.testing.assert_allclose(names["logits"](row), logits, atol=2e-4)
 
 
 def test_the_note_names_every_array_with_its_shape_and_where_it_comes_from():
-    config = replace(test_model.EVERY_TRICK, vocab_size=50257)
+    config = replace(EVERY_TRICK, vocab_size=50257)
     params = test_model.alive(config)
     text = note(config, SETTINGS | {"tokenizer": "gpt2"}, params)
     for name, array in traverse_util.flatten_dict(params, sep=".").items():

@@ -695,22 +695,25 @@ def test_a_loaded_run_is_the_model_that_was_configured_with_its_newest_weights(
 
 
 @pytest.mark.parametrize(
-    ("num_steps", "windows", "earlier_windows"),
+    ("num_steps", "windows", "rotary_windows"),
     [
-        (90, (4, 8), ()),  # step 30 is the last of the first stage
-        (87, (16, 12), (8,)),
-        (60, (16, 12), (8,)),
-        (30, (20, 24), (8, 16)),
-        (29, (20, 24), (8, 16)),  # resumed with fewer steps than it had made
+        (90, (4, 8), (8,)),  # step 30 is the last of the first stage
+        (87, (16, 12), (8, 16)),
+        (60, (16, 12), (8, 16)),
+        (30, (32, 40), (8, 16, 24)),  # the windows of validation
+        (29, (32, 40), (8, 16, 24)),  # resumed with fewer steps than it had made
     ],
 )
 def test_the_model_of_a_loaded_run_is_that_of_the_stage_its_weights_were_saved_in(
-    run, tiny, num_steps, windows, earlier_windows
+    run, tiny, num_steps, windows, rotary_windows
 ):
-    stages = tuple(Stage(windows=each) for each in [(4, 8), (16, 12), (20, 24)])
+    stages = tuple(
+        Stage(windows=train, validation_windows=used)
+        for train, used in [((4, 8), None), ((16, 12), None), ((20, 24), (32, 40))]
+    )
     configure(run, num_steps=num_steps, stages=stages, model=tiny)
     _, graph, params, _ = load_run(run, make_mesh(1))
-    expected = replace(tiny, windows=windows, earlier_windows=earlier_windows)
+    expected = replace(tiny, windows=windows, rotary_windows=rotary_windows)
     assert nnx.merge(graph, params).config == expected
 
 

@@ -21,7 +21,7 @@ import pytest
 from orbax.checkpoint import v1 as ocp
 
 import train_gpt
-from nanogpt.config import ConfigError, GPTConfig
+from nanogpt.config import AdamGroups, ConfigError, GPTConfig
 from nanogpt.data.shards import check_vocabulary, write_shard
 from nanogpt.training.resume import CHANGEABLE, resumed_settings
 from tests.programs import NO_LIMIT, Process, wait_until
@@ -36,7 +36,16 @@ from tests.run_folders import (
     steps,
     without_times,
 )
-from tests.small_runs import LONGER, RUN, SMALL, STAGE_ENDS, STAGED, resume, started
+from tests.small_runs import (
+    LONGER,
+    RUN,
+    SMALL,
+    STAGE_ENDS,
+    STAGED,
+    STAGED_STEPS,
+    resume,
+    started,
+)
 from train_gpt import PRESETS, Hyperparameters
 
 # The same run
@@ -146,7 +155,7 @@ def test_a_run_stopped_in_the_validation_that_ends_a_stage_goes_on_with_the_next
     arguments = [*SMALL, *STAGED, *files, *long, "--run-name", "a"]
     run = place / "runs" / "a"
     with Process(arguments, place, cache) as process:
-        process.read_until(f"step {end}/26 | train")
+        process.read_until(f"step {end}/{STAGED_STEPS} | train")
         process.send(signal.SIGTERM)
         assert process.end() == 143
     assert steps(run)[-1] == end
@@ -185,11 +194,11 @@ def test_a_number_of_steps_that_moves_a_stage_which_has_been_trained_is_refused(
     straight = staged.folder
     run = died_after(15, straight, place)
     metrics, whole = (run / "metrics.jsonl").read_bytes(), contents(run / "checkpoints")
-    process, status, errors = resume(run, cache, "--num-steps", "52")
+    process, status, errors = resume(run, cache, "--num-steps", "56")
     assert (status, process.lines) == (2, [])
-    # 9 steps of 128 tokens and 6 of 256; of 52 steps, the first 17 have 128.
+    # 9 steps of 128 tokens and 6 of 256; of 56 steps, the first 18 have 128.
     assert errors == (
-        "num_steps cannot change to 52 while runs/a is resumed: its stages would have had "
+        "num_steps cannot change to 56 while runs/a is resumed: its stages would have had "
         "1,920 tokens by now instead of 2,688.\n"
     )
     assert (run / "metrics.jsonl").read_bytes() == metrics
@@ -203,6 +212,8 @@ def another(value):
     """Some other value of the same type."""
     if isinstance(value, GPTConfig):
         return replace(value, num_layers=value.num_layers + 1)
+    if isinstance(value, AdamGroups):
+        return replace(value, gates=replace(value.gates, weight_decay=1.0))
     if isinstance(value, bool):
         return not value
     if isinstance(value, tuple):
@@ -478,7 +489,7 @@ def test_a_disk_that_is_full_from_the_start_is_told_in_one_sentence(straight, pl
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(place, cache):
     run = place / "runs" / "a"
-    arguments = ["--scalar-learning-rate", "1e30", "--checkpoint-every", "1"]
+    arguments = ["--adam.scalars.learning-rate", "1e30", "--checkpoint-every", "1"]
     with started(place, cache, *arguments) as process:
         assert process.end() == 3
     said = process.stderr
@@ -497,7 +508,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(place, cach
 
 
 def test_a_loss_that_is_not_finite_before_any_checkpoint_says_that_there_is_none(place, cache):
-    with started(place, cache, "--scalar-learning-rate", "1e30") as process:
+    with started(place, cache, "--adam.scalars.learning-rate", "1e30") as process:
         assert process.end() == 3
     assert_stopped_at(3, process.stderr, "runs/a has no checkpoint that can be used: there is none")
     assert steps(place / "runs" / "a") == []
@@ -505,7 +516,9 @@ def test_a_loss_that_is_not_finite_before_any_checkpoint_says_that_there_is_none
 
 def test_a_validation_loss_that_is_not_finite_stops_the_run_too(place, cache):
     """The last update made the parameters too large; there is no later step to notice it."""
-    with started(place, cache, "--scalar-learning-rate", "1e30", "--num-steps", "2") as process:
+    with started(
+        place, cache, "--adam.scalars.learning-rate", "1e30", "--num-steps", "2"
+    ) as process:
         status = process.end()
     assert status == 3, process.lines
     (line,) = process.stderr.splitlines()
