@@ -36,6 +36,7 @@ def test_a_model_of_gpt2_smalls_size_costs_741_mflop_in_matrices_and_57_in_atten
         ((4,), (1, 2), ()),
         ((3, 0), (0,), (2,)),
         ((1, 7, 100), (), (1, 2, 3)),
+        ((8, 40), (), (0, 1)),  # the second window is longer than T, and shorter than 2 T
         ((5,), (3,), (0, 3)),  # of paired heads that a layer does not have
     ],
 )
@@ -59,10 +60,8 @@ def test_flops_equal_a_count_over_every_weight_and_every_visible_pair(windows, m
     weights = sum(np.prod(m.shape) for m in matrices)
     pairs = 0  # of a query and a key, in all heads
     for layer in set(range(4)) - set(mlp_only):
-        window = (windows[layer % len(windows)] if windows else 0) or T
         heads, rows = (1, 2 * T) if layer in paired else (2, T)
-        if layer in paired:
-            window *= 2  # as many tokens back, each there twice
+        window = (windows[layer % len(windows)] if windows else 0) or rows
         for query in range(rows):
             for key in range(query + 1):
                 pairs += heads * (query - key < window)
@@ -75,7 +74,14 @@ def test_flops_equal_a_count_over_every_weight_and_every_visible_pair(windows, m
     "shape",
     [
         {"value_embeddings": 0, "smear": False, "attention_gate": False},  # GPT-2 small's
-        {"mlp_only": (0, 7), "paired_heads": (2, 5, 9), "key_offset": (4, 11), "backout": 8},
+        {  # the speedrun's
+            "num_layers": 11,
+            "mlp_only": (6,),
+            "paired_heads": (0, 2, 5, 9),
+            "key_offset": (3, 10),
+            "skips": ((3, 6),),
+            "backout": 7,
+        },
         {"num_layers": 4, "num_heads": 8, "width": 1024, "mlp_width": 2048, "vocab_size": 1000},
     ],
 )
