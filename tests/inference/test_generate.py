@@ -153,14 +153,14 @@ def test_tokens_one_by_one_see_of_their_document_what_they_see_in_whole_rows(win
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     params = jax.tree.map(lambda p: jnp.float32(random.normal(0, 0.3, p.shape)), shapes)
-    texts = np.array(
+    texts = jnp.array(
         [
             [3, 41, 7, 64, 5, 7, 7, 20, 9, 3, 3, 12, 7, 50, 2, 8],
             [7, 9, 30, 30, 11, 64, 7, 5, 70, 2, 7, 98, 5, 41, 2, 1],
             [9, 20, 30, 40, 50, 60, 70, 80, 90, 1, 2, 3, 4, 5, 6, 8],
         ]
     )
-    lengths = np.array([5, 7, 1])  # before a document, at its first token, and within one
+    lengths = jnp.array([5, 7, 1])  # before a document, at its first token, and within one
 
     @jax.jit
     def read(rows):

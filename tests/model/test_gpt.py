@@ -533,7 +533,7 @@ def test_attention_mixes_its_values_and_gates_what_each_head_takes(gated, values
         return v + 2 * q - 3 * k
 
     @jax.jit
-    def run(x, mixed_in):
+    def run(x, mixed_in, value_gate):
         layer = Attention(config, rngs=nnx.Rngs(0))
         layer.qkv, layer.out = nnx.Param(jnp.asarray(qkv)), nnx.Param(jnp.asarray(out))
         layer.own_share = nnx.Param(jnp.array(0.7))
@@ -554,7 +554,9 @@ def test_attention_mixes_its_values_and_gates_what_each_head_takes(gated, values
 
     share = 2 * opened(value_gate) if values_gated else -1.5
     mixed_in_by_head = mixed_in.astype("f8").reshape(1, 3, 2, 8)
-    for (added, values), mixed in zip(run(x, mixed_in), (share * mixed_in_by_head, 0), strict=True):
+    for (added, values), mixed in zip(
+        run(x, mixed_in, value_gate), (share * mixed_in_by_head, 0), strict=True
+    ):
         q, k, v = (each.reshape(1, 3, 2, 8) for each in x.astype("f8") @ qkv[:, None])
         v = 0.7 * v + mixed
         np.testing.assert_allclose(values, v.reshape(1, 3, 16), atol=1e-4)
