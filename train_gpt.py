@@ -59,6 +59,7 @@ def windows(short: int, long: int) -> tuple[int, ...]:
 # Model, stages and rates of this preset are those of modded-nanogpt's record of 2026-01-19; see
 # docs/recipe.md.
 SPEEDRUN_MODEL = GPTConfig(
+    num_layers=11,
     mlp_only=(6,),
     key_offset=(3, 10),
     paired_heads=(0, 2, 5, 9),
@@ -239,6 +240,12 @@ class Hyperparameters:
                 f"model.vocab_size {self.model.vocab_size:,} is less than the "
                 f"{TOKENIZERS[self.tokenizer].vocab_size:,} ids of tokenizer {self.tokenizer}."
             )
+        separator = TOKENIZERS[self.tokenizer].separator
+        if self.model.document_separator not in (None, separator):
+            raise ConfigError(
+                f"model.document_separator must be {separator}, with which documents of tokenizer "
+                f"{self.tokenizer} begin, or None, not {self.model.document_separator}."
+            )
         self.model.check()
         mesh_axes(self.mesh)
         self.schedule.check()
@@ -286,7 +293,6 @@ PRESETS = {
         cooldown_fraction=0.3,
         final_learning_rate_factor=0.0,
         model=GPTConfig(
-            num_layers=12,
             value_embeddings=0,
             smear=False,
             attention_gate=False,

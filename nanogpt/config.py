@@ -53,12 +53,12 @@ class Kernels:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of the network. The defaults are the size and the coefficients of the speedrun."""
+    """The shape of the network. The defaults have the size of the smallest GPT-2."""
 
     vocab_size: Positive = 50257
     """Token ids that the data may hold; tables are padded to a multiple of 128."""
 
-    num_layers: Positive = 11
+    num_layers: Positive = 12
     """Transformer blocks, L."""
 
     num_heads: Positive = 6

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import jax
 import numpy as np
@@ -66,13 +67,19 @@ def died_after(step, straight, place):
     return run
 
 
-def mean_loss(graph, params, shard, count, T):
-    """Of the first so many targets of a shard, in rows of T, in NumPy from the logits on."""
+def mean_loss(graph, params, shard, count, T, separator=None):
+    """Of the first so many targets of a shard, in NumPy from the logits on.
+
+    In rows of T, or with a separator, which begins each, one document of at most T after the other.
+    """
     tokens = np.fromfile(shard, "<u2")[512:][: count + 1].astype(np.int32)
     logits_of = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens[None])[0])
     loss = 0.0
-    for first in range(0, count, T):
-        row = tokens[first : first + T + 1]
+    begins = np.flatnonzero(tokens[:count] == separator)
+    starts = range(0, count, T) if separator is None else np.union1d(0, begins)
+    for first, end in pairwise([*starts, count]):
+        assert end - first <= T
+        row = tokens[first : end + 1]
         # A short last row is filled up to need no other compilation: tokens see only earlier ones.
         logits = np.asarray(logits_of(np.pad(row[:-1], (0, T + 1 - len(row)))), np.float64)
         loss += logsumexp(logits[: len(row) - 1], axis=1).sum()

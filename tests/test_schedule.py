@@ -18,10 +18,12 @@ def schedule(*stages, **how):
         num_steps=100,
         total_batch_size=1024,
         sequence_length=64,
+        hold_fraction=0.0,
         cooldown_fraction=0.0,
         final_learning_rate_factor=0.0,
         momentum=0.95,
         momentum_warmup_steps=0,
+        momentum_cooldown_steps=0,
     )
     return Schedule(**(settings | how))
 
@@ -130,12 +132,41 @@ def test_without_a_cooldown_no_step_is_taken_at_less_than_the_rate_of_its_stage(
     assert [run.rates(step).rate for step in range(1, 11)] == [1.5] * 5 + [0.5] * 5
 
 
+def test_rates_stay_at_their_lowest_in_the_last_steps():
+    run = schedule(hold_fraction=0.2, cooldown_fraction=0.5, final_learning_rate_factor=0.1)
+    expected = {40: 1.0, 41: 1.0, 42: 0.1 + 0.9 * 39 / 40, 61: 0.55, 80: 0.1 + 0.9 / 40}
+    assert rates_at(run, expected) == pytest.approx(expected)
+    assert {run.rates(step).rate for step in range(81, 101)} == {0.1}
+
+
+# Targets
+
+
+def test_of_several_targets_the_last_loses_its_weight_by_the_end_of_its_stage():
+    run = schedule(
+        Stage(target_weights=(1.0, 0.5, 0.25)),
+        Stage(target_weights=(1.0, 0.5)),
+        Stage(),
+        num_steps=12,
+    )
+    weights = [run.rates(step).target_weights for step in range(1, 13)]
+    assert weights[:4] == [(1.0, 0.5, part) for part in (0.25, 0.1875, 0.125, 0.0625)]
+    assert weights[4:8] == [(1.0, part) for part in (0.5, 0.375, 0.25, 0.125)]
+    assert weights[8:] == [(1.0,)] * 4
+
+
 # Momentum
 
 
 def test_momentum_rises_from_085():
     run = schedule(num_steps=40, momentum_warmup_steps=20)
     expected = {1: 0.85, 2: 0.855, 11: 0.9, 20: 0.945, 21: 0.95, 40: 0.95}
+    assert momenta_at(run, expected) == pytest.approx(expected)
+
+
+def test_momentum_falls_back_in_the_last_steps():
+    run = schedule(num_steps=40, momentum_warmup_steps=20, momentum_cooldown_steps=10)
+    expected = {21: 0.95, 31: 0.95, 32: 0.94, 36: 0.9, 40: 0.86}
     assert momenta_at(run, expected) == pytest.approx(expected)
 
 
@@ -146,15 +177,31 @@ def test_momentum_without_warmup_is_the_same_in_every_step():
 # The model
 
 
-def test_a_stage_trains_the_model_with_its_windows_and_remembers_the_longest_of_those_before():
+def test_a_stage_trains_the_model_with_its_windows_and_remembers_the_longest_so_far():
     config = GPTConfig(windows=(7,), softcap=11.0)
     run = schedule(Stage(windows=(3, 5)), Stage(windows=(4, 9)), Stage(windows=(20, 6)))
     run.check()
-    expected = [((3, 5), ()), ((4, 9), (5,)), ((20, 6), (5, 9))]
-    for stage, (windows, earlier) in enumerate(expected):
+    expected = [((3, 5), (5,)), ((4, 9), (5, 9)), ((20, 6), (5, 9, 20))]
+    for stage, (windows, longest) in enumerate(expected):
         model = run.model(config, stage)
         model.check()
-        assert model == replace(config, windows=windows, earlier_windows=earlier)
+        assert model == replace(config, windows=windows, rotary_windows=longest)
+        assert run.used(config, stage) == model
+
+
+def test_a_stage_may_use_its_model_with_other_windows_which_turn_nothing():
+    config = GPTConfig()
+    run = schedule(Stage(windows=(3, 5)), Stage(windows=(4, 9), validation_windows=(4, 12)))
+    trained = run.model(config, 1)
+    assert trained.rotary_windows == (5, 9)
+    assert run.used(config, 1) == replace(trained, windows=(4, 12))
+
+
+def test_a_tied_head_is_one_with_the_embedding_until_a_stage_splits_them():
+    run = schedule(Stage(), Stage(split_head=True), Stage())
+    tied = GPTConfig(tied_head=True)
+    assert [run.ties_head(tied, stage) for stage in range(3)] == [True, False, False]
+    assert not any(run.ties_head(GPTConfig(), stage) for stage in range(3))
 
 
 def test_a_stage_without_windows_trains_the_model_as_it_is():
@@ -184,6 +231,11 @@ def test_a_stage_without_windows_trains_the_model_as_it_is():
             {"stages": (Stage(windows=(3, 0)),)},
             r"stages\[0\].windows\[1\] .* at least 1, not 0",
         ),
+        (
+            {"stages": (Stage(validation_windows=(3,)),)},
+            "stage 1 has validation_windows, but no windows",
+        ),
+        ({"hold_fraction": 1.0}, "hold_fraction must be below 1, not 1.0"),
         ({"stages": (Stage(windows=()),)}, r"stages\[0\].windows must have at least 1 "),
         ({"stages": (Stage(), Stage(share=0.0))}, r"stages\[1\].share must be above 0, not 0.0"),
         ({"stages": (Stage(rate=-1.0),)}, r"stages\[0\].rate must be above 0, not -1.0"),

@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from dataclasses import fields, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -203,25 +204,25 @@ def test_the_speedrun_takes_its_tokens_and_rates_from_one_stage_after_the_other(
     np.testing.assert_allclose(staged.column("tokens"), np.cumsum(tokens))
     np.testing.assert_allclose(np.diff(staged.column("tokens"))[[0, 10, 20]], [128, 256, 384])
     # Rates stand, then fall in a straight line to a tenth.
-    updates = np.arange(STAGED_STEPS)
-    begin = STAGED_STEPS * (1 - hp.cooldown_fraction)
+    updates, end = np.arange(STAGED_STEPS), STAGED_STEPS * (1 - hp.hold_fraction)
+    begin = end * (1 - hp.cooldown_fraction)
     first, last = np.repeat([stage.rate for stage in hp.stages], counts), 0.1
-    expected = last + (first - last) * np.interp(updates, [begin, STAGED_STEPS], [1, 0])
+    expected = last + (first - last) * np.interp(updates, [begin, end], [1, 0])
     np.testing.assert_allclose(staged.column("learning_rate_factor"), expected)
 
 
 def test_the_speedrun_learns_and_validates_in_every_stage(staged):
     losses = staged.column("train_loss")
-    assert losses[0] == pytest.approx(math.log(256), abs=1e-4)
+    assert losses[0] == pytest.approx(math.log(256), abs=0.01)  # the head is small, but not zero
     assert losses[-1] < losses[0] - 1.5
     validated = {r["step"]: r["val_loss"] for r in staged.metrics if "val_loss" in r}
     assert [*validated] == [3, 6, 9, 12, 15, 18, 21, 24, 26]
     assert all(one > other for one, other in pairwise(validated.values()))
 
 
-@pytest.mark.parametrize(("step", "stage", "T"), [(6, 0, 32), (24, 2, 64)])
-def test_weights_of_an_early_stage_are_loaded_with_its_windows_and_rotations(
-    staged, tmp_path, tmp_path_factory, step, stage, T
+@pytest.mark.parametrize(("step", "stage"), [(6, 0), (26, 3)])
+def test_weights_of_a_stage_are_loaded_with_its_windows_and_rotations(
+    staged, tmp_path, tmp_path_factory, step, stage
 ):
     run = tmp_path / "run"
     shutil.copytree(staged.folder, run)
@@ -229,18 +230,20 @@ def test_weights_of_an_early_stage_are_loaded_with_its_windows_and_rotations(
         if int(checkpoint.name) > step:
             shutil.rmtree(checkpoint)
     _, graph, params, _ = load_run(run, make_mesh(1))
-    windows = [each.windows for each in PRESETS["speedrun"].stages]
+    stages = PRESETS["speedrun"].stages
     config = nnx.merge(graph, params).config
-    assert config.windows == windows[stage]
-    assert config.earlier_windows == tuple(map(max, windows[:stage]))
-    # That model has the loss that the run found, and the first that of the last stage another (so
-    # small a run ends with an attention that hardly tells its rotations apart).
-    validation = shared_folder(tmp_path_factory) / "documents/val.bin", STAGED_VAL_TOKENS, T
+    assert config.windows == (stages[stage].validation_windows or stages[stage].windows)
+    assert config.rotary_windows == tuple(max(each.windows) for each in stages[: stage + 1])
+    # Each document alone has the loss that the run found for all of them, and by other rotations
+    # and across documents another.
+    file = shared_folder(tmp_path_factory) / "documents/val.bin"
     found = staged.metrics[step - 1]["val_loss"]
-    assert mean_loss(graph, params, *validation) == pytest.approx(found, abs=2e-6)
-    last = replace(config, windows=windows[-1], earlier_windows=tuple(map(max, windows[:-1])))
-    if stage == 0:
-        assert mean_loss(graph_of(last), params, *validation) != pytest.approx(found, abs=1e-5)
+    loss_of = partial(mean_loss, params=params, shard=file, count=STAGED_VAL_TOKENS, T=64)
+    assert loss_of(graph, separator=255) == pytest.approx(found, abs=2e-6)
+    turned = replace(config, rotary_windows=(128, 1664))
+    assert loss_of(graph_of(turned), separator=255) != pytest.approx(found, abs=1e-5)
+    crossing = replace(config, document_separator=None)
+    assert loss_of(graph_of(crossing)) != pytest.approx(found, abs=1e-3)
 
 
 TAKEN = (
@@ -287,22 +290,9 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(base, cache, tmp_path, monk
 # Runs that must be alike
 
 
-def accumulating(tmp_path_factory):
-    return trained(tmp_path_factory, "accumulating", "--batch-size", "2")
-
-
-def on_four(tmp_path_factory):
-    return trained(tmp_path_factory, "on_four", "--batch-size", "1", devices=4)
-
-
-@pytest.mark.parametrize(
-    ("other", "devices", "accumulation_steps"), [(accumulating, 1, 4), (on_four, 4, 2)]
-)
-def test_accumulation_and_devices_do_not_change_the_losses(
-    base, tmp_path_factory, other, devices, accumulation_steps
-):
-    run = other(tmp_path_factory)
-    assert re.search(rf"\| {devices} x .* = {accumulation_steps}$", run.console[0])
+def test_accumulation_and_devices_do_not_change_the_losses(base, tmp_path_factory):
+    run = trained(tmp_path_factory, "on_four", "--batch-size", "1", devices=4)
+    assert re.search(r"\| 4 x .* = 2$", run.console[0])
     np.testing.assert_allclose(run.column("train_loss"), base.column("train_loss"), rtol=1e-5)
     validations = [[r["val_loss"] for r in x.metrics if "val_loss" in r] for x in (run, base)]
     np.testing.assert_allclose(*validations, rtol=1e-5)
@@ -337,13 +327,14 @@ def with_memory_for_two_rows(arguments):
     return train_gpt.main(arguments)
 
 
-def test_a_micro_batch_that_memory_cannot_hold_is_halved_and_the_losses_stay(tmp_path_factory):
+def test_a_micro_batch_that_memory_cannot_hold_is_halved_and_the_losses_stay(
+    base, tmp_path_factory
+):
     run = trained(tmp_path_factory, "halved", main=with_memory_for_two_rows)
     assert run.console[0].endswith("Ng = 256 / (8 * 32 * 1) = 1")
     assert "out of memory with micro-batches of 8 rows: now 4, Ng = 2" in run.console
     assert "out of memory with micro-batches of 4 rows: now 2, Ng = 4" in run.console
-    # As if two rows had been asked for.
-    assert run.column("train_loss") == accumulating(tmp_path_factory).column("train_loss")
+    np.testing.assert_allclose(run.column("train_loss"), base.column("train_loss"), rtol=1e-5)
 
 
 def heading_of(cache, monkeypatch, memory, *arguments):
@@ -451,7 +442,7 @@ def test_a_run_whose_name_is_taken_stops_and_leaves_the_first_untouched(
 
 SHARDS = ["--train-files", "train.bin", "--val-files", "val.bin"]
 ONE_ROW_EACH = ["--batch-size", "1"]  # SMALL on as many as eight devices
-SPEEDRUN = ["--preset", "speedrun", "--model.num-layers", "12"]
+SPEEDRUN = ["--preset", "speedrun", "--model.num-layers", "11"]
 
 
 @pytest.fixture
@@ -509,6 +500,11 @@ def folder(tmp_path, monkeypatch):
         ),
         ([*SPEEDRUN, "--total-batch-size", "256"], ["batch of stage 1", "256"]),
         (
+            [*SPEEDRUN, "--tokenizer", "bytes"],
+            ["model.document_separator", "255", "bytes", "50256"],
+        ),
+        (["--model.tied-head"], ["adam.embedding", "adam.head"]),
+        (
             [*SPEEDRUN, *ONE_ROW_EACH, "--total-batch-size", "384"],
             ["384", "in stage 1, 128,", "1 * 32 * 8 = 256", "nearest valid: 768."],
         ),
@@ -545,7 +541,7 @@ def test_stages_with_windows_and_without_are_not_mixed():
         (["--dtype", "float16"], ["--dtype", "float16", "bfloat16"]),
         (["--preset", "desktop"], ["--preset", "desktop", "laptop"]),
         (["--model.windows", "wide"], ["--model.windows", "wide"]),
-        (["--adam-betas", "0.9"], ["--adam-betas"]),
+        (["--adam.head.betas", "0.9"], ["--adam.head.betas"]),
     ],
 )
 def test_arguments_that_cannot_be_read_are_pointed_at(folder, capsys, monkeypatch, mistake, told):

@@ -18,7 +18,7 @@ Shapes: B batch, T sequence, N heads, H head size, S slots of a ring.
 """
 
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from nanogpt.config import AttentionKernel, GPTConfig
 from nanogpt.model.attention import attention, softmax_attention
+from nanogpt.model.rotary import turned
 
 
 class Rows:
@@ -44,9 +45,9 @@ class Rows:
         shifted = jnp.pad(x, ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)))[:, :-1]
         return shifted if self.begins is None else zero_where(self.begins, shifted)
 
-    def angles(self, speed: Float[np.ndarray, "pairs"], T: int) -> Float[np.ndarray, "1 T pairs"]:
+    def angles(self, speed: Float[np.ndarray, "pairs"], T: int) -> Float[Array, "1 T pairs"]:
         """How far the pairs of a head are turned in each of T places, in radians."""
-        return (np.arange(T)[:, None] * speed)[None]
+        return turned(jnp.arange(T)[None], T, speed)
 
     def attention(
         self,
@@ -134,18 +135,8 @@ class Next:
         return before if self.begins is None else zero_where(self.begins, before)
 
     def angles(self, speed: Float[np.ndarray, "pairs"], T: int) -> Float[Array, "B T pairs"]:
-        """How far the pairs of a head are turned in this token's T places, in radians.
-
-        A place is a number of three digits, and the angle of each is looked up: a product in
-        float32 would be off by more the longer the text is.
-        """
-        base = 2048  # so that three digits reach further than int32
-        place = T * self.old.position[:, None] + jnp.arange(T)
-        angles = []
-        for digit in (1, base, base**2):
-            turns = np.arange(base)[:, None] * digit * speed
-            angles.append(jnp.float32(np.mod(turns, 2 * np.pi))[place // digit % base])
-        return reduce(jnp.add, angles)
+        """How far the pairs of a head are turned in this token's T places, in radians."""
+        return turned(T * self.old.position[:, None] + jnp.arange(T), 2**31, speed)
 
     def attention(
         self,

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from nanogpt.config import GPTConfig
 
@@ -36,13 +36,27 @@ def rotation(config: GPTConfig) -> tuple[Float[np.ndarray, "pairs"], float]:
     return speed, float(scale)
 
 
-def rotary(
-    x: Float[Array, "B T N H"], angle: Float[Array | np.ndarray, "#B T H//2"]
-) -> Float[Array, "B T N H"]:
+def turned(
+    places: Int[Array, "B T"], count: int, speed: Float[np.ndarray, "pairs"]
+) -> Float[Array, "B T pairs"]:
+    """How far the pairs of a head are turned in places 0 to count - 1, in radians.
+
+    A place is a number of a few digits, and the angle of each is looked up: a product in float32
+    would be off by more the farther the place is, and a table of all places would be large.
+    """
+    base, digit = 256, 1
+    angles = jnp.zeros((*places.shape, len(speed)), jnp.float32)
+    while digit < count:
+        of_digit = np.arange(base)[:, None] * digit * speed
+        angles += jnp.float32(np.mod(of_digit, 2 * np.pi))[places // digit % base]
+        digit *= base
+    return angles
+
+
+def rotary(x: Float[Array, "B T N H"], angle: Float[Array, "#B T H//2"]) -> Float[Array, "B T N H"]:
     """Turn the pairs (i, i + H/2) of each head by these angles, in radians."""
-    xp = np if isinstance(angle, np.ndarray) else jnp  # known angles become constants, in float64
     angle = angle[:, :, None, None]
-    cos = xp.cos(angle).astype(x.dtype)
-    sin = xp.concatenate([xp.sin(angle), -xp.sin(angle)], axis=3).astype(x.dtype)
+    cos = jnp.cos(angle).astype(x.dtype)
+    sin = jnp.concatenate([jnp.sin(angle), -jnp.sin(angle)], axis=3).astype(x.dtype)
     pairs = x.reshape(*x.shape[:3], 2, -1)
     return (pairs * cos + pairs[:, :, :, ::-1] * sin).reshape(x.shape)

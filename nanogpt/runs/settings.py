@@ -77,12 +77,14 @@ def suited_to_own_text(start: "Hyperparameters", asked: "Hyperparameters") -> "H
     """Where the settings start if `asked` names text of one's own, of any order and length."""
     if not asked.data:
         return start
+    tokenizer, model = TOKENIZERS[asked.tokenizer], start.model
+    separator = None if model.document_separator is None else tokenizer.separator
     return replace(
         start,
         shuffle=True,
         max_document_length=None,
         sample_prompt=type(start).sample_prompt,
-        model=replace(start.model, vocab_size=TOKENIZERS[asked.tokenizer].vocab_size),
+        model=replace(model, vocab_size=tokenizer.vocab_size, document_separator=separator),
     )
 
 

@@ -151,7 +151,7 @@ def _loss_and_gradients(
     placed: PyTree,
     parts: Params,
     batch: Int[Array, "Ng R T1"],
-    target_weights: tuple[Float[Array, ""], ...],
+    target_weights: tuple[float | Float[Array, ""], ...],
 ) -> tuple[Float[Array, ""], Params]:
     """Their means over all devices, of which each keeps its part; in `jax.shard_map`."""
     params = gathered(parts, placed)

@@ -1,13 +1,11 @@
 """Batches as a pure function of row numbers, held against rows cut from the raw files."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 
-from nanogpt.data.batches import RowOrder, Rows, ValidationRows, train_batch
+from nanogpt.data.batches import RowOrder, Rows, train_batch
 from nanogpt.data.shards import ShardError, write_shard
-from nanogpt.devices.mesh import BATCH, ROWS, make_mesh, put
+from nanogpt.devices.mesh import BATCH, make_mesh, put
 from nanogpt.schedule import Schedule, Stage
 
 T = 5
@@ -150,12 +148,6 @@ def test_a_token_beyond_the_vocabulary_stops_the_batch_that_holds_it_and_is_loca
     rows(np.arange(4 + 1))  # up to the first row of the third shard
     with pytest.raises(ShardError, match=rf"2\.bin has token {beyond} at position 8, .*{beyond}"):
         rows(np.arange(4 + 1, 4 + 2))
-
-
-def test_a_token_beyond_the_vocabulary_among_those_to_validate_on_is_refused(files):
-    ValidationRows(files, T, num_tokens=20, vocab_size=21)
-    with pytest.raises(ShardError, match=r"0\.bin has token 20 at position 20, "):
-        ValidationRows(files, T, num_tokens=20, vocab_size=20)
 
 
 def test_shards_without_a_single_row_are_refused(tmp_path):
@@ -359,7 +351,7 @@ def test_rows_of_documents_go_on_from_an_offset_within_a_document(tmp_path):
 
 def schedule(*stages, num_steps):
     """20 tokens in the batches of a stage whose share is 1, and 4 in its rows."""
-    return Schedule(stages, num_steps, 20, 4, 0.0, 0.0, 0.95, 0)
+    return Schedule(stages, num_steps, 20, 4, 0.0, 0.0, 0.0, 0.95, 0, 0)
 
 
 def trained_on(order, run):
@@ -432,40 +424,3 @@ def test_shuffled_stages_of_another_length_go_on_where_as_many_tokens_were_used(
     expected += [long(np.arange(5) + n) for n in (8, 13, 18)]
     for batch, wanted in zip(trained_on(order, run), expected, strict=True):
         np.testing.assert_array_equal(batch, wanted)
-
-
-# Validation
-
-
-@pytest.mark.parametrize("num_tokens", [1, T, 4 * T, 4 * T + 2, 27, 32, 39])
-@pytest.mark.parametrize("count", [1, 3, 8])
-def test_every_token_of_the_prefix_is_a_target_once_after_the_token_before_it(
-    tmp_path, num_tokens, count
-):
-    files = write(tmp_path, 12, 3, 25)  # 39 tokens have one before them
-    stream = np.concatenate([raw(file) for file in files])
-    rows = ValidationRows(files, T, num_tokens)
-    batches = [rows(first, count) for first in range(0, len(rows), count)]
-    assert all(batch.shape == (count, T + 1) for batch in batches)
-    read = np.concatenate(batches)
-    inputs, targets = read[:, :-1].ravel(), read[:, 1:].ravel()
-    np.testing.assert_array_equal(targets[targets >= 0], stream[1 : num_tokens + 1])
-    np.testing.assert_array_equal(inputs[targets >= 0], stream[:num_tokens])
-    assert len(rows) == np.ceil(num_tokens / T)
-
-
-@pytest.mark.parametrize("devices", [2, 4])
-def test_devices_divide_the_validation_rows_without_changing_them(tmp_path, devices):
-    rows = ValidationRows(write(tmp_path, 34), T, 33)
-    on_devices = put(make_mesh(devices), ROWS, (4, T + 1), partial(rows, 4, 4))
-    expected = np.full(4 * T + 1, -1)
-    expected[: 34 - 20] = np.arange(20, 34)
-    np.testing.assert_array_equal(np.asarray(on_devices)[:, 0], expected[:-1:T])
-    np.testing.assert_array_equal(np.asarray(on_devices)[:, 1:].ravel(), expected[1:])
-
-
-def test_more_validation_tokens_than_there_are_is_an_error_that_tells_how_many(tmp_path):
-    files = write(tmp_path, 12, 3)
-    ValidationRows(files, T, 14)
-    with pytest.raises(ShardError, match=r"val_tokens is 15, but .*0\.bin.* have 14 tokens"):
-        ValidationRows(files, T, 15)

@@ -1,18 +1,50 @@
 """Which rule moves which parameter, and how far: held against the papers' formulas in NumPy."""
 
+from collections import defaultdict
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nanogpt.config import Adam, AdamGroups
 from nanogpt.optim.groups import cautious_decay, group, make_optimizer
 from nanogpt.optim.muon import MuonState
 from nanogpt.training.step import init_params
 
 # One matrix, and parameters for each of Adam's groups.
-SHAPES = {"up": (2, 8, 12), "embed": (6, 8), "head": (8, 6), "skips": (2,), "gate": (2, 3, 4)}
-RATES = {"up": 0.05, "embed": 0.3, "head": 0.007, "skips": 0.02, "gate": 0.02}
-BY_ADAM = ("embed", "head", "skips", "gate")
+SHAPES = {
+    "up": (2, 8, 12),
+    "embed": (6, 8),
+    "value_embed": (3, 6, 8),
+    "head": (8, 6),
+    "skips": (2,),
+    "embedding_shares": (3,),
+    "gate": (2, 3, 4),
+    "skip_gate": (1, 3, 1),
+}
+RATES = {
+    "up": 0.05,
+    "embed": 0.3,
+    "value_embed": 0.2,
+    "head": 0.007,
+    "skips": 0.02,
+    "embedding_shares": 0.03,
+    "gate": 0.04,
+    "skip_gate": 0.01,
+}
+BY_ADAM = tuple(RATES)[1:]
+BETAS = 0.8, 0.95
+GROUPS = AdamGroups(
+    embedding=Adam(RATES["embed"], BETAS),
+    tables=Adam(RATES["value_embed"], BETAS),
+    head=Adam(RATES["head"], BETAS),
+    scalars=Adam(RATES["skips"], BETAS),
+    shortcuts=Adam(RATES["embedding_shares"], BETAS),
+    gates=Adam(RATES["gate"], BETAS),
+    skip_gate=Adam(RATES["skip_gate"], BETAS),
+)
 
 
 def some(seed):
@@ -23,11 +55,8 @@ def some(seed):
 def optimizer_with(**changed):
     settings = dict(
         learning_rate=RATES["up"],
-        embedding_learning_rate=RATES["embed"],
-        head_learning_rate=RATES["head"],
-        scalar_learning_rate=RATES["skips"],
-        adam_betas=(0.8, 0.95),
         weight_decay=0.0,
+        adam=GROUPS,
     )
     return make_optimizer(**(settings | changed))
 
@@ -63,20 +92,23 @@ def adam_of_kingma_and_ba(gradients, rate):
 
 def test_every_parameter_of_the_model_is_in_its_group(tiny):
     params = jax.eval_shape(lambda: init_params(tiny, jax.random.key(0)))
-    names = {"muon": set(), "embedding": set(), "head": set(), "scalar": set()}
+    names = defaultdict(set)
     for path, parameter in jax.tree_util.tree_leaves_with_path(params):
-        names[group(path, parameter)].add(path[-1].key)
-        if group(path, parameter) == "scalar":
-            assert parameter.size < 500, path
-    assert names["muon"] == {"qkv", "out", "up", "down"}
-    assert names["embedding"] == {"embed", "value_embed", "bigram_embed"}
-    assert names["head"] == {"head"}
-
-
-@pytest.mark.parametrize("name", ["gate", "value_gate"])
-def test_gates_are_scalars_though_they_are_stacked_like_matrices(name):
-    path = (jax.tree_util.DictKey("blocks"), jax.tree_util.DictKey(name))
-    assert group(path, jnp.zeros((4, 12, 2))) == "scalar"
+        names[group(path, parameter)].add(".".join(key.key for key in path))
+    assert names == {
+        "muon": {"attention.qkv", "attention.out", "mlp.up", "mlp.down"},
+        "embedding": {"embed"},
+        "head": {"head"},
+        "tables": {"value_embed", "bigram_embed"},
+        "gates": {"attention.gate", "value_gate"},
+        "smear_gate": {"smear.gate"},
+        "skip_gate": {"skip_gate"},
+        "shortcuts": {"embedding_shares"},
+        "scalars": {
+            *("attention.own_share", "attention.out_share", "smear.share", "backout", "skips"),
+            *("residual_shares", "bigram_shares"),
+        },
+    }
 
 
 # The rate
@@ -98,7 +130,7 @@ def test_every_group_follows_the_rate():
 @pytest.mark.parametrize("name", BY_ADAM)
 def test_the_first_step_of_adam_moves_by_the_rate_of_the_group_against_the_gradient(name):
     gradients = some(1)
-    # However small the gradient: at initialisation those of the embeddings are tiny.
+    # However small the gradient: that of a rare token is 1e-9 of a batch's loss.
     gradients = {key: 1e-6 * (g + np.sign(g)) for key, g in gradients.items()}
     (moved,), _ = updates_of(optimizer_with(), [gradients], some(0))
     np.testing.assert_allclose(moved[name], -RATES[name] * np.sign(gradients[name]), rtol=1e-3)
@@ -165,15 +197,65 @@ def test_cautious_decay_shrinks_only_weights_that_the_update_brings_nearer_to_ze
 
 
 @pytest.mark.parametrize("rate", [1.0, 0.5])
-def test_weight_decay_goes_with_the_square_of_the_rate_and_is_of_matrices_only(rate):
+def test_weight_decay_goes_with_the_squares_of_rate_and_shape_and_is_of_matrices_only(rate):
     params, gradients = some(0), [some(1)]
     (without,), _ = updates_of(optimizer_with(), gradients, params, [rate])
     (decayed,), _ = updates_of(optimizer_with(weight_decay=3.0), gradients, params, [rate])
     w, u = params["up"].astype("f8"), -np.asarray(without["up"], "f8")
-    expected = -((rate * RATES["up"]) ** 2) * 3.0 * np.where(u * w > 0, w, 0)
+    # Of a matrix [8, 12] with its shape's factor, too, as in modded-nanogpt (2025-11-29).
+    shape = (12 / 8) ** 0.5
+    expected = -shape * (rate * RATES["up"]) ** 2 * 3.0 * np.where(u * w > 0, w, 0)
     np.testing.assert_allclose(decayed["up"] - without["up"], expected, atol=1e-7)
     for name in BY_ADAM:
         np.testing.assert_array_equal(decayed[name], without[name])
+
+
+def test_cautious_decay_of_adam_is_that_of_each_group():
+    params, gradients = some(0), [some(1)]
+    decaying = replace(GROUPS, tables=Adam(RATES["value_embed"], BETAS, 2.0))
+    (without,), _ = updates_of(optimizer_with(), gradients, params, [0.5])
+    (decayed,), _ = updates_of(optimizer_with(adam=decaying), gradients, params, [0.5])
+    w, u = params["value_embed"].astype("f8"), -np.asarray(without["value_embed"], "f8")
+    expected = -((0.5 * RATES["value_embed"]) ** 2) * 2.0 * np.where(u * w > 0, w, 0)
+    found = decayed["value_embed"] - without["value_embed"]
+    np.testing.assert_allclose(found, expected, atol=1e-7)
+    np.testing.assert_array_equal(decayed["embed"], without["embed"])
+
+
+# Fewer steps of Adam
+
+
+def test_adam_acts_at_every_second_step_on_the_mean_of_both_gradients():
+    gradients = [some(seed) for seed in range(1, 7)]
+    updates, _ = updates_of(optimizer_with(adam_every=2), gradients, some(0))
+    each_step, _ = updates_of(optimizer_with(), gradients, some(0))
+    for name in BY_ADAM:
+        both = [
+            (a[name] + b[name].astype("f8")) / 2
+            for a, b in zip(gradients[::2], gradients[1::2], strict=True)
+        ]
+        expected = adam_of_kingma_and_ba(both, RATES[name])
+        assert not any(moved[name].any() for moved in updates[::2])
+        found = [moved[name] for moved in updates[1::2]]
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
+    for moved, as_ever in zip(updates, each_step, strict=True):
+        np.testing.assert_array_equal(moved["up"], as_ever["up"])  # Muon's
+
+
+# Shapes
+
+
+def test_matrices_out_of_the_mlps_move_by_their_factor_and_wide_ones_by_the_root_of_their_shape():
+    shapes = {"up": (1, 8, 32), "down": (1, 32, 8), "out": (1, 8, 8)}
+    rng = np.random.default_rng(0)
+    gradients, params = ({n: rng.standard_normal(s, "f4") for n, s in shapes.items()} for _ in "gp")
+    (moved,), _ = updates_of(
+        optimizer_with(mlp_out_factor=4.0, neuron_decay=None), [gradients], params
+    )
+    # Orthogonal directions have singular values of about one, times the rate and the factor.
+    for name, factor in {"up": 2.0, "down": 4.0, "out": 1.0}.items():
+        sizes = np.linalg.svd(np.asarray(moved[name][0], "f8"), compute_uv=False)
+        np.testing.assert_allclose(sizes / (RATES["up"] * factor), 1, atol=0.2, err_msg=name)
 
 
 def test_without_a_gradient_nothing_moves():

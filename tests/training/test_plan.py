@@ -37,9 +37,11 @@ def test_a_step_has_all_its_tokens_whatever_the_hardware():
 def test_stages_follow_each_other_through_all_steps():
     stages = plan_of("speedrun").stages
     steps = [step for each in stages for step in range(each.first_step, each.last_step + 1)]
-    assert steps == [*range(1, 2161)]
-    assert [max(each.model.windows) for each in stages] == [384, 896, 1408, 2048]
-    assert [each.row_length for each in stages] == [1024, 2048, 2048, 2048]
+    assert steps == [*range(1, 1601)]
+    assert [max(each.model.windows) for each in stages] == [384, 896, 1408, 1664]
+    assert [max(each.used_model.windows) for each in stages] == [384, 896, 1408, 2560]
+    assert [each.tied_head for each in stages] == [True, True, False, False]
+    assert [each.row_length for each in stages] == [16_384] * 4
 
 
 def test_smaller_micro_batches_are_more_of_them():
@@ -97,8 +99,8 @@ def test_what_is_due_is_due_at_its_interval_and_at_the_end():
 def test_the_outlook_tells_epochs_stages_memory_and_disk():
     told = table(plan_of("speedrun")) | outlook(plan_of("speedrun"))
     assert told["devices"] == "8 x NVIDIA H200"
-    assert told["epochs"] == "0.57"  # of 10^9 tokens
-    assert told["stage 1"].startswith("steps 1 to 713, 131,072 tokens each, ")
+    assert told["epochs"] == "0.42"  # of 10^9 tokens
+    assert told["stage 1"].startswith("steps 1 to 520, 131,072 tokens each, ")
     state = plan_of("speedrun").state_bytes
-    assert f"5 of {state / 1e9:.1f} GB" in told["checkpoints"]
+    assert f"4 of {state / 1e9:.1f} GB" in told["checkpoints"]
     assert f"up to {3 * state / 1e9:.1f} GB on disk" in told["checkpoints"]

@@ -1,0 +1,211 @@
+"""The speedrun preset takes the steps of the record that it follows, to the accuracy of float32.
+
+record_2026_01_19.json has what modded-nanogpt's train_gpt.py of commit 93f0e6b9 did at the size
+below, in float64 on a CPU, from the numbers and on the tokens that are made here. For that its
+kernels were replaced by plain PyTorch, with four differences, which docs/recipe.md names: a window
+counts a query's own key, nothing but attention is told of the document before, and pairs of tokens
+are hashed by our function.
+"""
+
+import json
+import zlib
+from dataclasses import replace
+from functools import cache
+from math import prod
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from nanogpt.data.batches import RowOrder, Rows, train_batch
+from nanogpt.data.shards import write_shard
+from nanogpt.data.validation import ValidationRows
+from nanogpt.devices.mesh import make_mesh
+from nanogpt.schedule import Rates
+from nanogpt.training.plan import optimizer_of
+from nanogpt.training.step import (
+    TrainState,
+    graph_of,
+    init_params,
+    make_eval_step,
+    make_train_step,
+)
+from train_gpt import PRESETS
+
+RECORD = json.loads((Path(__file__).parent / "record_2026_01_19.json").read_text())
+SPEEDRUN = PRESETS["speedrun"]
+
+
+def a_sixteenth(windows):
+    return windows and tuple(window // 16 for window in windows)
+
+
+# The preset, 16 times thinner; its stages have 2, 2, 2 and 6 of the 12 steps. (The record splits
+# embedding and head after Adam's first step in the third stage, which here is its only one.)
+STAGES = tuple(
+    replace(
+        stage,
+        share=share,
+        length=length,
+        split_head=share == 6,
+        windows=a_sixteenth(stage.windows),
+        validation_windows=a_sixteenth(stage.validation_windows),
+    )
+    for stage, share, length in zip(
+        SPEEDRUN.stages, (2, 2, 2, 6), (1 / 3, 2 / 3, 1, 1), strict=True
+    )
+)
+TINY = replace(
+    SPEEDRUN,
+    num_steps=12,
+    hold_fraction=0.5,
+    momentum_warmup_steps=4,
+    momentum_cooldown_steps=3,
+    total_batch_size=8 * 192,
+    sequence_length=192,
+    max_document_length=64,
+    stages=STAGES,
+    model=replace(
+        SPEEDRUN.model,
+        vocab_size=120,
+        num_heads=2,
+        width=48,
+        mlp_width=192,
+        bigram_buckets=640,
+        document_separator=100,
+    ),
+)
+
+# The numbers that the parameters began with: how far they are spread about what.
+SPREAD = {
+    "embed": (0.05, 0.0),
+    "value_embed": (0.3, 0.0),
+    "bigram_embed": (0.1, 0.0),
+    "smear.gate": (0.3, 0.0),
+    "smear.share": (0.1, 0.2),
+    "attention.qkv": (0.25, 0.0),
+    "attention.out": (0.1, 0.0),
+    "attention.scales": (0.1, 0.0),
+    "attention.gate": (0.3, 0.0),
+    "value_gate": (0.3, 0.0),
+    "mlp.up": (0.12, 0.0),
+    "mlp.down": (0.05, 0.0),
+    "residual_shares": (0.05, 1.1),
+    "embedding_shares": (0.05, 0.0),
+    "bigram_shares": (0.05, 0.1),
+    "skips": (0.1, -1.5),
+    "skip_gate": (0.3, 0.0),
+    "backout": (0.05, 0.5),
+}
+
+
+def numbers(name, shape):
+    key = np.array([zlib.crc32(name.encode()), 1], np.uint64)
+    uniform = (np.random.Philox(key=key).random_raw(prod(shape)) >> np.uint64(11)) * 2.0**-53
+    scale, centre = SPREAD[name]
+    return (centre + scale * (2 * uniform - 1)).astype("f4").reshape(shape)
+
+
+def first_params():
+    """The same in our form, where the head is the embedding, and q and k turn by halves."""
+    shapes = jax.eval_shape(lambda: init_params(TINY.model, jax.random.key(0)))
+    params = {}
+    for name, array in traverse_util.flatten_dict(shapes, sep=".").items():
+        if name in SPREAD:
+            params[name] = numbers(name, array.shape)
+    params["head"] = params["embed"].T
+    own, out = numbers("attention.scales", (10, 2)).T
+    params["attention.own_share"], params["attention.out_share"] = own + 0.5, out + 1
+    # The record turns neighbours in a head of 24, (0, 1), (2, 3), ..., and we (0, 12), (1, 13), ...
+    qkv = params["attention.qkv"].reshape(10, 3, 48, 2, 12, 2)
+    by_halves = qkv[:, :2].swapaxes(-2, -1).reshape(10, 2, 48, 48)
+    params["attention.qkv"] = np.concatenate([by_halves, qkv[:, 2:].reshape(10, 1, 48, 48)], 1)
+    return params
+
+
+def some_documents(seed):
+    raw = np.random.Philox(key=np.array([seed, 0], np.uint64)).random_raw(80_000)
+    tokens, begins = raw[:40_000] % 100, raw[40_000:] % 40 == 0
+    begins[0] = True
+    return np.where(begins, 100, tokens).astype(np.uint16)
+
+
+@cache
+def twelve_steps(folder):
+    """The losses of the steps, what becomes of the parameters, and the validation loss."""
+    for name, seed in {"train": 7, "val": 8}.items():
+        write_shard(folder / f"{name}.bin", some_documents(seed))
+    mesh, schedule, optimizer = make_mesh(1, 1), TINY.schedule, optimizer_of(TINY)
+
+    def rows(T, start):
+        files = [folder / "train.bin"]
+        return Rows(files, T, 0, False, separator=100, max_document=64, start=start)
+
+    @cache
+    def program(stage):
+        graph = graph_of(schedule.model(TINY.model, stage))
+        tied = schedule.ties_head(TINY.model, stage)
+        return make_train_step(graph, optimizer, mesh, "float32", tied_head=tied)
+
+    start = first_params()
+    params = traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, start), sep=".")
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), *np.zeros((2,), "f4"))
+    order, losses = RowOrder(rows, schedule, shuffle=False), []
+    for step, its in enumerate(RECORD["steps"], start=1):
+        batch = train_batch(*order(step), (8, 1))
+        rates = Rates(its["rate"], its["momentum"], tuple(its["target_weights"]))
+        state, metrics = program(schedule.stage(step))(state, batch, rates)
+        losses.append(float(metrics["loss"]))
+    after = traverse_util.flatten_dict(jax.tree.map(np.asarray, state.params), sep=".")
+
+    model = schedule.used(TINY.model, 3)
+    held_out = ValidationRows([folder / "val.bin"], 1024, 1024, separator=100, context=160)
+    assert len(held_out) == 1
+    total = make_eval_step(graph_of(model), mesh, "float32")(state.params, held_out(0, 1))
+    return losses, start, after, float(total) / 1024
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return twelve_steps(tmp_path_factory.mktemp("record"))
+
+
+def test_the_losses_of_twelve_steps_are_the_records(run):
+    losses, *_ = run
+    np.testing.assert_allclose(losses, [its["loss"] for its in RECORD["steps"]], atol=3e-6)
+
+
+def test_every_parameter_goes_where_the_record_takes_it(run):
+    _, start, after, _ = run
+    start, after = ({**x} for x in (start, after))
+    for params in (start, after):
+        shares = [params.pop(f"attention.{name}_share") for name in ("own", "out")]
+        params["attention.scales"] = np.stack(shares, axis=1)
+    assert after.keys() == RECORD["parameters"].keys()
+    for name, expected in RECORD["parameters"].items():
+        change = after[name] - start[name]
+        found = {"norm": np.linalg.norm(after[name]), "norm_of_change": np.linalg.norm(change)}
+        assert found == pytest.approx(expected, rel=2e-4), name
+
+
+def test_the_validation_loss_is_the_records(run):
+    *_, validation = run
+    assert validation == pytest.approx(RECORD["validation_loss"], abs=3e-6)
+
+
+def test_rates_are_the_records_but_in_the_first_steps_of_two_stages():
+    # There the record has the next stage's batch already, and still the rate of the one before.
+    for step, its in enumerate(RECORD["steps"], start=1):
+        rate, momentum, weights = TINY.schedule.rates(step)
+        assert momentum == pytest.approx(its["momentum"])
+        assert weights == pytest.approx(its["target_weights"])
+        assert (rate == pytest.approx(its["rate"])) == (step not in (3, 5))
+
+
+def test_the_preset_takes_as_many_tokens_as_the_record():
+    # 520 steps each of 8, 16 and 24 times 16,384 tokens, and 40 more.
+    assert SPEEDRUN.schedule.tokens(1600) == 16_384 * (520 * (8 + 16 + 24) + 40 * 24)
+    assert SPEEDRUN.schedule.ends == (520, 1040, 1560, 1600)
