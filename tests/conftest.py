@@ -61,7 +61,6 @@ def with_every_trick():
         bigram_buckets=128,
         key_offset=(0, 3),
         paired_heads=(3,),
-        skips=((0, 2),),
         backout=1,
         skips=((0, 2),),
         logit_scale=0.8,
