@@ -10,8 +10,7 @@ Around that stand the tricks of the speedrun, each one small function or a few l
     rotary                positions by rotation            (Su et al., arXiv:2104.09864), of half of
                           each head only                   (modded-nanogpt, 2024-12-17)
     relu²                 the nonlinearity of the MLP      (So et al., arXiv:2109.08668)
-    zero projections      whatever adds to the stream starts at zero
-                                                           (Yang et al., arXiv:2203.03466)
+    zero projections      all that adds starts at zero     (Yang et al., arXiv:2203.03466)
     tied head             embedding and head begin as one  (Press and Wolf, arXiv:1608.05859; until
                           late in the run: modded-nanogpt, 2025-12-19)
     embedding shortcut    x <- a x + b x0 before a layer   (modded-nanogpt, 2024-11-06)
@@ -30,8 +29,7 @@ Around that stand the tricks of the speedrun, each one small function or a few l
     key offset            part of a key is the last token's, so that one layer can tell what came
                           after a token                    (modded-nanogpt, 2026-01)
     paired heads          two heads attend to the keys of both   (modded-nanogpt, 2026-01-07)
-    bigram embedding      a table of hashed token pairs, added before every layer
-                                                           (modded-nanogpt, 2026-01-19)
+    bigram embedding      hashed token pairs, in each layer   (modded-nanogpt, 2026-01-19)
     softcap               bounds the logits                (Gemma 2, arXiv:2408.00118)
     several targets       the tokens after the next are scored, too (Gloeckle et al.,
                           arXiv:2404.19737; on the same logits: modded-nanogpt, 2025-12)
@@ -49,7 +47,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int
 
 from nanogpt.config import GATE_INPUTS, GPTConfig, Kernels
 from nanogpt.devices.sharding import from_parts, share_of_row, to_parts
@@ -57,20 +55,12 @@ from nanogpt.model.attention import pair, part
 from nanogpt.model.context import Next, Rows
 from nanogpt.model.kernels.relu_squared import relu_squared
 from nanogpt.model.loss import linear_cross_entropy
-from nanogpt.model.parameters import stack, unstack
+from nanogpt.model.parameters import matrix, stack, unstack
 from nanogpt.model.rotary import rotary, rotation
 from nanogpt.model.softcap import Softcap, softcap
 
 Attend = Callable[[Array, Array, Array], Array]  # (q, k, v) to what each query takes from them
 XLA = Kernels()  # what runs everywhere
-
-
-def matrix(
-    key: Key[Array, ""], shape: tuple[int, ...], spread: float = 0.5
-) -> Float[Array, "*stack I O"]:
-    """Matrices of uniform numbers with a standard deviation of spread / sqrt(I)."""
-    bound = spread * (3 / shape[-2]) ** 0.5
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
 def norm(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
@@ -185,7 +175,7 @@ class GPT(nnx.Module):
         self.head = nnx.Param(self.embed.T if config.tied_head else jnp.zeros((D, V)))
         if config.value_embeddings:
             self.value_embed = nnx.Param(jnp.zeros((config.value_embeddings, V, D)))
-            if config.value_gate:
+            if config.value_gate and config.value_tables:
                 gates = len(config.value_tables), GATE_INPUTS, config.num_heads
                 self.value_gate = nnx.Param(jnp.zeros(gates))
         if config.smear:
@@ -258,7 +248,10 @@ class GPT(nnx.Module):
         c, L = self.config, self.config.num_layers
         past = past or Rows(c, tokens, self.kernels.attention)
         x = x0 = self.embedded(tokens, past)
-        bigrams = self.bigrams(tokens, past) if c.bigram_buckets else None
+        bigrams = None
+        if c.bigram_buckets:
+            buckets = bigram_bucket(tokens, past.before("token", tokens), c.bigram_buckets)
+            bigrams = self.bigram_embed[buckets].astype(x0.dtype)
 
         # What of a layer is computed in parts, if devices share it, and again in the backward pass,
         # if that saves the memory needed.
@@ -307,11 +300,6 @@ class GPT(nnx.Module):
             x = self.smear(x, past.before("embedding", x))
         return norm(x).astype(self.head.dtype)
 
-    def bigrams(self, tokens: Int[Array, "B T"], past: Rows | Next) -> Float[Array, "B T D"]:
-        """What every layer reads of the pairs that the tokens end."""
-        before, buckets = past.before("token", tokens), self.config.bigram_buckets
-        return self.bigram_embed[bigram_bucket(tokens, before, buckets)].astype(self.head.dtype)
-
     def attend(self, past: Rows | Next, layer: int, q: Array, k: Array, v: Array) -> Array:
         """What a layer does with its queries, keys and values [B, T, N, H]."""
         speed, scale = rotation(self.config)
@@ -332,6 +320,6 @@ class GPT(nnx.Module):
         c = self.config
         tables = jnp.split(self.value_embed[...], c.value_embeddings) if c.value_embeddings else []
         looked_up = [table[0][tokens].astype(self.head.dtype) for table in tables]
-        gates = self.value_gate[...] if tables and c.value_gate else ()
+        gates = self.value_gate[...] if hasattr(self, "value_gate") else ()
         mixed_in = {layer: looked_up[table] for layer, table in c.value_tables.items()}
         return mixed_in, dict(zip(mixed_in, gates, strict=False))

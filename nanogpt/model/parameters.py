@@ -18,6 +18,14 @@ from nanogpt.config import GPTConfig
 Params = PyTree[Float[Array, "..."]]
 
 
+def matrix(
+    key: Key[Array, ""], shape: tuple[int, ...], spread: float = 0.5
+) -> Float[Array, "*stack I O"]:
+    """Matrices of uniform numbers with a standard deviation of spread / sqrt(I)."""
+    bound = spread * (3 / shape[-2]) ** 0.5
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
 def is_table(path: tuple[jax.tree_util.DictKey, ...]) -> bool:
     """Whether the parameter at this path of the nested dict is a table that tokens index."""
     return path[-1].key.endswith("embed")

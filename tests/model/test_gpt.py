@@ -12,14 +12,8 @@ from flax import nnx
 
 from nanogpt.config import GPTConfig, Kernels
 from nanogpt.model.context import Rows
-from nanogpt.model.gpt import (
-    GPT,
-    Attention,
-    Smear,
-    bigram_bucket,
-    norm,
-    relu_squared,
-)
+from nanogpt.model.gpt import GPT, Attention, Smear, bigram_bucket, norm
+from nanogpt.model.kernels.relu_squared import relu_squared
 from nanogpt.model.parameters import compute_copy
 from nanogpt.training.step import graph_of, init_params
 
@@ -52,7 +46,7 @@ def sigmoid(x):
 
 
 def rms_norm(x):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 2**-23)
 
 
 def numpy_rotation(config):
@@ -60,13 +54,12 @@ def numpy_rotation(config):
     pairs = config.head_size // 2
     turning = round(config.rope_fraction * pairs)
     speeds, scale = [0.0] * pairs, config.attention_scale
-    lengths = [*config.earlier_windows, max(config.windows, default=0)]
     for i in range(turning):
         speeds[i] = config.rope_base ** (-i / max(1, turning - 1))
-        for old, new in pairwise(lengths):
+        for old, new in pairwise(config.rotary_windows):
             often = min(max((old * speeds[i] / (2 * np.pi) - 1) / 31, 0), 1)
             speeds[i] *= often + (1 - often) * old / new
-    for old, new in pairwise(lengths):
+    for old, new in pairwise(config.rotary_windows):
         scale *= 0.2 * np.log(new / old) + 1
     return np.array(speeds), scale
 
@@ -76,6 +69,8 @@ def numpy_logits(config, params, tokens):
     (B, T), L, N, H = tokens.shape, config.num_layers, config.num_heads, config.head_size
     count = config.value_embeddings
     speeds, scale = numpy_rotation(config)
+    begins = tokens == config.document_separator  # False where there is none
+    begins[:, 0] = True
 
     def turned(x, places):  # a pair is a complex number, and a turn a product with another
         turn = np.exp(-1j * places[:, :, None] * speeds)
@@ -85,10 +80,10 @@ def numpy_logits(config, params, tokens):
     def softmax_attention(q, k, v, window, places, mates):
         """Each head sees the keys of its mates at places before its own, and at its own."""
         out = np.zeros_like(v)
-        documents = np.cumsum(tokens == config.document_separator, axis=1)
+        documents = np.cumsum(begins, axis=1)
         for b, t, n in np.ndindex(B, T, N):
             near = places[t, n] - places[:, mates[n]]  # [T, mates]
-            seen = (near >= 0) & (near < (window * len(mates[n]) or np.inf))
+            seen = (near >= 0) & (near < (window or np.inf))
             seen &= (documents[b] == documents[b, t])[:, None]
             scores = np.where(seen, scale * k[b][:, mates[n]] @ q[b, t, n], -np.inf)
             weights = np.exp(scores) / np.exp(scores).sum()
@@ -96,36 +91,49 @@ def numpy_logits(config, params, tokens):
         return out
 
     x = p["embed"][tokens]
-    if config.bigram_buckets:
-        for b, row in enumerate(tokens.tolist()):
-            for t, (last, token) in enumerate(zip([0, *row], row, strict=False)):
-                mixed = (token * 0x9E3779B1 % 2**32) ^ (last * 0x85EBCA77 % 2**32)
-                bucket = (mixed ^ (mixed >> 15)) % config.bigram_buckets
-                x[b, t] += p["bigram_embed"][bucket]
     if config.smear:
         gate = sigmoid(x[:, :, :12] @ p["smear"]["gate"])
-        for t in reversed(range(1, T)):  # from the end, as each reads what its neighbour was
-            x[:, t] += p["smear"]["share"] * gate[:, t] * x[:, t - 1]
+        for t in reversed(range(T)):  # from the end, as each reads what its neighbour was
+            before = np.where(begins[:, t, None], 0, x[:, t - 1])
+            x[:, t] += p["smear"]["share"] * gate[:, t] * before
+    bigrams = np.zeros_like(x)
+    if config.bigram_buckets:
+        for b, t in np.ndindex(B, T):
+            token, last = int(tokens[b, t]), 0 if begins[b, t] else int(tokens[b, t - 1])
+            mixed = (token * 0x9E3779B1 % 2**32) ^ (last * 0x85EBCA77 % 2**32)
+            bucket = (mixed ^ (mixed >> 15)) % config.bigram_buckets
+            bigrams[b, t] = p["bigram_embed"][bucket]
     x0 = x = rms_norm(x)
-    outputs, first_values = [], None
+    outputs, first_values, num_tables = [], None, 0
     with_attention = [layer for layer in range(L) if layer not in config.mlp_only]
     for layer in range(L):
         mirror = L - 1 - layer  # the first layer returns in the last, the second before it, ...
-        if mirror < layer:
+        if config.skips is None and mirror < layer:
             x = x + p["skips"][layer - (L - L // 2)] * outputs[mirror]
-        a, b = p["shortcuts"][layer]
-        x = a * x + b * x0
+        for number, (source, target) in enumerate(config.skips or ()):
+            if target == layer:
+                gate = sigmoid(x0[:, :, :12] @ p["skip_gate"][number])
+                x = x + 2 * sigmoid(p["skips"][number]) * gate * outputs[source]
+        x = p["residual_shares"][layer] * x + p["embedding_shares"][layer] * x0
+        if config.bigram_buckets:
+            x = x + p["bigram_shares"][layer] * bigrams
 
         if layer in with_attention:
             weights = {n: w[with_attention.index(layer)] for n, w in p["attention"].items()}
             read = rms_norm(x)
             q, k, v = ((read @ matrix).reshape(B, T, N, H) for matrix in weights["qkv"])
-            v = weights["value_mix"][0] * v
-            if layer < count or layer >= L - count:
-                table = p["value_embed"][layer if layer < count else layer - (L - count)]
-                v = v + weights["value_mix"][1] * table[tokens].reshape(B, T, N, H)
+            v = weights["own_share"] * v
+            # The last layers have the tables in turn, and the first ones all but the first table.
+            table = layer - (L - count) if layer >= L - count else layer + 1
+            if table < count:
+                if config.value_gate:
+                    gate = 2 * sigmoid(read[:, :, :12] @ p["value_gate"][num_tables])[..., None]
+                else:
+                    gate = weights["mixed_share"]
+                v = v + gate * p["value_embed"][table][tokens].reshape(B, T, N, H)
+                num_tables += 1
             elif count == 0 and first_values is not None:
-                v = v + weights["value_mix"][1] * first_values
+                v = v + weights["mixed_share"] * first_values
             first_values = v if first_values is None else first_values
             # Paired heads take turns: tokens are two places apart, and the second head one behind.
             pairs = layer in config.paired_heads
@@ -135,12 +143,13 @@ def numpy_logits(config, params, tokens):
             if layer in config.key_offset:
                 for i in np.flatnonzero(speeds == 0):
                     for j in (i, i + H // 2):
-                        k[:, :, :, j] = np.pad(k[:, :-1, :, j], ((0, 0), (1, 0), (0, 0)))
+                        last = np.roll(k[:, :, :, j], 1, axis=1)
+                        k[:, :, :, j] = np.where(begins[:, :, None], 0, last)
             window = config.windows[layer % len(config.windows)] if config.windows else 0
             y = softmax_attention(q, k, v, window, places, mates)
             if config.attention_gate:
                 y = y * sigmoid(read[:, :, :12] @ weights["gate"])[..., None]
-            x = x + y.reshape(B, T, N * H) @ weights["out"]
+            x = x + weights.get("out_share", 1) * (y.reshape(B, T, N * H) @ weights["out"])
 
         x = x + np.maximum(rms_norm(x) @ p["mlp"]["up"][layer], 0) ** 2 @ p["mlp"]["down"][layer]
         outputs.append(x)
@@ -156,14 +165,15 @@ EVERY_TRICK = GPTConfig(
     num_heads=4,
     width=48,
     mlp_width=48,
-    mlp_only=(0, 3),
-    windows=(3, 300, 6),
-    earlier_windows=(40, 100),
-    document_separator=4,  # in the middle of the first row
-    value_embeddings=2,
+    mlp_only=(3,),
+    windows=(3, 300, 6),  # of paired heads one is odd and one even
+    rotary_windows=(40, 100, 300),
+    document_separator=4,
+    value_embeddings=3,
     bigram_buckets=61,
-    key_offset=(1, 4),
-    paired_heads=(2, 4),
+    skips=((0, 3), (1, 3), (1, 4)),
+    key_offset=(0, 4),
+    paired_heads=(0, 2),
     backout=2,
     attention_scale=0.3,
     rope_base=40.0,
@@ -186,8 +196,14 @@ VALUE_RESIDUAL = GPTConfig(  # the first layer that has values is the second
     backout=3,
     rope_fraction=0.0,
 )
-OVERLAPPING = GPTConfig(  # the first two layers and the last two are three in all
-    vocab_size=100, num_layers=3, num_heads=1, width=16, mlp_width=24, value_embeddings=2
+OVERLAPPING = GPTConfig(  # the first layer and the last two are all three that there are
+    vocab_size=100,
+    num_layers=3,
+    num_heads=1,
+    width=16,
+    mlp_width=24,
+    value_embeddings=2,
+    value_gate=False,
 )
 BARE = GPTConfig(
     vocab_size=128,
@@ -215,6 +231,8 @@ def test_logits_and_losses_equal_a_float64_model_in_numpy(config, weights):
     params, (B, T) = alive(config), (2, 13)
     tokens, targets = (np.array(some_tokens(config, B, T, seed)) for seed in (0, 1))
     targets[1, 9] = -1
+    if config.document_separator is not None:  # two documents in one row, three in the other
+        tokens[:, 5] = tokens[1, 6] = config.document_separator
     expected = numpy_logits(config, params, tokens)
     log_p = expected - np.log(np.exp(expected).sum(-1, keepdims=True))
     expected_objective, expected_loss = np.zeros((2, B, T))
@@ -235,7 +253,7 @@ def test_logits_and_losses_equal_a_float64_model_in_numpy(config, weights):
 
 
 def test_layers_may_be_counted_from_the_last_one_backwards():
-    backwards = replace(EVERY_TRICK, mlp_only=(-5, 3), key_offset=(-4, -1), paired_heads=(2, -1))
+    backwards = replace(EVERY_TRICK, mlp_only=(-2,), key_offset=(0, -1), paired_heads=(-5, -3))
     tokens, params = some_tokens(EVERY_TRICK, 1, 9), alive(EVERY_TRICK)
     expected, found = (build(c, params)(tokens) for c in (EVERY_TRICK, backwards))
     np.testing.assert_array_equal(found, expected)
@@ -277,11 +295,62 @@ def test_a_new_model_adds_nothing_to_the_stream_and_has_no_two_matrices_alike(ti
     # Every projection back into the stream starts at zero: the embedding passes through.
     x = np.asarray(params["embed"], "f8")[tokens]
     np.testing.assert_allclose(features, x / np.sqrt((x**2).mean(-1, keepdims=True)), atol=1e-5)
-    assert params["backout"] == 0.5
     for matrices in (params["attention"]["qkv"], params["mlp"]["up"]):
         flat = np.asarray(matrices).reshape(-1, *matrices.shape[-2:])
         assert len(np.unique(flat[:, 0, 0])) == len(flat)
-        assert flat.std() == pytest.approx(0.5 / tiny.width**0.5, rel=0.03)
+
+
+def test_shares_and_gates_begin_as_in_the_speedrun(tiny):
+    def first(**how):
+        return jax.jit(partial(init_params, replace(tiny, **how)))(jax.random.key(0))
+
+    params = first(residual_init=1.1)
+    numbers = {
+        "residual_shares": np.full(4, 1.1, "f4"),
+        "embedding_shares": np.zeros(4),
+        "bigram_shares": np.full(4, 0.1, "f4"),
+        "bigram_embed": np.zeros((128, 32)),
+        "value_embed": np.zeros((2, 128, 32)),
+        "value_gate": np.zeros((3, 12, 2)),
+        "skip_gate": np.zeros((1, 12, 1)),
+        "skips": [-1.5],
+        "backout": 0.5,
+    }
+    for name, expected in numbers.items():
+        np.testing.assert_array_equal(params[name], expected, err_msg=name)
+    assert params["attention"]["own_share"].tolist() == [0.5] * 3
+    assert params["attention"]["out_share"].tolist() == [1.0] * 3
+    assert not params["attention"]["gate"].any() and not params["smear"]["gate"].any()
+    assert params["smear"]["share"] == 0
+
+    ungated = first(value_gate=False, skips=None)
+    assert ungated["attention"]["mixed_share"].tolist() == [0.5] * 3
+    assert ungated["skips"].tolist() == [1.0] * 2
+    assert "out_share" not in ungated["attention"]
+    assert not {"value_gate", "skip_gate"} & ungated.keys()
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.5])
+def test_first_matrices_are_uniform_and_those_of_attention_as_wide_as_the_model_says(spread):
+    config = replace(BARE, num_layers=8, num_heads=1, width=16, attention_init=spread)
+    params = init_params(config, jax.random.key(0))
+    for matrices, deviation in (
+        (params["attention"]["qkv"], spread / 4),
+        (params["mlp"]["up"], 1 / 8),
+    ):
+        assert matrices.std() == pytest.approx(deviation, rel=0.03)
+        assert 1.7 < abs(matrices).max() / deviation <= 3**0.5
+
+
+def test_a_tied_head_begins_as_the_embedding_and_both_are_small():
+    tied, apart = (
+        init_params(replace(BARE, vocab_size=1000, tied_head=tied), jax.random.key(0))
+        for tied in (True, False)
+    )
+    np.testing.assert_array_equal(tied["head"], tied["embed"].T)
+    assert tied["embed"].std() == pytest.approx(0.005, rel=0.02)
+    assert apart["embed"].std() == pytest.approx(1, rel=0.02)
+    assert not apart["head"].any()
 
 
 # Causality
@@ -322,16 +391,21 @@ def influence(config):
 
 
 @pytest.mark.parametrize(
-    ("how", "reach", "value_reach"),
+    ("how", "reach", "bigram_reach", "value_reach"),
     [
-        ({}, T, T),
-        ({"windows": (5, 2)}, 4 + 1 + 4, 4 + 1 + 4),
-        # Value embeddings are neither smeared, nor are they in the keys of the layer they come to.
-        ({"windows": (3, 2), "smear": True, "mlp_only": (1,)}, 1 + 2 + 0 + 2, 2 + 0 + 2),
-        ({"windows": (3, 2), "key_offset": (0, 1)}, 3 + 2 + 2, 2 + 2 + 2),
+        ({}, T, T, T),
+        ({"windows": (5, 2)}, 4 + 1 + 4, 4 + 1 + 4, 4 + 1 + 4),
+        # Only the embedding is smeared.
+        ({"windows": (3, 2), "smear": True, "mlp_only": (1,)}, 1 + 2 + 0 + 2, 2 + 0 + 2, 2 + 0 + 2),
+        # Value embeddings are not in the keys of the layer they come to.
+        ({"windows": (3, 2), "key_offset": (0, 1)}, 3 + 2 + 2, 3 + 2 + 2, 2 + 2 + 2),
+        # A token has two keys where heads are paired, and the first of them is its own place.
+        ({"windows": (5, 2), "paired_heads": (0, 1)}, 2 + 1 + 4, 2 + 1 + 4, 2 + 1 + 4),
     ],
 )
-def test_the_gradient_reaches_exactly_the_positions_that_may_be_seen(how, reach, value_reach):
+def test_the_gradient_reaches_exactly_the_positions_that_may_be_seen(
+    how, reach, bigram_reach, value_reach
+):
     # A window of w lets a layer look w - 1 tokens back, a key that is of two tokens 1 more, and
     # layers add up.
     config = GPTConfig(
@@ -340,14 +414,16 @@ def test_the_gradient_reaches_exactly_the_positions_that_may_be_seen(how, reach,
         num_heads=2,
         width=16,
         mlp_width=32,
-        value_embeddings=1,
+        value_embeddings=2,
         bigram_buckets=4096,
         **({"smear": False} | how),
     )
     back = np.arange(T)[:, None] - np.arange(T)[None, :]
-    for name, reached in influence(config).items():
-        furthest = value_reach if name == "value_embed" else reach
-        np.testing.assert_array_equal(reached, (back >= 0) & (back <= furthest), err_msg=name)
+    reaches = {"embed": reach, "bigram_embed": bigram_reach, "value_embed": value_reach}
+    found = influence(config)
+    assert found.keys() == reaches.keys()
+    for name, furthest in reaches.items():
+        np.testing.assert_array_equal(found[name], (back >= 0) & (back <= furthest), err_msg=name)
 
 
 def test_no_output_depends_on_a_later_token(tiny):
@@ -361,6 +437,28 @@ def test_no_output_depends_on_a_later_token(tiny):
     )
     differs = np.asarray(jnp.any(logits[1:] != logits[0], axis=-1))
     np.testing.assert_array_equal(differs, np.triu(np.ones((T, T), bool)))
+
+
+@pytest.mark.parametrize("paired", [(0, 2), (0, 1, 2, 4)])
+def test_each_document_of_a_row_has_the_logits_that_it_has_alone(paired):
+    config = replace(EVERY_TRICK, paired_heads=paired)
+    separator = config.document_separator
+    # What a row begins with may be the middle of a document.
+    documents = [[9, 16, 33, 2], [separator, 7, 7, 50, 9, 12, 2], [separator, 33, 2, 8, 61, 40]]
+    row = jnp.array([[token for document in documents for token in document]])
+    params = alive(config)
+
+    @partial(jax.jit, static_argnums=0)
+    def logits(config, tokens):
+        return build(config, params)(tokens)[0]
+
+    together = logits(config, row)
+    alone = [logits(config, jnp.array([document])) for document in documents]
+    np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-4)
+    # Without a separator they would look into each other.
+    mixed = logits(replace(config, document_separator=None), row)
+    differs = abs(mixed - together).max(axis=1) > 0.05
+    assert differs.tolist() == [False] * 4 + [True] * 13
 
 
 # The tricks one by one, each by its formula
@@ -393,14 +491,14 @@ def run_on_values(monkeypatch):
     return run
 
 
-def test_before_moves_everything_one_token_on():
-    x = jnp.arange(12).reshape(2, 3, 2)
-    before = partial(Rows.before, None, "any")
-    assert before(x).tolist() == [
-        [[0, 0], [0, 1], [2, 3]],
-        [[0, 0], [6, 7], [8, 9]],
-    ]
-    assert before(x[..., 0]).tolist() == [[0, 0, 2], [0, 6, 8]]
+def test_before_moves_everything_one_token_on_but_not_into_another_document():
+    x, tokens = jnp.arange(1, 13).reshape(2, 3, 2), jnp.array([[8, 5, 9], [5, 7, 5]])
+    for separator, kept in ((None, np.ones((2, 3))), (5, [[1, 0, 1], [1, 1, 0]])):
+        past = Rows(replace(BARE, document_separator=separator), tokens, "xla")
+        moved = np.array([[[0, 0], [1, 2], [3, 4]], [[0, 0], [7, 8], [9, 10]]])
+        expected = moved * np.array(kept, int)[..., None]
+        np.testing.assert_array_equal(past.before("any", x), expected)
+        np.testing.assert_array_equal(past.before("other", x[..., 0]), expected[..., 0])
 
 
 def test_smear_adds_a_gated_share_of_the_token_before():
@@ -417,10 +515,19 @@ def test_smear_adds_a_gated_share_of_the_token_before():
 
 
 @pytest.mark.parametrize("gated", [True, False])
-def test_attention_mixes_its_values_and_gates_what_each_head_takes(gated):
-    config = replace(BARE, num_heads=2, width=16, attention_gate=gated)
+@pytest.mark.parametrize("values_gated", [True, False])
+def test_attention_mixes_its_values_and_gates_what_each_head_takes(gated, values_gated):
+    config = replace(
+        BARE,
+        num_heads=2,
+        width=16,
+        attention_gate=gated,
+        value_embeddings=1,
+        value_gate=values_gated,
+    )
     x, mixed_in = fixed(2, 1, 3, 16)
     qkv, out, gate = fixed(3, 16, 16, seed=1), fixed(16, 16, seed=2), fixed(12, 2, seed=3)
+    value_gate = fixed(12, 2, seed=4) if values_gated else None
 
     def attend(q, k, v):  # any function of all three shows whether each is what it should be
         return v + 2 * q - 3 * k
@@ -429,47 +536,71 @@ def test_attention_mixes_its_values_and_gates_what_each_head_takes(gated):
     def run(x, mixed_in):
         layer = Attention(config, rngs=nnx.Rngs(0))
         layer.qkv, layer.out = nnx.Param(jnp.asarray(qkv)), nnx.Param(jnp.asarray(out))
-        layer.value_mix = nnx.Param(jnp.array([0.7, -1.5]))
+        layer.own_share = nnx.Param(jnp.array(0.7))
         assert hasattr(layer, "gate") == gated
+        assert hasattr(layer, "out_share") == values_gated != hasattr(layer, "mixed_share")
         if gated:
             layer.gate = nnx.Param(jnp.asarray(gate))
-        return layer(x, mixed_in, attend), layer(x, None, attend)
+        if values_gated:
+            layer.out_share = nnx.Param(jnp.array(1.4))
+        else:
+            layer.mixed_share = nnx.Param(jnp.array(-1.5))
+        return layer(x, mixed_in, value_gate, attend), layer(x, None, None, attend)
 
-    for (added, values), mixed in zip(
-        run(x, mixed_in), (-1.5 * mixed_in.astype("f8"), 0), strict=True
-    ):
-        q, k, v = x.astype("f8") @ qkv[:, None]
+    def opened(gate):
+        found = sigmoid(x[:, :, :12].astype("f8") @ gate)
+        assert np.ptp(found) > 0.3
+        return found[..., None]
+
+    share = 2 * opened(value_gate) if values_gated else -1.5
+    mixed_in_by_head = mixed_in.astype("f8").reshape(1, 3, 2, 8)
+    for (added, values), mixed in zip(run(x, mixed_in), (share * mixed_in_by_head, 0), strict=True):
+        q, k, v = (each.reshape(1, 3, 2, 8) for each in x.astype("f8") @ qkv[:, None])
         v = 0.7 * v + mixed
-        np.testing.assert_allclose(values, v, atol=1e-4)
-        y = (v + 2 * q - 3 * k).reshape(1, 3, 2, 8)
+        np.testing.assert_allclose(values, v.reshape(1, 3, 16), atol=1e-4)
+        y = v + 2 * q - 3 * k
         if gated:
-            opened = sigmoid(x[:, :, :12].astype("f8") @ gate)
-            assert np.ptp(opened) > 0.3
-            y = y * opened[..., None]
-        np.testing.assert_allclose(added, y.reshape(1, 3, 16) @ out, atol=1e-3)
+            y = y * opened(gate)
+        expected = y.reshape(1, 3, 16) @ out * (1.4 if values_gated else 1)
+        np.testing.assert_allclose(added, expected, atol=1e-3)
 
 
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(
-    ("num_layers", "count", "tables"),
+    ("num_layers", "count", "mlp_only", "tables"),
     [
-        (12, 3, [0, 1, 2, *[None] * 6, 0, 1, 2]),
-        (4, 2, [0, 1, 0, 1]),
-        (3, 2, [0, 1, 1]),
-        (2, 2, [0, 1]),
-        (3, 1, [0, None, 0]),
-        (3, 0, [None] * 3),
+        (11, 3, (6,), {0: 1, 1: 2, 8: 0, 9: 1, 10: 2}),
+        (12, 3, (), {0: 1, 1: 2, 9: 0, 10: 1, 11: 2}),
+        (5, 3, (1, -2), {0: 1, 2: 0, 4: 2}),
+        (4, 2, (), {0: 1, 2: 0, 3: 1}),
+        (3, 2, (), {0: 1, 1: 0, 2: 1}),
+        (2, 2, (), {0: 0, 1: 1}),
+        (3, 1, (), {2: 0}),
+        (3, 1, (2,), {}),  # of a layer without values
+        (3, 0, (), {}),
     ],
 )
-def test_the_first_and_again_the_last_layers_have_value_embeddings(num_layers, count, tables):
-    config = replace(BARE, num_layers=num_layers, value_embeddings=count)
+def test_the_last_layers_and_but_for_the_first_table_the_first_have_value_embeddings(
+    num_layers, count, mlp_only, tables, gated
+):
+    config = replace(
+        BARE,
+        num_layers=num_layers,
+        value_embeddings=count,
+        mlp_only=mlp_only,
+        value_gate=gated,
+    )
+    config.check()
     params, tokens = alive(config), some_tokens(config, B=1, T=4)
-    found = build(config, params).value_embeddings(tokens)
-    assert len(found) == num_layers
-    for mixed_in, table in zip(found, tables, strict=True):
-        if table is None:
-            assert mixed_in is None
-        else:
-            np.testing.assert_array_equal(mixed_in, params["value_embed"][table][tokens])
+    assert all(leaf.size for leaf in jax.tree.leaves(params))
+    found, gates = build(config, params).value_embeddings(tokens)
+    assert config.value_tables == tables
+    assert list(found) == sorted(tables)
+    for layer, table in tables.items():
+        np.testing.assert_array_equal(found[layer], params["value_embed"][table][tokens])
+    assert list(gates) == (sorted(tables) if gated else [])
+    for number, layer in enumerate(gates):
+        np.testing.assert_array_equal(gates[layer], params["value_gate"][number])
 
 
 def test_without_value_embeddings_the_first_values_are_mixed_into_all_later_ones(run_on_values):
@@ -477,8 +608,9 @@ def test_without_value_embeddings_the_first_values_are_mixed_into_all_later_ones
     params, tokens = alive(config), some_tokens(config, B=1, T=4)
     # Nothing is added to the stream: each layer reads the normalised embedding.
     params["attention"]["out"][:] = params["mlp"]["down"][:] = params["skips"][:] = 0
-    params["shortcuts"][:] = [1, 0]
-    params["attention"]["value_mix"] = np.array([[0.8, 9], [0.5, -0.6], [1.1, 0.3]], "f4")
+    params["residual_shares"][:], params["embedding_shares"][:] = 1, 0
+    params["attention"]["own_share"] = np.array([0.8, 0.5, 1.1], "f4")
+    params["attention"]["mixed_share"] = np.array([9, -0.6, 0.3], "f4")
     _, layers, values = run_on_values(config, params, tokens)
 
     read = rms_norm(params["embed"][tokens].astype("f8"))
@@ -492,7 +624,8 @@ def test_without_value_embeddings_the_first_values_are_mixed_into_all_later_ones
 def test_layers_without_attention_are_mlps_and_what_a_layer_gave_is_taken_back(run_on_values):
     config = replace(BARE, num_layers=3, mlp_only=(0, 2), backout=1)
     params, tokens = alive(config), some_tokens(config, B=1, T=4)
-    params["shortcuts"][:], params["skips"][:], params["backout"] = [1, 0], 0, 0.3
+    params["residual_shares"][:], params["embedding_shares"][:] = 1, 0
+    params["skips"][:], params["backout"] = 0, 0.3
     found, layers, _ = run_on_values(config, params, tokens)
 
     p = jax.tree.map(lambda leaf: np.asarray(leaf, "f8"), params)
@@ -502,7 +635,7 @@ def test_layers_without_attention_are_mlps_and_what_a_layer_gave_is_taken_back(r
 
     x = rms_norm(p["embed"][tokens])
     x = x + mlp(x, 0)
-    value = p["attention"]["value_mix"][0, 0] * rms_norm(x) @ p["attention"]["qkv"][0, 2]
+    value = p["attention"]["own_share"][0] * rms_norm(x) @ p["attention"]["qkv"][0, 2]
     x = x + value @ p["attention"]["out"][0]
     x = taken_back = x + mlp(x, 1)
     x = x + mlp(x, 2)
@@ -510,6 +643,54 @@ def test_layers_without_attention_are_mlps_and_what_a_layer_gave_is_taken_back(r
     assert "backout" not in alive(BARE)
     assert {len(leaf) for leaf in params["attention"].values()} == {1}
     np.testing.assert_allclose(found, rms_norm(x - 0.3 * taken_back), atol=1e-4)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_skips_lead_from_layer_to_layer_and_may_be_gated_by_what_the_first_layer_reads(gated):
+    pairs = ((0, 2), (1, 2), (0, 3)) if gated else None
+    config = replace(BARE, num_layers=4, mlp_only=(0, 1, 2), skips=pairs)
+    params, tokens = alive(config), some_tokens(config, B=2, T=4)
+    params["attention"]["out"][:] = 0
+    params["residual_shares"][:], params["embedding_shares"][:] = 1, 0
+
+    p = jax.tree.map(lambda leaf: np.asarray(leaf, "f8"), params)
+    x = x0 = rms_norm(p["embed"][tokens])
+    outputs = []
+    for layer in range(4):
+        for number, (source, target) in enumerate(pairs or ((1, 2), (0, 3))):
+            if target == layer:
+                share = p["skips"][number]
+                if gated:
+                    opened = 2 * sigmoid(x0[:, :, :12] @ p["skip_gate"][number][:, 0])
+                    assert 0.01 < opened.min() < 0.8 and 1.2 < opened.max() < 1.99
+                    share = opened[:, :, None] * sigmoid(share)
+                x = x + share * outputs[source]
+        read = rms_norm(x)
+        x = x + np.maximum(read @ p["mlp"]["up"][layer], 0) ** 2 @ p["mlp"]["down"][layer]
+        outputs.append(x)
+    found = jax.jit(build(config, params).features)(tokens)
+    np.testing.assert_allclose(found, rms_norm(x), atol=1e-4)
+
+
+def test_each_layer_reads_shares_of_the_stream_the_embedding_and_the_pairs_that_tokens_end():
+    config = replace(BARE, num_layers=3, bigram_buckets=64, skips=())
+    params = alive(config)
+    # Nothing else is added to the stream: it is a sum of the embedding and of the pairs'.
+    params["attention"]["out"][:] = params["mlp"]["down"][:] = 0
+    params["residual_shares"][:] = 1.1, 0.5, -2
+    params["embedding_shares"][:] = 0.25, 0, 3
+    params["bigram_shares"][:] = 0.1, 10, 0.7
+    tokens = jnp.array([[5, 9, 5]])
+    x0 = rms_norm(params["embed"].astype("f8")[tokens])
+    hashed = [  # the pairs (nothing, 5), (5, 9) and (9, 5)
+        (0x9E3779B1 * token ^ 0x85EBCA77 * last) % 2**32 for last, token in ((0, 5), (5, 9), (9, 5))
+    ]
+    pairs = params["bigram_embed"].astype("f8")[[[(x ^ x >> 15) % 64 for x in hashed]]]
+    expected = 1.35 * x0 + 0.1 * pairs
+    expected = 0.5 * expected + 10 * pairs
+    expected = -2 * expected + 3 * x0 + 0.7 * pairs
+    found = jax.jit(build(config, params).features)(tokens)
+    np.testing.assert_allclose(found, rms_norm(expected), atol=1e-5)
 
 
 def test_the_half_of_a_key_that_is_not_rotated_is_that_of_the_token_before():
@@ -575,22 +756,28 @@ def test_the_tokens_after_the_next_are_scored_up_to_the_end_of_a_row():
 
 
 @pytest.mark.parametrize(
-    ("config", "with_something_mixed_in"),
+    ("config", "shares"),
     [
-        (EVERY_TRICK, [True, False, True]),  # of the layers 1, 2 and 4
-        (VALUE_RESIDUAL, [False, True, True]),
+        (EVERY_TRICK, {"own_share": [True] * 4, "out_share": [True] * 4}),
+        (VALUE_RESIDUAL, {"own_share": [True] * 3, "mixed_share": [False, True, True]}),
+        (OVERLAPPING, {"own_share": [True] * 3, "mixed_share": [True] * 3}),
+        (
+            replace(OVERLAPPING, value_embeddings=1),
+            {"own_share": [True] * 3, "mixed_share": [False, False, True]},
+        ),
     ],
 )
-def test_every_parameter_learns_but_shares_of_what_is_not_there(config, with_something_mixed_in):
+def test_every_parameter_learns_but_shares_of_what_is_not_there(config, shares):
     params, tokens = alive(config), some_tokens(config, B=2, T=T)
     gradients = jax.jit(
         jax.grad(lambda params: build(config, params).loss(tokens, tokens)[0].mean())
     )(params)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
-        assert jnp.any(gradient), jax.tree_util.keystr(path)
-    own, mixed_in = (gradients["attention"]["value_mix"] != 0).T
-    assert own.all()
-    assert mixed_in.tolist() == with_something_mixed_in
+        if path[-1].key not in shares:  # and every matrix, table, and gate of a stack
+            learns = gradient.any(axis=(-2, -1)) if gradient.ndim > 1 else gradient != 0
+            assert learns.all(), jax.tree_util.keystr(path)
+    found = {name: g for name, g in gradients["attention"].items() if name.endswith("share")}
+    assert {name: (g != 0).tolist() for name, g in found.items()} == shares
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -637,16 +824,13 @@ def test_layers_computed_again_have_the_same_losses_and_gradients_and_keep_less(
     assert not scores(again)
 
 
-def test_norm_gives_a_mean_square_of_one_whatever_the_scale():
-    x = np.random.default_rng(0).standard_normal((5, 64)).astype("f4") * [
-        [1e-2],
-        [1],
-        [9],
-        [1e4],
-        [0],
-    ]
-    mean_square = np.mean(np.square(norm(jnp.asarray(x, "f4"))), axis=-1)
-    np.testing.assert_allclose(mean_square, [0.99, 1, 1, 1, 0], atol=0.02)
+def test_norm_gives_a_mean_square_of_one_to_all_but_the_smallest():
+    x = np.random.default_rng(0).standard_normal((6, 64))
+    x = (x * [[0], [1e-4], [1e-3], [1], [9], [1e4]]).astype("f4")
+    mean_square = np.mean(np.square(x, dtype="f8"), axis=-1)
+    found = np.mean(np.square(norm(jnp.asarray(x))), axis=-1)
+    np.testing.assert_allclose(found, mean_square / (mean_square + 2**-23), rtol=1e-4)
+    assert found[1] < 0.2 and (found[3:] > 0.999).all()
 
 
 # Precision

@@ -173,9 +173,44 @@ def test_a_token_without_a_target_costs_nothing_and_teaches_nothing(kernel, fp8,
     assert_near(dhead, dhead_of_the_others, 1e-6)
 
 
-@pytest.mark.parametrize("weights", [ONE, (1.0, 0.5), (1.0, 0.0, 0.5), (1.0, -0.5, 0.5)])
+@pytest.mark.parametrize(("kernel", "fp8"), WAYS)
+def test_targets_whose_weight_has_fallen_to_zero_are_as_if_they_were_not_there(kernel, fp8):
+    features, head, targets = some_inputs("float32", K=3)
+    targets = targets.at[0, 2].set(jnp.array([-1, -1, 5]))  # a token with no other target
+    run = partial(losses_and_gradients, features, head, kernel=kernel, fp8=fp8)
+    three = run(targets, weights=(1.0, 0.5, 0.0))
+    two = run(targets[..., :2], weights=(1.0, 0.5))
+    for got, want in zip(three, two, strict=True):
+        assert np.isfinite(got).all()
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kernel", "fp8"), WAYS)
+def test_weights_may_change_from_step_to_step_without_another_program(kernel, fp8):
+    features, head, targets = some_inputs("float32", K=3)
+
+    @jax.jit
+    def step(weights):
+        def total(features, head, weights):
+            how = {"weights": weights, "kernel": kernel, "fp8": fp8}
+            return linear_cross_entropy(features, head, targets, CAP, **how)[0].sum()
+
+        return jax.value_and_grad(total, (0, 1))(features, head, weights)
+
+    for weights in (THREE, (0.3, 2.0, 0.0), (1, 1, 1)):
+        objective, gradients = step(tuple(map(jnp.float32, weights)))
+        want, _, *want_gradients = losses_and_gradients(
+            features, head, targets, weights=weights, kernel=kernel, fp8=fp8
+        )
+        np.testing.assert_allclose(objective, want.sum(), rtol=1e-5)
+        for got, expected in zip(gradients, want_gradients, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("weights", [ONE, (1.0, 0.5), (1.0, 0.5, 0.25, 0.125)])
 def test_weights_that_do_not_fit_the_targets_are_refused(weights):
-    with pytest.raises(ValueError, match=r"^weights must be 3 positive numbers, .* not \(1\.0,"):
+    with pytest.raises(ValueError, match=r"^weights must be 3 numbers, .* not \(1\.0,"):
         linear_cross_entropy(*some_inputs("float32", K=3), CAP, weights=weights)
 
 
@@ -406,6 +441,7 @@ def test_nvidia_gpus_get_the_kernel_which_writes_over_the_logits_where_it_fits(f
         )
     (call,) = [line for line in train.splitlines() if "gpu.triton" in line]
     results = f"(tensor<8x3xf32>, tensor<8x1152x{'f8E5M2' if fp8 else 'bf16'}>)"
-    assert call.endswith(f"(tensor<8x1152xbf16>, tensor<8x3xi32>) -> {results}")
+    inputs = "(tensor<8x1152xbf16>, tensor<8x3xi32>, tensor<3xf32>)"
+    assert call.endswith(f"{inputs} -> {results}")
     assert ("output_tuple_indices = [1], operand_index = 0" in call) == (not fp8)
     assert "gpu.triton" not in evaluate

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nanogpt.config import GPTConfig
-from nanogpt.model.rotary import rotary, rotation
+from nanogpt.model.rotary import rotary, rotation, turned
 
 
 def model(H=16, **how):
@@ -63,7 +63,7 @@ def yarn(config, windows):
     "windows", [(384, 896), (384, 896, 1408, 2048), (128, 768, 512), (8, 24), (4096, 4097)]
 )
 def test_rotations_and_scale_follow_the_longest_window_from_stage_to_stage(windows):
-    config = model(H=32, windows=(5, windows[-1]), earlier_windows=windows[:-1])
+    config = model(H=32, rotary_windows=windows)
     speed, scale = rotation(config)
     expected_speed, expected_scale = yarn(config, windows)
     np.testing.assert_allclose(speed, expected_speed, rtol=1e-12)
@@ -77,30 +77,50 @@ def test_rotations_and_scale_follow_the_longest_window_from_stage_to_stage(windo
 def test_a_window_twice_as_long_halves_the_speed_of_what_turned_less_than_once(turns, factor):
     # Two pairs turn: one by a radian per token, one by 1 / base, so often in a window of 256.
     base = 256 / (2 * pi * turns)
-    speed, scale = rotation(
-        model(windows=(512,), earlier_windows=(256,), rope_base=base, rope_fraction=2 / 8)
-    )
+    speed, scale = rotation(model(rotary_windows=(256, 512), rope_base=base, rope_fraction=2 / 8))
     np.testing.assert_allclose(speed, [1, factor / base, 0, 0, 0, 0, 0, 0], rtol=1e-12)
     assert scale == pytest.approx(0.12 * 1.138629436, rel=1e-9)  # 1 + 0.2 ln 2
 
 
-def test_windows_that_stay_as_long_change_neither_rotations_nor_scale():
-    plain, stayed = model(windows=(100, 300)), model(windows=(9, 300), earlier_windows=(300, 300))
+@pytest.mark.parametrize("rotary_windows", [(300,), (300, 300, 300)])
+def test_windows_that_stay_as_long_change_neither_rotations_nor_scale(rotary_windows):
+    plain, stayed = model(), model(rotary_windows=rotary_windows)
     np.testing.assert_allclose(rotation(stayed)[0], rotation(plain)[0], rtol=1e-15)
     assert rotation(stayed)[1] == rotation(plain)[1]
+
+
+def test_the_windows_in_use_do_not_change_rotations():
+    # A model may be used with longer windows than those that it was trained with.
+    trained, used = (
+        model(windows=windows, rotary_windows=(128, 256)) for windows in ((256,), (512, 0))
+    )
+    np.testing.assert_array_equal(rotation(used)[0], rotation(trained)[0])
+    assert rotation(used)[1] == rotation(trained)[1]
 
 
 # The rotation itself
 
 
-def places(x):
-    return np.arange(x.shape[1])[None, :, None]
+def angles(x, speed):
+    """Of all places of x, one after another."""
+    return turned(jnp.arange(x.shape[1])[None], x.shape[1], speed)
+
+
+@pytest.mark.parametrize("count", [1, 200, 256, 257, 70_000, 2**31])
+def test_angles_are_those_of_a_product_in_float64_however_far_the_place_is(count):
+    speed = np.array([1.0, 0.3, 0.0002, 0])
+    places = np.unique(np.linspace(0, count - 1, 50).astype(int))
+    found = turned(jnp.array([places, places[::-1]]), count, speed)
+    assert found.dtype == "float32"
+    expected = np.exp(1j * places[:, None] * speed)
+    np.testing.assert_allclose(np.exp(1j * np.asarray(found[0], "f8")), expected, atol=5e-6)
+    np.testing.assert_array_equal(found[1], found[0, ::-1])
 
 
 def test_rotary_multiplies_pairs_as_complex_numbers_with_those_of_the_unit_circle():
     H, T, speed = 16, 9, np.array([1.0, 0.3, 0.07, 0.002, 0, 0, 0, 0])
     x = np.random.default_rng(0).standard_normal((2, T, 3, H)).astype("f4")
-    turned = np.asarray(rotary(jnp.asarray(x), places(x) * speed))
+    turned = np.asarray(rotary(jnp.asarray(x), angles(x, speed)))
     assert turned.dtype == np.float32
     z, found = (a[..., : H // 2] + 1j * a[..., H // 2 :] for a in (x.astype("f8"), turned))
     circle = np.exp(-1j * np.outer(np.arange(T), speed))[:, None]
@@ -113,7 +133,7 @@ def test_positions_are_exact_far_into_a_row_though_the_model_computes_in_bfloat1
     # Whether angles are rounded: at position 4095 those of bfloat16 would be off by up to 16.
     T, speed = 4096, np.array([1.0, 0.01])
     x = jnp.tile(jnp.array([1, 1, 0, 0], "bfloat16"), (1, T, 1, 1))
-    turned = np.asarray(rotary(x, places(x) * speed).astype("float32"))[0, :, 0]
+    turned = np.asarray(rotary(x, angles(x, speed)).astype("float32"))[0, :, 0]
     angle = np.outer(np.arange(T), speed)
     np.testing.assert_allclose(turned, np.hstack([np.cos(angle), -np.sin(angle)]), atol=0.01)
 
@@ -122,7 +142,7 @@ def test_a_score_depends_on_the_distance_of_query_and_key_alone():
     q, k = np.random.default_rng(0).standard_normal((2, 16)).astype("f4")
     speed, _ = rotation(model(rope_base=50.0))
     everywhere = [jnp.tile(x, (1, 12, 1, 1)) for x in (q, k)]
-    turned_q, turned_k = (np.asarray(rotary(x, places(x) * speed))[0, :, 0] for x in everywhere)
+    turned_q, turned_k = (np.asarray(rotary(x, angles(x, speed)))[0, :, 0] for x in everywhere)
     scores = turned_q @ turned_k.T
     for distance in range(-11, 12):
         diagonal = np.diagonal(scores, distance)
