@@ -13,7 +13,7 @@ import nanogpt.model.gpt
 from nanogpt.config import GPTConfig
 from nanogpt.inference.generate import CHUNK, generate
 from nanogpt.inference.sampling import Sampling
-from nanogpt.model.context import Cache, Next
+from nanogpt.model.context import Cache, Next, Prompts
 from nanogpt.model.rotary import rotation
 from nanogpt.training.step import graph_of, init_params
 from tests.conftest import with_every_trick
@@ -135,6 +135,54 @@ def test_a_greedy_text_is_that_of_whole_passes(monkeypatch):
             text = [*text, int(next_probabilities(text).argmax())]
         assert tokens[:, number].tolist() == text[-TOKENS:]
     assert len(set(tokens.ravel().tolist())) >= 5
+
+
+@pytest.mark.parametrize(
+    ("windows", "paired"),
+    [
+        ((), (0, 2)),
+        ((5, 1, 6, 3), ()),
+        ((5, 1, 6, 3), (0, 2)),
+        ((2, 1, 1, 4), (0, 2, 3)),
+        ((40, 1, 7, 0), (0, 3)),
+    ],
+)
+def test_tokens_one_by_one_see_of_their_document_what_they_see_in_whole_rows(windows, paired):
+    how = {"windows": windows, "rotary_windows": (), "paired_heads": paired}
+    config = replace(with_every_trick(), document_separator=7, **how)  # keys are offset in 0 and 3
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    params = jax.tree.map(lambda p: jnp.float32(random.normal(0, 0.3, p.shape)), shapes)
+    texts = np.array(
+        [
+            [3, 41, 7, 64, 5, 7, 7, 20, 9, 3, 3, 12, 7, 50, 2, 8],
+            [7, 9, 30, 30, 11, 64, 7, 5, 70, 2, 7, 98, 5, 41, 2, 1],
+            [9, 20, 30, 40, 50, 60, 70, 80, 90, 1, 2, 3, 4, 5, 6, 8],
+        ]
+    )
+    lengths = np.array([5, 7, 1])  # before a document, at its first token, and within one
+
+    @jax.jit
+    def read(rows):
+        model = nnx.merge(graph_of(config), params)
+        past = Prompts(config, rows)
+        return model.features(rows, past), past.cache(lengths, 16)
+
+    @jax.jit
+    def go_on(cache, tokens):
+        past = Next(config, cache, tokens, 16)
+        return nnx.merge(graph_of(config), params).features(tokens[:, None], past)[:, 0], past.cache
+
+    whole = jax.jit(nnx.merge(graph_of(config), params).features)(texts)
+    features, cache = read(texts[:, :7])
+    np.testing.assert_allclose(features, whole[:, :7], atol=2e-4)
+    every = np.arange(3)
+    for step in range(9):
+        here = lengths + step
+        features, cache = go_on(cache, texts[every, here])
+        np.testing.assert_allclose(features, whole[every, here], atol=2e-4, err_msg=step)
+    assert cache.position.tolist() == [14, 16, 10]
+    assert cache.reach.tolist() == [2, 6, 10]  # so many tokens of the last document
 
 
 def test_logits_from_the_cache_are_those_of_a_whole_pass_at_positions_in_the_thousands():
