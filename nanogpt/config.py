@@ -248,6 +248,7 @@ class Adam:
     """How Adam moves a group of parameters."""
 
     learning_rate: NotNegative
+    """What its updates are multiplied with."""
 
     betas: tuple[Decay, Decay] = (0.9, 0.99)
     """Decay of the means of the gradient and of its square."""

@@ -169,5 +169,5 @@ class Schedule:
     def used(self, config: GPTConfig, stage: int) -> GPTConfig:
         """The model as it is used in and after a stage: to validate, to evaluate, to write."""
         windows = self.stages[stage].validation_windows
-        model = self.model(config, stage)
+        model = replace(self.model(config, stage), tied_head=self.ties_head(config, stage))
         return model if windows is None else replace(model, windows=windows)

@@ -23,7 +23,7 @@ from flax import nnx
 import nanogpt.training.plan
 import nanogpt.training.programs
 import train_gpt
-from nanogpt.config import ConfigError, GPTConfig
+from nanogpt.config import Adam, AdamGroups, ConfigError, GPTConfig
 from nanogpt.data.shards import write_shard
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.inference.weights import load_run
@@ -216,7 +216,7 @@ def test_the_speedrun_learns_and_validates_in_every_stage(staged):
     assert losses[0] == pytest.approx(math.log(256), abs=0.01)  # the head is small, but not zero
     assert losses[-1] < losses[0] - 1
     validated = {r["step"]: r["val_loss"] for r in staged.metrics if "val_loss" in r}
-    assert [*validated] == [3, 6, 9, 12, 15, 18, 21, 24, 26]
+    assert [*validated] == [3, 6, 9, 12, 15, 18, 21, 24, 27, 28]
     assert all(one > other for one, other in pairwise(validated.values()))
 
 
@@ -597,10 +597,11 @@ def test_help_gives_every_setting_its_meaning_without_loading_jax(tmp_path):
     done = as_a_user_starts_it(["--help"], tmp_path, tmp_path, python_options=("-X", "importtime"))
     assert done.returncode == 0
     shown = " ".join(done.stdout.replace("│", " ").split())
-    for cls, prefix in ((Hyperparameters, "--"), (GPTConfig, "--model.")):
+    groups = [(Adam, f"--adam.{field.name.replace('_', '-')}.") for field in fields(AdamGroups)]
+    for cls, prefix in ((Hyperparameters, "--"), (GPTConfig, "--model."), *groups):
         for name, meaning in meanings(cls).items():
-            # The settings of the model are options of their own; stages are a preset's.
-            if name not in ("model", "stages"):
+            # The settings of model and Adam are options of their own; stages are a preset's.
+            if name not in ("model", "stages", "adam"):
                 assert prefix + name.replace("_", "-") in shown
                 assert " ".join(meaning.split()) in shown
         assert meanings(cls).keys() == {field.name for field in fields(cls)}

@@ -67,13 +67,33 @@ def all_steps() -> dict[str, "Step"]:
     from nanogpt.config import Kernels
     from train_gpt import PRESETS
 
-    speedrun, cudnn = PRESETS["speedrun"], Kernels("cudnn")
+    speedrun, own, cudnn = PRESETS["speedrun"], Kernels("pallas"), Kernels("cudnn")
+    without = {
+        "bigrams": {"bigram_buckets": 0},
+        "value tables": {"value_embeddings": 0},
+        "gates of value tables": {"value_gate": False},
+        "the skip": {"skips": ()},
+        "smear": {"smear": False},
+        "key offset": {"key_offset": ()},
+        "paired heads": {"paired_heads": ()},
+    }
+    pieces = {
+        f"stage 3, without {name}": (
+            replace(speedrun, model=replace(speedrun.model, **how)),
+            2,
+            own,
+        )
+        for name, how in without.items()
+    }
+    crossing = replace(speedrun, model=replace(speedrun.model, document_separator=None))
     return {
-        **{f"stage {s + 1}": (speedrun, s, cudnn) for s in range(len(speedrun.stages))},
+        **{f"stage {s + 1}": (speedrun, s, own) for s in range(len(speedrun.stages))},
         "baseline": (PRESETS["baseline"], 0, cudnn),
-        "stage 3, one-pass loss": (speedrun, 2, Kernels("cudnn", "pallas")),
-        "stage 3, one-pass loss, FP8 head": (speedrun, 2, Kernels("cudnn", "pallas", True)),
-        "stage 3, own attention": (speedrun, 2, Kernels("pallas")),
+        "stage 3, one-pass loss": (speedrun, 2, Kernels("pallas", "pallas")),
+        "stage 3, one-pass loss, FP8 head": (speedrun, 2, Kernels("pallas", "pallas", True)),
+        "stage 3, across documents": (crossing, 2, own),
+        "stage 3, across documents, cuDNN": (crossing, 2, cudnn),
+        **pieces,
     }
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.cpu.proxy_runs import Change, on_bytes
-from nanogpt.config import GPTConfig
+from nanogpt.config import Adam, AdamGroups, GPTConfig
 from nanogpt.schedule import Schedule, Stage
 from train_gpt import PRESETS, Hyperparameters
 
@@ -17,22 +17,24 @@ CPU = on_bytes(
         "num_heads": 2,
         "width": 128,
         "mlp_width": 512,
-        "mlp_only": (0,),
+        "mlp_only": (2,),
         "key_offset": (3,),
-        "paired_heads": (2,),
+        "paired_heads": (0,),
+        "skips": ((1, 2),),
         "backout": 2,
         "value_embeddings": 2,
         "bigram_buckets": 16384,
+        "document_separator": 255,
     },
     max_document_length=None,  # most of its documents are longer than its rows
     total_batch_size=3072,
     num_steps=300,
     stages=(
-        Stage(0.33, 1 / 3, 0.5, 1.00, (16, 16, 16, 48), (1.0, 0.5, 0.25)),
-        Stage(0.33, 2 / 3, 1.0, 1.52, (32, 32, 32, 96), (1.0, 0.5)),
-        Stage(0.34, 1.0, 1.0, 1.73, (32, 32, 32, 128)),
+        Stage(1, 1 / 3, 1.0, 1.00, (16, 16, 16, 48), target_weights=(1.0, 0.5, 0.25)),
+        Stage(1, 2 / 3, 1.0, 1.52, (32, 32, 32, 96), target_weights=(1.0, 0.5)),
+        Stage(1, 1.0, 1.0, 1.73, (32, 32, 32, 128), split_head=True),
     ),
-    embedding_learning_rate=0.15,
+    adam=replace(AdamGroups(), tables=Adam(0.15, (0.75, 0.95), 0.025)),
     val_tokens=262_144,
 )
 
@@ -56,6 +58,22 @@ GPU = replace(
 )
 
 JORDAN = (3.4445, -4.7750, 2.0315)  # the fixed Newton-Schulz step that Muon had at first
+
+
+def adam(**betas_or_decay: Any) -> Callable[[Hyperparameters], Hyperparameters]:
+    """A piece of Adam, left out by these values in all of its groups."""
+
+    def without(hp: Hyperparameters) -> Hyperparameters:
+        groups = {name: replace(how, **betas_or_decay) for name, how in vars(hp.adam).items()}
+        return replace(hp, adam=AdamGroups(**groups))
+
+    return without
+
+
+def untied(hp: Hyperparameters) -> Hyperparameters:
+    """Embedding and head as they were before: each by itself, with a rate of its own."""
+    groups = replace(hp.adam, embedding=hp.adam.tables)
+    return replace(hp, adam=groups, model=replace(hp.model, tied_head=False))
 
 
 def each_stage(hp: Hyperparameters, **changes: Any) -> Hyperparameters:
@@ -86,9 +104,14 @@ def without_polar_express() -> None:
 
 PIECES: dict[str, Callable[[Hyperparameters], Hyperparameters]] = {
     "value embeddings (but value residual)": model(value_embeddings=0),
+    "gates of value embeddings": model(value_gate=False),
     "bigram embedding": model(bigram_buckets=0),
+    "one gated skip (but a U-net's)": model(skips=None),
+    "residual share of 1.1": model(residual_init=1.0),
+    "tied head": untied,
+    "attention within documents": model(document_separator=None),
     "half of each head rotated": model(rope_fraction=1.0),
-    "attention scale of 0.12": lambda hp: model(attention_scale=hp.model.head_size**-0.5)(hp),
+    "attention scale of 0.1": lambda hp: model(attention_scale=hp.model.head_size**-0.5)(hp),
     "attention gate": model(attention_gate=False),
     "smear": model(smear=False),
     "backout": model(backout=None),
@@ -100,10 +123,13 @@ PIECES: dict[str, Callable[[Hyperparameters], Hyperparameters]] = {
     "aligned rows": lambda hp: replace(hp, max_document_length=None),
     "window schedule": lambda hp: each_stage(hp, windows=hp.stages[-1].windows),
     "windows": lambda hp: each_stage(hp, windows=None),
-    "shorter rows at first": lambda hp: each_stage(hp, length=1.0),
     "batch schedule": lambda hp: each_stage(hp, batch=2 / 3, rate=1.52),  # the middle one's
     "NorMuon": lambda hp: replace(hp, neuron_decay=None),
     "cautious weight decay": lambda hp: replace(hp, weight_decay=0.0),
+    "cautious weight decay in Adam": adam(weight_decay=0.0),
+    "Adam at every second step": lambda hp: replace(hp, adam_every=1),
+    "slow means of coefficients": adam(betas=(0.65, 0.95)),
+    "rate of matrices out of MLPs": lambda hp: replace(hp, mlp_out_factor=1.0),
     "learning-rate floor": lambda hp: replace(hp, final_learning_rate_factor=0.0),
 }
 

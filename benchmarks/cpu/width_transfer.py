@@ -86,7 +86,10 @@ def with_rate(base: "Hyperparameters", width: int, name: str, times: float) -> "
     from train_gpt import at_width
 
     hp = at_width(base, base.model.num_layers, width // HEAD_SIZE, width)
-    return replace(hp, **{name: times * getattr(hp, name)})
+    if name == "learning_rate":
+        return replace(hp, learning_rate=times * hp.learning_rate)
+    head = replace(hp.adam.head, learning_rate=times * hp.adam.head.learning_rate)
+    return replace(hp, adam=replace(hp.adam, head=head))
 
 
 if __name__ == "__main__":

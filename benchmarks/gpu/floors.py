@@ -6,7 +6,7 @@ from functools import partial
 import jax
 
 from benchmarks.gpu.variants import Figures, Size, Variant, milliseconds
-from nanogpt.config import AttentionKernel, GPTConfig, LossKernel
+from nanogpt.config import AdamGroups, AttentionKernel, GPTConfig, LossKernel
 from nanogpt.devices.hardware import PEAK_BANDWIDTH, PEAK_FLOPS, flops_per_token
 from nanogpt.optim.groups import group
 from nanogpt.optim.muon import POLAR_EXPRESS
@@ -14,7 +14,7 @@ from nanogpt.training.step import init_params
 from train_gpt import Hyperparameters
 
 DIRECTIONS = ("forward", "d-input", "d-weight")
-ADAM = frozenset({"embedding", "head", "scalar"})  # groups of parameters; Muon's is "muon"
+ADAM = frozenset(vars(AdamGroups()))  # groups of parameters; Muon's is "muon"
 
 
 def loss_row(kernel: LossKernel, fp8: bool) -> str:

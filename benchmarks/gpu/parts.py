@@ -128,7 +128,9 @@ def measure_update(size: Size, rule: Rule, groups: set[str]) -> Figures:
     def work(last: tuple, *gradients: Array) -> tuple:
         params, state = last
         named = dict(zip(shapes, gradients, strict=True))
-        updates, state = rules.update(named, state, params, **rates._asdict())
+        updates, state = rules.update(
+            named, state, params, rate=rates.rate, momentum=rates.momentum
+        )
         return optax.apply_updates(params, updates), state
 
     first = params, rules.init(params)

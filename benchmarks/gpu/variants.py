@@ -34,24 +34,26 @@ class Size:
 
 def stage_alone(hp: Hyperparameters, stage: int) -> Hyperparameters:
     """A run that has this stage only, counted from 0, and as many tokens in a micro-batch."""
-    T, weights = hp.schedule.row_length(stage), hp.stages[stage].target_weights
+    T, its = hp.schedule.row_length(stage), hp.stages[stage]
+    split = not hp.schedule.ties_head(hp.model, stage)
     return replace(
         hp,
         batch_size=hp.batch_size * hp.sequence_length // T,
         sequence_length=T,
         total_batch_size=hp.schedule.tokens_per_step(stage),
-        stages=(Stage(target_weights=weights),),
+        stages=(Stage(target_weights=its.target_weights, split_head=split),),
         model=hp.schedule.model(hp.model, stage),
     )
 
 
 SPEEDRUN = PRESETS["speedrun"]
-FULL = Size(replace(SPEEDRUN, batch_size=32), rounds=20, calls=4, repeats=5)
+FULL = Size(replace(SPEEDRUN, batch_size=4), rounds=20, calls=4, repeats=5)
 TINY_MODEL = replace(
     SPEEDRUN.model,
     **{"vocab_size": 256, "num_layers": 3, "num_heads": 2, "width": 64, "mlp_width": 256},
     **{"mlp_only": (1,), "key_offset": (2,), "paired_heads": (2,), "backout": 1},
-    **{"value_embeddings": 1, "bigram_buckets": 128},
+    **{"value_embeddings": 1, "bigram_buckets": 128, "skips": ((0, 1),)},
+    document_separator=255,
 )
 TINY_STAGES = tuple(replace(stage, windows=(16, 16, 48)) for stage in SPEEDRUN.stages)
 TINY_BATCH = {"dtype": "float32", "batch_size": 2, "sequence_length": 64, "total_batch_size": 768}

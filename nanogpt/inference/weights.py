@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 # arguments first.
 
 # What weights bind whoever begins with them: the settings on which their shapes depend, or their
-# meaning. The vocabulary counts as padded, and of mlp_only and backout how many layers they name.
+# meaning. The vocabulary counts as padded, and of mlp_only and backout how many layers they name,
+# of those with a value table where each has a gate.
 BOUND = {
     "tokenizer": lambda hp: hp.tokenizer,
     "model.vocab_size": lambda hp: hp.model.padded_vocab_size,
@@ -39,9 +40,12 @@ BOUND = {
     "model.num_heads": lambda hp: hp.model.num_heads,
     "model.width": lambda hp: hp.model.width,
     "model.mlp_width": lambda hp: hp.model.mlp_width,
-    "model.mlp_only": lambda hp: hp.model.num_attentions,
     "model.value_embeddings": lambda hp: hp.model.value_embeddings,
     "model.value_gate": lambda hp: hp.model.value_gate,
+    "model.mlp_only": lambda hp: (
+        hp.model.num_attentions,
+        hp.model.value_gate and len(hp.model.value_tables),
+    ),
     "model.skips": lambda hp: (hp.model.skips is None, len(hp.model.skip_pairs)),
     "model.bigram_buckets": lambda hp: hp.model.bigram_buckets,
     "model.smear": lambda hp: hp.model.smear,
@@ -196,4 +200,9 @@ def settings_with(
                 f"{name} cannot be {asked}: the weights in {weights.folder} were trained with "
                 f"{has}; leave it so, or begin without --init-from."
             )
+    if after.model.tied_head and not before.model.tied_head:
+        raise ConfigError(
+            f"model.tied_head cannot be True: embedding and head in {weights.folder} have learned "
+            "each by itself; leave it so, or begin without --init-from."
+        )
     return after

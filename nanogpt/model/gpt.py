@@ -27,7 +27,7 @@ Around that stand the tricks of the speedrun, each one small function or a few l
     MLP-only layers       attention is left out            (modded-nanogpt, 2024-12-17, 2025-09-21)
     backout               x <- x - a x_l before the head   (modded-nanogpt, 2025-10-04)
     key offset            part of a key is the last token's, so that one layer can tell what came
-                          after a token                    (modded-nanogpt, 2026-01)
+                          after a token                    (modded-nanogpt, 2025-12-14)
     paired heads          two heads attend to the keys of both   (modded-nanogpt, 2026-01-07)
     bigram embedding      hashed token pairs, in each layer   (modded-nanogpt, 2026-01-19)
     softcap               bounds the logits                (Gemma 2, arXiv:2408.00118)

@@ -1,16 +1,22 @@
 """What is shown of tokens that come one by one."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 import nanogpt.inference.text
 from nanogpt.data.tokenizer import ByteTokenizer, TokenizerError, load_tokenizer
+from nanogpt.devices.mesh import make_mesh
 from nanogpt.inference.generate import Written
 from nanogpt.inference.sampling import Sampling
-from nanogpt.inference.text import write
+from nanogpt.inference.text import sample, write
 from nanogpt.training.step import graph_of, init_params
 from tests.conftest import with_every_trick
+from train_gpt import PRESETS
 
 
 @pytest.fixture
@@ -141,3 +147,19 @@ def test_a_model_writes_through_it():
     for _, token in tokens:
         assert token.probability == pytest.approx(1 / 100, rel=1e-4)
         assert [odds for _, odds in token.alternatives] == pytest.approx([1 / 100] * 2, rel=1e-4)
+
+
+def test_the_sample_of_a_run_has_the_windows_with_which_its_model_is_used(monkeypatch):
+    trained = replace(with_every_trick(), vocab_size=256)
+    used = replace(trained, windows=(16, 64))
+    hp = replace(PRESETS["laptop"], model=trained, sample_prompt="ab")
+    plan = SimpleNamespace(hp=hp, stages=[SimpleNamespace(model=trained, used_model=used)])
+    params = init_params(trained, jax.random.key(0))
+
+    def generate(graph, params, *_, **__):
+        assert nnx.merge(graph, params).config == used
+        token, odds = np.array([[99]]), np.array([[1.0]])
+        yield Written(token, odds, token[..., None], odds[..., None])
+
+    monkeypatch.setattr(nanogpt.inference.text, "generate", generate)
+    assert sample(plan, params, make_mesh(1)) == "sample:\nabc"

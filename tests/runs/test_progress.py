@@ -48,10 +48,12 @@ SCHEDULE = Schedule(
     num_steps=4,
     total_batch_size=3000,
     sequence_length=100,
+    hold_fraction=0.0,
     cooldown_fraction=1.0,
     final_learning_rate_factor=0.0,
     momentum=0.9,
     momentum_warmup_steps=0,
+    momentum_cooldown_steps=0,
 )
 
 

@@ -151,10 +151,12 @@ def test_every_number_that_a_step_records_has_a_name_in_a_group(folder):
         total_batch_size=8,
         sequence_length=4,
         stages=(Stage(),),
+        hold_fraction=0.0,
         cooldown_fraction=0.0,
         final_learning_rate_factor=1.0,
         momentum=0.9,
         momentum_warmup_steps=0,
+        momentum_cooldown_steps=0,
     )
     with Run(folder) as run:
         progress = Progress(run, schedule, utilization=lambda step, rate: None)

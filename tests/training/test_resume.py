@@ -135,9 +135,9 @@ def test_a_run_goes_on_with_another_number_of_devices_on_the_same_tokens(straigh
         assert (ours["step"], ours["tokens"]) == (theirs["step"], theirs["tokens"])
         for name in ours.keys() & {"train_loss", "val_loss"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
-    # Other rows have other losses: the agreement above is not that of any two batches.
+    # Other rows have other losses, by more than ten times what is allowed for above.
     losses = [record["train_loss"] for record in records(straight)]
-    assert np.abs(np.diff(losses)).min() > 1e-3
+    assert np.abs(np.diff(losses)).min() > 10 * 1e-5 * max(losses)
 
 
 # Stages

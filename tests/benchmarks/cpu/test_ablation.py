@@ -37,7 +37,7 @@ def test_a_run_ends_with_the_loss_of_its_validation():
 @pytest.mark.parametrize(
     ("piece", "value"),
     [
-        ("YaRN", "Schedule.model(CPU.schedule, CPU.model, 2).earlier_windows"),
+        ("YaRN", "Schedule.model(CPU.schedule, CPU.model, 2).rotary_windows"),
         ("Polar Express", "len(set(nanogpt.optim.muon.POLAR_EXPRESS))"),
     ],
 )
@@ -48,7 +48,7 @@ def test_what_is_no_setting_is_taken_out_of_its_process(piece, value):
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     whole, without = answer.stdout.splitlines()
-    assert (whole, without) == {"YaRN": ("(48, 96)", "()"), "Polar Express": ("5", "1")}[piece]
+    assert (whole, without) == {"YaRN": ("(48, 96, 128)", "()"), "Polar Express": ("5", "1")}[piece]
     assert piece in BUILT_IN
 
 
