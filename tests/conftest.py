@@ -1,6 +1,8 @@
 """What every test finds: eight virtual CPU devices, so that one machine can play many."""
 
+import gc
 import os
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +23,25 @@ def pytest_configure(config):
     """Where annotations are checked (see tests/typechecker.py), the checker must be there first."""
     if config.getoption("jaxtyping_packages"):
         import tests.typechecker  # noqa: F401
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that two processes end at the same time."""
+    folders = ("training", "devices", "benchmarks", "test_", "inference", "model")
+    tests = Path(__file__).parent
+
+    def place(item):
+        name = item.path.relative_to(tests).as_posix()
+        found = (at for at, start in enumerate(folders) if name.startswith(start))
+        return next(found, len(folders))
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish():
+    """Look for garbage seldom: what was imported stays, and tracing leaves little of it behind."""
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
 
 
 def with_every_trick():

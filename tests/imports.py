@@ -1,8 +1,11 @@
 """Everything that the main job imports, for the process that tests/programs.py forks runs from."""
 
+import gc
 import importlib
 import pkgutil
 from contextlib import suppress
+
+import jax
 
 import nanogpt
 
@@ -13,3 +16,8 @@ for module in pkgutil.walk_packages(nanogpt.__path__, "nanogpt."):
 for name in ("train_gpt", "matplotlib.figure", "matplotlib.backends.backend_agg"):
     with suppress(ImportError):
         importlib.import_module(name)
+
+jax.config.update("jax_num_cpu_devices", 1)  # as on a laptop
+# Garbage is looked for seldom, as in pytest's own processes (see conftest.py).
+gc.freeze()
+gc.set_threshold(100_000, 50, 100)

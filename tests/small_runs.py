@@ -31,8 +31,8 @@ STAGED = (
     "--batch-size 2 --sequence-length 64 --total-batch-size 384 "
     f"--num-steps {STAGED_STEPS} --max-document-length 40 --checkpoint-every 3 "
     f"--keep-checkpoints 9 --val-loss-every 3 --val-tokens {STAGED_VAL_TOKENS} "
-    "--model.num-layers 3 --model.width 16 --model.mlp-width 32 --model.mlp-only 0 "
-    "--model.paired-heads 1 --model.key-offset 2 --model.backout 1 --learning-rate 0.1 "
+    "--model.num-layers 2 --model.width 16 --model.mlp-width 32 --model.mlp-only "
+    "--model.paired-heads 1 --model.key-offset 1 --model.backout 0 --learning-rate 0.1 "
     "--model.attention-scale 2 --model.rope-base 16"
 ).split()
 STAGE_ENDS = [9, 17, 25, 26]  # round(26 * 0.33), round(26 * 0.66), round(26 * 0.98)

@@ -47,7 +47,7 @@ class Size:
 
 
 FULL = Size(their_steps=2000, our_steps=220, val_tokens=262_144)
-TINY = Size(their_steps=10, our_steps=2, val_tokens=256 * CONTEXT)
+TINY = Size(their_steps=2, our_steps=2, val_tokens=256 * CONTEXT)
 
 
 @dataclass(frozen=True)

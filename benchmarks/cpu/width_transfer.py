@@ -44,8 +44,8 @@ def compare(options: Options) -> None:
     """Train at each width with each rate; print the table, and save it."""
     from benchmarks.cpu.proxy_runs import final_losses
 
-    num_steps, times = (1, TINY_TIMES) if options.tiny else (150, TIMES)
-    base = base_of(num_steps)
+    num_steps, val_tokens, times = (1, 1024, TINY_TIMES) if options.tiny else (150, 65_536, TIMES)
+    base = base_of(num_steps, val_tokens)
     runs = {
         (name, factor, width): (with_rate(base, width, name, factor), None)
         for width in reversed(WIDTHS)  # the longest first
@@ -67,7 +67,7 @@ def compare(options: Options) -> None:
     save("width_transfer", figures, options.tiny)
 
 
-def base_of(num_steps: int) -> "Hyperparameters":
+def base_of(num_steps: int, val_tokens: int) -> "Hyperparameters":
     """The run whose rates are multiplied, at the larger width."""
     from benchmarks.cpu.proxy_runs import on_bytes
 
@@ -77,7 +77,7 @@ def base_of(num_steps: int) -> "Hyperparameters":
         total_batch_size=1024,
         num_steps=num_steps,
         cooldown_fraction=0.5,
-        val_tokens=65_536,
+        val_tokens=val_tokens,
     )
 
 

@@ -67,8 +67,10 @@ def test_an_unknown_option_is_a_mistake(script, capsys):
 
 @pytest.mark.parametrize("script", [name for name in TINY if name not in TESTED_ELSEWHERE])
 def test_a_tiny_run_saves_its_figures_or_names_what_to_install(
-    script, monkeypatch, tmp_path, capsys
+    script, monkeypatch, tmp_path, capsys, request
 ):
+    if script != "benchmarks.cpu.micro_batch":  # which starts Pythons as all do
+        request.getfixturevalue("forked")
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # to compile in half the time

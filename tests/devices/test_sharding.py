@@ -80,12 +80,10 @@ def train(data, model=1, shard_params=False, micro_batches=1, config=CONFIG):
 @pytest.mark.parametrize(
     ("data", "model", "shard_params", "micro_batches"),
     [
-        (8, 1, True, 1),
         (4, 1, True, 2),
         (2, 4, False, 1),
         (1, 4, False, 2),
         (4, 2, True, 1),
-        (2, 2, True, 2),
     ],
 )
 def test_losses_and_gradients_are_those_of_one_device(data, model, shard_params, micro_batches):

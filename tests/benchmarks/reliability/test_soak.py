@@ -22,7 +22,8 @@ def alone(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_killed_three_times_ends_like_one_that_is_not(alone, capsys):
-    assert soak.main(["--tiny", "--kills", "3", "--seed", "1"]) == 0, capsys.readouterr().out
+    arguments = ["--tiny", "--kills", "3", "--steps", "80", "--seed", "1"]
+    assert soak.main(arguments) == 0, capsys.readouterr().out
     figures = json.loads((alone / "results" / "soak_tiny.json").read_text())
     assert figures["identical"] is True
     assert figures["kills"] == len(figures["deaths"]) == 3
