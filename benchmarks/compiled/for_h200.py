@@ -56,10 +56,11 @@ def compile_step(
     *,
     num_devices: int = 1,
     model_devices: int = 1,
-    batch_size: int = 32,
-    sequence_length: int = 2048,
+    batch_size: int = 4,
+    sequence_length: int = 16_384,
     accumulation_steps: int = 2,
-    target_weights: tuple[float, ...] = (1.0,),
+    num_targets: int = 1,
+    tied_head: bool = False,
     hp: Hyperparameters = PRESETS["speedrun"],
 ) -> Compiled:
     """A training step in bfloat16, compiled for `num_devices` H200s, eight in each host.
@@ -78,15 +79,11 @@ def compile_step(
     state = jax.eval_shape(init, jax.random.key(0))
     rows = batch_size * num_devices // model_devices
     shape = jax.ShapeDtypeStruct((accumulation_steps, rows, sequence_length + 1), jnp.int32)
-    rates = Rates(*[jax.ShapeDtypeStruct((), jnp.float32)] * 2)
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    rates = Rates(number, number, (number,) * num_targets)
     graph = graph_of(config, kernels)
     step = make_train_step(
-        graph,
-        optimizer,
-        mesh,
-        "bfloat16",
-        target_weights=target_weights,
-        shard_params=hp.shard_params,
+        graph, optimizer, mesh, "bfloat16", shard_params=hp.shard_params, tied_head=tied_head
     )
     with ExitStack() as stack:
         # JAX asks the driver whether cuDNN can do it; there is no driver to ask.
@@ -101,20 +98,24 @@ def compile_step(
         return step.lower(state, shapes_on(mesh, BATCH, shape), rates).compile()
 
 
-TOKENS = 65_536  # per device and micro-batch: 32 rows of 2,048
+TOKENS = 65_536  # per device and micro-batch: 4 rows of 16,384
 
 
 def compile_stage(
-    hp: Hyperparameters, stage: int, kernels: Kernels, num_devices: int = 1
+    hp: Hyperparameters, stage: int, kernels: Kernels, num_devices: int = 1, tokens: int = TOKENS
 ) -> Compiled:
-    """The training step of a stage, counted from 0, in two micro-batches of TOKENS per device."""
+    """The training step of a stage, counted from 0, in two micro-batches of so many tokens each.
+
+    Each of the devices has as many.
+    """
     T = hp.schedule.row_length(stage)
     return compile_step(
         hp.schedule.model(hp.model, stage),
         kernels,
         num_devices=num_devices,
-        batch_size=TOKENS // T,
+        batch_size=tokens // T,
         sequence_length=T,
-        target_weights=hp.stages[stage].target_weights,
+        num_targets=len(hp.stages[stage].target_weights),
+        tied_head=hp.schedule.ties_head(hp.model, stage),
         hp=hp,
     )
