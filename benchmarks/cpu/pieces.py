@@ -87,7 +87,8 @@ def without_adam_decay(hp: Hyperparameters) -> Hyperparameters:
 
 def middle_batch(hp: Hyperparameters) -> Hyperparameters:
     """Batch and rate of the second stage at all times, for as many tokens."""
-    batch, rate = hp.stages[1].batch, hp.stages[1].rate
+    second = hp.stages[:2][-1]
+    batch, rate = second.batch, second.rate
     steps = round(hp.schedule.tokens(hp.num_steps) / (batch * hp.total_batch_size))
     return replace(each_stage(hp, batch=batch, rate=rate), num_steps=steps)
 

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.stages import Compiled
 from jaxtyping import PyTree
 
 from benchmarks.gpu.loop import WARM_UP, Unmeasured, median_ms
-from benchmarks.gpu.variants import Figures, Rule, Size, Variant
+from benchmarks.gpu.variants import Figures, Rule, Size, Variant, random_tokens
 from nanogpt.config import Kernels
 from nanogpt.devices.hardware import flops_per_token, utilization
 from nanogpt.devices.mesh import BATCH, REPLICATED, make_mesh, put, shapes_on
+from nanogpt.schedule import Rates
 from nanogpt.training.plan import optimizer_of
 from nanogpt.training.step import graph_of, make_init, make_train_step
 from train_gpt import Hyperparameters
@@ -28,7 +28,9 @@ LOSS_TOLERANCE = 0.5  # nats, after some steps that differ in rounding
 def make_rules(hp: Hyperparameters, rule: Rule) -> optax.GradientTransformationExtraArgs:
     """The optimizer of train_gpt.py, with or without NorMuon, or Adam for all parameters."""
     if rule == "Adam":
-        return optax.with_extra_args_support(optax.adam(hp.head_learning_rate, *hp.adam_betas))
+        return optax.with_extra_args_support(
+            optax.adam(hp.adam.head.learning_rate, *hp.adam.head.betas)
+        )
     neuron_decay = hp.neuron_decay if rule == "NorMuon" else None
     return optimizer_of(replace(hp, neuron_decay=neuron_decay), make_mesh(1))
 
@@ -38,14 +40,21 @@ def compile_step(size: Size, variant: Variant) -> tuple[Callable, Compiled, floa
     """What makes the first state, the compiled step, and the seconds to compile that."""
     hp, mesh = size.hp, make_mesh(1)
     rules = make_rules(hp, variant.rule)
-    init = make_init(hp.model, rules, mesh)
-    graph = graph_of(hp.model, Kernels(variant.attention, variant.loss, variant.fp8_head))
-    step = make_train_step(graph, rules, mesh, hp.dtype, target_weights=variant.target_weights)
+    model = hp.model if variant.document_mask else replace(hp.model, document_separator=None)
+    init = make_init(model, rules, mesh)
+    graph = graph_of(model, Kernels(variant.attention, variant.loss, variant.fp8_head))
+    tied = hp.schedule.ties_head(model, 0)
+    step = make_train_step(graph, rules, mesh, hp.dtype, tied_head=tied)
     state = shapes_on(mesh, REPLICATED, jax.eval_shape(init, jax.random.key(0)))
     batch = shapes_on(mesh, BATCH, jax.ShapeDtypeStruct(batch_shape(hp, variant), jnp.int32))
     start = time.perf_counter()
-    compiled = step.lower(state, batch, hp.schedule.rates(1)).compile()
+    compiled = step.lower(state, batch, rates_of(hp, variant)).compile()
     return init, compiled, time.perf_counter() - start
+
+
+def rates_of(hp: Hyperparameters, variant: Variant) -> Rates:
+    """Those of the first step, with the variant's targets."""
+    return hp.schedule.rates(1)._replace(target_weights=variant.target_weights)
 
 
 def batch_shape(hp: Hyperparameters, variant: Variant) -> tuple[int, int, int]:
@@ -57,9 +66,8 @@ def batch_shape(hp: Hyperparameters, variant: Variant) -> tuple[int, int, int]:
 def start_training(size: Size, variant: Variant) -> tuple[Callable[[PyTree], PyTree], PyTree]:
     """`advance` and `carry`, the state and the metrics after some steps from the same start."""
     init, step, _ = compile_step(size, variant)
-    shape, rates = batch_shape(size.hp, variant), size.hp.schedule.rates(1)
-    tokens = np.random.default_rng(0).integers(size.hp.model.vocab_size, size=shape)
-    batch = put(make_mesh(1), BATCH, shape, tokens.astype(np.int32).__getitem__)
+    shape, rates = batch_shape(size.hp, variant), rates_of(size.hp, variant)
+    batch = put(make_mesh(1), BATCH, shape, random_tokens(size.hp.model, shape).__getitem__)
 
     def advance(carry: PyTree) -> PyTree:
         return step(carry[0], batch, rates)
