@@ -83,12 +83,7 @@ def compile_step(
     rates = Rates(number, number, (number,) * num_targets)
     graph = graph_of(config, kernels)
     step = make_train_step(
-        graph,
-        optimizer,
-        mesh,
-        "bfloat16",
-        shard_params=hp.shard_params,
-        tied_head=tied_head,
+        graph, optimizer, mesh, "bfloat16", shard_params=hp.shard_params, tied_head=tied_head
     )
     with ExitStack() as stack:
         # JAX asks the driver whether cuDNN can do it; there is no driver to ask.
@@ -107,15 +102,18 @@ TOKENS = 65_536  # per device and micro-batch: 4 rows of 16,384
 
 
 def compile_stage(
-    hp: Hyperparameters, stage: int, kernels: Kernels, num_devices: int = 1
+    hp: Hyperparameters, stage: int, kernels: Kernels, num_devices: int = 1, tokens: int = TOKENS
 ) -> Compiled:
-    """The training step of a stage, counted from 0, in two micro-batches of TOKENS per device."""
+    """The training step of a stage, counted from 0, in two micro-batches of so many tokens each.
+
+    Each of the devices has as many.
+    """
     T = hp.schedule.row_length(stage)
     return compile_step(
         hp.schedule.model(hp.model, stage),
         kernels,
         num_devices=num_devices,
-        batch_size=TOKENS // T,
+        batch_size=tokens // T,
         sequence_length=T,
         num_targets=len(hp.stages[stage].target_weights),
         tied_head=hp.schedule.ties_head(hp.model, stage),

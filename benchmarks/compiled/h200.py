@@ -7,7 +7,8 @@ try out variants of a product, and cuDNN does not plan its kernels. So this show
 computes, keeps, moves and sends, not how fast it is. The tests read the same program.
 
 The steps are those of the stages of the `speedrun` preset and of the `baseline` preset, for one
-H200 and for eight, and of the third stage with other kernels. A few minutes.
+H200 and for eight, and of the third stage with other kernels: also with cuDNN's attention, which
+has no document mask. A quarter of an hour.
 
 It needs JAX's CUDA plugin, and no driver: pip install -e ".[gpu-compiler]"
 """
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from jax.stages import Compiled
 
     from benchmarks.compiled.program import Instruction
-    from nanogpt.config import Kernels
+    from nanogpt.config import GPTConfig, Kernels
     from train_gpt import Hyperparameters
 
     Step = tuple[Hyperparameters, int, Kernels]  # stage counted from 0
@@ -64,36 +65,19 @@ def measure(options: Options) -> None:
 
 def all_steps() -> dict[str, "Step"]:
     """The stages of the speedrun, the baseline, and the third stage with other kernels."""
+    from benchmarks.cpu.pieces import PIECES
     from nanogpt.config import Kernels
     from train_gpt import PRESETS
 
-    speedrun, own, cudnn = PRESETS["speedrun"], Kernels("pallas"), Kernels("cudnn")
-    without = {
-        "bigrams": {"bigram_buckets": 0},
-        "value tables": {"value_embeddings": 0},
-        "gates of value tables": {"value_gate": False},
-        "the skip": {"skips": ()},
-        "smear": {"smear": False},
-        "key offset": {"key_offset": ()},
-        "paired heads": {"paired_heads": ()},
-    }
-    pieces = {
-        f"stage 3, without {name}": (
-            replace(speedrun, model=replace(speedrun.model, **how)),
-            2,
-            own,
-        )
-        for name, how in without.items()
-    }
-    crossing = replace(speedrun, model=replace(speedrun.model, document_separator=None))
+    speedrun, cudnn, own = PRESETS["speedrun"], Kernels("cudnn"), Kernels("pallas")
+    unmasked = PIECES["document mask"](speedrun)
     return {
         **{f"stage {s + 1}": (speedrun, s, own) for s in range(len(speedrun.stages))},
         "baseline": (PRESETS["baseline"], 0, cudnn),
         "stage 3, one-pass loss": (speedrun, 2, Kernels("pallas", "pallas")),
         "stage 3, one-pass loss, FP8 head": (speedrun, 2, Kernels("pallas", "pallas", True)),
-        "stage 3, across documents": (crossing, 2, own),
-        "stage 3, across documents, cuDNN": (crossing, 2, cudnn),
-        **pieces,
+        "stage 3, without document mask": (unmasked, 2, own),
+        "stage 3, without document mask, cuDNN": (unmasked, 2, cudnn),
     }
 
 
@@ -115,7 +99,7 @@ def read(name: str, step: "Step") -> dict[str, Any]:
     sent = {kind: len(found) for kind, found in collectives(program).items()}
     in_loops = sum(len(found) for x in program.loops() for found in collectives(x).values())
     kept = alone.memory_analysis().temp_size_in_bytes / TOKENS / 1e3
-    moved = moved_by_part(alone, step[0].model.padded_vocab_size)
+    moved = moved_by_part(alone, step[0].model, TOKENS)
     print(f"\n{name}: {memory_of(alone) / 1e9:.1f} GB; eight GPUs: {sent}, {in_loops} in loops")
     print(f"keeps {kept:.0f} kB per token, and moves, in kB per token:")
     for part in sorted(moved):
@@ -131,8 +115,9 @@ def read(name: str, step: "Step") -> dict[str, Any]:
     }
 
 
-def part_of(kernel: "Instruction", scope: dict[str, "Instruction"], V: int) -> str:
-    """Which part of the step a kernel belongs to; V is the padded vocabulary."""
+def part_of(kernel: "Instruction", scope: dict[str, "Instruction"], config: "GPTConfig") -> str:
+    """Which part of the step a kernel belongs to."""
+    V, D, buckets = config.padded_vocab_size, config.width, config.bigram_buckets
     shapes = " ".join([kernel.shape, *(scope[name].shape for name in kernel.operands)])
     logits = re.search(rf"\b\w+\[(\d+,)?\d{{4,}},{V}\]", shapes)
     if "fmha" in kernel.attributes or "flash_attention" in kernel.attributes:
@@ -141,18 +126,19 @@ def part_of(kernel: "Instruction", scope: dict[str, "Instruction"], V: int) -> s
         return "products with the head" if logits else "products of the layers"
     if logits:
         return "loss"
+    if re.search(rf"\[(\d+,)?({V}|{buckets}),{D}\]|\[{D},{V}\]", kernel.shape):
+        return "gradients of tables and head"
     return "elementwise, norms, embeddings"
 
 
-def moved_by_part(compiled: "Compiled", V: int) -> dict[str, float]:
-    """kB per token that each part of a micro-batch moves."""
-    from benchmarks.compiled.for_h200 import TOKENS
+def moved_by_part(compiled: "Compiled", config: "GPTConfig", tokens: int) -> dict[str, float]:
+    """kB per token that each part of a micro-batch of so many tokens moves."""
     from benchmarks.compiled.program import Program
 
     program, moved = Program(compiled), defaultdict(float)
     for kernel in program.loops()[0]:  # a micro-batch; the other loops are Muon's
-        part = part_of(kernel, program.computations[kernel.computation], V)
-        moved[part] += program.bytes_moved(kernel) / TOKENS / 1e3
+        part = part_of(kernel, program.computations[kernel.computation], config)
+        moved[part] += program.bytes_moved(kernel) / tokens / 1e3
     return dict(moved)
 
 

@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ import numpy as np
 from benchmarks.command import ROOT, Mistake, check_positive, run
 from benchmarks.processes import logged, output_of, train
 from benchmarks.results import save
+from nanogpt.config import AdamGroups
 from nanogpt.data.corpus import Corpus, embedded_corpus
 from nanogpt.data.shards import find_shards, read_shard
 
@@ -128,9 +129,10 @@ def print_table(name: str, theirs: Result, ours: list[Result]) -> float:
 
 def our_arguments(size: Size) -> str:
     """The laptop preset with half the layers and context, for a shorter run."""
+    betas = " ".join(f"--adam.{each.name}.betas 0.5 0.95" for each in fields(AdamGroups))
     return (
         "--preset laptop --batch-size 12 --sequence-length 64 --total-batch-size 768 "
-        f"--num-steps {size.our_steps} --learning-rate 0.05 --adam-betas 0.5 0.95 "
+        f"--num-steps {size.our_steps} --learning-rate 0.05 {betas} "
         "--model.num-layers 2 --model.attention-scale 0.2 --model.bigram-buckets 4096 "
         "--model.no-smear --model.no-attention-gate --model.key-offset --model.paired-heads "
         f"--neuron-decay None --val-loss-every 0 --val-tokens {size.val_tokens} --sample-tokens 0"

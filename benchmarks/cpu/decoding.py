@@ -21,8 +21,8 @@ STEPS = 4 * CHUNK
 
 
 def new_model(hp: Hyperparameters) -> tuple[nnx.GraphDef, Any]:
-    """A model of the run's last stage with new weights: its graph and its parameters."""
-    config = hp.schedule.model(hp.model, len(hp.stages) - 1)
+    """A model as it is used after the run, with new weights: its graph and its parameters."""
+    config = hp.schedule.used(hp.model, len(hp.stages) - 1)
     params = jax.jit(lambda: init_params(config, jax.random.key(0)))()
     # A new head finds all tokens alike; this one does not.
     params["head"] = 0.02 * jax.random.normal(jax.random.key(1), params["head"].shape)

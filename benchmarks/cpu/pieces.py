@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.cpu.proxy_runs import Change, on_bytes
-from nanogpt.config import Adam, AdamGroups, GPTConfig
+from nanogpt.config import AdamGroups, GPTConfig
+from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.schedule import Schedule, Stage
 from train_gpt import PRESETS, Hyperparameters
 
@@ -17,24 +18,26 @@ CPU = on_bytes(
         "num_heads": 2,
         "width": 128,
         "mlp_width": 512,
-        "mlp_only": (2,),
+        "mlp_only": (1,),
         "key_offset": (3,),
         "paired_heads": (0,),
-        "skips": ((1, 2),),
+        "skips": ((0, 2),),
         "backout": 2,
         "value_embeddings": 2,
         "bigram_buckets": 16384,
-        "document_separator": 255,
+        "document_separator": TOKENIZERS["bytes"].separator,
     },
     max_document_length=None,  # most of its documents are longer than its rows
     total_batch_size=3072,
     num_steps=300,
     stages=(
-        Stage(1, 1 / 3, 1.0, 1.00, (16, 16, 16, 48), target_weights=(1.0, 0.5, 0.25)),
-        Stage(1, 2 / 3, 1.0, 1.52, (32, 32, 32, 96), target_weights=(1.0, 0.5)),
-        Stage(1, 1.0, 1.0, 1.73, (32, 32, 32, 128), split_head=True),
+        Stage(0.325, 1 / 3, 1.0, 1.00, (16, 16, 16, 48), target_weights=(1.0, 0.5, 0.25)),
+        Stage(0.325, 2 / 3, 1.0, 1.52, (32, 32, 32, 80), target_weights=(1.0, 0.5)),
+        Stage(0.325, 1.0, 1.0, 1.73, (32, 32, 32, 104), split_head=True),
+        Stage(0.025, 1.0, 1.0, 1.73, (40, 40, 40, 112), (40, 40, 40, 128)),
     ),
-    adam=replace(AdamGroups(), tables=Adam(0.15, (0.75, 0.95), 0.025)),
+    momentum_cooldown_steps=10,
+    adam=replace(AdamGroups(), tables=replace(AdamGroups().tables, learning_rate=0.15)),
     val_tokens=262_144,
 )
 
@@ -86,6 +89,26 @@ def model(**changes: Any) -> Callable[[Hyperparameters], Hyperparameters]:
     return lambda hp: replace(hp, model=replace(hp.model, **changes))
 
 
+def untied(hp: Hyperparameters) -> Hyperparameters:
+    """Embedding and head begin and learn apart, the embedding as the other tables do."""
+    adam = replace(hp.adam, embedding=hp.adam.tables)
+    return replace(hp, adam=adam, model=replace(hp.model, tied_head=False))
+
+
+def without_adam_decay(hp: Hyperparameters) -> Hyperparameters:
+    """No group of Adam's has weight decay."""
+    groups = {name: replace(how, weight_decay=0.0) for name, how in vars(hp.adam).items()}
+    return replace(hp, adam=AdamGroups(**groups))
+
+
+def middle_batch(hp: Hyperparameters) -> Hyperparameters:
+    """Batch and rate of the second stage at all times, for as many tokens."""
+    second = hp.stages[:2][-1]
+    batch, rate = second.batch, second.rate
+    steps = round(hp.schedule.tokens(hp.num_steps) / (batch * hp.total_batch_size))
+    return replace(each_stage(hp, batch=batch, rate=rate), num_steps=steps)
+
+
 def without_yarn() -> None:
     """Rotations stay as they are when windows grow."""
 
@@ -102,39 +125,58 @@ def without_polar_express() -> None:
     nanogpt.optim.muon.POLAR_EXPRESS = (JORDAN,) * 5
 
 
+def without_out_share() -> None:
+    """What an attention adds to the stream is scaled by its matrix alone."""
+    from nanogpt.model.gpt import Attention
+
+    whole = Attention.__init__
+
+    def init(self: Attention, *arguments: Any, **named: Any) -> None:
+        whole(self, *arguments, **named)
+        del self.out_share
+
+    Attention.__init__ = init
+
+
 PIECES: dict[str, Callable[[Hyperparameters], Hyperparameters]] = {
     "value embeddings (but value residual)": model(value_embeddings=0),
-    "gates of value embeddings": model(value_gate=False),
-    "bigram embedding": model(bigram_buckets=0),
-    "one gated skip (but a U-net's)": model(skips=None),
+    "value gates (but one share per layer)": model(value_gate=False),
+    "bigram table before every layer": model(bigram_buckets=0),
+    "gated skip": model(skips=()),
+    "gated skip (but a U-net)": model(skips=None),
     "residual share of 1.1": model(residual_init=1.0),
-    "tied head": untied,
-    "attention within documents": model(document_separator=None),
+    "wide first queries, keys and values": model(attention_init=0.5),
     "half of each head rotated": model(rope_fraction=1.0),
     "attention scale of 0.1": lambda hp: model(attention_scale=hp.model.head_size**-0.5)(hp),
     "attention gate": model(attention_gate=False),
     "smear": model(smear=False),
     "backout": model(backout=None),
-    "MLP-only layers": model(mlp_only=()),
+    "MLP-only layer": model(mlp_only=()),
     "key offset": model(key_offset=()),
     "paired heads": model(paired_heads=()),
+    "document mask": model(document_separator=None),
+    "tied head": untied,
+    "split of the tied head": lambda hp: each_stage(hp, split_head=False),
     "logit rescale": model(softcap=15.0, logit_scale=1.0, logit_shift=0.0),
     "several targets": lambda hp: each_stage(hp, target_weights=(1.0,)),
     "aligned rows": lambda hp: replace(hp, max_document_length=None),
     "window schedule": lambda hp: each_stage(hp, windows=hp.stages[-1].windows),
-    "windows": lambda hp: each_stage(hp, windows=None),
-    "batch schedule": lambda hp: each_stage(hp, batch=2 / 3, rate=1.52),  # the middle one's
+    "windows": lambda hp: each_stage(hp, windows=None, validation_windows=None),
+    "longer windows in use": lambda hp: each_stage(hp, validation_windows=None),
+    "batch schedule": middle_batch,
     "NorMuon": lambda hp: replace(hp, neuron_decay=None),
-    "cautious weight decay": lambda hp: replace(hp, weight_decay=0.0),
-    "cautious weight decay in Adam": adam(weight_decay=0.0),
-    "Adam at every second step": lambda hp: replace(hp, adam_every=1),
-    "slow means of coefficients": adam(betas=(0.65, 0.95)),
-    "rate of matrices out of MLPs": lambda hp: replace(hp, mlp_out_factor=1.0),
+    "faster matrices out of MLPs": lambda hp: replace(hp, mlp_out_factor=1.0),
+    "cautious decay in Muon": lambda hp: replace(hp, weight_decay=0.0),
+    "cautious decay in Adam": without_adam_decay,
+    "Adam every second step": lambda hp: replace(hp, adam_every=1),
     "learning-rate floor": lambda hp: replace(hp, final_learning_rate_factor=0.0),
+    "hold of the lowest rates": lambda hp: replace(hp, hold_fraction=0.0),
+    "fall of the momentum": lambda hp: replace(hp, momentum_cooldown_steps=0),
 }
 
 # Pieces that are no settings: what takes them out of the process that calls it.
 BUILT_IN: dict[str, Change] = {
     "YaRN": without_yarn,
     "Polar Express": without_polar_express,
+    "share of what attentions add": without_out_share,
 }

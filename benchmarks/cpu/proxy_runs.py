@@ -24,6 +24,7 @@ Change = Callable[[], None]  # of the process that calls it
 def on_bytes(preset: str, model: Mapping[str, Any], **changes: Any) -> Hyperparameters:
     """A preset on the bytes of the embedded corpus, in rows of 128, for a core of a CPU."""
     start = PRESETS[preset]
+    model = {"vocab_size": 256, "document_separator": None} | dict(model)
     return replace(
         start,
         train_files=None,
@@ -38,7 +39,7 @@ def on_bytes(preset: str, model: Mapping[str, Any], **changes: Any) -> Hyperpara
         dtype="float32",
         sample_tokens=0,
         checkpoint_every=0,
-        model=replace(start.model, vocab_size=256, **model),
+        model=replace(start.model, **model),
         **changes,
     )
 

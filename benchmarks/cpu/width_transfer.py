@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 HEAD_SIZE = 16
 WIDTHS = (32, 128)
 TIMES = {
-    "learning_rate": (1 / 4, 1 / 2, 1, 2),
-    "head_learning_rate": (1 / 4, 1 / 2, 2, 4),  # 1 is among the others
+    "matrices": (1 / 4, 1 / 2, 1, 2),
+    "head": (1 / 4, 1 / 2, 2, 4),  # 1 is among the others
 }
-TINY_TIMES = {"learning_rate": (1,), "head_learning_rate": ()}
+TINY_TIMES = {"matrices": (1,), "head": ()}
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,7 @@ def compare(options: Options) -> None:
         for factor in factors
     }
     losses = final_losses(runs, own_core=True)
-    losses |= {
-        ("head_learning_rate", 1, width): losses["learning_rate", 1, width] for width in WIDTHS
-    }
+    losses |= {("head", 1, width): losses["matrices", 1, width] for width in WIDTHS}
     print(f"| rate | times | {' | '.join(f'width {width}' for width in WIDTHS)} |")
     print("|---" * (2 + len(WIDTHS)) + "|")
     table = {name: {} for name in times}
@@ -86,7 +84,7 @@ def with_rate(base: "Hyperparameters", width: int, name: str, times: float) -> "
     from train_gpt import at_width
 
     hp = at_width(base, base.model.num_layers, width // HEAD_SIZE, width)
-    if name == "learning_rate":
+    if name == "matrices":
         return replace(hp, learning_rate=times * hp.learning_rate)
     head = replace(hp.adam.head, learning_rate=times * hp.adam.head.learning_rate)
     return replace(hp, adam=replace(hp.adam, head=head))

@@ -1,6 +1,7 @@
 """Where the time of a step goes, part by part, and the least that each part could take."""
 
 import math
+from dataclasses import fields
 from functools import partial
 
 import jax
@@ -14,15 +15,15 @@ from nanogpt.training.step import init_params
 from train_gpt import Hyperparameters
 
 DIRECTIONS = ("forward", "d-input", "d-weight")
-ADAM = frozenset(vars(AdamGroups()))  # groups of parameters; Muon's is "muon"
+ADAM = frozenset(each.name for each in fields(AdamGroups))  # groups; Muon's is "muon"
 
 
 def loss_row(kernel: LossKernel, fp8: bool) -> str:
     return f"{kernel}" + ", FP8" * fp8
 
 
-def attention_row(kernel: AttentionKernel, window: int, paired: bool) -> str:
-    return f"{kernel}, window {window}" + ", paired" * paired
+def attention_row(kernel: AttentionKernel, masked: bool, window: int, paired: bool) -> str:
+    return f"{kernel}, window {window}" + ", paired" * paired + ", all documents" * (not masked)
 
 
 def attentions(config: GPTConfig) -> list[tuple[int, bool]]:
@@ -63,7 +64,8 @@ def orthogonalisation_flops(config: GPTConfig) -> float:
 def floors(hp: Hyperparameters, device_kind: str) -> dict[str, float | None]:
     """Milliseconds of each part of a step at the peaks of the device; None where not known.
 
-    Muon reads weight, momentum and gradient, and writes the first two. Adam has one mean more.
+    Muon reads weight, momentum and gradient, and writes the first two. Adam has one mean more; what
+    it gathers in several steps is the first gradient, to which each later one is added.
     """
     c, tokens = hp.model, hp.total_batch_size
     flops, bandwidth = (peaks.get(device_kind, math.nan) for peaks in (PEAK_FLOPS, PEAK_BANDWIDTH))
@@ -72,7 +74,10 @@ def floors(hp: Hyperparameters, device_kind: str) -> dict[str, float | None]:
     muon, adam = (
         sum(x.size for x in parameter_shapes(c, groups).values()) for groups in ({"muon"}, ADAM)
     )
-    update = 4 * (5 * muon + 7 * adam) / bandwidth + orthogonalisation_flops(c) / flops
+    # Of k steps the first copies the gradient, 2; each later one adds it, 3; the last reads and
+    # writes a weight and two means, 6 more, but not the sum: 3 k + 4. Of one step, 7.
+    each_adam = 3 + 4 / hp.adam_every
+    update = 4 * (5 * muon + each_adam * adam) / bandwidth + orthogonalisation_flops(c) / flops
     seconds = {
         "products of the layers": layers * tokens / flops,
         "products with the head": head * tokens / flops,
@@ -92,7 +97,8 @@ def part_times(size: Size, figures: Figures, base: Variant) -> dict[str, float]:
         count * sum(ms("products", f"{name}, {way}") for way in DIRECTIONS)
         for name, (*_, count) in products(c).items()
     )
-    attended = [ms("attention", attention_row(base.attention, *which)) for which in attentions(c)]
+    attend = partial(attention_row, base.attention, base.document_mask)
+    attended = [ms("attention", attend(*which)) for which in attentions(c)]
     return {
         "products of the layers": Ng * sum(of_layers),
         "products with the head": Ng * head,

@@ -20,7 +20,7 @@ from benchmarks.gpu.floors import (
     products,
 )
 from benchmarks.gpu.loop import check_agreement, part_ms, random
-from benchmarks.gpu.variants import Figures, Rule, Size
+from benchmarks.gpu.variants import Figures, Rule, Size, random_tokens
 from benchmarks.gpu.whole_step import make_rules
 from nanogpt.config import AttentionKernel, LossKernel
 from nanogpt.devices.hardware import PEAK_FLOPS
@@ -29,6 +29,9 @@ from nanogpt.model.loss import Softcap, linear_cross_entropy
 from nanogpt.optim.muon import scale_by_muon
 
 Job = tuple[str, str, Callable[[], Figures]]  # section, row, and what measures it
+# Kernel, and whether a query sees its own document only.
+ATTENTIONS = [("xla", True), ("pallas", True), ("cudnn", False), ("pallas", False)]
+CHECKED = 4096  # keys of a row for which there is memory to check a kernel in
 LOSSES = [("xla", False), ("xla", True), ("pallas", False), ("pallas", True)]  # kernel, FP8
 
 
@@ -45,8 +48,8 @@ def part_jobs(size: Size, kernel: AttentionKernel) -> list[Job]:
         ),
         *(("loss", loss_row(*which), partial(loss, *which)) for which in LOSSES),
         *(
-            ("attention", attention_row(kernel, *which), partial(attend, kernel, *which))
-            for kernel in dict.fromkeys([kernel, "cudnn", "xla", "pallas"])
+            ("attention", attention_row(*how, *which), partial(attend, *how, *which))
+            for how in dict.fromkeys([(kernel, True), *ATTENTIONS])
             for which in dict.fromkeys(attentions(c))
         ),
         ("optimizer", "Muon and Adam", partial(update, "NorMuon", {"muon", *ADAM})),
@@ -78,19 +81,25 @@ def measure_product(size: Size, shape: tuple[int, int], way: str) -> Figures:
     return with_rate(ms, 2 * size.tokens * inputs * outputs)
 
 
-def measure_attention(size: Size, kernel: AttentionKernel, window: int, paired: bool) -> Figures:
+def measure_attention(
+    size: Size, kernel: AttentionKernel, masked: bool, window: int, paired: bool
+) -> Figures:
     """Attention and its gradients, of one layer and the tokens of a micro-batch."""
     c, B, times = size.hp.model, size.hp.batch_size, 1 + paired
-    T, N, window = times * size.hp.sequence_length, c.num_heads // times, times * window
+    T, N = times * size.hp.sequence_length, c.num_heads // times
+    begins = random_tokens(c, (B, size.hp.sequence_length)) == c.document_separator
+    numbers = jnp.cumsum(begins, axis=1, dtype=jnp.int32).repeat(times, axis=1)
 
     def work(_, q: Array, k: Array, v: Array, gradient: Array, kernel: str = kernel) -> tuple:
-        attend = partial(attention, scale=c.attention_scale, window=window, kernel=kernel)
+        documents = numbers[: len(q), : q.shape[1]] if masked else None
+        how = {"scale": c.attention_scale, "window": window, "kernel": kernel}
+        attend = partial(attention, documents=documents, **how)
         out, pullback = jax.vjp(attend, q, k, v)
         return out, *pullback(gradient)
 
     arguments = list(jnp.unstack(random(B, T, 4, N, c.head_size), axis=2))
     if kernel != "xla":
-        check_agreement(work, partial(work, kernel="xla"), [x[:1] for x in arguments])
+        check_agreement(work, partial(work, kernel="xla"), [x[:1, :CHECKED] for x in arguments])
     keys = float(np.minimum(np.arange(1, T + 1), window).mean())
     return with_rate(part_ms(size, work, arguments), 6 * 2 * c.width * keys * size.tokens)
 
@@ -123,18 +132,16 @@ def measure_update(size: Size, rule: Rule, groups: set[str]) -> Figures:
     shapes = parameter_shapes(size.hp.model, groups)
     params = {name: random(1, *x.shape, dtype=x.dtype)[0] for name, x in shapes.items()}
     gradients = jax.tree.map(jnp.copy, list(params.values()))
-    rules, rates = make_rules(size.hp, rule), size.hp.schedule.rates(1)
+    rules, first = make_rules(size.hp, rule), size.hp.schedule.rates(1)
+    rates = {"rate": first.rate, "momentum": first.momentum}
 
     def work(last: tuple, *gradients: Array) -> tuple:
         params, state = last
         named = dict(zip(shapes, gradients, strict=True))
-        updates, state = rules.update(
-            named, state, params, rate=rates.rate, momentum=rates.momentum
-        )
+        updates, state = rules.update(named, state, params, **rates)
         return optax.apply_updates(params, updates), state
 
-    first = params, rules.init(params)
-    return {"ms": part_ms(size, work, gradients, first)}
+    return {"ms": part_ms(size, work, gradients, (params, rules.init(params)))}
 
 
 def measure_orthogonalisation(size: Size) -> Figures:

@@ -7,10 +7,12 @@ One run of some minutes, with a stage of the `speedrun` preset on random tokens,
 
     steps       the whole step of train_gpt.py, and the same with one thing changed: the kernel of
                 attention or loss, the precision of the head, the rows of a micro-batch, the rule
-                of the matrices, one target where the stage has several; then the fastest of each
-                together, and the first one again, so that a drift of the device shows
+                of the matrices, one target where the stage has several, no document mask, and then
+                cuDNN's attention, which has none; then the fastest of each together, and the first
+                one again, so that a drift of the device shows
     products    every product of two matrices of a micro-batch, forward and backward
-    attention   one layer of a micro-batch, forward and backward: by kernel and window
+    attention   one layer of a micro-batch, forward and backward: by kernel and window, within
+                documents, and over all documents
     loss        head and loss of a micro-batch, forward and backward
     optimizer   the update, and what it is made of: a mean over steps with and without Adam
     parts       from these: where the time of the step goes, and the floor of each part
@@ -26,7 +28,7 @@ and "rest" (norms, residuals, embeddings, gaps) is the step minus all other part
 The floor of a part is what it must compute or move, at the peak of the device's data sheet:
 
     products, attention   2 FLOPs per multiplication that the mathematics needs; backward twice what
-                          is needed forward; of the attention only the half that is visible
+                          is needed forward; of the attention only what causality and windows show
     loss                  the logits read once and their gradient written once, 2 bytes each
     optimizer             weights, momenta and what Adam gathers read and written, and gradients
                           read, 4 bytes each, then the FLOPs of Muon's polynomials
@@ -104,10 +106,10 @@ def print_tables(figures: "Figures") -> None:
         return "unknown" if found[column] is None else format(found[column], style)
 
     for section, columns in COLUMNS.items():
-        print(f"\n{section:32}" + "".join(f"{column:>14}" for column in columns))
+        print(f"\n{section:44}" + "".join(f"{column:>14}" for column in columns))
         for row, found in figures[section].items():
             cells = "".join(f"{cell(found, *column):>14}" for column in columns.items())
-            print(f"{row:32}{found.get('failed') or cells}")
+            print(f"{row:44}{found.get('failed') or cells}")
 
 
 if __name__ == "__main__":

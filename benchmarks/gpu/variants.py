@@ -4,10 +4,14 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from nanogpt.config import AttentionKernel, LossKernel
+import numpy as np
+from jaxtyping import Int32
+
+from nanogpt.config import AttentionKernel, GPTConfig, LossKernel
 from nanogpt.schedule import Stage
 from train_gpt import PRESETS, Hyperparameters
 
+DOCUMENT = 690  # tokens of one of FineWeb's, on average
 Figures = dict[str, Any]  # of one row, as they are saved
 Rule = Literal["NorMuon", "Muon", "Adam"]  # of the matrices; Adam is then that of all parameters
 
@@ -34,14 +38,14 @@ class Size:
 
 def stage_alone(hp: Hyperparameters, stage: int) -> Hyperparameters:
     """A run that has this stage only, counted from 0, and as many tokens in a micro-batch."""
-    T, its = hp.schedule.row_length(stage), hp.stages[stage]
+    T, weights = hp.schedule.row_length(stage), hp.stages[stage].target_weights
     split = not hp.schedule.ties_head(hp.model, stage)
     return replace(
         hp,
         batch_size=hp.batch_size * hp.sequence_length // T,
         sequence_length=T,
         total_batch_size=hp.schedule.tokens_per_step(stage),
-        stages=(Stage(target_weights=its.target_weights, split_head=split),),
+        stages=(Stage(target_weights=weights, split_head=split),),
         model=hp.schedule.model(hp.model, stage),
     )
 
@@ -52,12 +56,21 @@ TINY_MODEL = replace(
     SPEEDRUN.model,
     **{"vocab_size": 256, "num_layers": 3, "num_heads": 2, "width": 64, "mlp_width": 256},
     **{"mlp_only": (1,), "key_offset": (2,), "paired_heads": (2,), "backout": 1},
-    **{"value_embeddings": 1, "bigram_buckets": 128, "skips": ((0, 1),)},
-    document_separator=255,
+    **{"value_embeddings": 1, "bigram_buckets": 128, "skips": ((0, 2),), "document_separator": 255},
 )
 TINY_STAGES = tuple(replace(stage, windows=(16, 16, 48)) for stage in SPEEDRUN.stages)
 TINY_BATCH = {"dtype": "float32", "batch_size": 2, "sequence_length": 64, "total_batch_size": 768}
 TINY = Size(replace(SPEEDRUN, stages=TINY_STAGES, model=TINY_MODEL, **TINY_BATCH), 2, 2, 1)
+
+
+def random_tokens(config: GPTConfig, shape: tuple[int, ...]) -> Int32[np.ndarray, "..."]:
+    """Tokens of no meaning, in documents about as long as those of FineWeb."""
+    rng, separator = np.random.default_rng(0), config.document_separator
+    tokens = rng.integers(config.vocab_size, size=shape, dtype=np.int32)
+    if separator is not None:
+        tokens[tokens == separator] = 0
+        tokens[rng.random(shape) < 1 / DOCUMENT] = separator
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -67,6 +80,7 @@ class Variant:
     attention: AttentionKernel
     batch_size: int
     target_weights: tuple[float, ...] = (1.0,)
+    document_mask: bool = True
     loss: LossKernel = "xla"
     fp8_head: bool = False
     rule: Rule = "NorMuon"
@@ -74,14 +88,16 @@ class Variant:
 
 def variants_of(base: Variant) -> dict[str, Variant]:
     """The base, and what differs from it in one thing."""
-    R = base.batch_size
+    R, unmasked = base.batch_size, replace(base, document_mask=False)
     others = {
         **{f"{rows} rows": replace(base, batch_size=rows) for rows in (R // 2, 2 * R)},
         "Adam for all": replace(base, rule="Adam"),
         "plain Muon": replace(base, rule="Muon"),
         "one target": replace(base, target_weights=(1.0,)),
         "FP8 head": replace(base, fp8_head=True),
-        **{f"{k} attention": replace(base, attention=k) for k in ("cudnn", "xla", "pallas")},
+        **{f"{k} attention": replace(base, attention=k) for k in ("xla", "pallas")},
+        "without document mask": unmasked,
+        "without document mask, cudnn": replace(unmasked, attention="cudnn"),
         "pallas loss": replace(base, loss="pallas"),
     }
     return {"base": base} | {row: other for row, other in others.items() if other != base}

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.stages import Compiled
 from jaxtyping import PyTree
 
 from benchmarks.gpu.loop import WARM_UP, Unmeasured, median_ms
-from benchmarks.gpu.variants import Figures, Rule, Size, Variant
+from benchmarks.gpu.variants import Figures, Rule, Size, Variant, random_tokens
 from nanogpt.config import Kernels
 from nanogpt.devices.hardware import flops_per_token, utilization
 from nanogpt.devices.mesh import BATCH, REPLICATED, make_mesh, put, shapes_on
@@ -41,9 +40,10 @@ def compile_step(size: Size, variant: Variant) -> tuple[Callable, Compiled, floa
     """What makes the first state, the compiled step, and the seconds to compile that."""
     hp, mesh = size.hp, make_mesh(1)
     rules = make_rules(hp, variant.rule)
-    init = make_init(hp.model, rules, mesh)
-    graph = graph_of(hp.model, Kernels(variant.attention, variant.loss, variant.fp8_head))
-    tied = hp.schedule.ties_head(hp.model, 0)
+    model = hp.model if variant.document_mask else replace(hp.model, document_separator=None)
+    init = make_init(model, rules, mesh)
+    graph = graph_of(model, Kernels(variant.attention, variant.loss, variant.fp8_head))
+    tied = hp.schedule.ties_head(model, 0)
     step = make_train_step(graph, rules, mesh, hp.dtype, tied_head=tied)
     state = shapes_on(mesh, REPLICATED, jax.eval_shape(init, jax.random.key(0)))
     batch = shapes_on(mesh, BATCH, jax.ShapeDtypeStruct(batch_shape(hp, variant), jnp.int32))
@@ -53,7 +53,7 @@ def compile_step(size: Size, variant: Variant) -> tuple[Callable, Compiled, floa
 
 
 def rates_of(hp: Hyperparameters, variant: Variant) -> Rates:
-    """Those of the first step, for the targets of a variant."""
+    """Those of the first step, with the variant's targets."""
     return hp.schedule.rates(1)._replace(target_weights=variant.target_weights)
 
 
@@ -67,8 +67,7 @@ def start_training(size: Size, variant: Variant) -> tuple[Callable[[PyTree], PyT
     """`advance` and `carry`, the state and the metrics after some steps from the same start."""
     init, step, _ = compile_step(size, variant)
     shape, rates = batch_shape(size.hp, variant), rates_of(size.hp, variant)
-    tokens = np.random.default_rng(0).integers(size.hp.model.vocab_size, size=shape)
-    batch = put(make_mesh(1), BATCH, shape, tokens.astype(np.int32).__getitem__)
+    batch = put(make_mesh(1), BATCH, shape, random_tokens(size.hp.model, shape).__getitem__)
 
     def advance(carry: PyTree) -> PyTree:
         return step(carry[0], batch, rates)

@@ -34,22 +34,41 @@ def test_a_run_ends_with_the_loss_of_its_validation():
     assert final_loss(hp, None, None) == pytest.approx(np.log(256), abs=1e-4)
 
 
+PARAMETERS = "jax.eval_shape(lambda: init_params(CPU.model, jax.random.key(0)))"
+
+
 @pytest.mark.parametrize(
-    ("piece", "value"),
+    ("piece", "value", "answers"),
     [
-        ("YaRN", "Schedule.model(CPU.schedule, CPU.model, 2).rotary_windows"),
-        ("Polar Express", "len(set(nanogpt.optim.muon.POLAR_EXPRESS))"),
+        (
+            "YaRN",
+            "Schedule.model(CPU.schedule, CPU.model, 2).rotary_windows",
+            ["(48, 80, 104)", "()"],
+        ),
+        ("Polar Express", "len(set(nanogpt.optim.muon.POLAR_EXPRESS))", ["5", "1"]),
+        (
+            "share of what attentions add",
+            f"'out_share' in {PARAMETERS}['attention']",
+            ["True", "False"],
+        ),
     ],
 )
-def test_what_is_no_setting_is_taken_out_of_its_process(piece, value):
+def test_what_is_no_setting_is_taken_out_of_its_process(piece, value, answers):
     program = (
-        "import nanogpt.optim.muon\nfrom benchmarks.cpu.pieces import *\n"
+        "import jax\nimport nanogpt.optim.muon\nfrom benchmarks.cpu.pieces import *\n"
+        "from nanogpt.training.step import init_params\n"
         f"print({value})\nBUILT_IN[{piece!r}]()\nprint({value})"
     )
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    whole, without = answer.stdout.splitlines()
-    assert (whole, without) == {"YaRN": ("(48, 96, 128)", "()"), "Polar Express": ("5", "1")}[piece]
+    assert answer.stdout.splitlines() == answers
     assert piece in BUILT_IN
+
+
+@pytest.mark.parametrize("hp", [CPU, GPU], ids=["cpu", "gpu"])
+def test_a_head_that_is_not_tied_leaves_the_embedding_to_learn_as_tables_do(hp):
+    apart = PIECES["tied head"](hp)
+    assert (apart.model.tied_head, apart.adam.embedding) == (False, hp.adam.tables)
+    assert apart.adam.head == hp.adam.head
 
 
 def test_the_text_for_a_gpu_is_what_python_s_packages_hold(tmp_path, monkeypatch):
