@@ -63,22 +63,6 @@ GPU = replace(
 JORDAN = (3.4445, -4.7750, 2.0315)  # the fixed Newton-Schulz step that Muon had at first
 
 
-def adam(**betas_or_decay: Any) -> Callable[[Hyperparameters], Hyperparameters]:
-    """A piece of Adam, left out by these values in all of its groups."""
-
-    def without(hp: Hyperparameters) -> Hyperparameters:
-        groups = {name: replace(how, **betas_or_decay) for name, how in vars(hp.adam).items()}
-        return replace(hp, adam=AdamGroups(**groups))
-
-    return without
-
-
-def untied(hp: Hyperparameters) -> Hyperparameters:
-    """Embedding and head as they were before: each by itself, with a rate of its own."""
-    groups = replace(hp.adam, embedding=hp.adam.tables)
-    return replace(hp, adam=groups, model=replace(hp.model, tied_head=False))
-
-
 def each_stage(hp: Hyperparameters, **changes: Any) -> Hyperparameters:
     """The settings with the same change in each stage."""
     return replace(hp, stages=tuple(replace(stage, **changes) for stage in hp.stages))
