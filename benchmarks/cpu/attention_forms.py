@@ -16,7 +16,7 @@ from nanogpt.model.rotary import rotary, rotation
 B, T, N, H = 4, 128, 2, 64  # a micro-batch of the laptop preset
 D = N * H
 SPEED, SCALE = rotation(GPTConfig(width=D, num_heads=N))
-ANGLE = np.arange(T)[None, :, None] * SPEED  # [1, T, H / 2], in radians
+ANGLE = jnp.float32(np.arange(T)[None, :, None] * SPEED)  # [1, T, H / 2], in radians
 
 
 def rotary_by_concatenation(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
