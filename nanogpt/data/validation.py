@@ -67,7 +67,7 @@ class ValidationRows:
     def _documents(self, separator: int, context: int) -> list[tuple[int, int, int]]:
         """Where each row begins, where it begins to be scored, and where it ends."""
         T, N = self.sequence_length, len(self.tokens) - 1
-        begins = [0, *np.flatnonzero(self.tokens[1:N] == separator) + 1, N]
+        begins = [0, *(np.flatnonzero(self.tokens[1:N] == separator) + 1).tolist(), N]
         bounds, scored = [], 0
         while scored < N:
             document = bisect_right(begins, scored) - 1

@@ -161,18 +161,19 @@ def test_a_tied_head_stays_the_embedding_and_learns_by_the_sum_of_both_gradients
     optimizer = make_optimizer(learning_rate=0.0, weight_decay=0.0, adam=adam)
     first = jax.device_get(first_params(config))
     params = jax.tree.map(jnp.asarray, first)
-    state = TrainState(jnp.int32(0), params, optimizer.init(params), *np.zeros((2,), "f4"))
+    mean, variance = jnp.zeros([]), jnp.zeros([])
+    state = TrainState(jnp.int32(0), params, optimizer.init(params), mean, variance)
     step = make_train_step(graph_of(config), optimizer, mesh, "float32", tied_head=True)
     tables = [first["embed"]]
     for rows, rates in zip(some_rows(steps=3), RATES[:1] * 3, strict=True):
-        state, _ = step(state, rows[None], rates)
+        state, _ = step(state, jnp.asarray(rows[None]), rates)
         np.testing.assert_array_equal(state.params["head"], state.params["embed"].T)
         tables.append(np.asarray(state.params["embed"]))
 
     def loss(table):  # of a model that has one table for both
         others = jax.tree.map(jnp.asarray, first)
         model = nnx.merge(graph_of(config), others | {"embed": table, "head": table.T})
-        rows = some_rows()[0]
+        rows = jnp.asarray(some_rows()[0])
         return model.loss(rows[:, :-1], rows[:, 1:])[0].sum()
 
     # The first step of Adam goes by the sign of the gradient.
