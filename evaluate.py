@@ -174,9 +174,9 @@ def load(folder: Path, mesh: "Mesh") -> Trained:
 
     hp, graph, params, checkpoint = load_run(folder, mesh)
     step, schedule = checkpoint.step, schedule_in(folder)
-    T = schedule.row_length(schedule.stage(min(step, schedule.num_steps)))
-    model = schedule.used(hp.model, schedule.stage(min(step, schedule.num_steps)))
-    return Trained(step, hp, T, model, graph, params, mesh)
+    stage = schedule.stage(min(step, schedule.num_steps))
+    model = schedule.used(hp.model, stage)
+    return Trained(step, hp, schedule.row_length(stage), model, graph, params, mesh)
 
 
 def validation_files(pattern: str | None) -> tuple[list[Path], str]:

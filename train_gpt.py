@@ -132,7 +132,7 @@ class Hyperparameters:
     learning_rate: NotNegative = 0.023
     """Rate of Muon, for the matrices of the layers."""
     mlp_out_factor: NotNegative = 4.0
-    """What it is multiplied with for the matrices that lead out of the MLPs."""
+    """What this rate is multiplied with for the matrices that lead out of the MLPs."""
     weight_decay: NotNegative = 1.2
     """Of the matrices of the layers: a step takes the rate squared times this off those weights
     which it brings nearer to zero."""

@@ -181,9 +181,12 @@ class GPTConfig:
             raise ConfigError(f"paired_heads needs an even num_heads, not {self.num_heads}.")
         if self.num_attentions == 0:
             raise ConfigError("mlp_only names all layers, but one must have attention.")
-        gates = "smear", "attention_gate", "value_gate" if self.value_embeddings else "smear"
-        for name in gates:
-            if getattr(self, name) and self.width < GATE_INPUTS:
+        for name, used in {
+            "smear": self.smear,
+            "attention_gate": self.attention_gate,
+            "value_gate": self.value_gate and self.value_embeddings,
+        }.items():
+            if used and self.width < GATE_INPUTS:
                 raise ConfigError(
                     f"{name} reads {GATE_INPUTS} channels, but width is {self.width}: set it to "
                     "False."
