@@ -4,6 +4,9 @@ The loss on all its validation tokens, the same in bits per byte of text, and wi
 the share of HellaSwag's items that it gets right. docs/evaluation.md says what each figure means.
 """
 
+import nanogpt  # noqa: F401  (says what to do where packages are missing)
+
+# isort: split
 import json
 import os
 import sys

@@ -4,6 +4,9 @@ nanogpt/inference/export.py describes the folder, and nanogpt/inference/model_no
 MODEL.md.
 """
 
+import nanogpt  # noqa: F401  (says what to do where packages are missing)
+
+# isort: split
 import os
 import sys
 from contextlib import suppress

@@ -9,6 +9,9 @@ same bytes. Then: python3 train_gpt.py --train-files "shards/text_train_*.bin" -
 "shards/text_val_*.bin". For what is read and how it is split see docs/own-text.md.
 """
 
+import nanogpt  # noqa: F401  (says what to do where packages are missing)
+
+# isort: split
 import os
 import re
 import sys

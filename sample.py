@@ -1,5 +1,8 @@
 """Continue a prompt with a trained model: `python3 sample.py runs/<name> --prompt "def "`."""
 
+import nanogpt  # noqa: F401  (says what to do where packages are missing)
+
+# isort: split
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator

@@ -7,6 +7,9 @@ needs no download and takes a few minutes. `--help` lists every setting.
 The file reads from top to bottom: the hyperparameters, the presets, then the training loop.
 """
 
+import nanogpt  # noqa: F401  (says what to do where packages are missing)
+
+# isort: split
 import os
 import sys
 from dataclasses import asdict, dataclass, fields, replace

@@ -7,7 +7,6 @@ the runs were and in which settings they differ.
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from os.path import commonpath
 from pathlib import Path
 from typing import Annotated
@@ -52,11 +51,9 @@ def report(
     """Write the picture, the page or both, as `Options` says, and return their paths.
 
     What has no numbers is left out and told with `say`, so that runs/* can be drawn. Raises
-    RunError, in a sentence for the user, where there is no Matplotlib, nothing to draw, a run that
-    cannot be read or a file that cannot be written.
+    RunError, in a sentence for the user, where there is nothing to draw, a run that cannot be read
+    or a file that cannot be written.
     """
-    if find_spec("matplotlib") is None:
-        raise RunError('Pictures need Matplotlib: pip install -e ".[plot]" brings it.')
     if not folders:
         raise RunError("There is nothing to draw: name runs, runs/<name>.")
     places = list(dict.fromkeys(folder.resolve() for folder in folders))
