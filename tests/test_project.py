@@ -117,4 +117,6 @@ def test_a_script_started_by_a_python_without_the_packages_says_what_to_run(scri
     bare = [sys.executable, "-S", str(script)]  # -S: without what is installed
     done = subprocess.run(bare, capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
     assert done.returncode == 2
-    assert re.fullmatch(r"This Python \(.+\) does not have .*tyro\. Run `.+` first\.\n", done.stderr)
+    assert re.fullmatch(
+        r"This Python \(.+\) does not have .*tyro\. Run `.+` first\.\n", done.stderr
+    )
