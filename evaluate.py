@@ -48,26 +48,26 @@ TOKENS_PER_PASS = 8192  # of each device: work enough for a GPU, and room beside
 
 @dataclass(frozen=True)
 class Options:
-    """Tell how good a trained run is."""
+    """Evaluate a trained run."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run, runs/<name>."""
     val_files: str | None = None
-    """Glob of other validation shards, of the same tokenizer; None for those of the run."""
+    """Glob of other validation shards, with the same tokenizer; None: those of the run."""
     val_tokens: Positive | None = None
-    """Tokens to validate on, the first ones of the shards; None for as many as the run did."""
+    """Number of validation tokens, from the start of the shards; None: as many as the run used."""
     hellaswag: bool = False
-    """Score HellaSwag, too; on a CPU that takes hours for a model of the speedrun's size."""
+    """Also score HellaSwag; on a CPU this takes hours for a model of the speedrun's size."""
     hellaswag_items: Positive | None = None
-    """Only the first so many items of it; None for all 10,042."""
+    """Score only the first N items; None: all 10,042."""
     batch_size: Positive | None = None
-    """Rows per device in one pass; None for as many as make 8,192 tokens. It changes no result."""
+    """Rows per device and pass; None: 8,192 tokens' worth. Does not change the results."""
 
     def check(self) -> None:
         """Raise ConfigError, in a sentence for the user, for options that make no sense."""
         checked(asdict(self), Options)
         if self.hellaswag_items is not None and not self.hellaswag:
-            raise ConfigError("hellaswag_items says how much of HellaSwag: add --hellaswag.")
+            raise ConfigError("--hellaswag-items needs --hellaswag.")
 
 
 class Results(TypedDict, total=False):
@@ -92,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted: what was told is kept.", file=sys.stderr)
+        print("Interrupted; the figures printed so far are saved.", file=sys.stderr)
         return 130
     return 0
 

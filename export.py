@@ -21,12 +21,12 @@ from nanogpt.checks import ConfigError, UserError
 
 @dataclass(frozen=True)
 class Options:
-    """Write the newest weights of a run as safetensors, with all that is needed to use them."""
+    """Export the newest weights of a run as safetensors, with everything needed to use them."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run, runs/<name>."""
     out: Path
-    """Folder to write, which must not exist or be empty."""
+    """Output folder; must be new or empty."""
 
 
 def main(arguments: list[str] | None = None) -> int:

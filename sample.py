@@ -27,29 +27,29 @@ class Options:
     """Continue a prompt with a trained model."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run, runs/<name>, or one that export.py made."""
+    """Folder of a run, runs/<name>, or one written by export.py."""
     prompt: str = ""
-    """What to continue; nothing begins a new document."""
+    """Text to continue; empty: start a new document."""
     prompt_file: Path | None = None
-    """File with the prompt, instead; - for standard input."""
+    """File with the prompt; - for standard input."""
     num_samples: Annotated[int, Meta(ge=1, le=MOST_SAMPLES)] = 1
-    """Texts to write, all of them at once."""
+    """Number of texts, generated as one batch."""
     max_new_tokens: Positive = 500
-    """Tokens of each text."""
+    """Maximum number of tokens per text."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()  # noqa: RUF009
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A text ends before this, or the first of several; a document ends with <|endoftext|>."""
+    """Stop before this string; can be given several times. <|endoftext|> ends a document."""
     serve: bool = False
-    """Serve a page to play with the model instead; there it is set how it writes."""
+    """Serve a web page to play with the model; the sampling settings are on the page."""
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
-    """Where that page is served, on this machine only."""
+    """Port of that page, reachable from this machine only."""
 
     def check(self) -> None:
-        """Raise ConfigError, in a sentence for the user, for options that make no sense."""
+        """Raise ConfigError, with a sentence for the user, if the options are invalid."""
         self.sampling.check()  # first: its options have no prefix on the command line
         checked(asdict(self), Options)
         if self.prompt and self.prompt_file:
-            raise ConfigError("prompt and prompt_file cannot both be given: leave one out.")
+            raise ConfigError("Give either --prompt or --prompt-file, not both.")
         if "" in self.stop:
             raise ConfigError("stop must not be empty.")
 

@@ -247,44 +247,44 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class Adam:
-    """How Adam moves a group of parameters."""
+    """Adam's settings for a group of parameters."""
 
     learning_rate: NotNegative
-    """What its updates are multiplied with."""
+    """Learning rate."""
 
     betas: tuple[Decay, Decay] = (0.9, 0.99)
-    """Decay of the means of the gradient and of its square."""
+    """Decay rates of the first and second moments."""
 
     weight_decay: NotNegative = 0.0
-    """A step takes the rate squared times this off those weights which it brings nearer to zero."""
+    """Cautious weight decay: rate^2 times this, where the update already shrinks the weight."""
 
 
 @dataclass(frozen=True)
 class AdamGroups:
-    """How Adam moves each group of parameters. The defaults are the speedrun's."""
+    """Adam's settings for each group of parameters. The defaults are the speedrun's."""
 
     embedding: Adam = Adam(0.008, (0.5, 0.95), 0.75)
-    """The table of tokens."""
+    """Token embedding."""
     head: Adam = Adam(0.008, (0.5, 0.95), 0.75)
-    """What makes logits of the stream."""
+    """Output head."""
     tables: Adam = Adam(0.6, (0.75, 0.95), 0.025)
-    """Those of values and bigrams."""
+    """Value and bigram embeddings."""
     gates: Adam = Adam(0.008, (0.9, 0.99), 0.005)
-    """Those of attention and of values."""
+    """Attention gates and value gates."""
     smear_gate: Adam = Adam(0.00008)
-    """That of the smear."""
+    """Gate of the smear."""
     skip_gate: Adam = Adam(0.0004)
-    """Those of the skips."""
+    """Gates of the skips."""
     shortcuts: Adam = Adam(0.04, (0.65, 0.95))
-    """The embedding's share in what each layer reads."""
+    """Weights of the embedding shortcuts before each layer."""
     scalars: Adam = Adam(0.04)
-    """All other coefficients."""
+    """All other scalars."""
 
     @classmethod
     def alike(
         cls, tables: float, head: float, others: float, betas: tuple[float, float]
     ) -> "AdamGroups":
-        """With three rates, and the same betas in all: of all tables, of the head, of all else."""
+        """Three learning rates (all tables, the head, everything else) and the same betas."""
         few = "gates", "smear_gate", "skip_gate", "shortcuts", "scalars"
         return cls(
             embedding=Adam(tables, betas),

@@ -1,7 +1,7 @@
-"""`python3 -m nanogpt.report runs/a runs/b` draws runs over each other.
+"""`python3 -m nanogpt.report runs/a runs/b` plots runs on shared axes.
 
-report.png is one picture; report.html has the same curves, sharp at any size, and a table of what
-the runs were and in which settings they differ.
+report.png is a picture; report.html has the same curves as vector graphics, and a table of the runs
+and the settings in which they differ.
 """
 
 import sys
@@ -22,13 +22,13 @@ from nanogpt.runs.folder import RunError
 
 @dataclass(frozen=True)
 class Options:
-    """Draw what runs did, over each other, and tell what they were."""
+    """Plot runs on shared axes, and list how they differ."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of the runs, runs/<name>."""
     out: Path | None = None
-    """A .png, a .html, or a folder for both, report.png and report.html; None for the folder that
-    the first run lies in."""
+    """A .png, a .html, or a folder for both, report.png and report.html; None: the parent folder
+    of the first run."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def report(
     or a file that cannot be written.
     """
     if not folders:
-        raise RunError("There is nothing to draw: name runs, runs/<name>.")
+        raise RunError("Nothing to draw. Give one or more run folders, e.g. runs/<name>.")
     places = list(dict.fromkeys(folder.resolve() for folder in folders))
     parent = Path(commonpath([place.parent for place in places]))
     runs, left_out = [], []
@@ -67,7 +67,7 @@ def report(
     if not runs:
         raise left_out[0]
     for error in left_out:
-        say(f"Left out: {error}")
+        say(f"Skipped {error}")
     out = out or folders[0].parent
     alone = out.suffix in (".png", ".html") and not out.is_dir()
     files = [out] if alone else [out / "report.png", out / "report.html"]
