@@ -102,7 +102,7 @@ def read_prompt(options: Options) -> str:
 
 def print_samples(options: Options, prompt: str) -> None:
     """Write all samples at once: the first as it comes, then the others."""
-    write = load_writer(options.model)
+    write, _ = load_writer(options.model)
     later = [""] * options.num_samples
 
     def heading(number: int) -> None:
@@ -147,7 +147,7 @@ def serve_page(options: Options) -> None:
     """Serve the playground until Ctrl-C."""
     from nanogpt.inference.playground import serve
 
-    write = load_writer(options.model)
+    write, about = load_writer(options.model)
 
     def one(prompt: str, max_new_tokens: int, sampling: Sampling) -> Generator[Token, None, None]:
         for _, token in write(
@@ -155,11 +155,17 @@ def serve_page(options: Options) -> None:
         ):
             yield token
 
-    serve(one, str(options.model), options.port)
+    chosen = asdict(options.sampling)
+    start = chosen | {"prompt": read_prompt(options), "num_tokens": options.max_new_tokens}
+    start["top_k"] = start["top_k"] or 0  # the slider's "all"
+    serve(one, str(options.model), options.port, about=about, start=start)
 
 
-def load_writer(folder: Path) -> Write:
-    """The model in a folder, as a function that writes; ConfigError if there is none."""
+def load_writer(folder: Path) -> tuple[Write, str]:
+    """The model in a folder as a function that writes, and a line about it.
+
+    Raises ConfigError if there is none.
+    """
     # The memory of a GPU is taken as it is needed: a trainer may be running there.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from functools import partial
@@ -173,6 +179,8 @@ def load_writer(folder: Path) -> Write:
 
     use_compilation_cache()
     settings, graph, params = load_model(folder, make_mesh(1))
+    parameters = sum(array.size for array in jax.tree.leaves(params))
+    about = f"{parameters:,} parameters, context {settings.sequence_length:,} tokens"
     return partial(
         write,
         graph,
@@ -181,7 +189,7 @@ def load_writer(folder: Path) -> Write:
         context=settings.sequence_length,
         # CPUs emulate bfloat16.
         dtype="float32" if jax.default_backend() == "cpu" else settings.dtype,
-    )
+    ), about
 
 
 if __name__ == "__main__":
