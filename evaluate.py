@@ -26,6 +26,7 @@ from rich.progress import track
 
 from cached_fineweb10B import DownloadError, patiently
 from nanogpt.checks import ConfigError, Count, Positive, UserError, checked
+from nanogpt.command_line import parse
 from nanogpt.data.corpus import embedded_corpus
 from nanogpt.data.shards import find_shards
 from nanogpt.data.tokenizer import Tokenizer, load_tokenizer
@@ -84,7 +85,7 @@ class Results(TypedDict, total=False):
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate what the command line asks for; return the exit status."""
-    options = tyro.cli(Options, args=arguments)
+    options = parse(Options, arguments)
     try:
         options.check()
         evaluate(options)

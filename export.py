@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import tyro
 
 from nanogpt.checks import ConfigError, UserError
+from nanogpt.command_line import parse
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Options:
 
 def main(arguments: list[str] | None = None) -> int:
     """Export the run; return the exit status."""
-    options = tyro.cli(Options, args=arguments)
+    options = parse(Options, arguments)
     try:
         print(export(options.run, options.out))
     except UserError as error:

@@ -27,6 +27,7 @@ import tyro
 
 from cached_fineweb10B import patiently
 from nanogpt.checks import Positive, UserError, checked
+from nanogpt.command_line import parse
 from nanogpt.config import TokenizerName
 from nanogpt.data.text.documents import DataError, find_files
 from nanogpt.data.text.encode import Inputs
@@ -90,7 +91,7 @@ class Subset(TypedDict):
 
 def main(arguments: list[str] | None = None) -> int:
     """Make the shards that the command line asks for; return the exit status."""
-    options = tyro.cli(Options, args=arguments, description=__doc__)
+    options = parse(Options, arguments, description=__doc__)
     out = Path(os.path.abspath(options.out.expanduser()))
     name = options.name or (options.hub or "text").rpartition("/")[2]
     recipe = Recipe(options.tokenizer, options.field, name, options.shard_tokens)

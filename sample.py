@@ -16,6 +16,7 @@ import tyro
 from msgspec import Meta
 
 from nanogpt.checks import ConfigError, Positive, UserError, checked
+from nanogpt.command_line import parse
 from nanogpt.data.tokenizer import load_tokenizer
 from nanogpt.inference.sampling import Sampling, Token
 
@@ -59,7 +60,7 @@ Write = Callable[..., Iterator[tuple[int, Token]]]  # nanogpt.inference.text.wri
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the prompt and its continuation, or serve a page; return the exit status."""
-    options = tyro.cli(Options, args=arguments)
+    options = parse(Options, arguments)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show ends no text
     try:

@@ -33,6 +33,7 @@ from nanogpt.checks import (
     can_be_utf8,
     checked,
 )
+from nanogpt.command_line import parse
 from nanogpt.config import AdamGroups, ComputeType, GPTConfig, LossKernel, TokenizerName, mesh_axes
 from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.runs.folder import Run, RunError
@@ -367,9 +368,12 @@ PRESETS |= {
 def main(arguments: list[str] | None = None) -> int:
     """Parse the arguments, train, and return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    override = partial(tyro.cli, Hyperparameters, args=arguments)
-    given = override()  # a misspelt argument ends here
+    override = partial(parse, Hyperparameters, arguments)
+    help_only = {"-h", "--help"} & set(arguments)
+    given = parse(Hyperparameters, [x for x in arguments if x not in help_only])
     try:
+        if help_only:  # with the defaults of the preset that would run
+            override(default=settings(given, PRESETS, lambda start: start))
         with Interruption() as interruption:
             join_others(given)
             hp = settings(given, PRESETS, lambda start: override(default=start))

@@ -14,6 +14,7 @@ from typing import Annotated
 import tyro
 
 from nanogpt.checks import UserError
+from nanogpt.command_line import parse
 from nanogpt.report.curves import NoNumbers, read_run
 from nanogpt.report.page import page
 from nanogpt.report.picture import overview
@@ -33,7 +34,7 @@ class Options:
 
 def main(arguments: list[str] | None = None) -> int:
     """Draw what the command line asks for; return the exit status."""
-    options = tyro.cli(Options, args=arguments, prog="python3 -m nanogpt.report")
+    options = parse(Options, arguments, prog="python3 -m nanogpt.report")
     try:
         for file in report(options.runs, options.out, lambda line: print(line, file=sys.stderr)):
             print(file)
