@@ -161,13 +161,13 @@ def load_writer(folder: Path) -> Write:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from functools import partial
 
-    import jax
-
+    from nanogpt.devices.accelerator import use_device
     from nanogpt.devices.compilation import use_compilation_cache
     from nanogpt.devices.mesh import make_mesh
     from nanogpt.inference.text import write
     from nanogpt.inference.weights import load_model
 
+    device = use_device()
     use_compilation_cache()
     settings, graph, params = load_model(folder, make_mesh(1))
     return partial(
@@ -177,7 +177,7 @@ def load_writer(folder: Path) -> Write:
         load_tokenizer(settings.tokenizer),
         context=settings.sequence_length,
         # CPUs emulate bfloat16.
-        dtype="float32" if jax.default_backend() == "cpu" else settings.dtype,
+        dtype="float32" if device == "cpu" else settings.dtype,
     )
 
 
