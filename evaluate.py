@@ -103,10 +103,12 @@ def evaluate(options: Options) -> None:
     # So that this takes no more of a GPU that trains at the same time than it needs.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from nanogpt.data.validation import ValidationRows
+    from nanogpt.devices.accelerator import use_device
     from nanogpt.devices.compilation import first_that_fits, use_compilation_cache
     from nanogpt.devices.mesh import make_mesh
     from nanogpt.inference.hellaswag import read_items, retokenized
 
+    use_device()
     use_compilation_cache()
     run = load(options.run, make_mesh())
 

@@ -173,11 +173,13 @@ def load_writer(folder: Path) -> tuple[Write, str]:
 
     import jax
 
+    from nanogpt.devices.accelerator import use_device
     from nanogpt.devices.compilation import use_compilation_cache
     from nanogpt.devices.mesh import make_mesh
     from nanogpt.inference.text import write
     from nanogpt.inference.weights import load_model
 
+    device = use_device()
     use_compilation_cache()
     settings, graph, params = load_model(folder, make_mesh(1))
     parameters = sum(array.size for array in jax.tree.leaves(params))
@@ -189,7 +191,7 @@ def load_writer(folder: Path) -> tuple[Write, str]:
         load_tokenizer(settings.tokenizer),
         context=settings.sequence_length,
         # CPUs emulate bfloat16.
-        dtype="float32" if jax.default_backend() == "cpu" else settings.dtype,
+        dtype="float32" if device == "cpu" else settings.dtype,
     ), about
 
 

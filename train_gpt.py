@@ -395,8 +395,9 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     """Train a model in a new folder under runs/, or resume one; return the exit status."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # JAX's own default is 0.75
     from nanogpt.data.prefetch import prefetch
+    from nanogpt.devices.accelerator import use_device
     from nanogpt.devices.compilation import use_compilation_cache
-    from nanogpt.devices.mesh import make_mesh, use_device
+    from nanogpt.devices.mesh import make_mesh
     from nanogpt.inference.weights import with_weights
     from nanogpt.runs import session
     from nanogpt.training.checkpoint import Checkpoints
@@ -434,32 +435,31 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         session.compiled(run, progress, programs, start)
 
         # Train.
-        interruption.patient = True
+        interruption.be_patient()
         step, stop = start.first_step - 1, False
-        if start.unvalidated:
-            validate = partial(programs.validation_loss, state.params, step, interruption.hurries)
-            progress.validate(start.unvalidated, validate)
-            if interruption.hurries():
-                return session.interrupted(run, interruption)
-        progress.paused("compile")
-        steps = range(start.first_step, hp.num_steps + 1)
+        loss, hurries = programs.validation_loss, interruption.hurries
         try:
+            if start.unvalidated:
+                progress.validate(partial(loss, state.params, step, hurries))
+                if hurries():
+                    return session.interrupted(run, interruption)
+            progress.paused("compile")
+            steps = range(start.first_step, hp.num_steps + 1)
             for step, batch in zip(steps, prefetch(programs.batch, steps), strict=True):
                 train_step, rates = programs.train_step(step), hp.schedule.rates(step)
                 trace.begin(step, train_step, state, progress)
                 state, metrics = train_step(state, batch, rates)
                 progress.started(step, metrics)
                 trace.end(step, state, progress)
-                if plan.validates(step):
-                    loss = programs.validation_loss
-                    progress.report(partial(loss, state.params, step, interruption.hurries))
-                stop = interruption.requested(step)
-                if stop or plan.saves(step):
+                if plan.saves(step):
                     session.save(run, progress, checkpoints, plan, step, state)
-                if stop:
+                if plan.validates(step):
+                    progress.validate(partial(loss, state.params, step, hurries))
+                if stop := interruption.requested():
+                    session.save(run, progress, checkpoints, plan, step, state)
                     break
         except BadNumbers as error:
-            raise BadNumbers(f"{error} {checkpoints.last_good()}") from error
+            raise BadNumbers(f"{error} {checkpoints.last_good(bad=step)}") from error
 
         # Finish.
         checkpoints.wait()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from nanogpt.checks import Positive, Total
 from nanogpt.data.shards import HEADER_BYTES, MAGIC, TOKEN_BYTES, VERSION, Tokens
@@ -38,7 +38,7 @@ from nanogpt.data.text.encode import (
     tokenizer_of,
 )
 from nanogpt.data.text.eta import Pace
-from nanogpt.files import read_json, write_whole
+from nanogpt.files import lock_file, read_json, write_whole
 
 FORMAT = 1  # raise it when the same documents would be split, ordered or written differently
 SAVE_SECONDS = 5.0  # what an interruption costs at most
@@ -192,12 +192,11 @@ def encode_rest(
 @contextmanager
 def locked(folder: Path, show: Callable[[str], None]) -> Generator[None, None, None]:
     """One process at a time in `folder`."""
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = lock_file(folder / ".lock")
     except Timeout:
         show(f"waiting for another process that writes in {folder}")
-        lock.acquire()
+        lock = lock_file(folder / ".lock", timeout=-1)
     try:
         yield
     finally:
