@@ -32,16 +32,14 @@ def matches(pattern: str) -> list[str]:
 
 
 def why_no_file(path: Path) -> str | None:
-    """What is in the place of a file, to be said of the path; None where it is a file."""
-    if path.is_file():
+    """What is in the place of a file, to be said of the path; None where it is one, or nothing."""
+    if path.is_file() or not os.path.lexists(path):
         return None
     if path.is_dir():
         return "is a folder that cannot be read"
     if path.is_fifo():
-        return "is a pipe, not a file: name a file"
-    if path.exists():
-        return "is no file"
-    return "is a link that leads nowhere" if path.is_symlink() else "is not there"
+        return "is a pipe, not a file"
+    return "is no file" if path.exists() else "is a link that leads nowhere"
 
 
 def files_below(place: str, leave_out: Path | None = None) -> Iterator[Path]:

@@ -156,8 +156,8 @@ def find_shards(pattern: str) -> list[Path]:
     found = sorted(map(Path, matches(pattern)))
     shards = [path for path in found if path.is_file()]
     if not shards and len(found) == 1:
-        folder = "is a folder: name the shards in it, such as data/train_*.bin"
-        raise ShardError(f"{pattern} {folder if found[0].is_dir() else why_no_file(found[0])}.")
+        problem = "is a folder" if found[0].is_dir() else why_no_file(found[0])
+        raise ShardError(f"{pattern} {problem}: name shards, such as data/train_*.bin.")
     if not shards:
         raise ShardError(
             f"No shard matches {pattern} (seen from {Path.cwd()}): `python3 cached_fineweb10B.py` "

@@ -44,7 +44,7 @@ class ValidationRows:
             context: how many tokens before it a row begins with where it goes on in a document;
                 at most half a row.
         """
-        available = sum(len(read_shard(file)) for file in files) - 1
+        available = max(0, sum(len(read_shard(file)) for file in files) - 1)
         if num_tokens > available:
             raise ShardError(
                 f"val_tokens is {num_tokens:,}, but the validation shards ({files[0]}, ...) have "

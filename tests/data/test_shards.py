@@ -246,7 +246,10 @@ def test_shards_of_several_folders_are_ordered_by_folder_and_name(folder):
 
 def test_what_is_no_file_is_told(folder):
     os.mkfifo("pipe.bin")
-    for name, told in (("x_train_folder.bin", "is a folder: name the"), ("pipe.bin", "is a pipe")):
+    for name, told in (
+        ("x_train_folder.bin", "is a folder: name shards"),
+        ("pipe.bin", "is a pipe"),
+    ):
         with pytest.raises(ShardError, match=f"^{name} {told}"):
             find_shards(name)
 
