@@ -153,6 +153,15 @@ def write_data(folder):
     write_shard(folder / "val.bin", tokens[18_000:])
 
 
+def change_a_token(shard, position):
+    """Make a token of a shard another."""
+    with shard.open("r+b") as file:
+        file.seek(1024 + 2 * position)
+        token = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([token[0] ^ 1]))
+
+
 def started(place, cache, *arguments, **settings):
     """A run named "a", which has begun."""
     return Process([*RUN, "--run-name", "a", *arguments], place, cache, **settings)

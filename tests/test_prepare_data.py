@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from hashlib import blake2b
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +46,17 @@ def shard_bytes(tokens):
 def expected_shards(texts, limit, name="text"):
     """The shards of bytes tokens by name, by other means."""
     digests = [int(blake2b(text.encode(), digest_size=8).hexdigest(), 16) for text in texts]
-    below = max(2**64 // 100, min(digests) + 1)
-    sides = {"train": b"", "val": b""}
-    for text, digest in zip(texts, digests, strict=True):
-        sides["val" if digest < below else "train"] += b"\xff" + text.encode()
+    total, below = sum(map(len, texts)), 2**64 // 100
+    if len(texts) < 1000:  # the least digests that have a tenth of the text
+        by_digest = sorted(zip(digests, map(len, texts), strict=True))
+        ends = np.cumsum([length for _, length in by_digest])
+        below = by_digest[int(np.searchsorted(ends, total / 10))][0] + 1
+    sides, of_val = {"train": b"", "val": b""}, [digest < below for digest in digests]
+    divided = sum(map(len, compress(texts, of_val))) > total / 5 and total > 30
+    for text, is_val in zip(texts, of_val, strict=True):
+        first = len(text) - len(text) // 10 if divided else 0 if is_val else len(text)
+        for side, part in (("train", text[:first]), ("val", text[first:])):
+            sides[side] += b"\xff" + part.encode() if part else b""
     shards = {}
     for side, first in (("train", 1), ("val", 0)):
         tokens = np.frombuffer(sides[side], "u1").astype("<u2")
@@ -78,10 +86,10 @@ BUSY = """
 import sys
 sys.path.insert(0, sys.argv[1])
 import prepare_data
-from nanogpt.data.text import documents
 from nanogpt.data.text import encode
 from nanogpt.data.text import prepare
-prepare.SAVE_SECONDS, encode.BATCH, documents.PIECE = 0.0, 4000, 1000
+from nanogpt.data.text import reading
+prepare.SAVE_SECONDS, encode.BATCH, reading.PIECE = 0.0, 4000, 1000
 if __name__ == "__main__":
     sys.exit(prepare_data.main(sys.argv[2:]))
 """

@@ -64,7 +64,10 @@ def test_a_run_leaves_its_configuration_log_metrics_and_weights(base):
     assert repeat["jax"] == jax.__version__
     assert "train_gpt.py" in repeat["command"]
     assert repeat["config"] == config
-    assert re.fullmatch(r"[0-9a-f]{64}", repeat["data"]["sha256"])
+    (train,), (val,) = repeat["data"]["train"], repeat["data"]["val"]
+    assert (train["name"], val["name"]) == ("train_000000.bin", "val_000000.bin")
+    assert f"{train['tokens']:,} tokens" in repeat["data"]["name"]
+    assert re.fullmatch(r"[0-9a-f]{32}", train["sample"]) and train["sample"] != val["sample"]
 
 
 def test_the_first_line_names_preset_data_devices_and_accumulation(base):

@@ -19,14 +19,24 @@ shards, so that a run whose T changes goes on in the data where it was.
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int32, Int64, UInt16
 
-from nanogpt.data.shards import ShardError, check_vocabulary, read_shard
+from nanogpt.data.shards import (
+    HEADER_BYTES,
+    TOKEN_BYTES,
+    ShardError,
+    Tokens,
+    check_vocabulary,
+    read_shard,
+)
 from nanogpt.schedule import Schedule
+
+OPEN = 64  # shards that are kept open, of which the system allows a few hundred
 
 
 class Rows:
@@ -64,11 +74,12 @@ class Rows:
                 it goes on to the first, and ends where it began.
         """
         self.files, self.vocab_size = files, vocab_size
-        self.shards = [read_shard(file) for file in files]
+        self.lengths = [len(read_shard(file)) for file in files]
+        self._shard = lru_cache(maxsize=OPEN)(lambda shard: read_shard(files[shard]))
         self.sequence_length = sequence_length
         self.separator, self.max_document = separator, max_document
         self.seed, self.shuffle, self.start = seed, shuffle, start
-        self.offsets = np.cumsum([0, *map(len, self.shards)]).tolist()
+        self.offsets = np.cumsum([0, *self.lengths]).tolist()
         self._segments = [*self._between(start, self.offsets[-1]), *self._between(0, start)]
         self._bounds = []  # of each segment gone through: see _bounds_of
         self._ends = [0]  # the number of rows up to the end of each of them
@@ -108,7 +119,7 @@ class Rows:
         """The segments (shard, first, last) of the shards that lie between two offsets."""
         for shard, offset in enumerate(self.offsets[:-1]):
             first = max(start - offset, 0)
-            last = min(stop - offset, len(self.shards[shard]))
+            last = min(stop - offset, self.lengths[shard])
             if first < last:
                 yield shard, first, last
 
@@ -121,7 +132,7 @@ class Rows:
 
     def _bounds_of(self, shard: int, first: int, last: int) -> range | Int64[np.ndarray, "bounds"]:
         """Where in its shard each row of a segment begins, and then where the last one ends."""
-        T, tokens = self.sequence_length, self.shards[shard]
+        T, tokens = self.sequence_length, self._tokens(shard)
         if self.max_document is None:
             return range(first, min(last, len(tokens) - 1) + 1, T)
         bounds = np.append(first + np.flatnonzero(tokens[first:last] == self.separator), last)
@@ -154,8 +165,23 @@ class Rows:
         begin, end = self._bounds[segment][row : row + 2]
         return self._segments[segment][0], int(begin), int(end)
 
+    def _tokens(self, shard: int) -> Tokens:
+        """The tokens of a shard; ShardError if its file is not as long any more.
+
+        The system would end this process where it reads beyond the end.
+        """
+        tokens, file = self._shard(shard), self.files[shard]
+        size = HEADER_BYTES + TOKEN_BYTES * self.lengths[shard]
+        with suppress(FileNotFoundError):  # what is open stays
+            if file.stat().st_size != size:
+                raise ShardError(
+                    f"Shard {file} has changed since the run began: restore it, then go on from "
+                    "the newest checkpoint (--resume)."
+                )
+        return tokens
+
     def _read(self, shard: int, begin: int, end: int) -> UInt16[np.ndarray, "T1"]:
-        tokens, width = self.shards[shard], self.sequence_length + 1
+        tokens, width = self._tokens(shard), self.sequence_length + 1
         if self.max_document is None:
             row = tokens[begin : begin + width]
         else:

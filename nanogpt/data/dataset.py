@@ -1,13 +1,39 @@
-"""The shards that a run trains and validates on, found and checked."""
+"""The shards that a run trains and validates on: found, checked, and known by their content."""
 
-import hashlib
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b, file_digest
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
 
 from nanogpt.data.corpus import embedded_corpus
-from nanogpt.data.shards import check_vocabulary, find_shards, read_shard
+from nanogpt.data.shards import check_vocabulary, find_shards, read_shard, sample_of
+from nanogpt.data.tokenizer import TOKENIZERS
+from nanogpt.files import shown
 
-SAMPLE = 1_000_000  # tokens of each shard that are checked unless all are asked for
+SAMPLE = 1_000_000  # tokens of each shard that are looked at unless all are asked for
+TOO_COMMON = 0.5  # share of a shard's tokens that no token of a text has
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What tells a shard from another."""
+
+    name: str
+    tokens: int
+    sample: str
+    """Digest of a sample of its tokens, or of all if it has no more."""
+    sha256: str | None
+    """Of the whole file, where every token was looked at."""
+
+    def differs(self, other: "Shard") -> bool:
+        """Whether the other has other content, as far as both were looked at."""
+        known = None not in (self.sha256, other.sha256)
+        return self.sample != other.sample or (known and self.sha256 != other.sha256)
 
 
 @dataclass(frozen=True)
@@ -17,22 +43,35 @@ class Dataset:
     name: str
     train_files: tuple[Path, ...]
     val_files: tuple[Path, ...]
-    sizes: tuple[tuple[str, int], ...]
-    """File name and tokens of each training shard."""
-    sha256: str
-    """Of the names and sizes of all shards, and of the first and last tokens in each."""
+    train: tuple[Shard, ...]
+    val: tuple[Shard, ...]
+    warnings: tuple[str, ...] = ()
+    """What is odd about the data; the run may be meant all the same."""
 
     @property
     def train_tokens(self) -> int:
         """Tokens of all training shards."""
-        return sum(tokens for _, tokens in self.sizes)
+        return sum(shard.tokens for shard in self.train)
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.train_tokens:,} tokens"
+        return f"{shown(self.name)}, {self.train_tokens:,} tokens"
+
+
+LookedAt = tuple[Shard, Int64[np.ndarray, "ids"]]  # with how often each token is in its sample
+
+
+def content_of(dataset: Dataset) -> dict[str, list[dict[str, Any]]]:
+    """Its shards as JSON has them."""
+    return {side: [asdict(shard) for shard in getattr(dataset, side)] for side in ("train", "val")}
 
 
 def find_dataset(
-    train_files: str | None, val_files: str | None, name: str, vocab_size: int, every_token: bool
+    train_files: str | None,
+    val_files: str | None,
+    name: str,
+    tokenizer: str,
+    vocab_size: int,
+    every_token: bool,
 ) -> Dataset:
     """The shards that match two globs, or without them the embedded corpus, made where missing.
 
@@ -44,12 +83,62 @@ def find_dataset(
         train_files, val_files = corpus.train_files, corpus.val_files
         name = f"embedded corpus {corpus.fingerprint}"
     training, validation = find_shards(train_files), find_shards(val_files)
-    sizes, digest = [], hashlib.sha256()
-    for file in training + validation:
-        tokens = read_shard(file)
-        digest.update(f"{file.name} {len(tokens)} ".encode())
-        digest.update(tokens[:4096].tobytes() + tokens[-4096:].tobytes())
-        check_vocabulary(file, tokens, vocab_size, None if every_token else SAMPLE)
-        sizes.append((file.name, len(tokens)))
-    trained_on = tuple(sizes[: len(training)])
-    return Dataset(name, tuple(training), tuple(validation), trained_on, digest.hexdigest())
+    train = [look_into(file, vocab_size, every_token) for file in training]
+    val = [look_into(file, vocab_size, every_token) for file in validation]
+    return Dataset(
+        name,
+        tuple(training),
+        tuple(validation),
+        tuple(shard for shard, _ in train),
+        tuple(shard for shard, _ in val),
+        (
+            *copies([shard for shard, _ in train + val]),
+            *uniformity(train + val),
+            *other_tokenizer(train, "training", tokenizer),
+            *other_tokenizer(val, "validation", tokenizer),
+        ),
+    )
+
+
+def look_into(file: Path, vocab_size: int, every_token: bool) -> LookedAt:
+    """What tells a shard from others, and how often each token is in its sample."""
+    tokens = read_shard(file)
+    sample = sample_of(tokens, SAMPLE)
+    if every_token or (sample >= vocab_size).any():
+        check_vocabulary(file, tokens, vocab_size)
+    sha256 = None
+    if every_token:
+        with file.open("rb") as whole:
+            sha256 = file_digest(whole, "sha256").hexdigest()
+    digest = blake2b(np.ascontiguousarray(sample, "<u2").data, digest_size=16).hexdigest()
+    return Shard(file.name, len(tokens), digest, sha256), np.bincount(sample, minlength=1)
+
+
+def copies(shards: Sequence[Shard]) -> Iterator[str]:
+    """What to say of shards that have the same content."""
+    alike = defaultdict(list)
+    for shard in shards:
+        alike[shard.tokens, shard.sample, shard.sha256].append(shard.name)
+    for names in alike.values():
+        if len(names) > 1:
+            yield f"shards {', '.join(map(shown, names))} have the same content"
+
+
+def uniformity(looked_at: Sequence[LookedAt]) -> Iterator[str]:
+    """What to say of shards that are mostly one token."""
+    for shard, counts in looked_at:
+        share = counts.max() / max(1, counts.sum())
+        if share > TOO_COMMON:
+            yield f"{share:.0%} of the tokens of shard {shown(shard.name)} are id {counts.argmax()}"
+
+
+def other_tokenizer(looked_at: Sequence[LookedAt], side: str, tokenizer: str) -> Iterator[str]:
+    """What to say of tokens that another tokenizer would make."""
+    seen = sum(int(counts.sum()) for _, counts in looked_at)
+    greatest = max(len(counts) for _, counts in looked_at) - 1
+    for name, other in TOKENIZERS.items():
+        if greatest < other.vocab_size < TOKENIZERS[tokenizer].vocab_size:
+            yield (
+                f"no {side} token of {seen:,} is above {other.vocab_size - 1}: the shards seem to "
+                f"be of tokenizer {name}, not {tokenizer}"
+            )

@@ -8,8 +8,8 @@
 This is the format of llm.c and modded-nanogpt, so their shards are read as they are.
 """
 
-import glob
 import os
+from errno import EMFILE, ENFILE
 from pathlib import Path
 from uuid import uuid4
 
@@ -18,6 +18,7 @@ from jaxtyping import UInt16
 from numpy.typing import ArrayLike
 
 from nanogpt.checks import UserError
+from nanogpt.data.find import matches, why_no_file
 
 MAGIC = 20240520
 VERSION = 1
@@ -88,7 +89,9 @@ def read_shard(path: str | os.PathLike) -> Tokens:
         size = path.stat().st_size
         header = np.fromfile(path, dtype="<i4", count=HEADER_BYTES // 4)
     except OSError as error:
-        raise ShardError(f"Cannot read shard {path}: {error.strerror}; check the path.") from error
+        many = error.errno in (EMFILE, ENFILE)
+        advice = "raise the limit (`ulimit -n`)" if many else "check the path"
+        raise ShardError(f"Cannot read shard {path}: {error.strerror}; {advice}.") from error
     if size < HEADER_BYTES:
         raise ShardError(
             f"Shard {path} is truncated: {size} bytes is less than its {HEADER_BYTES}-byte header; "
@@ -113,23 +116,30 @@ def read_shard(path: str | os.PathLike) -> Tokens:
     return np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(count,))
 
 
-def check_vocabulary(
-    path: str | os.PathLike, tokens: Tokens, vocab_size: int, sample: int | None = None
-) -> None:
+def sample_of(tokens: Tokens, size: int) -> Tokens:
+    """About `size` of the tokens of a shard, at least 1, or all if there are no more.
+
+    They are blocks from the first token to the last, one in each of as many equal parts, at a
+    place drawn with a fixed seed: of as many tokens it is always the same ones.
+    """
+    if size >= len(tokens):
+        return tokens[:]
+    blocks = -(-size // SAMPLE_BLOCK)
+    width = -(-size // blocks)
+    parts = np.linspace(0, len(tokens), blocks + 1, dtype=np.int64)
+    room = (np.diff(parts) - width + 1).astype(np.uint64)  # places for a block in each part
+    starts = parts[:-1] + (np.random.Philox(key=0).random_raw(blocks) % room).astype(np.int64)
+    starts[0], starts[-1] = 0, len(tokens) - width
+    return np.concatenate([tokens[start : start + width] for start in starts])
+
+
+def check_vocabulary(path: str | os.PathLike, tokens: Tokens, vocab_size: int) -> None:
     """Raise ShardError at the first token of shard `path` that is not below `vocab_size`.
 
-    `sample` is how many tokens to look at (at least 1), in blocks spread evenly from the first
-    token to the last, the same ones each time; None looks at all of them. The check matters
-    because JAX reads a table beyond its end without complaint.
+    It matters because JAX reads a table beyond its end without complaint.
     """
-    if sample is None or sample >= len(tokens):
-        width, starts = SAMPLE_BLOCK, range(0, len(tokens), SAMPLE_BLOCK)
-    else:
-        blocks = -(-sample // SAMPLE_BLOCK)
-        width = -(-sample // blocks)
-        starts = np.linspace(0, len(tokens) - width, blocks, dtype=int).tolist()
-    for start in starts:
-        beyond = tokens[start : start + width] >= vocab_size
+    for start in range(0, len(tokens), SAMPLE_BLOCK):
+        beyond = tokens[start : start + SAMPLE_BLOCK] >= vocab_size
         if beyond.any():
             position = start + int(beyond.argmax())
             raise ShardError(
@@ -139,12 +149,15 @@ def check_vocabulary(
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """Return the files that match the glob `pattern`, sorted by name; `~` is the home folder.
+    """Return the files that a path or glob means, sorted by name; see nanogpt/data/find.py.
 
-    Raises ShardError when there are none.
+    Raises ShardError when there are none, and for what exists but is no file.
     """
-    matches = map(Path, glob.glob(os.path.expanduser(pattern)))
-    shards = sorted(path for path in matches if path.is_file())
+    found = sorted(map(Path, matches(pattern)))
+    shards = [path for path in found if path.is_file()]
+    if not shards and len(found) == 1:
+        problem = "is a folder" if found[0].is_dir() else why_no_file(found[0])
+        raise ShardError(f"{pattern} {problem}: name shards, such as data/train_*.bin.")
     if not shards:
         raise ShardError(
             f"No shard matches {pattern} (seen from {Path.cwd()}): `python3 cached_fineweb10B.py` "

@@ -44,18 +44,19 @@ class ValidationRows:
             context: how many tokens before it a row begins with where it goes on in a document;
                 at most half a row.
         """
-        shards = [read_shard(file) for file in files]
-        available = sum(map(len, shards)) - 1
+        available = max(0, sum(len(read_shard(file)) for file in files) - 1)
         if num_tokens > available:
             raise ShardError(
                 f"val_tokens is {num_tokens:,}, but the validation shards ({files[0]}, ...) have "
                 f"{available:,} tokens to predict: ask for fewer or add shards."
             )
         parts, missing = [], num_tokens + 1
-        for file, shard in zip(files, shards, strict=True):
-            parts.append(shard[:missing])
+        for file in files:
+            parts.append(np.array(read_shard(file)[:missing]))  # a copy: the file is closed
             check_vocabulary(file, parts[-1], vocab_size)
             missing -= len(parts[-1])
+            if not missing:
+                break
         self.tokens = np.concatenate(parts)
         self.sequence_length = sequence_length
         if separator is None:

@@ -7,7 +7,7 @@ first of them, process 0, prints and writes.
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
@@ -125,17 +125,31 @@ def wait_for_others() -> None:
         sync_global_devices("end")
 
 
-def check_same(what: str, here: str) -> None:
-    """Raise ConfigError in all processes if `here` is not the same text in each."""
+def check_same(what: str, here: Sequence[tuple[str, str]]) -> None:
+    """Raise ConfigError in all processes if `here`, texts with their names, differs in any.
+
+    It names the first text that differs, where there are as many.
+    """
     if jax.process_count() == 1:
         return
-    digests = process_allgather(np.frombuffer(sha256(here.encode()).digest(), np.uint8))
-    for process, digest in enumerate(digests):
-        if (digest != digests[0]).any():
-            raise ConfigError(
-                f"Process {process} has other {what} than process 0: start all with the same "
-                "arguments, in a folder that all see."
-            )
+    items = [*map(repr, here)]
+    wholes = process_allgather(_digest("\n".join(items)))
+    differs = (wholes != wholes[0]).any(axis=1)
+    if not differs.any():
+        return
+    process, name = int(differs.argmax()), ""
+    counts = process_allgather(np.int32(len(items)))
+    if (counts == counts[0]).all():
+        each = process_allgather(np.array([*map(_digest, items)]))
+        name = f" ({here[int((each[process] != each[0]).any(axis=1).argmax())][0]})"
+    raise ConfigError(
+        f"Process {process} has other {what} than process 0{name}: give all the same "
+        "arguments and files, in a folder that all see."
+    )
+
+
+def _digest(text: str) -> np.ndarray:
+    return np.frombuffer(sha256(text.encode()).digest(), np.uint8)
 
 
 def check_all_see(file: Path, text: str) -> None:

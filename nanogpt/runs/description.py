@@ -24,7 +24,12 @@ def heading(plan: Plan, folder: Path) -> list[str]:
         )
     if plan.kernels.rematerialize:
         lines.append("layers are computed again in the backward pass, to save memory")
-    return lines
+    return lines + warnings(plan)
+
+
+def warnings(plan: Plan) -> list[str]:
+    """What is odd about the data."""
+    return [f"WARNING: {warning}." for warning in plan.dataset.warnings]
 
 
 def table(plan: Plan) -> dict[str, str]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import jax
 
+from nanogpt.data.dataset import content_of
 from nanogpt.devices.hardware import peak_memory
 from nanogpt.devices.processes import check_all_see, told_by_first
-from nanogpt.runs.description import heading, outlook, table
+from nanogpt.runs.description import heading, outlook, table, warnings
 from nanogpt.runs.environment import environment
 from nanogpt.runs.folder import Run, SilentRun, check_name, delete_if_no_run, new_folder
 from nanogpt.runs.profile import steps_of
@@ -48,7 +49,7 @@ def only_plan(plan: Plan) -> int:
     else:
         check_name(Path("runs"), plan.hp.run_name)
     if jax.process_index() == 0:
-        print(*(f"{name}: {value}" for name, value in rows.items()), sep="\n")
+        print(*(f"{name}: {value}" for name, value in rows.items()), *warnings(plan), sep="\n")
     return 0
 
 
@@ -99,7 +100,8 @@ def begin(run: Run, plan: Plan, start: Start) -> Progress:
     elif hp.init_from:
         run.say(f"beginning with the weights in {hp.init_from}")
     config = asdict(replace(hp, **OF_A_PROCESS))
-    run.configure(config, environment() | {"data": {"name": str(data), "sha256": data.sha256}})
+    content = {"name": str(data), **content_of(data)}
+    run.configure(config, environment() | {"data": content})
     run.trackers = open_trackers(
         run.folder,
         config,

@@ -14,6 +14,7 @@ from nanogpt.checks import ConfigError
 from nanogpt.data.text.cache import prepare
 from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.devices.launchers import launched_with_others
+from nanogpt.files import shown
 from nanogpt.training.resume import resumed_settings, run_to_resume, saved_settings
 
 if TYPE_CHECKING:
@@ -90,10 +91,19 @@ def suited_to_own_text(start: "Hyperparameters", asked: "Hyperparameters") -> "H
 
 
 def with_own_text(hp: "Hyperparameters") -> "Hyperparameters":
-    """The settings with the shards of `data`, which are made now unless they are there."""
+    """The settings with the shards of `data`, which are made now unless they are there.
+
+    Raises ConfigError if a run is resumed whose text was another.
+    """
     if not hp.data or (hp.resume and glob(hp.train_files or "")):
         return hp
     text = prepare(hp.data, hp.tokenizer, hp.data_field)
+    before, now = (Path(files or "").parent.name for files in (hp.train_files, text.train_files))
+    if hp.resume and before != now:
+        raise ConfigError(
+            f"{hp.resume} was trained on other text: {', '.join(map(shown, hp.data))} changed. "
+            "Restore it, or start another run."
+        )
     return replace(
         hp,
         train_files=text.train_files,

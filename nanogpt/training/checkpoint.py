@@ -29,6 +29,7 @@ from jax.experimental.multihost_utils import broadcast_one_to_all
 from orbax.checkpoint import v1 as ocp
 
 from nanogpt.checks import ConfigError, Count, Total, checked
+from nanogpt.data.dataset import Shard
 from nanogpt.files import read_json, write_whole
 from nanogpt.training.step import Params, TrainState
 
@@ -54,7 +55,7 @@ class Facts(TypedDict, total=False):
     tokens: Total  # trained on so far
     training_seconds: float
     unvalidated: dict[str, float] | None  # metrics of a step that is validated afterwards
-    data: list[tuple[str, int]]  # name and tokens of each training shard
+    shards: dict[str, list[Shard]]  # those that it trains on, "train", and validates on, "val"
 
 
 class File(TypedDict):

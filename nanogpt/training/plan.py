@@ -5,7 +5,7 @@ decides from that and the hyperparameters alone. A plan is data: it can be print
 tested without compiling anything.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import gcd
 from typing import TYPE_CHECKING
@@ -25,6 +25,7 @@ from nanogpt.devices.hardware import (
 )
 from nanogpt.devices.processes import check_same
 from nanogpt.devices.sharding import check_shared, num_parts
+from nanogpt.files import shown
 from nanogpt.model.attention import choose_attention
 from nanogpt.optim.groups import make_optimizer
 from nanogpt.training.step import init_params
@@ -135,7 +136,7 @@ def plan_here(hp: "Hyperparameters") -> Plan:
     Raises ConfigError, ShardError or CorpusError for what cannot be done here.
     """
     shared = replace(hp, coordinator_address=None, num_processes=None, process_id=None)
-    check_same("settings", repr(shared))
+    check_same("settings", [(name, repr(value)) for name, value in asdict(shared).items()])
     device = jax.local_devices()[0]
     hardware = Hardware(
         device.device_kind, jax.device_count(), jax.process_count(), device_memory(device)
@@ -146,10 +147,12 @@ def plan_here(hp: "Hyperparameters") -> Plan:
         hp.train_files,
         hp.val_files,
         ", ".join(hp.data) or hp.train_files or "",
+        hp.tokenizer,
         hp.model.vocab_size,
         hp.verify_data,
     )
-    check_same("data", dataset.sha256)
+    shards = (*dataset.train, *dataset.val)
+    check_same("data", [(f"shard {shown(each.name)}", repr(each)) for each in shards])
     models = [model for stage in stages for model in (stage.model, stage.used_model)]
     attention = choose_attention(models, hp.sequence_length, hp.dtype)
     return make_plan(hp, hardware, dataset, *attention)

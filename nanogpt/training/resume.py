@@ -4,7 +4,7 @@ Or with its weights only: the settings of another run that begins with them.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, replace
 from itertools import zip_longest
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanogpt.checks import ConfigError
+from nanogpt.data.dataset import Dataset, Shard
 from nanogpt.files import found_in, read_json
 
 if TYPE_CHECKING:
@@ -119,15 +120,20 @@ def resumed_settings(
     return replace(after, resume=str(run))
 
 
-def check_same_data(
-    run: Path, before: Sequence[tuple[str, int]], now: Sequence[tuple[str, int]]
-) -> None:
-    """Raise ConfigError if the shards (name, tokens) are not those that the run began with."""
-    for had, has in zip_longest(map(tuple, before), now):
-        if had != has:
-            name = (had or has)[0]
-            told = [f"{x[1]:,} tokens" if x and x[0] == name else "nothing" for x in (had, has)]
+def check_same_data(run: Path, before: dict[str, Any], now: Dataset) -> None:
+    """Raise ConfigError if the shards are not those that the run began with."""
+    for side, word in (("train", "trained"), ("val", "validated")):
+        noted = (Shard(**shard) for shard in before[side])
+        for had, has in zip_longest(noted, getattr(now, side)):
+            name = (had or has).name
+            if had is None or has is None or (had.name, had.tokens) != (has.name, has.tokens):
+                both = (had, has)
+                told = [f"{x.tokens:,} tokens" if x and x.name == name else "nothing" for x in both]
+                what = f"of shard {name} there was {told[0]}, now there is {told[1]}"
+            elif had.differs(has):
+                what = f"the content of shard {name} changed"
+            else:
+                continue
             raise ConfigError(
-                f"{run} was trained on other data: of shard {name} there was {told[0]}, now there "
-                f"is {told[1]}. Restore the data, or start another run."
+                f"{run} was {word} on other data: {what}. Restore the data, or start another run."
             )

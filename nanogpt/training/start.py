@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from nanogpt.checks import ConfigError
+from nanogpt.data.dataset import content_of
 from nanogpt.devices.processes import told_by_first
 from nanogpt.training.checkpoint import Checkpoint, check_model, newest_checkpoint
 from nanogpt.training.plan import Plan
@@ -62,7 +63,7 @@ def facts_to_save(
         "tokens": plan.hp.schedule.tokens(step),
         "training_seconds": training_seconds,
         "unvalidated": unvalidated,
-        "data": plan.dataset.sizes,
+        "shards": content_of(plan.dataset),
     }
 
 
@@ -83,7 +84,10 @@ def where_to_begin(plan: Plan, folder: Path, say: Callable[[str], None]) -> Star
         start = Start(checkpoint, validated=val_loss != "None")
     if start.first_step > hp.num_steps and not start.unvalidated:
         return start
-    check_same_data(folder, start.facts["data"], plan.dataset.sizes)
+    if "shards" in start.facts:
+        check_same_data(folder, start.facts["shards"], plan.dataset)
+    else:
+        say(f"WARNING: {checkpoint.folder} does not tell what its data were: they may be others.")
     had, has = start.facts["tokens"], hp.schedule.tokens(checkpoint.step)
     if had != has:
         raise ConfigError(

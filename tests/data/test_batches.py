@@ -1,10 +1,14 @@
 """Batches as a pure function of row numbers, held against rows cut from the raw files."""
 
+import os
+import resource
+
 import numpy as np
 import pytest
 
 from nanogpt.data.batches import RowOrder, Rows, train_batch
 from nanogpt.data.shards import ShardError, write_shard
+from nanogpt.data.validation import ValidationRows
 from nanogpt.devices.mesh import BATCH, make_mesh, put
 from nanogpt.schedule import Schedule, Stage
 
@@ -148,6 +152,30 @@ def test_a_token_beyond_the_vocabulary_stops_the_batch_that_holds_it_and_is_loca
     rows(np.arange(4 + 1))  # up to the first row of the third shard
     with pytest.raises(ShardError, match=rf"2\.bin has token {beyond} at position 8, .*{beyond}"):
         rows(np.arange(4 + 1, 4 + 2))
+
+
+def test_more_shards_than_may_be_open_are_read_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr("nanogpt.data.batches.OPEN", 8)
+    files = write(tmp_path, *[5] * 40)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 15, limit[1]))
+    try:
+        rows = Rows(files, 4, seed=0, shuffle=True)
+        assert len(first_tokens(rows, 1)) == 40
+        assert len(ValidationRows(files, 4, 199)) == 50
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
+def test_a_shard_that_is_cut_short_while_it_is_read_is_named(files):
+    rows = Rows(files, 4, seed=0, shuffle=False)
+    everything = rows(np.arange(len(rows)))
+    files[0].rename(files[0].with_suffix(".away"))  # what is open stays
+    assert (rows(np.arange(len(rows))) == everything).all()
+    files[0].with_suffix(".away").rename(files[0])
+    os.truncate(files[0], 1030)
+    with pytest.raises(ShardError, match=f"{files[0].name} has changed"):
+        rows(np.array(0))
 
 
 def test_shards_without_a_single_row_are_refused(tmp_path):

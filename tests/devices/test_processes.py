@@ -18,7 +18,7 @@ import train_gpt
 from nanogpt.runs.folder import SilentRun
 from nanogpt.training.checkpoint import Checkpoint, _checked
 from tests.programs import SCRIPT, Process, wait_until
-from tests.small_runs import LONGER, RUN, write_data
+from tests.small_runs import LONGER, RUN, change_a_token, write_data
 
 QUIET = {"GLOO_LOG_LEVEL": "ERROR"}
 
@@ -171,13 +171,17 @@ def test_one_that_is_killed_as_they_save_or_cannot_begin_ends_all_and_nothing_is
     assert_same(losses("runs/a"), losses(straight))
 
 
-@pytest.mark.parametrize("what", ["settings", "data"])
-def test_processes_that_were_started_differently_all_say_so(place, cache, what):
+@pytest.mark.parametrize(
+    ("what", "name"), [("settings", "seed"), ("data", "shard train_1.bin"), ("data", "")]
+)
+def test_processes_that_were_started_differently_all_say_so(place, cache, what, name):
     port, elsewhere = free_port(), place / "elsewhere"
     arguments = [*RUN, "--batch-size", "2", "--run-name", "a"]
     elsewhere.mkdir()
     write_data(elsewhere)
-    if what == "data":
+    if what == "data" and name:
+        change_a_token(elsewhere / "train_1.bin", 4_321)
+    elif what == "data":
         (elsewhere / "train_1.bin").unlink()
     different = ["--seed", "1"] if what == "settings" else []
     with (
@@ -188,7 +192,8 @@ def test_processes_that_were_started_differently_all_say_so(place, cache, what):
         ends = [threads.submit(process.end) for process in (one, two)]
         assert [end.result() for end in ends] == [2, 2], (one.stderr, two.stderr)
     for process in (one, two):
-        assert process.stderr.startswith(f"Process 1 has other {what} than process 0: ")
+        told = f" ({name})" if name else ""
+        assert process.stderr.startswith(f"Process 1 has other {what} than process 0{told}: ")
         assert len(process.stderr.splitlines()) == 1
     assert not Path("runs").exists()
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from nanogpt.config import ConfigError
-from nanogpt.data.dataset import Dataset
+from nanogpt.data.dataset import Dataset, Shard
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.runs.description import outlook, table
 from nanogpt.training.plan import Hardware, division, make_plan, optimizer_of
@@ -16,7 +16,8 @@ from nanogpt.training.step import make_init
 from train_gpt import PRESETS
 
 H200 = Hardware("NVIDIA H200", 8, 1, 140e9)
-DATA = Dataset("some", (Path("a.bin"),), (Path("b.bin"),), (("a.bin", 10**9),), "0" * 64)
+SHARDS = Shard("a.bin", 10**9, "0" * 32, None), Shard("b.bin", 10**8, "1" * 32, None)
+DATA = Dataset("some", (Path("a.bin"),), (Path("b.bin"),), SHARDS[:1], SHARDS[1:])
 
 
 def plan_of(preset, hardware=H200, attention="cudnn", **changes):

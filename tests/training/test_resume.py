@@ -22,7 +22,8 @@ from orbax.checkpoint import v1 as ocp
 
 import train_gpt
 from nanogpt.config import AdamGroups, ConfigError, GPTConfig
-from nanogpt.data.shards import check_vocabulary, write_shard
+from nanogpt.data.dataset import SAMPLE
+from nanogpt.data.shards import sample_of, write_shard
 from nanogpt.training.resume import CHANGEABLE, resumed_settings
 from tests.programs import NO_LIMIT, Process, wait_until
 from tests.run_folders import (
@@ -43,6 +44,7 @@ from tests.small_runs import (
     STAGE_ENDS,
     STAGED,
     STAGED_STEPS,
+    change_a_token,
     resume,
     started,
 )
@@ -288,6 +290,14 @@ def one_more(place):
     shutil.copy(place / "train_1.bin", place / "train_2.bin")
 
 
+def another_token(place):
+    change_a_token(place / "train_1.bin", 4_321)
+
+
+def another_to_validate_on(place):
+    change_a_token(place / "val.bin", 1_234)
+
+
 def no_data(place):
     for shard in place.glob("train_*.bin"):
         shard.unlink()
@@ -299,10 +309,12 @@ def no_data(place):
         (shorter, ["train_1.bin", "9,000 tokens", "8,999 tokens"]),
         (missing, ["train_1.bin", "9,000 tokens", "nothing"]),
         (one_more, ["train_2.bin", "9,000 tokens", "nothing"]),
+        (another_token, ["trained on", "the content of shard train_1.bin changed"]),
+        (another_to_validate_on, ["validated on", "the content of shard val.bin changed"]),
         (no_data, ["train_*.bin"]),
     ],
 )
-def test_training_data_that_is_not_what_it_was_is_named(straight, place, capsys, change, told):
+def test_data_that_are_not_what_they_were_are_named(straight, place, capsys, change, told):
     run = died_after(14, straight, place)
     change(place)
     metrics, whole = (run / "metrics.jsonl").read_bytes(), contents(run / "checkpoints")
@@ -550,8 +562,8 @@ def test_a_device_that_is_not_there_is_told_in_one_sentence(place, cache, device
 
 def test_verify_data_finds_a_token_that_the_sample_misses(place, capsys):
     tokens = np.zeros(1_200_000, np.uint16)
-    tokens[4_500] = 300  # between two blocks of the sample
-    check_vocabulary("sampled", tokens, 256, 1_000_000)
+    tokens[4_500] = 300
+    assert 300 not in sample_of(tokens, SAMPLE)
     write_shard(place / "train_1.bin", tokens)
     assert train_gpt.main([*RUN, *ONE_ROW_EACH, "--verify-data"]) == 2
     assert_one_sentence(capsys.readouterr(), "train_1.bin", "token 300", "4,500")

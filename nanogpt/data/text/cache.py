@@ -18,10 +18,12 @@ from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 
-from nanogpt.data.text.documents import Files, find_files, suffixes
+from nanogpt.data.find import why_no_file
+from nanogpt.data.text.documents import Files, find_files
 from nanogpt.data.text.eta import progress_line
 from nanogpt.data.text.prepare import Recipe, fingerprint_of, make_shards
-from nanogpt.files import cache_folder, write_whole
+from nanogpt.data.text.unpacked import suffixes
+from nanogpt.files import cache_folder, shown, write_whole
 
 BYTES_PER_PROCESS = 2**23  # below that a process takes longer to start than to encode
 
@@ -47,7 +49,7 @@ def prepare(inputs: Sequence[str], tokenizer: str, field: str = "text") -> Prepa
         files = files._replace(fingerprint=content_of(files, show))
         folder = cache_folder() / f"text-{fingerprint_of(files, recipe)[:12]}"
         made = make_shards(files, folder, recipe, processes, show)
-    if made.empty or made.bad:
+    if made.empty or made.bad or made.dominant:
         print(made.summary(), file=sys.stderr)
     return Prepared(
         train_files=f"{escape(str(folder))}/{recipe.name}_train_*.bin",
@@ -68,12 +70,14 @@ def content_of(files: Files, show: Callable[[str], None]) -> str:
             return content.decode()
     kinds_and_digests, readable = [], True
     for name in files.names:
-        show(f"reading {name}")
+        show(f"reading {shown(name)}")
+        digest = ""
         try:
-            with open(name, "rb") as file:
-                digest = hashlib.file_digest(file, "blake2b").hexdigest()
-        except OSError:  # told when its documents are missed
-            digest, readable = "", False
+            if why_no_file(Path(name)) is None:  # else told when its documents are missed
+                with open(name, "rb") as file:
+                    digest = hashlib.file_digest(file, "blake2b").hexdigest()
+        except OSError:
+            readable = False
         kinds_and_digests.append((sorted(suffixes(Path(name))), digest))
     content = hashlib.sha256(json.dumps(kinds_and_digests).encode()).hexdigest()
     if readable:

@@ -1,40 +1,21 @@
-"""Documents from files: text, JSON lines and Parquet.
+"""Documents: where they come from, and which are for validation."""
 
-    x.parquet          a document per row: its column `field`
-    x.jsonl, x.ndjson  a document per line: the member `field` of the object there
-    any other name     one document
-
-Text and JSON lines may be packed (x.txt.gz, x.jsonl.zst). All text is UTF-8. Whatever cannot be
-read as that, a line or a row or a file, is left out and reported; it never ends the reading.
-
-Files are read in pieces, so that memory is bounded by the longest line or row. A text file of any
-length, too, is read in pieces, cut where the tokenizers see a boundary anyway.
-"""
-
-import codecs
-import glob
-import gzip
-import io
 import json
 import os
-import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b, sha256
 from importlib.util import find_spec
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import NamedTuple
 
 from nanogpt.checks import UserError
+from nanogpt.data.find import files_below, matches, why_no_file
+from nanogpt.data.text.unpacked import suffixes
+from nanogpt.files import shown
 
-PIECE = 2**20  # bytes of a file, or characters of a long document, that are looked at in one go
-ROWS = 256  # of a Parquet file
 VALIDATION = 100  # one document in so many is for validation, by its hash ...
-LAST_SHARE = 10  # ... and of a lone document the last one in so many characters
-
-# Before white space after something else no pattern of GPT-2's byte-pair encoding reads on, so the
-# tokens of two parts that meet there are the tokens of the whole.
-CUT = re.compile(r"(?s).*\S(?=[ \n])")
+FEW = 1000  # ... unless there are fewer than these ...
+LAST_SHARE = 10  # ... of which one character in so many is
 
 
 class DataError(UserError):
@@ -63,71 +44,76 @@ def find_files(inputs: Sequence[str], leave_out: Path | None = None) -> Files:
     that begins with a dot stays out, as does the folder `leave_out`. Raises DataError for an input
     that names no file, and for a file that needs a package which is not installed.
     """
-    found: dict[Path, None] = {}
+    found: dict[str, Path] = {}
     for given in inputs:
-        pattern = os.path.expanduser(given)
-        places = [pattern] if os.path.exists(pattern) else glob.glob(pattern, recursive=True)
-        files = sorted({file for place in places for file in _below(Path(place), leave_out)})
+        places = matches(given)
+        files = sorted({file for place in places for file in files_below(place, leave_out)})
+        if len(places) == len(files) == 1 and (problem := why_no_file(files[0])):
+            raise DataError(f"{shown(given)} {problem}: name a file, which may be packed.")
         if not files:
-            raise DataError(f"{given} (seen from {Path.cwd()}) names no file: check the path.")
-        found |= dict.fromkeys(files)
-    for file in found:
-        if suffixes(file) & {".parquet", ".zst"} and find_spec("pyarrow") is None:
-            raise DataError(f"To read {file}, run `pip install pyarrow`.")
-        if {".parquet"} < suffixes(file):
-            raise DataError(f"{file} is a packed Parquet file, which cannot be read: unpack it.")
-    try:
-        facts = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in found]
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror}).") from error
+            here = shown(Path.cwd())
+            raise DataError(f"{shown(given)} (seen from {here}) names no file: check the path.")
+        for file in files:
+            found.setdefault(os.path.realpath(file), file)
+    for file in found.values():
+        kinds = suffixes(file)
+        if kinds & {".parquet", ".pq", ".zst"} and find_spec("pyarrow") is None:
+            raise DataError(f"To read {shown(file)}, run `pip install pyarrow`.")
+        if kinds & {".parquet", ".pq"} and len(kinds) > 1:
+            raise DataError(
+                f"{shown(file)} is a packed Parquet file, which cannot be read: unpack it."
+            )
+    facts = [*map(_facts, found.values())]
     fingerprint = sha256(json.dumps(facts).encode()).hexdigest()
     return Files([name for name, _, _ in facts], [size for _, size, _ in facts], fingerprint)
 
 
-def _below(place: Path, leave_out: Path | None) -> Iterator[Path]:
-    """The file `place`, or the files in the folder `place`, by their absolute paths."""
-    place = Path(os.path.abspath(place))
-    if place.is_file():
-        yield place
-    for folder, folders, names in os.walk(place):
-        here = Path(folder)
-        folders[:] = [x for x in folders if x[0] != "." and here / x != leave_out]
-        yield from (here / x for x in names if x[0] != "." and (here / x).is_file())
-
-
-def suffixes(file: Path) -> set[str]:
-    """The kinds of a file that its name tells: .jsonl and .gz, of x.jsonl.gz."""
-    last = file.suffix.lower()
-    packed = last in (".gz", ".zst")
-    return {last, Path(file.stem).suffix.lower()} if packed else {last}
+def _facts(file: Path) -> tuple[str, int, int]:
+    """Name, size and time of modification; zeros where there is nothing, which is told later."""
+    try:
+        status = file.stat()
+    except OSError:
+        return str(file), 0, 0
+    return str(file), status.st_size, status.st_mtime_ns
 
 
 class Split(NamedTuple):
     """Which documents are for validation."""
 
-    below: int | None  # those whose digest is less; None: the last tenth of the only document
+    below: int | None  # those whose digest is less; None: the last tenth of every document
 
     def is_validation(self, digest: int) -> bool:
         """Whether a document is, all of it."""
         return self.below is not None and digest < self.below
 
 
-def find_split(digests: Iterable[int]) -> Split | None:
-    """The split of documents with these digests, of which it reads no more than it needs.
+def find_split(documents: Iterable[tuple[int, int]]) -> Split | None:
+    """The split of documents (digest, characters), of which it reads no more than it needs.
 
-    By its digest one document in a hundred is for validation. Where that would leave nothing on
-    either side, it is the document with the least digest; where there is only one, the last tenth
-    of its text. None if there is no document.
+    By its digest one document in a hundred is for validation. Where there are few, it is those
+    with the least digests that have a tenth of the text, or, where they would have more than twice
+    as much, the last tenth of every document. None if there is no document.
     """
     usual = 2**64 // VALIDATION
+    few: dict[int, int] = {}  # characters of the documents with each digest
     least, most = 2**64, -1
-    for digest in digests:
+    for number, (digest, length) in enumerate(documents, start=1):
         least, most = min(least, digest), max(most, digest)
-        if least < usual <= most:
+        if number < FEW:
+            few[digest] = few.get(digest, 0) + length
+        elif least < usual <= most:
             return Split(usual)
-    if most < 0:
+    if not few:
         return None
-    return Split(None if least == most else least + 1)
+    validation, share = 0, sum(few.values()) / LAST_SHARE
+    for digest in sorted(few):
+        validation += few[digest]
+        if share <= validation <= 2 * share and digest < most:
+            return Split(digest + 1)
+        if validation > 2 * share:
+            break
+    cuttable = max(few.values()) >= LAST_SHARE or len(few) == 1
+    return Split(None if cuttable else least + 1)
 
 
 class Unit(NamedTuple):
@@ -139,7 +125,8 @@ class Unit(NamedTuple):
     problem: str = ""  # why there is no document here
     digest: int | None = None  # of the whole document, where that is known already
     begins: bool = True  # a document, as opposed to the rest of one
-    is_last_share: bool = False  # the part of the only document that is for validation
+    length: int = 0  # characters of the whole document, where they are known
+    is_last_share: bool = False  # the part of a document that is for validation
     share_read: float = 0.0  # of the file, up to here
 
 
@@ -155,7 +142,7 @@ def text_of(unit: Unit, field: str) -> str:
     try:
         text = unit.raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(_not_utf8(error, len(unit.raw))) from error
+        raise ValueError(not_utf8(error, len(unit.raw))) from error
     if unit.is_json and not text.isspace():
         try:
             value = json.loads(text)
@@ -182,115 +169,11 @@ def without(field: str, names: Iterable[str]) -> str:
     return repr(field) + (f", only {told}" if others else "")
 
 
-def units(path: Path, field: str, split: Split | None) -> Iterator[Unit]:
-    """What is in a file, in its order. Without a `split` long documents have a digest but no text.
-
-    A file that cannot be read, or only in part, ends with a unit that says why.
-    """
-    kinds = suffixes(path)
-    try:
-        if ".parquet" in kinds:
-            yield from _rows(path, field)
-        elif kinds & {".jsonl", ".ndjson"}:
-            yield from _lines(path)
-        else:
-            yield from _text(path, split)
-    except Exception as error:  # those of gzip, pyarrow and the file system share no base class
-        reason = error.strerror if isinstance(error, OSError) else None
-        yield Unit(str(path), problem=str(reason or error or type(error).__name__))
-
-
-def _rows(path: Path, field: str) -> Iterator[Unit]:
-    import pyarrow
-    from pyarrow.parquet import ParquetFile
-
-    with ParquetFile(path, buffer_size=PIECE, pre_buffer=False) as file:
-        if field not in file.schema_arrow.names:
-            raise ValueError(f"has no column {without(field, file.schema_arrow.names)}")
-        row = 0
-        for batch in file.iter_batches(batch_size=ROWS, columns=[field]):
-            # As bytes, for nothing guarantees that the strings in the file are UTF-8.
-            for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                row += 1
-                share = row / file.metadata.num_rows
-                yield Unit(f"{path}, row {row:,}", raw or b"", share_read=share)
-
-
-def _lines(path: Path) -> Iterator[Unit]:
-    with _unpacked(path) as (file, share_read):
-        for number, line in enumerate(file, 1):
-            yield Unit(f"{path}, line {number:,}", line, is_json=True, share_read=share_read())
-
-
-def _text(path: Path, split: Split | None) -> Iterator[Unit]:
-    with _unpacked(path) as (file, _):
-        beginning = file.read(PIECE + 1)
-    if len(beginning) <= PIECE:
-        yield Unit(str(path), beginning)
-        return
-    # Only a whole document has a digest and is known to be UTF-8, so a long one is read twice.
-    digest, length = blake2b(digest_size=8), 0
-    for text, _ in _pieces(path):
-        digest.update(text.encode())
-        length += len(text)
-    whole = Unit(str(path), digest=int.from_bytes(digest.digest()))
-    yield from [whole] if split is None else _parts(whole, path, split, length)
-
-
-def _parts(whole: Unit, path: Path, split: Split, length: int) -> Iterator[Unit]:
-    """The parts of a long document, cut in two if it is the only one."""
-    left = first_share(length) if split.below is None else length  # characters of this document
-    unit, held = whole, ""
-    for text, share in _pieces(path):
-        held += text
-        if len(held) > left:
-            yield unit._replace(raw=held[:left].encode(), share_read=share)
-            held, left = held[left:], length
-            unit = whole._replace(is_last_share=True)
-        if cut := CUT.match(held):
-            yield unit._replace(raw=cut.group().encode(), share_read=share)
-            held, left = held[cut.end() :], left - cut.end()
-            unit = unit._replace(begins=False)
-    yield unit._replace(raw=held.encode(), share_read=1.0)
-
-
 def first_share(length: int) -> int:
-    """How many characters of the only document are for training."""
+    """How many characters of a document are for training where all are divided."""
     return length - length // LAST_SHARE
 
 
-def _pieces(path: Path) -> Iterator[tuple[str, float]]:
-    """The text of a file, piece by piece, with the share of the file read; ValueError if not."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    end = 0
-    with _unpacked(path) as (file, share_read):
-        while True:
-            data = file.read(PIECE)
-            end += len(data)
-            try:
-                yield decoder.decode(data, final=not data), share_read()
-            except UnicodeDecodeError as error:
-                raise ValueError(_not_utf8(error, end)) from error
-            if not data:
-                return
-
-
-def _not_utf8(error: UnicodeDecodeError, end: int) -> str:
+def not_utf8(error: UnicodeDecodeError, end: int) -> str:
     """What is wrong with bytes of which the last that the decoder saw came before byte `end`."""
     return f"is not UTF-8 at byte {end - len(error.object) + error.start:,}"
-
-
-@contextmanager
-def _unpacked(path: Path) -> Generator[tuple[IO[bytes], Callable[[], float]], None, None]:
-    """The bytes of a file, unpacked by its suffix, and a function that tells the share read."""
-    with path.open("rb") as file:
-        size = max(1, os.fstat(file.fileno()).st_size)
-        stream: Any = file
-        if path.suffix.lower() == ".gz":
-            stream = gzip.GzipFile(fileobj=file)
-        elif path.suffix.lower() == ".zst":
-            import pyarrow  # its stream tells a file that was cut short, zstandard's does not
-
-            stream = io.BufferedReader(pyarrow.input_stream(file, "zstd"))
-        with stream:
-            yield stream, lambda: file.tell() / size

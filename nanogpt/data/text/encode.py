@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import chain
 from multiprocessing import get_context, parent_process
+from operator import itemgetter
 from pathlib import Path
 from signal import SIG_IGN, SIGINT, signal
 from threading import Thread
@@ -28,8 +29,8 @@ from nanogpt.data.text.documents import (
     find_split,
     first_share,
     text_of,
-    units,
 )
+from nanogpt.data.text.reading import units
 from nanogpt.data.tokenizer import load_tokenizer
 
 BATCH = 2**20  # bytes of text that a worker gets at a time
@@ -66,6 +67,7 @@ class Encoded(NamedTuple):
     empty: int
     bad: int
     problems: list[str]  # at most TOLD
+    longest: tuple[str, int]  # the document with most tokens in this batch, and how many
 
 
 class Place(NamedTuple):
@@ -79,7 +81,7 @@ def split_of(inputs: Inputs, field: str) -> Split:
     """How the inputs are split; DataError if they hold no document."""
     told = []
 
-    def digests() -> Iterator[int]:
+    def digests() -> Iterator[tuple[int, int]]:
         files = (inputs.get(name) for name in inputs.names)
         for unit in chain.from_iterable(units(file, field, None) for file in files):
             try:
@@ -88,9 +90,9 @@ def split_of(inputs: Inputs, field: str) -> Split:
                 told[:] = told or [f"{unit.where}: {error}"]
                 continue
             if unit.digest is not None:
-                yield unit.digest
+                yield unit.digest, unit.length
             elif not is_empty(text):
-                yield digest_of(text)
+                yield digest_of(text), len(text)
 
     split = find_split(digests())
     if split is None:
@@ -163,7 +165,7 @@ def encode_batch(tokenizer_name: str, field: str, split: Split, batch: list[Unit
     tokenizer = tokenizer_of(tokenizer_name)
     separator = np.array([tokenizer.separator], np.uint16)
     train, val = [np.empty(0, np.uint16)], [np.empty(0, np.uint16)]
-    documents, empty, problems = 0, 0, []
+    documents, empty, problems, longest = 0, 0, [], ("", 0)
     for unit in batch:
         try:
             text = text_of(unit, field)
@@ -180,8 +182,12 @@ def encode_batch(tokenizer_name: str, field: str, split: Split, batch: list[Unit
         else:
             digest = digest_of(text) if unit.digest is None else unit.digest
             parts = [(val if unit.is_last_share or split.is_validation(digest) else train, text)]
+        tokens = 0
         for side, part in parts:
-            side += [separator] * unit.begins + [tokenizer.encode(part)]
+            if part:
+                side += [separator] * unit.begins + [tokenizer.encode(part)]
+                tokens += unit.begins + len(side[-1])
+        longest = max(longest, (unit.where, tokens), key=itemgetter(1))
     return Encoded(
         np.concatenate(train),
         np.concatenate(val),
@@ -190,6 +196,7 @@ def encode_batch(tokenizer_name: str, field: str, split: Split, batch: list[Unit
         empty,
         len(problems),
         problems[:TOLD],
+        longest,
     )
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from glob import escape
 from hashlib import sha256
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ from nanogpt.data.text.encode import (
 from nanogpt.data.text.eta import Pace
 from nanogpt.files import lock_file, read_json, write_whole
 
-FORMAT = 1  # raise it when the same documents would be split, ordered or written differently
+FORMAT = 2  # raise it when the same documents would be split, ordered or written differently
 SAVE_SECONDS = 5.0  # what an interruption costs at most
 SHARD_TOKENS = 100_000_000  # as FineWeb10B's shards have
 RECORD = "prepared.json"
@@ -70,6 +71,8 @@ class Made:
     empty: Total = 0  # documents left out
     bad: Total = 0  # documents and rests of files left out
     problems: list[str] = field(default_factory=list)  # where and why, of the first TOLD bad ones
+    latest: tuple[str, Total] = ("", 0)  # a document that may go on, and its tokens
+    longest: tuple[str, Total] = ("", 0)  # the document with most tokens
     done: bool = False
 
     @property
@@ -88,14 +91,27 @@ class Made:
         self.empty += encoded.empty
         self.bad += encoded.bad
         self.problems += encoded.problems[: TOLD - len(self.problems)]
+        where, tokens = encoded.longest
+        self.latest = (where, tokens + self.latest[1] * (where == self.latest[0]))
+        self.longest = max(self.longest, self.latest, key=itemgetter(1))
+
+    @property
+    def dominant(self) -> str:
+        """The document that has more than half of all tokens, if one of several has."""
+        where, tokens = self.longest
+        most = 2 * tokens > self.train_tokens + self.val_tokens
+        return where if self.documents > 1 and most else ""
 
     def summary(self) -> str:
         """What is in the shards, and what was left out."""
         documents = f"{self.documents:,} document{'s' * (self.documents != 1)}"
         text = (
             f"{documents}: {self.train_tokens:,} tokens to train on and {self.val_tokens:,} to "
-            "validate on."
+            "validate on"
         )
+        text += ", the last tenth of each document." if self.below is None else "."
+        if self.dominant:
+            text += f" More than half of all tokens are of one document, {self.dominant}."
         left_out = [f"{self.empty:,} empty"] if self.empty else []
         if self.bad:
             more = ["..."] if self.bad > len(self.problems) else []

@@ -1,0 +1,79 @@
+"""What a run knows of its data: which content they have, and what is odd about it."""
+
+from dataclasses import replace
+from hashlib import sha256
+
+import numpy as np
+import pytest
+
+from nanogpt.data.dataset import SAMPLE, find_dataset
+from nanogpt.data.shards import write_shard
+from tests.small_runs import change_a_token
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two shards to train on, one of them larger than the sample, and one to validate on."""
+    random = np.random.default_rng(0)
+    for name, count in (("train_0", 5000), ("train_1", SAMPLE + 200_000), ("val", 3000)):
+        write_shard(tmp_path / f"{name}.bin", random.integers(0, 50257, count))
+    return tmp_path
+
+
+def dataset_in(folder, tokenizer="gpt2", every_token=False):
+    files = f"{folder}/train_*.bin", f"{folder}/val.bin"
+    return find_dataset(*files, "mine", tokenizer, 50304, every_token)
+
+
+def test_shards_are_known_by_name_tokens_and_content(folder):
+    found = dataset_in(folder)
+    names_and_tokens = [(shard.name, shard.tokens) for shard in (*found.train, *found.val)]
+    assert names_and_tokens == [
+        ("train_0.bin", 5000),
+        ("train_1.bin", SAMPLE + 200_000),
+        ("val.bin", 3000),
+    ]
+    assert (str(found), found.warnings) == ("mine, 1,205,000 tokens", ())
+    assert dataset_in(folder) == found
+    for name in ("train_0.bin", "train_1.bin", "val.bin"):
+        change_a_token(folder / name, 2000)  # in the first block of a sample
+        now = dataset_in(folder)
+        assert [
+            has.name
+            for had, has in zip((*found.train, *found.val), (*now.train, *now.val), strict=True)
+            if had.differs(has)
+        ] == [name]
+        found = now
+
+
+def test_with_every_token_no_change_of_a_shard_hides(folder):
+    whole = dataset_in(folder, every_token=True)
+    for file, shard in zip(whole.train_files, whole.train, strict=True):
+        assert shard.sha256 == sha256(file.read_bytes()).hexdigest()
+    change_a_token(folder / "train_1.bin", 4500)  # outside of the sample
+    now = dataset_in(folder, every_token=True)
+    assert whole.train[1].sample == now.train[1].sample
+    assert whole.train[1].differs(now.train[1])
+    # Where one of the two looked at a sample only, nothing else can be compared.
+    assert not whole.train[1].differs(replace(now.train[1], sha256=None))
+
+
+def test_shards_of_the_same_content_are_told(folder):
+    (folder / "train_0 (1).bin").write_bytes((folder / "train_0.bin").read_bytes())
+    (warning,) = dataset_in(folder).warnings
+    assert warning == "shards train_0 (1).bin, train_0.bin have the same content"
+
+
+def test_a_shard_that_is_mostly_one_token_is_told(folder):
+    tokens = np.where(np.arange(5000) % 100, 7, np.arange(5000))
+    write_shard(folder / "train_0.bin", tokens)
+    assert dataset_in(folder).warnings == ("99% of the tokens of shard train_0.bin are id 7",)
+
+
+def test_tokens_that_another_tokenizer_makes_are_told(folder):
+    write_shard(folder / "val.bin", np.arange(3000) % 256)
+    assert dataset_in(folder).warnings == (
+        "no validation token of 3,000 is above 255: the shards seem to be of tokenizer bytes, "
+        "not gpt2",
+    )
+    assert dataset_in(folder, "bytes").warnings == ()
