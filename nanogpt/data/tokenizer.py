@@ -35,7 +35,7 @@ class Tokenizer(Protocol):
         ...
 
     def token_bytes(self, token: int) -> bytes:
-        """What one of the `vocab_size` tokens stands for; the separator shows as <|endoftext|>."""
+        """What a token stands for: the separator <|endoftext|>, one beyond `vocab_size` nothing."""
         ...
 
 
@@ -55,7 +55,9 @@ class ByteTokenizer:
         return text.astype(np.uint8).tobytes().decode("utf-8", errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        return b"<|endoftext|>" if token == self.separator else bytes([token])
+        if token == self.separator:
+            return b"<|endoftext|>"
+        return bytes([token]) if token < self.vocab_size else b""
 
 
 class GPT2Tokenizer:
@@ -80,7 +82,8 @@ class GPT2Tokenizer:
         return self._encoding.decode(ids[ids < self.separator].tolist(), errors="replace")
 
     def token_bytes(self, token: int) -> bytes:
-        return self._encoding.decode_single_token_bytes(token)
+        known = token < self.vocab_size
+        return self._encoding.decode_single_token_bytes(token) if known else b""
 
 
 TOKENIZERS = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}

@@ -104,3 +104,8 @@ def test_tokenizers_are_loaded_by_the_name_they_carry(gpt2):
 def test_an_unknown_name_is_refused_with_the_names_there_are():
     with pytest.raises(TokenizerError, match="bytes, gpt2"):
         load_tokenizer("word2vec")
+
+
+def test_an_id_beyond_those_of_the_tokenizer_stands_for_nothing(gpt2):
+    for each in (ByteTokenizer(), gpt2):
+        assert each.token_bytes(each.vocab_size) == b""

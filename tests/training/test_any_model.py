@@ -1,0 +1,110 @@
+"""Whatever model is accepted can be trained, saved, resumed, exported and sampled from."""
+
+import random
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from nanogpt.config import ConfigError, GPTConfig
+from nanogpt.data.tokenizer import ByteTokenizer
+from nanogpt.devices.mesh import BATCH, REPLICATED, make_mesh, shapes_on
+from nanogpt.inference.export import save_model
+from nanogpt.inference.model_note import note
+from nanogpt.inference.sampling import Sampling
+from nanogpt.inference.text import write
+from nanogpt.inference.weights import load_model
+from nanogpt.training.checkpoint import Checkpoints, load_state, newest_checkpoint
+from nanogpt.training.plan import optimizer_of
+from nanogpt.training.step import graph_of, make_init, make_train_step
+from train_gpt import PRESETS
+
+
+def some_settings(seed):
+    """Settings of a small model, drawn until they are accepted; the first has a single layer."""
+    draw = random.Random(seed)
+    while True:
+        L, N = draw.choice((1, 1, 2, 3, 4)) if seed else 1, draw.choice((1, 2, 3))
+
+        def some(*layers, draw=draw):
+            return tuple(layer for layer in layers if draw.random() < 0.3)
+
+        pairs = [(a, b) for b in range(L) for a in range(b)]
+        model = GPTConfig(
+            vocab_size=draw.choice((256, 300)),
+            num_layers=L,
+            num_heads=N,
+            width=4 * N * draw.choice((1, 2, 3)),
+            mlp_width=draw.choice((1, 5, 16)),
+            mlp_only=some(*range(L)),
+            windows=draw.choice(((), (1,), (2, 0), (0,))),
+            document_separator=draw.choice((None, 255)),
+            value_embeddings=draw.randint(0, L),
+            value_gate=draw.random() < 0.5,
+            bigram_buckets=draw.choice((0, 1, 7)),
+            smear=draw.random() < 0.5,
+            attention_gate=draw.random() < 0.5,
+            skips=draw.choice((None, (), some(*pairs))),
+            key_offset=some(*range(-L, L)),
+            paired_heads=some(*range(-L, L)),
+            backout=draw.choice((None, 0, L - 1)),
+            tied_head=draw.random() < 0.5,
+            rope_fraction=draw.choice((0.0, 0.5, 1.0)),
+        )
+        start = PRESETS["laptop"]
+        adam = replace(start.adam, head=start.adam.embedding) if model.tied_head else start.adam
+        hp = replace(
+            start,
+            adam=adam,
+            adam_every=draw.choice((1, 2)),
+            neuron_decay=draw.choice((None, 0.9)),
+            sequence_length=draw.choice((1, 2, 8)),
+            model=model,
+        )
+        try:
+            hp.check()
+        except ConfigError:
+            continue
+        return hp
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_model_that_is_accepted_can_be_trained_saved_resumed_exported_and_sampled(seed, tmp_path):
+    """Training is traced, for its shapes; what is saved is random, to the bit."""
+    hp, mesh, draw = some_settings(seed), make_mesh(1), np.random.default_rng(seed)
+    optimizer, graph = optimizer_of(hp, mesh), graph_of(hp.model)
+    shapes = jax.eval_shape(make_init(hp.model, optimizer, mesh), jax.random.key(0))
+    batch = jax.ShapeDtypeStruct((1, 2, hp.sequence_length + 1), np.int32)
+    step = make_train_step(graph, optimizer, mesh, hp.dtype, tied_head=hp.model.tied_head)
+    trained, _ = jax.eval_shape(step, shapes, shapes_on(mesh, BATCH, batch), hp.schedule.rates(1))
+    assert kinds(trained) == kinds(shapes)
+
+    def drawn(s):
+        return jax.device_put(np.frombuffer(draw.bytes(s.size * 4), s.dtype).reshape(s.shape))
+
+    state, run, out = jax.tree.map(drawn, shapes), tmp_path / "run", tmp_path / "exported"
+    state = replace(state, step=jax.numpy.int32(7))
+    run.mkdir()
+    with Checkpoints(run, 1, pytest.fail) as checkpoints:
+        checkpoints.save(state, {})
+    loaded = load_state(newest_checkpoint(run, pytest.fail), shapes_on(mesh, REPLICATED, shapes))
+    assert bits(loaded) == bits(state)
+
+    settings = {name: getattr(hp, name) for name in ("tokenizer", "sequence_length", "dtype")}
+    settings["from"] = {"run": "a", "step": 7, "tokens": 70}
+    save_model(out, hp.model, state.params, settings, note(hp.model, settings, state.params))
+    _, exported, params = load_model(out, mesh)
+    assert bits(params) == bits(state.params)
+    if seed == 0:  # a program is compiled for it
+        zeros, texts = jax.tree.map(np.zeros_like, params), ["ab", ""]
+        how = {"num_tokens": 3, "context": hp.sequence_length, "sampling": Sampling()}
+        assert len([*write(exported, zeros, ByteTokenizer(), texts, **how)]) == 3 * len(texts)
+
+
+def kinds(state):
+    return jax.tree.map(lambda a: (a.shape, a.dtype), state)
+
+
+def bits(tree):
+    return [(str(k), np.asarray(a).tobytes()) for k, a in jax.tree.leaves_with_path(tree)]
