@@ -21,9 +21,9 @@ from jaxtyping import Int64
 from rich.console import Console
 from rich.progress import track
 
-from cached_fineweb10B import DownloadError, patiently
 from nanogpt.checks import ConfigError, Count, Positive, UserError, checked
 from nanogpt.data.corpus import embedded_corpus
+from nanogpt.data.hub import DownloadError, patiently
 from nanogpt.data.shards import find_shards
 from nanogpt.data.tokenizer import Tokenizer, load_tokenizer
 from nanogpt.files import read_json, write_whole
