@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b, file_digest
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,6 @@ class Shard:
     """Digest of a sample of its tokens, or of all if it has no more."""
     sha256: str | None
     """Of the whole file, where every token was looked at."""
-
-    def differs(self, other: "Shard") -> bool:
-        """Whether the other has other content, as far as both were looked at."""
-        known = None not in (self.sha256, other.sha256)
-        return self.sample != other.sample or (known and self.sha256 != other.sha256)
 
 
 @dataclass(frozen=True)
@@ -63,6 +59,22 @@ LookedAt = tuple[Shard, Int64[np.ndarray, "ids"]]  # with how often each token i
 def content_of(dataset: Dataset) -> dict[str, list[dict[str, Any]]]:
     """Its shards as JSON has them."""
     return {side: [asdict(shard) for shard in getattr(dataset, side)] for side in ("train", "val")}
+
+
+def difference(before: list[dict[str, Any]], now: Sequence[Shard]) -> str | None:
+    """What first differs between shards as JSON has them and others; None if they are the same."""
+    for had, has in zip_longest((Shard(**shard) for shard in before), now):
+        name = shown((had or has).name)
+        if had is None or has is None or (had.name, had.tokens) != (has.name, has.tokens):
+            both = (had, has)
+            told = [
+                f"{x.tokens:,} tokens" if x and shown(x.name) == name else "nothing" for x in both
+            ]
+            return f"of shard {name} there was {told[0]}, now there is {told[1]}"
+        whole = None not in (had.sha256, has.sha256) and had.sha256 != has.sha256
+        if had.sample != has.sample or whole:
+            return f"the content of shard {name} changed"
+    return None
 
 
 def find_dataset(
@@ -100,7 +112,7 @@ def find_dataset(
     )
 
 
-def look_into(file: Path, vocab_size: int, every_token: bool) -> LookedAt:
+def look_into(file: Path, vocab_size: int, every_token: bool = False) -> LookedAt:
     """What tells a shard from others, and how often each token is in its sample."""
     tokens = read_shard(file)
     sample = sample_of(tokens, SAMPLE)
