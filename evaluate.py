@@ -21,7 +21,7 @@ from jaxtyping import Int64
 from rich.console import Console
 from rich.progress import track
 
-from nanogpt.checks import ConfigError, Count, Positive, UserError, checked
+from nanogpt.checks import ConfigError, Count, Positive, UserError, checked, shown
 from nanogpt.data.corpus import embedded_corpus
 from nanogpt.data.dataset import difference, look_into
 from nanogpt.data.hub import DownloadError, patiently
@@ -189,7 +189,7 @@ def load(folder: Path, mesh: "Mesh") -> Trained:
 def validation_files(pattern: str | None) -> tuple[list[Path], str]:
     """The validation shards that match a glob, or those of the embedded corpus; and their name."""
     if pattern is not None:
-        return find_shards(pattern), pattern
+        return find_shards(pattern), shown(pattern)
     corpus = embedded_corpus()
     return find_shards(corpus.val_files), f"embedded corpus {corpus.fingerprint}"
 

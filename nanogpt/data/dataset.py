@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int64
 
+from nanogpt.checks import shown
 from nanogpt.data.corpus import embedded_corpus
 from nanogpt.data.shards import check_vocabulary, find_shards, read_shard, sample_of
 from nanogpt.data.tokenizer import TOKENIZERS
-from nanogpt.files import shown
 
 SAMPLE = 1_000_000  # tokens of each shard that are looked at unless all are asked for
 TOO_COMMON = 0.5  # share of a shard's tokens that no token of a text has

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
+from nanogpt.checks import shown
 from nanogpt.config import AttentionKernel, ConfigError, GPTConfig, Kernels, mesh_axes
 from nanogpt.data.dataset import Dataset, find_dataset
 from nanogpt.devices.hardware import (
@@ -25,7 +26,6 @@ from nanogpt.devices.hardware import (
 )
 from nanogpt.devices.processes import check_same
 from nanogpt.devices.sharding import check_shared, num_parts
-from nanogpt.files import shown
 from nanogpt.model.attention import choose_attention
 from nanogpt.optim.groups import make_optimizer
 from nanogpt.training.step import init_params
