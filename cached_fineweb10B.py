@@ -9,7 +9,6 @@ on where it stopped.
 """
 
 import argparse
-import hashlib
 import os
 import re
 import shutil
@@ -22,7 +21,7 @@ from typing import BinaryIO, NamedTuple, NoReturn
 
 from nanogpt.checks import UserError
 from nanogpt.data.hub import DownloadError, patiently
-from nanogpt.data.shards import ShardError, read_shard
+from nanogpt.data.shards import ShardError, note_sha256, read_shard, sha256_of
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 TRAINING_SHARDS = 103
@@ -160,8 +159,7 @@ def fetch(name: str, published: Published, folder: Path) -> None:
             patiently(name, download.rest, came=file.tell)
             file.flush()
             os.fsync(file.fileno())
-        with partial.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = sha256_of(partial)
         if sha256 != published.sha256:
             partial.unlink()
             raise DownloadError(
@@ -174,6 +172,7 @@ def fetch(name: str, published: Published, folder: Path) -> None:
                 f"{name} is not a shard although it came as the hub has it: check that "
                 "HF_ENDPOINT, if set, names a hub that carries the real dataset."
             )
+        note_sha256(folder / name, sha256)
         os.replace(partial, folder / name)
 
 

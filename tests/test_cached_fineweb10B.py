@@ -238,9 +238,11 @@ def test_n_training_shards_and_the_validation_shard_arrive_byte_for_byte(run, hu
     ]
 
 
-def test_nothing_but_the_shards_and_the_lock_is_left_in_the_folder(run, hub, folder):
+def test_nothing_but_the_shards_their_digests_and_the_lock_is_left_in_the_folder(run, hub, folder):
     run("2")
-    assert set(os.listdir(folder)) - {".lock"} == set(hub.files)
+    assert set(os.listdir(folder)) - {".lock"} == {*hub.files, "SHA256SUMS"}
+    done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=folder, capture_output=True)
+    assert done.stdout.count(b": OK\n") == 3
 
 
 def test_a_second_run_needs_no_hub(run, hub, folder, closed_port):
@@ -367,7 +369,7 @@ def test_a_shard_with_another_hash_is_named_and_deleted(run, hub, folder):
     status, _, err = run("2")
     assert status == 1
     assert_one_sentence(err, ONE, "damaged")
-    assert set(os.listdir(folder)) - {".lock"} == {VAL}
+    assert set(os.listdir(folder)) - {".lock", "SHA256SUMS"} == {VAL}
 
     hub.files[ONE] = right
     assert run("2")[0] == 0

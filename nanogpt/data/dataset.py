@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import blake2b, file_digest
+from hashlib import blake2b
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,17 @@ from jaxtyping import Int64
 
 from nanogpt.checks import shown
 from nanogpt.data.corpus import embedded_corpus
-from nanogpt.data.shards import check_vocabulary, find_shards, read_shard, sample_of
+from nanogpt.data.shards import (
+    REMAKE,
+    SUMS,
+    ShardError,
+    check_vocabulary,
+    find_shards,
+    noted_sha256,
+    read_shard,
+    sample_of,
+    sha256_of,
+)
 from nanogpt.data.tokenizer import TOKENIZERS
 
 SAMPLE = 1_000_000  # tokens of each shard that are looked at unless all are asked for
@@ -29,7 +39,7 @@ class Shard:
     sample: str
     """Digest of a sample of its tokens, or of all if it has no more."""
     sha256: str | None
-    """Of the whole file, where every token was looked at."""
+    """Of the whole file: where every token was looked at, or whoever made the shard noted it."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,14 @@ class Dataset:
     def train_tokens(self) -> int:
         """Tokens of all training shards."""
         return sum(shard.tokens for shard in self.train)
+
+    def contents(self, whole: bool) -> list[tuple[str, str]]:
+        """A name and the content of each shard, as far as it can be compared between machines."""
+        shards = [*self.train, *self.val]
+        return [
+            (f"shard {shown(x.name)}", f"{x.tokens} {x.sample} {whole and x.sha256}")
+            for x in shards
+        ]
 
     def __str__(self) -> str:
         return f"{shown(self.name)}, {self.train_tokens:,} tokens"
@@ -118,10 +136,13 @@ def look_into(file: Path, vocab_size: int, every_token: bool = False) -> LookedA
     sample = sample_of(tokens, SAMPLE)
     if every_token or (sample >= vocab_size).any():
         check_vocabulary(file, tokens, vocab_size)
-    sha256 = None
+    sha256 = noted = noted_sha256(file)
     if every_token:
-        with file.open("rb") as whole:
-            sha256 = file_digest(whole, "sha256").hexdigest()
+        sha256 = sha256_of(file)
+        if noted not in (None, sha256):
+            raise ShardError(
+                f"Shard {file} is damaged: its SHA-256 is {sha256}, not that in {SUMS}; {REMAKE}."
+            )
     digest = blake2b(np.ascontiguousarray(sample, "<u2").data, digest_size=16).hexdigest()
     return Shard(file.name, len(tokens), digest, sha256), np.bincount(sample, minlength=1)
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 
-from nanogpt.checks import shown
 from nanogpt.config import AttentionKernel, ConfigError, GPTConfig, Kernels, mesh_axes
 from nanogpt.data.dataset import Dataset, find_dataset
 from nanogpt.devices.hardware import (
@@ -151,8 +150,7 @@ def plan_here(hp: "Hyperparameters") -> Plan:
         hp.model.vocab_size,
         hp.verify_data,
     )
-    shards = (*dataset.train, *dataset.val)
-    check_same("data", [(f"shard {shown(each.name)}", repr(each)) for each in shards])
+    check_same("data", dataset.contents(hp.verify_data))
     models = [model for stage in stages for model in (stage.model, stage.used_model)]
     attention = choose_attention(models, hp.sequence_length, hp.dtype)
     return make_plan(hp, hardware, dataset, *attention)

@@ -1,12 +1,13 @@
 """What a run knows of its data: which content they have, and what is odd about it."""
 
+import os
 from hashlib import sha256
 
 import numpy as np
 import pytest
 
 from nanogpt.data.dataset import SAMPLE, content_of, difference, find_dataset
-from nanogpt.data.shards import write_shard
+from nanogpt.data.shards import ShardError, note_sha256, write_shard
 from tests.small_runs import change_a_token
 
 
@@ -53,6 +54,22 @@ def test_with_every_token_no_change_of_a_shard_hides(folder):
     assert difference(before, now.train) == "the content of shard train_1.bin changed"
     # Where one of the two looked at a sample only, nothing else can be compared.
     assert difference(before, dataset_in(folder).train) is None
+
+
+def test_a_digest_that_the_maker_noted_counts_unless_the_shard_is_newer(folder):
+    shard = folder / "train_0.bin"
+    digest = sha256(shard.read_bytes()).hexdigest()
+    note_sha256(shard, digest)
+    note_sha256(folder / "other.bin", "0" * 64)
+    assert [each.sha256 for each in dataset_in(folder).train] == [digest, None]
+    # Bits that fall over change no time.
+    written = shard.stat()
+    change_a_token(shard, 2000)
+    os.utime(shard, ns=(written.st_atime_ns, written.st_mtime_ns))
+    with pytest.raises(ShardError, match=r"train_0\.bin is damaged: its SHA-256 is "):
+        dataset_in(folder, every_token=True)
+    os.utime(shard)
+    assert dataset_in(folder).train[0].sha256 is None
 
 
 def test_shards_of_the_same_content_are_told(folder):
