@@ -12,7 +12,6 @@ import nanogpt  # noqa: F401  (says what to do where packages are missing)
 
 # isort: split
 import argparse
-import hashlib
 import os
 import re
 import shutil
@@ -21,26 +20,18 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import BinaryIO, NamedTuple, NoReturn
 
 from nanogpt.checks import UserError
-from nanogpt.data.shards import ShardError, read_shard
-
-Answer = TypeVar("Answer")
+from nanogpt.data.hub import DownloadError, patiently
+from nanogpt.data.shards import ShardError, note_sha256, read_shard, sha256_of
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 TRAINING_SHARDS = 103
 
 
-WAITS = (1, 2, 4, 8, 16)  # seconds before another attempt where the hub is overloaded or broken
-
-
-class DownloadError(UserError):
-    """A download that cannot go on; the message is one sentence for the user."""
-
-
-class HubBusy(DownloadError):
-    """The hub asks for patience (429) or fails (5xx): it may answer later."""
+SLOW = 60  # seconds after which a download that is slow ends ...
+LEAST = 1000  # ... which is one of fewer bytes per second
 
 
 class Published(NamedTuple):
@@ -158,9 +149,7 @@ def partial_path(folder: Path, name: str) -> Path:
 
 def fetch(name: str, published: Published, folder: Path) -> None:
     """Download the shard `name` or the rest of it, verify it, and only then give it its name."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import WeakFileLock, build_hf_headers
+    from huggingface_hub.utils import WeakFileLock
 
     partial = partial_path(folder, name)
     with WeakFileLock(folder / ".lock"):  # waits while another download is at it in this folder
@@ -168,23 +157,12 @@ def fetch(name: str, published: Published, folder: Path) -> None:
             return
         if partial.exists() and partial.stat().st_size > published.size:
             partial.unlink()
-        # `hf_hub_download` forgets what an interrupted run had; the function beneath it need not.
-        with partial.open("ab") as file:
-            patiently(
-                name,
-                lambda: http_get(
-                    hf_hub_url(REPOSITORY, name, repo_type="dataset"),
-                    file,
-                    resume_size=file.tell(),
-                    expected_size=published.size,
-                    headers=build_hf_headers(headers={"Accept-Encoding": "identity"}),
-                    displayed_filename=name,
-                ),
-            )
+        with partial.open("ab") as file, progress_bar(name, published.size) as show:
+            download = Download(name, published.size, file, show)
+            patiently(name, download.rest, came=file.tell)
             file.flush()
             os.fsync(file.fileno())
-        with partial.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = sha256_of(partial)
         if sha256 != published.sha256:
             partial.unlink()
             raise DownloadError(
@@ -197,38 +175,90 @@ def fetch(name: str, published: Published, folder: Path) -> None:
                 f"{name} is not a shard although it came as the hub has it: check that "
                 "HF_ENDPOINT, if set, names a hub that carries the real dataset."
             )
+        note_sha256(folder / name, sha256)
         os.replace(partial, folder / name)
 
 
-def patiently(name: str, ask: Callable[[], Answer]) -> Answer:
-    """What `ask` gets from the hub, asked again after a while as long as the hub is busy."""
-    for wait in WAITS:
-        try:
-            with hub_errors(name):
-                return ask()
-        except HubBusy as error:
-            print(f"{error} Trying again in {wait} s.", flush=True)
-            time.sleep(wait)
-    with hub_errors(name):
-        return ask()
+class Download:
+    """A shard on its way into a file, of which every byte that came is kept.
+
+    The hub's library keeps no more than it has whole pieces of 10 MiB, and takes whatever comes.
+    """
+
+    def __init__(self, name: str, size: int, file: BinaryIO, show: Callable[[int], None]):
+        """Go on behind what is in the file; `show` is told how many bytes are there."""
+        self.name, self.size, self.file, self.show = name, size, file, show
+        self.since, self.had = time.monotonic(), file.tell()
+
+    def rest(self) -> None:
+        """Receive what is missing. Raises DownloadError, or what the hub's library does."""
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+        if self.file.tell() == self.size:
+            return
+        url = hf_hub_url(REPOSITORY, self.name, repo_type="dataset")
+        headers = build_hf_headers(headers={"Accept-Encoding": "identity"})
+        if self.file.tell():
+            headers["Range"] = f"bytes={self.file.tell()}-"
+        wait = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        with get_session().stream("GET", url, headers=headers, timeout=wait) as answer:
+            hf_raise_for_status(answer)
+            if answer.status_code == 200:  # all of it, not the rest
+                self.file.seek(0)
+                self.file.truncate()
+                self.had = 0
+            for piece in answer.iter_bytes():
+                self.file.write(piece)
+                self.show(self.file.tell())
+                self.check()
+        if self.file.tell() < self.size:
+            raise ConnectionError(f"it ended short of its size, {self.size:,} bytes")
+
+    def check(self) -> None:
+        """Raise DownloadError if more came than was promised, or next to nothing for a while."""
+        if self.file.tell() > self.size:
+            self.file.truncate(0)
+            raise DownloadError(
+                f"{self.name} goes on beyond its size, {self.size:,} bytes: check that "
+                "HF_ENDPOINT, if set, names a hub, then run this again to download it anew."
+            )
+        seconds = time.monotonic() - self.since
+        if seconds > SLOW:
+            speed = (self.file.tell() - self.had) / seconds
+            if speed < LEAST:
+                raise DownloadError(
+                    f"{self.name} comes at {speed:.0f} bytes per second, too slow to wait for: run "
+                    "this again later to go on where it stopped."
+                )
+            self.since, self.had = time.monotonic(), self.file.tell()
 
 
 @contextmanager
-def hub_errors(name: str) -> Generator[None, None, None]:
-    """Make one DownloadError of whatever goes wrong between us and the hub."""
-    try:
-        yield
-    except Exception as error:  # the hub's library and those under it share no base class
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # not the hub but the disk
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = f"the hub answered HTTP {status}" if status else lines[0].rstrip(".")
-        busy = status is not None and (status in (408, 429) or status >= 500)
-        raise (HubBusy if busy else DownloadError)(
-            f"Cannot download {name} ({reason}): check the network connection and HF_ENDPOINT, "
-            "then run this again to go on where it stopped."
-        ) from error
+def progress_bar(name: str, size: int) -> Generator[Callable[[int], None], None, None]:
+    """A bar on the terminal, if there is one, and a function that tells it how much is here."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    console = Console(stderr=True)
+    columns = DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        console=console,
+        disable=not console.is_terminal,
+        transient=True,
+    ) as progress:
+        task = progress.add_task(name, total=size)
+        yield lambda count: progress.update(task, completed=count)
 
 
 if __name__ == "__main__":

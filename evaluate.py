@@ -24,10 +24,11 @@ from jaxtyping import Int64
 from rich.console import Console
 from rich.progress import track
 
-from cached_fineweb10B import DownloadError, patiently
-from nanogpt.checks import ConfigError, Count, Positive, UserError, checked
+from nanogpt.checks import ConfigError, Count, Positive, UserError, checked, shown
 from nanogpt.command_line import parse
 from nanogpt.data.corpus import embedded_corpus
+from nanogpt.data.dataset import difference, look_into
+from nanogpt.data.hub import DownloadError, patiently
 from nanogpt.data.shards import find_shards
 from nanogpt.data.tokenizer import Tokenizer, load_tokenizer
 from nanogpt.files import read_json, write_whole
@@ -114,6 +115,10 @@ def evaluate(options: Options) -> None:
 
     # What may be missing is looked for before the long work begins.
     files, name = validation_files(options.val_files or run.hp.val_files)
+    if options.val_files is None and run.shards:
+        shards = [look_into(file, run.hp.model.vocab_size)[0] for file in files]
+        if what := difference(run.shards["val"], shards):
+            print(f"WARNING: the run was validated on other data: {what}.", file=sys.stderr)
     count = options.val_tokens or run.hp.val_tokens
     rows = ValidationRows(
         files,
@@ -172,6 +177,7 @@ class Trained(NamedTuple):
     graph: "nnx.GraphDef"
     params: "Params"  # whole on every device
     mesh: "Mesh"
+    shards: dict[str, Any] | None  # that it was trained and validated on, if it tells
 
 
 def load(folder: Path, mesh: "Mesh") -> Trained:
@@ -182,13 +188,14 @@ def load(folder: Path, mesh: "Mesh") -> Trained:
     step, schedule = checkpoint.step, schedule_in(folder)
     stage = schedule.stage(min(step, schedule.num_steps))
     model = schedule.used(hp.model, stage)
-    return Trained(step, hp, schedule.row_length(stage), model, graph, params, mesh)
+    shards = checkpoint.facts.get("shards")
+    return Trained(step, hp, schedule.row_length(stage), model, graph, params, mesh, shards)
 
 
 def validation_files(pattern: str | None) -> tuple[list[Path], str]:
     """The validation shards that match a glob, or those of the embedded corpus; and their name."""
     if pattern is not None:
-        return find_shards(pattern), pattern
+        return find_shards(pattern), shown(pattern)
     corpus = embedded_corpus()
     return find_shards(corpus.val_files), f"embedded corpus {corpus.fingerprint}"
 

@@ -25,10 +25,10 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 import tyro
 
-from cached_fineweb10B import patiently
 from nanogpt.checks import Positive, UserError, checked
 from nanogpt.command_line import parse
 from nanogpt.config import TokenizerName
+from nanogpt.data.hub import patiently
 from nanogpt.data.text.documents import DataError, find_files
 from nanogpt.data.text.encode import Inputs
 from nanogpt.data.text.eta import progress_line

@@ -467,7 +467,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         interruption.patient = False
         session.end(run, progress, step)
         if stop or interruption.hurries():
-            run.say(f"interrupted: go on with --resume {run.folder}")
+            run.say(f"Interrupted. Resume with: python3 train_gpt.py --resume {run.folder}")
             return session.interrupted(run, interruption)
         show_result(run, plan, state.params, mesh)
         return 0
@@ -479,6 +479,7 @@ def show_result(run: Run, plan: "Plan", params: "Params", mesh: "Mesh") -> None:
 
     from nanogpt.inference.text import sample
     from nanogpt.report.picture import loss_png
+    from nanogpt.runs.session import what_next
 
     if find_spec("matplotlib") and jax.process_index() == 0:
         try:
@@ -487,6 +488,7 @@ def show_result(run: Run, plan: "Plan", params: "Params", mesh: "Mesh") -> None:
             run.say(f"no picture of the loss: {error}")
     if plan.hp.sample_tokens:
         run.say(sample(plan, params, mesh))
+    run.say(what_next(run))
 
 
 if __name__ == "__main__":

@@ -40,8 +40,16 @@ BOUNDS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
 DEEPEST = 100  # levels of lists and objects within each other
 
 
+def shown(name: object) -> str:
+    """A name for messages: on one line, and such as can be encoded, whatever characters it has."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
+
+
 class UserError(Exception):
     """A mistake that the user can correct; the message is one sentence that says how."""
+
+    def __str__(self) -> str:
+        return shown(super().__str__())
 
 
 class ConfigError(UserError):

@@ -21,12 +21,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanogpt-jax"
 
 
-def shown(name: object) -> str:
-    """A file's name for messages: on one line, and such as can be encoded, whatever is in it."""
-    text = str(name)
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def write_whole(path: Path, text: str) -> None:
     """Write a file so that it holds, whatever happens, either the old text or the new.
 

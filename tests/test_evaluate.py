@@ -123,6 +123,17 @@ def test_more_tokens_than_there_are_is_an_answer_in_one_sentence(base, shard, ca
     )
 
 
+def test_other_data_than_the_run_was_validated_on_are_told(base, shard, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "validation_files", lambda pattern: ([shard], "other"))
+    assert evaluate.main([str(base), "--val-tokens", "807"]) == 2
+    warning, _ = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        r"WARNING: the run was validated on other data: of shard val_000000\.bin there was "
+        r"[\d,]+ tokens, now there is nothing\.",
+        warning,
+    )
+
+
 # Bits per byte
 
 

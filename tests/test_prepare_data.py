@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from itertools import compress
 from pathlib import Path
 
@@ -128,7 +128,9 @@ def test_shards_are_what_a_writer_of_twenty_lines_makes(tmp_path, capsys):
     assert len(expected) > 5  # so that documents go on in the next shard
     assert capsys.readouterr().out.startswith("500 documents: ")
     hidden = {path.name for path in out.iterdir()} - set(expected)
-    assert hidden == {".lock", "prepared.json"}
+    assert hidden == {".lock", "prepared.json", "SHA256SUMS"}
+    sums = [f"{sha256(expected[name]).hexdigest()}  {name}\n" for name in sorted(expected)]
+    assert (out / "SHA256SUMS").read_text() == "".join(sums)
 
 
 def test_shards_of_very_few_tokens_are_full_all_the_same(tmp_path, monkeypatch):

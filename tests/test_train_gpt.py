@@ -94,7 +94,7 @@ def test_a_table_tells_of_the_run_before_its_first_step_and_another_at_its_end(b
     assert before["preset"] == "laptop"
     assert before["run"] == "runs/base"
     assert before["devices"] == "1 x cpu"
-    assert before["tokens"] == f"{6 * TOKENS_PER_STEP:,} in 6 steps"
+    assert before["tokens"] == f"{6 * TOKENS_PER_STEP:,} in 6 steps, 8.46e-05 epochs"
     assert before["batch"].endswith(" = 1")
     assert before["attention"] == "XLA attention (cpu)"
     assert before["dtype"] == "float32"
@@ -112,6 +112,10 @@ def test_a_table_tells_of_the_run_before_its_first_step_and_another_at_its_end(b
     speed = int(re.match(r"([\d,]+) tok/s, MFU n/a$", after["speed"])[1].replace(",", ""))
     assert speed == pytest.approx(6 * TOKENS_PER_STEP / base.metrics[-1]["time_s"], rel=0.01)
     assert re.fullmatch(r"\d+\.\d GB.*|n/a", after["peak memory"])
+    best = min((r["val_loss"], r["step"]) for r in base.metrics if "val_loss" in r)
+    assert after["best val loss"] == "{:.4f} after step {}".format(*best)
+    assert base.console[-4] == "Next:"
+    assert base.console[-1] == "  python3 evaluate.py runs/base"
 
 
 def test_a_run_repeated_from_its_configuration_is_the_same_to_the_last_bit_but_for_its_times(
@@ -262,8 +266,8 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(cache, tmp_path, monkeypat
     told = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
     assert told["devices"] == "8 x cpu"
     assert told["stage 1"] == "steps 1 to 6, 256 tokens each, 1 x 8 rows of 32"
-    assert told["tokens"] == "1,536 in 6 steps"
-    assert {"model", "parameters", "data", "epochs", "memory", "checkpoints"} <= told.keys()
+    assert told["tokens"] == "1,536 in 6 steps, 8.46e-05 epochs"
+    assert {"model", "parameters", "data", "memory", "checkpoints"} <= told.keys()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -356,8 +360,8 @@ def test_without_a_batch_size_the_micro_batch_is_the_largest_that_should_fit(cac
     # 8,448 bytes. Two thirds of the memory hold 271 rows of 32 tokens; of the 512 rows per device
     # and step, half of them fit.
     assert "Ng = 131,072 / (256 * 32 * 8) = 2" in lines[0]
-    (line,) = (line for line in lines if line.startswith("micro-batches of"))
-    assert line == "micro-batches of 256 rows: about 0.1 GB of activations in 0.1 GB of memory"
+    (line,) = (line for line in lines if line.startswith("micro-batch: "))
+    assert line == "micro-batch: 256 rows, about 0.1 GB of activations (device memory 0.1 GB)"
 
 
 LITTLE = 0.3e6  # bytes; a row of 32 tokens needs 8,448 for each of them
@@ -371,7 +375,7 @@ def with_little_memory(arguments):
 def test_where_not_even_a_row_fits_layers_are_computed_again_and_the_losses_stay(
     base, cache, tmp_path_factory, monkeypatch
 ):
-    told = "layers are computed again in the backward pass, to save memory"
+    told = "layers are recomputed in the backward pass to save memory"
     arguments = ["--batch-size", "None"]
     assert told not in heading_of(cache, monkeypatch, 0.5e6, *arguments)
     assert told in heading_of(cache, monkeypatch, LITTLE, *arguments)

@@ -147,7 +147,7 @@ def run_ours(arguments: str, folder: Path) -> Result:
     run = train(arguments, folder, environment)
     process = time.perf_counter() - started
     last = logged(run)[-1]
-    compiled = float(re.search(r"tried in ([\d.]+) s", (run / "log.txt").read_text())[1])
+    compiled = float(re.search(r"warmed up in ([\d.]+) s", (run / "log.txt").read_text())[1])
     return Result(process, compiled + last["time_s"], last["val_loss"], last["tokens"])
 
 

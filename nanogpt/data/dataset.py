@@ -3,17 +3,28 @@
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import blake2b, file_digest
+from hashlib import blake2b
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
 
+from nanogpt.checks import shown
 from nanogpt.data.corpus import embedded_corpus
-from nanogpt.data.shards import check_vocabulary, find_shards, read_shard, sample_of
+from nanogpt.data.shards import (
+    REMAKE,
+    SUMS,
+    ShardError,
+    check_vocabulary,
+    find_shards,
+    noted_sha256,
+    read_shard,
+    sample_of,
+    sha256_of,
+)
 from nanogpt.data.tokenizer import TOKENIZERS
-from nanogpt.files import shown
 
 SAMPLE = 1_000_000  # tokens of each shard that are looked at unless all are asked for
 TOO_COMMON = 0.5  # share of a shard's tokens that no token of a text has
@@ -28,12 +39,7 @@ class Shard:
     sample: str
     """Digest of a sample of its tokens, or of all if it has no more."""
     sha256: str | None
-    """Of the whole file, where every token was looked at."""
-
-    def differs(self, other: "Shard") -> bool:
-        """Whether the other has other content, as far as both were looked at."""
-        known = None not in (self.sha256, other.sha256)
-        return self.sample != other.sample or (known and self.sha256 != other.sha256)
+    """Of the whole file: where every token was looked at, or whoever made the shard noted it."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,14 @@ class Dataset:
         """Tokens of all training shards."""
         return sum(shard.tokens for shard in self.train)
 
+    def contents(self, whole: bool) -> list[tuple[str, str]]:
+        """A name and the content of each shard, as far as it can be compared between machines."""
+        shards = [*self.train, *self.val]
+        return [
+            (f"shard {shown(x.name)}", f"{x.tokens} {x.sample} {whole and x.sha256}")
+            for x in shards
+        ]
+
     def __str__(self) -> str:
         return f"{shown(self.name)}, {self.train_tokens:,} tokens"
 
@@ -63,6 +77,22 @@ LookedAt = tuple[Shard, Int64[np.ndarray, "ids"]]  # with how often each token i
 def content_of(dataset: Dataset) -> dict[str, list[dict[str, Any]]]:
     """Its shards as JSON has them."""
     return {side: [asdict(shard) for shard in getattr(dataset, side)] for side in ("train", "val")}
+
+
+def difference(before: list[dict[str, Any]], now: Sequence[Shard]) -> str | None:
+    """What first differs between shards as JSON has them and others; None if they are the same."""
+    for had, has in zip_longest((Shard(**shard) for shard in before), now):
+        name = shown((had or has).name)
+        if had is None or has is None or (had.name, had.tokens) != (has.name, has.tokens):
+            both = (had, has)
+            told = [
+                f"{x.tokens:,} tokens" if x and shown(x.name) == name else "nothing" for x in both
+            ]
+            return f"of shard {name} there was {told[0]}, now there is {told[1]}"
+        whole = None not in (had.sha256, has.sha256) and had.sha256 != has.sha256
+        if had.sample != has.sample or whole:
+            return f"the content of shard {name} changed"
+    return None
 
 
 def find_dataset(
@@ -100,16 +130,19 @@ def find_dataset(
     )
 
 
-def look_into(file: Path, vocab_size: int, every_token: bool) -> LookedAt:
+def look_into(file: Path, vocab_size: int, every_token: bool = False) -> LookedAt:
     """What tells a shard from others, and how often each token is in its sample."""
     tokens = read_shard(file)
     sample = sample_of(tokens, SAMPLE)
     if every_token or (sample >= vocab_size).any():
         check_vocabulary(file, tokens, vocab_size)
-    sha256 = None
+    sha256 = noted = noted_sha256(file)
     if every_token:
-        with file.open("rb") as whole:
-            sha256 = file_digest(whole, "sha256").hexdigest()
+        sha256 = sha256_of(file)
+        if noted not in (None, sha256):
+            raise ShardError(
+                f"Shard {file} is damaged: its SHA-256 is {sha256}, not that in {SUMS}; {REMAKE}."
+            )
     digest = blake2b(np.ascontiguousarray(sample, "<u2").data, digest_size=16).hexdigest()
     return Shard(file.name, len(tokens), digest, sha256), np.bincount(sample, minlength=1)
 

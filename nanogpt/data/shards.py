@@ -9,7 +9,10 @@ This is the format of llm.c and modded-nanogpt, so their shards are read as they
 """
 
 import os
+import re
 from errno import EMFILE, ENFILE
+from functools import lru_cache
+from hashlib import file_digest
 from pathlib import Path
 from uuid import uuid4
 
@@ -19,12 +22,14 @@ from numpy.typing import ArrayLike
 
 from nanogpt.checks import UserError
 from nanogpt.data.find import matches, why_no_file
+from nanogpt.files import write_whole
 
 MAGIC = 20240520
 VERSION = 1
 HEADER_BYTES = 1024
 TOKEN_BYTES = 2
 MAX_TOKENS = 2**31 - 1  # the header counts in int32
+SUMS = "SHA256SUMS"  # beside shards: their digests, as `sha256sum -c` checks them
 SAMPLE_BLOCK = 4096  # tokens looked at in one place: 8 KB, two pages of the file
 
 Tokens = UInt16[np.ndarray, "tokens"]
@@ -146,6 +151,44 @@ def check_vocabulary(path: str | os.PathLike, tokens: Tokens, vocab_size: int) -
                 f"Shard {path} has token {tokens[position]} at position {position:,}, but the "
                 f"vocabulary has {vocab_size:,} tokens; use the model's own tokenizer for its data."
             )
+
+
+def sha256_of(path: Path) -> str:
+    """Of a whole file."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
+def note_sha256(path: Path, sha256: str) -> None:
+    """Note in SHA256SUMS, beside the shards, what `sha256sum` says of one."""
+    sums = path.with_name(SUMS)
+    known = _sums(sums) | {path.name: sha256}
+    write_whole(sums, "".join(f"{digest}  {name}\n" for name, digest in sorted(known.items())))
+
+
+def noted_sha256(path: Path) -> str | None:
+    """What SHA256SUMS says of a shard, unless that has changed since."""
+    sums = path.with_name(SUMS)
+    try:
+        written = sums.stat().st_mtime_ns
+        return (
+            _sums_as_of(sums, written).get(path.name)
+            if path.stat().st_mtime_ns <= written
+            else None
+        )
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=1)  # not once for every shard beside it
+def _sums_as_of(path: Path, written: int) -> dict[str, str]:
+    return _sums(path)
+
+
+def _sums(path: Path) -> dict[str, str]:
+    """The names and digests in SHA256SUMS."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return {line[66:]: line[:64] for line in lines if re.match(r"[0-9a-f]{64}  .", line)}
 
 
 def find_shards(pattern: str) -> list[Path]:

@@ -6,6 +6,8 @@ from nanogpt.devices.accelerator import unused_gpu
 from nanogpt.devices.processes import processes_line
 from nanogpt.training.plan import Plan
 
+MANY_EPOCHS = 4  # repeating text up to so often is as good as new (Muennighoff, arXiv:2305.16264)
+
 
 def heading(plan: Plan, folder: Path) -> list[str]:
     """The lines with which a run in this folder begins."""
@@ -14,22 +16,34 @@ def heading(plan: Plan, folder: Path) -> list[str]:
     if (plan.hardware.kind, hp.device) == ("cpu", "auto") and (line := unused_gpu()):
         lines.append(line)
     if plan.hardware.processes > 1:
-        lines.append(f"{processes_line()}; if one is lost all end: go on with --resume {folder}")
+        lines.append(f"{processes_line()}; if one is lost, all end: resume with --resume {folder}")
     lines.append(plan.attention)
     if hp.batch_size is None:
-        size = f"{memory / 1e9:.1f} GB" if memory else "an unknown amount"
+        available = f"{memory / 1e9:.1f} GB" if memory else "unknown"
+        rows = "row" if plan.batch_size == 1 else "rows"
         lines.append(
-            f"micro-batches of {plan.batch_size} rows: about {plan.activation_bytes / 1e9:.1f} GB "
-            f"of activations in {size} of memory"
+            f"micro-batch: {plan.batch_size} {rows}, about {plan.activation_bytes / 1e9:.1f} GB of "
+            f"activations (device memory {available})"
         )
     if plan.kernels.rematerialize:
-        lines.append("layers are computed again in the backward pass, to save memory")
+        lines.append("layers are recomputed in the backward pass to save memory")
     return lines + warnings(plan)
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What is odd about the data."""
-    return [f"WARNING: {warning}." for warning in plan.dataset.warnings]
+    """What is odd about the data, and how often it is seen."""
+    found = list(plan.dataset.warnings)
+    if epochs(plan) > MANY_EPOCHS:
+        found.append(
+            f"{epochs(plan):.1f} epochs: the model will learn the text by heart; use more data, or "
+            "a smaller num_steps"
+        )
+    return [f"WARNING: {warning}." for warning in found]
+
+
+def epochs(plan: Plan) -> float:
+    """How often the run sees each token of its data."""
+    return plan.hp.schedule.tokens(plan.hp.num_steps) / plan.dataset.train_tokens
 
 
 def table(plan: Plan) -> dict[str, str]:
@@ -41,7 +55,8 @@ def table(plan: Plan) -> dict[str, str]:
         f"{hp.model.num_heads} heads",
         "parameters": f"{plan.num_parameters:,}",
         "data": str(plan.dataset),
-        "tokens": f"{hp.schedule.tokens(hp.num_steps):,} in {hp.num_steps:,} steps",
+        "tokens": f"{hp.schedule.tokens(hp.num_steps):,} in {hp.num_steps:,} steps, "
+        f"{epochs(plan):.3g} epochs",
         "devices": devices(plan),
         "batch": accumulation(plan),
         "attention": plan.attention,
@@ -51,8 +66,7 @@ def table(plan: Plan) -> dict[str, str]:
 
 def outlook(plan: Plan) -> dict[str, str]:
     """What `--dry-run` adds to the table: estimates, because nothing was compiled."""
-    epochs = plan.hp.schedule.tokens(plan.hp.num_steps) / plan.dataset.train_tokens
-    rows = {"epochs": f"{epochs:.2f}"}
+    rows = {}
     for number, stage in enumerate(plan.stages):
         (Ng, R), longest = plan.shape(number), max(stage.model.windows, default=0)
         rows[f"stage {number + 1}"] = (
@@ -87,7 +101,7 @@ def devices(plan: Plan) -> str:
         words += f" of {plan.hardware.processes} processes"
     if plan.sharers > 1:
         words += f" as data={plan.readers},model={plan.sharers}"
-    return words + (", parameters divided" if plan.hp.shard_params else "")
+    return words + (", parameters sharded" if plan.hp.shard_params else "")
 
 
 def accumulation(plan: Plan) -> str:

@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
@@ -61,6 +62,7 @@ class Run:
         self._log = (folder / "log.txt").open("ab", buffering=0)
         self._metrics = (folder / FILE).open("ab", buffering=0)
         self._waiting: list[bytes] = []  # records that a full disk did not take yet
+        self._shown = float("-inf")  # when a line of many was shown last
 
     def __enter__(self) -> "Run":
         return self
@@ -94,6 +96,17 @@ class Run:
                 print(text, flush=True)
         except OSError:  # the console is gone; log.txt is not
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _append(self._log, f"{text}\n".encode())
+
+    def say_often(self, text: str, short: str) -> None:
+        """A line of many: on a terminal one a second is shown, the short form if that is narrow."""
+        if not self.console.is_terminal:
+            self.say(text)
+            return
+        if (now := time.monotonic()) >= self._shown + 1:
+            self._shown = now
+            with suppress(OSError):  # as in `say`
+                self.console.print(text if self.console.width >= 80 else short, markup=False)
         _append(self._log, f"{text}\n".encode())
 
     def table(self, rows: Mapping[str, str]) -> None:
@@ -184,6 +197,9 @@ class SilentRun(Run):
         pass
 
     def say(self, text: str, style: str = "") -> None:
+        pass
+
+    def say_often(self, text: str, short: str) -> None:
         pass
 
     def table(self, rows: Mapping[str, str]) -> None:

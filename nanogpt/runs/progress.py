@@ -39,7 +39,7 @@ class Progress:
         the record of the last step if it lacks its validation.
         """
         self.run, self.schedule, self.utilization = run, schedule, utilization
-        self.training_seconds = training_seconds
+        self.training_seconds, self._resumed = training_seconds, training_seconds > 0
         self.seconds = defaultdict[str, float](float)  # what this process spent its time on
         self._losses: dict[str, float] = {}  # the latest of training and of validation
         self._trained = 0  # tokens, by this process
@@ -105,13 +105,15 @@ class Progress:
             self._utilized = (self._utilized or 0.0) + seconds * utilization
         remaining = (self.schedule.tokens(num_steps) / tokens - 1) * self.training_seconds
         eta = f"ETA {timedelta(seconds=round(remaining))}"
-        self.run.say(
-            f"step {step}/{num_steps} | train loss {loss:.4f} | lr x {factor:.3f} | "
+        short = f"step {step}/{num_steps} | train loss {loss:.4f}"
+        self.run.say_often(
+            f"{short} | lr x {factor:.3f} | "
             f"{1e3 * seconds:.1f} ms | {tokens_per_s:,.0f} tok/s | "
             + (f"MFU {utilization:.1%} | " if utilization is not None else "")
             + eta
             + (f" | SPIKE, {spike:.1f} standard deviations" if spike > SPIKE else "")
-            + ("" if applied else ", SKIPPED")
+            + ("" if applied else ", SKIPPED"),
+            short,
         )
         self.run.progress(step, num_steps, f"train loss {loss:.4f} | {eta}")
         if validates:
@@ -140,11 +142,15 @@ class Progress:
         )
         self.run.record(record | {"val_loss": val_loss})
 
-    def summary(self) -> dict[str, str]:
-        """What this process did, in words: losses, time by what it was spent on, speed."""
+    def summary(self, step: int) -> dict[str, str]:
+        """The run up to this step, in words, and what this process spent its time on."""
         spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.seconds.items())
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self._losses.items())
-        rows = {"final loss": losses, "tokens": f"{self._trained:,}", "time": spent}
+        tokens = f"{self.schedule.tokens(step):,}"
+        if self._resumed:
+            tokens += f", {self._trained:,} of them since the run was resumed"
+            spent += f" since then; {self.training_seconds:.1f} s of training in all"
+        rows = {"final loss": losses, "tokens": tokens, "time": spent}
         if training := self.seconds["train"]:
             utilization = "n/a" if self._utilized is None else f"{self._utilized / training:.1%}"
             rows["speed"] = f"{self._trained / training:,.0f} tok/s, MFU {utilization}"

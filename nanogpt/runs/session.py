@@ -21,6 +21,7 @@ from nanogpt.training.checkpoint import Checkpoints
 from nanogpt.training.interruption import Interruption
 from nanogpt.training.plan import Plan
 from nanogpt.training.programs import Programs
+from nanogpt.training.records import best_validation
 from nanogpt.training.start import Start, facts_to_save, where_to_begin
 from nanogpt.training.step import TrainState
 
@@ -98,7 +99,7 @@ def begin(run: Run, plan: Plan, start: Start) -> Progress:
         run.rewind(start.first_record - 1)
         run.say(f"resuming {run.folder} after step {start.checkpoint.step}")
     elif hp.init_from:
-        run.say(f"beginning with the weights in {hp.init_from}")
+        run.say(f"starting from the weights in {hp.init_from}")
     config = asdict(replace(hp, **OF_A_PROCESS))
     content = {"name": str(data), **content_of(data)}
     run.configure(config, environment() | {"data": content})
@@ -122,7 +123,7 @@ def compiled(run: Run, progress: Progress, programs: Programs, start: Start) -> 
     seconds = programs.compile_seconds
     each = ", ".join(f"{what} {took:.1f} s" for (what, _), took in seconds.items())
     took = progress.seconds["compile"]
-    run.say(f"compiled ({each}) and tried in {took:.1f} s, in no time given below")
+    run.say(f"compiled and warmed up in {took:.1f} s ({each}); not counted in the times below")
     memory = programs.plan.hardware.memory
     of = f" of {memory / 1e9:.1f} GB" if memory else ""
     left = timedelta(seconds=round(programs.seconds_from(start.first_step)))
@@ -151,11 +152,22 @@ def save(
 def end(run: Run, progress: Progress, step: int) -> None:
     """Say how training went, and where its results are."""
     run.progress_ended()
-    peak = peak_memory(jax.local_devices()[0])
+    peak, best = peak_memory(jax.local_devices()[0]), best_validation(run.folder)
     run.table(
-        progress.summary() | {"peak memory": f"{peak / 1e9:.1f} GB per device" if peak else "n/a"}
+        ({"best val loss": "{:.4f} after step {:,}".format(*best)} if best else {})
+        | progress.summary(step)
+        | {"peak memory": f"{peak / 1e9:.1f} GB per device" if peak else "n/a"}
     )
     run.say(f"weights and metrics of {step:,} steps are in {run.folder}")
+
+
+def what_next(run: Run) -> str:
+    """What to do with the model that was trained."""
+    return f"""\
+Next:
+  python3 sample.py {run.folder} --prompt "Once upon a time"
+  python3 sample.py {run.folder} --serve      # a web page
+  python3 evaluate.py {run.folder}"""
 
 
 def interrupted(run: Run, interruption: Interruption) -> int:

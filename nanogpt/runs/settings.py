@@ -14,7 +14,6 @@ from nanogpt.checks import ConfigError
 from nanogpt.data.text.cache import prepare
 from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.devices.launchers import launched_with_others
-from nanogpt.files import shown
 from nanogpt.training.resume import resumed_settings, run_to_resume, saved_settings
 
 if TYPE_CHECKING:
@@ -101,7 +100,7 @@ def with_own_text(hp: "Hyperparameters") -> "Hyperparameters":
     before, now = (Path(files or "").parent.name for files in (hp.train_files, text.train_files))
     if hp.resume and before != now:
         raise ConfigError(
-            f"{hp.resume} was trained on other text: {', '.join(map(shown, hp.data))} changed. "
+            f"{hp.resume} was trained on other text: {', '.join(hp.data)} changed. "
             "Restore it, or start another run."
         )
     return replace(

@@ -25,7 +25,6 @@ from nanogpt.devices.hardware import (
 )
 from nanogpt.devices.processes import check_same
 from nanogpt.devices.sharding import check_shared, num_parts
-from nanogpt.files import shown
 from nanogpt.model.attention import choose_attention
 from nanogpt.optim.groups import make_optimizer
 from nanogpt.training.step import init_params
@@ -151,8 +150,7 @@ def plan_here(hp: "Hyperparameters") -> Plan:
         hp.model.vocab_size,
         hp.verify_data,
     )
-    shards = (*dataset.train, *dataset.val)
-    check_same("data", [(f"shard {shown(each.name)}", repr(each)) for each in shards])
+    check_same("data", dataset.contents(hp.verify_data))
     models = [model for stage in stages for model in (stage.model, stage.used_model)]
     attention = choose_attention(models, hp.sequence_length, hp.dtype)
     return make_plan(hp, hardware, dataset, *attention)

@@ -1,6 +1,7 @@
 """metrics.jsonl, a JSON object for each step, as it is read back; lines of it may be damaged."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Required, TypedDict
 
@@ -37,6 +38,15 @@ def read_records(run: Path) -> Iterator[tuple[bytes, Metrics | ConfigError]]:
             yield line, parsed(line.rstrip(), Metrics, where, "repair it or take it out")
         except ConfigError as error:
             yield line, error
+
+
+def best_validation(run: Path) -> tuple[float, int] | None:
+    """The lowest validation loss in a run's metrics, and its step."""
+    with suppress(OSError):
+        records = (record for _, record in read_records(run) if isinstance(record, dict))
+        losses = [(r["val_loss"], r["step"]) for r in records if "val_loss" in r]
+        return min(losses, default=None)
+    return None
 
 
 def validation_loss_at(run: Path, step: int) -> float | None:

@@ -7,12 +7,11 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import fields, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanogpt.checks import ConfigError
-from nanogpt.data.dataset import Dataset, Shard
+from nanogpt.data.dataset import Dataset, difference
 from nanogpt.files import found_in, read_json
 
 if TYPE_CHECKING:
@@ -122,18 +121,8 @@ def resumed_settings(
 
 def check_same_data(run: Path, before: dict[str, Any], now: Dataset) -> None:
     """Raise ConfigError if the shards are not those that the run began with."""
-    for side, word in (("train", "trained"), ("val", "validated")):
-        noted = (Shard(**shard) for shard in before[side])
-        for had, has in zip_longest(noted, getattr(now, side)):
-            name = (had or has).name
-            if had is None or has is None or (had.name, had.tokens) != (has.name, has.tokens):
-                both = (had, has)
-                told = [f"{x.tokens:,} tokens" if x and x.name == name else "nothing" for x in both]
-                what = f"of shard {name} there was {told[0]}, now there is {told[1]}"
-            elif had.differs(has):
-                what = f"the content of shard {name} changed"
-            else:
-                continue
+    for side, verb in (("train", "trained"), ("val", "validated")):
+        if what := difference(before[side], getattr(now, side)):
             raise ConfigError(
-                f"{run} was {word} on other data: {what}. Restore the data, or start another run."
+                f"{run} was {verb} on other data: {what}. Restore the data, or start another run."
             )

@@ -1,13 +1,13 @@
 """What a run knows of its data: which content they have, and what is odd about it."""
 
-from dataclasses import replace
+import os
 from hashlib import sha256
 
 import numpy as np
 import pytest
 
-from nanogpt.data.dataset import SAMPLE, find_dataset
-from nanogpt.data.shards import write_shard
+from nanogpt.data.dataset import SAMPLE, content_of, difference, find_dataset
+from nanogpt.data.shards import ShardError, note_sha256, write_shard
 from tests.small_runs import change_a_token
 
 
@@ -35,15 +35,13 @@ def test_shards_are_known_by_name_tokens_and_content(folder):
     ]
     assert (str(found), found.warnings) == ("mine, 1,205,000 tokens", ())
     assert dataset_in(folder) == found
-    for name in ("train_0.bin", "train_1.bin", "val.bin"):
-        change_a_token(folder / name, 2000)  # in the first block of a sample
+    for side, name in (("train", "train_0"), ("train", "train_1"), ("val", "val")):
+        before = content_of(dataset_in(folder))
+        change_a_token(folder / f"{name}.bin", 2000)  # in the first block of a sample
         now = dataset_in(folder)
-        assert [
-            has.name
-            for had, has in zip((*found.train, *found.val), (*now.train, *now.val), strict=True)
-            if had.differs(has)
-        ] == [name]
-        found = now
+        assert difference(before[side], getattr(now, side)) == (
+            f"the content of shard {name}.bin changed"
+        )
 
 
 def test_with_every_token_no_change_of_a_shard_hides(folder):
@@ -51,11 +49,27 @@ def test_with_every_token_no_change_of_a_shard_hides(folder):
     for file, shard in zip(whole.train_files, whole.train, strict=True):
         assert shard.sha256 == sha256(file.read_bytes()).hexdigest()
     change_a_token(folder / "train_1.bin", 4500)  # outside of the sample
-    now = dataset_in(folder, every_token=True)
+    now, before = dataset_in(folder, every_token=True), content_of(whole)["train"]
     assert whole.train[1].sample == now.train[1].sample
-    assert whole.train[1].differs(now.train[1])
+    assert difference(before, now.train) == "the content of shard train_1.bin changed"
     # Where one of the two looked at a sample only, nothing else can be compared.
-    assert not whole.train[1].differs(replace(now.train[1], sha256=None))
+    assert difference(before, dataset_in(folder).train) is None
+
+
+def test_a_digest_that_the_maker_noted_counts_unless_the_shard_is_newer(folder):
+    shard = folder / "train_0.bin"
+    digest = sha256(shard.read_bytes()).hexdigest()
+    note_sha256(shard, digest)
+    note_sha256(folder / "other.bin", "0" * 64)
+    assert [each.sha256 for each in dataset_in(folder).train] == [digest, None]
+    # Bits that fall over change no time.
+    written = shard.stat()
+    change_a_token(shard, 2000)
+    os.utime(shard, ns=(written.st_atime_ns, written.st_mtime_ns))
+    with pytest.raises(ShardError, match=r"train_0\.bin is damaged: its SHA-256 is "):
+        dataset_in(folder, every_token=True)
+    os.utime(shard)
+    assert dataset_in(folder).train[0].sha256 is None
 
 
 def test_shards_of_the_same_content_are_told(folder):

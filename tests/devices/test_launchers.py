@@ -199,7 +199,7 @@ def test_a_slurm_job_that_is_told_to_end_saves_and_comes_back_and_goes_on_to_the
         wait_until(lambda: pause() or not asked(env, "squeue", "--noheader", f"--jobs={job}"))
     log = Path("job.log").read_text()
     assert "4 x cpu of 2 processes" in log
-    assert f"interrupted: go on with --resume {run}" in log
+    assert f"Interrupted. Resume with: python3 train_gpt.py --resume {run}" in log
     assert f"resuming {run}" in log
     assert list(Path("runs").iterdir()) == [run]
     assert_same(losses(run), losses(straight))

@@ -97,8 +97,10 @@ def test_two_processes_train_as_one_does_and_the_first_alone_tells(straight, pla
     assert_same(losses("runs/a"), losses(straight))
     assert "| 4 x cpu of 2 processes | Ng = 256 / (1 * 32 * 4) = 2" in without_gloo(one.lines)[0]
     assert without_gloo(two.lines) == []
-    told = r"2 processes, 2 devices in each, coordinator 127\.0\.0\.1:\d+; if one is lost all end: "
-    told += "go on with --resume runs/a"
+    told = (
+        r"2 processes, 2 devices in each, coordinator 127\.0\.0\.1:\d+; if one is lost, all end: "
+    )
+    told += "resume with --resume runs/a"
     assert re.fullmatch(told, without_gloo(one.lines)[1])
     steps = [line for line in one.lines if "train loss" in line and line.startswith("step")]
     assert len(steps) == LONGER

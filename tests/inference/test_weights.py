@@ -72,7 +72,7 @@ def tuned(first, cache, tmp_path_factory):
     shutil.copytree(first, place / "runs" / "copy")
     done = run_to_end(["--init-from", "runs/copy", *TUNED], place, cache)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "beginning with the weights in runs/copy" in done.stdout.splitlines()
+    assert "starting from the weights in runs/copy" in done.stdout.splitlines()
     shutil.rmtree(place / "runs" / "copy")
     return place / "runs" / "tuned"
 
@@ -128,7 +128,7 @@ def test_it_is_resumed_from_its_own_checkpoints_when_the_other_run_is_gone(tuned
     done = run_to_end(["--resume", "runs/tuned"], place, cache)
     assert (done.returncode, done.stderr) == (0, "")
     assert "resuming runs/tuned after step 2" in done.stdout
-    assert "beginning with" not in done.stdout
+    assert "starting from" not in done.stdout
     assert without_times(run) == without_times(tuned)
     assert arrays(run, STEPS) == arrays(tuned, STEPS)
     assert json.loads((run / "config.json").read_text())["init_from"] == "runs/copy"

@@ -143,12 +143,32 @@ def test_the_summary_has_the_mean_utilisation_over_the_time_of_training(run, clo
         progress.started(step, {"loss": 5.0, "grad_norm": 1.0, **CALM})
         clock.now += seconds
     progress.report()
-    assert progress.summary() == {
+    assert progress.summary(2) == {
         "final loss": "train 5.0000",
         "tokens": "2,000",
         "time": "train 5.0 s",
         "speed": "400 tok/s, MFU 8.0%",
     }
+
+
+def test_the_summary_of_a_resumed_run_is_of_all_of_it_and_says_what_is_of_this_process(run, clock):
+    progress = progress_of(run, training_seconds=7.0)
+    progress.started(2, {"loss": 5.0, "grad_norm": 1.0, **CALM})
+    clock.now += 2
+    progress.report()
+    told = progress.summary(2)
+    assert told["tokens"] == "2,000, 1,000 of them since the run was resumed"
+    assert told["time"] == "train 2.0 s since then; 9.0 s of training in all"
+
+
+def test_a_fast_run_shows_a_line_a_second_on_a_terminal_and_each_in_its_log(run, monkeypatch):
+    screen, now = io.StringIO(), iter((5.0, 5.5, 6.0))
+    run.console = Console(file=screen, force_terminal=True, width=60, highlight=False)
+    monkeypatch.setattr("nanogpt.runs.folder.time.monotonic", lambda: next(now))
+    for step in (1, 2, 3):
+        run.say_often(f"step {step} | in full", f"step {step}")
+    assert screen.getvalue().splitlines() == ["step 1", "step 3"]
+    assert log(run).splitlines() == [f"step {step} | in full" for step in (1, 2, 3)]
 
 
 def test_on_a_terminal_a_line_with_the_time_left_follows_the_steps_and_validation_stands_out(

@@ -1,10 +1,12 @@
 """Where the settings of a run start."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
 
-from nanogpt.runs.settings import suited_to_own_text
+from nanogpt.checks import ConfigError
+from nanogpt.runs.settings import suited_to_own_text, with_own_text
 from train_gpt import PRESETS
 
 
@@ -24,3 +26,22 @@ def test_own_text_has_the_vocabulary_of_its_tokenizer_and_its_separator_where_on
     model = suited_to_own_text(start, asked).model
     assert (model.vocab_size, model.document_separator) == (vocab_size, separator)
     replace(asked, model=model).check()
+
+
+def test_a_resumed_run_whose_text_changed_is_refused_when_its_shards_are_made_again(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    text = tmp_path / "a\n.txt"
+    text.write_text("some words " * 20)
+    begun = with_own_text(replace(PRESETS["laptop"], data=(str(text),)))
+    resumed = replace(begun, resume="runs/a")
+    shutil.rmtree(tmp_path / "cache")
+    assert with_own_text(resumed) == resumed  # made again, as they were
+    text.write_text("some words " * 19 + "some swords")
+    assert with_own_text(resumed) == resumed  # they are there
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(
+        ConfigError, match=r"^runs/a was trained on other text: .*/a\\n.txt changed"
+    ):
+        with_own_text(resumed)

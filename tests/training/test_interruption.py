@@ -51,7 +51,7 @@ def test_a_signal_saves_after_the_step_under_way_and_ends_with_its_status(
     assert [record["step"] for record in records(run)] == [*range(1, step + 1)]
     assert process.lines[-2:] == [
         f"weights and metrics of {step} steps are in runs/a",
-        "interrupted: go on with --resume runs/a",
+        "Interrupted. Resume with: python3 train_gpt.py --resume runs/a",
     ]
     assert process.stderr.split() == (
         f"{sent.name}: saving after this step, then ending; once more ends at once.".split()

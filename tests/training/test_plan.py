@@ -100,7 +100,7 @@ def test_what_is_due_is_due_at_its_interval_and_at_the_end():
 def test_the_outlook_tells_epochs_stages_memory_and_disk():
     told = table(plan_of("speedrun")) | outlook(plan_of("speedrun"))
     assert told["devices"] == "8 x NVIDIA H200"
-    assert told["epochs"] == "0.42"  # of 10^9 tokens
+    assert told["tokens"].endswith(" in 1,600 steps, 0.425 epochs")  # of 10^9 tokens
     assert told["stage 1"].startswith("steps 1 to 520, 131,072 tokens each, ")
     state = plan_of("speedrun").state_bytes
     assert f"4 of {state / 1e9:.1f} GB" in told["checkpoints"]

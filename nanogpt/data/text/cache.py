@@ -18,12 +18,13 @@ from glob import escape
 from pathlib import Path
 from typing import NamedTuple
 
+from nanogpt.checks import shown
 from nanogpt.data.find import why_no_file
 from nanogpt.data.text.documents import Files, find_files
 from nanogpt.data.text.eta import progress_line
 from nanogpt.data.text.prepare import Recipe, fingerprint_of, make_shards
 from nanogpt.data.text.unpacked import suffixes
-from nanogpt.files import cache_folder, shown, write_whole
+from nanogpt.files import cache_folder, write_whole
 
 BYTES_PER_PROCESS = 2**23  # below that a process takes longer to start than to encode
 

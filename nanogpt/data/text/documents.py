@@ -11,7 +11,6 @@ from typing import NamedTuple
 from nanogpt.checks import UserError
 from nanogpt.data.find import files_below, matches, why_no_file
 from nanogpt.data.text.unpacked import suffixes
-from nanogpt.files import shown
 
 VALIDATION = 100  # one document in so many is for validation, by its hash ...
 FEW = 1000  # ... unless there are fewer than these ...
@@ -49,20 +48,17 @@ def find_files(inputs: Sequence[str], leave_out: Path | None = None) -> Files:
         places = matches(given)
         files = sorted({file for place in places for file in files_below(place, leave_out)})
         if len(places) == len(files) == 1 and (problem := why_no_file(files[0])):
-            raise DataError(f"{shown(given)} {problem}: name a file, which may be packed.")
+            raise DataError(f"{given} {problem}: name a file, which may be packed.")
         if not files:
-            here = shown(Path.cwd())
-            raise DataError(f"{shown(given)} (seen from {here}) names no file: check the path.")
+            raise DataError(f"{given} (seen from {Path.cwd()}) names no file: check the path.")
         for file in files:
             found.setdefault(os.path.realpath(file), file)
     for file in found.values():
         kinds = suffixes(file)
         if kinds & {".parquet", ".pq", ".zst"} and find_spec("pyarrow") is None:
-            raise DataError(f"To read {shown(file)}, run `pip install pyarrow`.")
+            raise DataError(f"To read {file}, run `pip install pyarrow`.")
         if kinds & {".parquet", ".pq"} and len(kinds) > 1:
-            raise DataError(
-                f"{shown(file)} is a packed Parquet file, which cannot be read: unpack it."
-            )
+            raise DataError(f"{file} is a packed Parquet file, which cannot be read: unpack it.")
     facts = [*map(_facts, found.values())]
     fingerprint = sha256(json.dumps(facts).encode()).hexdigest()
     return Files([name for name, _, _ in facts], [size for _, size, _ in facts], fingerprint)

@@ -5,7 +5,7 @@ them. Their results come back in the order of the documents, whatever the number
 """
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
@@ -165,7 +165,7 @@ def encode_batch(tokenizer_name: str, field: str, split: Split, batch: list[Unit
     tokenizer = tokenizer_of(tokenizer_name)
     separator = np.array([tokenizer.separator], np.uint16)
     train, val = [np.empty(0, np.uint16)], [np.empty(0, np.uint16)]
-    documents, empty, problems, longest = 0, 0, [], ("", 0)
+    documents, empty, problems, sizes = 0, 0, [], Counter()
     for unit in batch:
         try:
             text = text_of(unit, field)
@@ -182,12 +182,10 @@ def encode_batch(tokenizer_name: str, field: str, split: Split, batch: list[Unit
         else:
             digest = digest_of(text) if unit.digest is None else unit.digest
             parts = [(val if unit.is_last_share or split.is_validation(digest) else train, text)]
-        tokens = 0
         for side, part in parts:
             if part:
                 side += [separator] * unit.begins + [tokenizer.encode(part)]
-                tokens += unit.begins + len(side[-1])
-        longest = max(longest, (unit.where, tokens), key=itemgetter(1))
+                sizes[unit.where] += unit.begins + len(side[-1])
     return Encoded(
         np.concatenate(train),
         np.concatenate(val),
@@ -196,7 +194,7 @@ def encode_batch(tokenizer_name: str, field: str, split: Split, batch: list[Unit
         empty,
         len(problems),
         problems[:TOLD],
-        longest,
+        max(sizes.items(), key=itemgetter(1), default=("", 0)),
     )
 
 

@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from glob import escape
@@ -22,11 +22,13 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from filelock import Timeout
 
 from nanogpt.checks import Positive, Total
-from nanogpt.data.shards import HEADER_BYTES, MAGIC, TOKEN_BYTES, VERSION, Tokens
+from nanogpt.data.shards import (
+    note_sha256,
+    sha256_of,
+)
 from nanogpt.data.text.documents import DataError, Split
 from nanogpt.data.text.encode import (
     TOLD,
@@ -39,12 +41,12 @@ from nanogpt.data.text.encode import (
     tokenizer_of,
 )
 from nanogpt.data.text.eta import Pace
+from nanogpt.data.text.writer import RECORD, Shards, partial_path, shard_name
 from nanogpt.files import lock_file, read_json, write_whole
 
 FORMAT = 2  # raise it when the same documents would be split, ordered or written differently
 SAVE_SECONDS = 5.0  # what an interruption costs at most
 SHARD_TOKENS = 100_000_000  # as FineWeb10B's shards have
-RECORD = "prepared.json"
 
 
 class Recipe(NamedTuple):
@@ -244,70 +246,11 @@ def name_shards(folder: Path, recipe: Recipe, made: Made) -> None:
     for split, first, last in (("train", 1, made.train[0]), ("val", 0, made.val[0])):
         for number in range(first, last + made.done):
             name = shard_name(f"{recipe.name}_{split}", number)
-            if partial_path(folder, name).exists():
-                os.replace(partial_path(folder, name), folder / name)
+            partial = partial_path(folder, name)
+            if partial.exists():
+                note_sha256(folder / name, sha256_of(partial))
+                os.replace(partial, folder / name)
             elif not (folder / name).exists():
                 raise DataError(
                     f"{folder / name} is missing: delete {folder}, then run this again."
                 )
-
-
-def shard_name(stem: str, number: int) -> str:
-    return f"{stem}_{number:06d}.bin"
-
-
-def partial_path(folder: Path, name: str) -> Path:
-    """Where a shard is until it is full: a hidden file that no shard pattern matches."""
-    return folder / f".{name}.partial"
-
-
-class Shards:
-    """Shards of at most `limit` tokens, filled one after the other without holding them."""
-
-    def __init__(self, folder: Path, stem: str, number: int, length: int, limit: int):
-        """Go on in shard `number`, behind its first `length` tokens."""
-        self.folder, self.stem, self.limit = folder, stem, limit
-        self._open(number, length)
-
-    def write(self, tokens: Tokens) -> bool:
-        """Add tokens; tell whether a shard was full before all were in."""
-        first = self.number
-        while len(tokens):
-            if self.length == self.limit:
-                self.end()
-                self._open(self.number + 1, 0)
-            now, tokens = np.split(tokens, [self.limit - self.length])
-            self._file.write(np.ascontiguousarray(now, "<u2").data)
-            self.length += len(now)
-        return self.number > first
-
-    def sync(self) -> None:
-        """Have all that was written on the disk."""
-        if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-
-    def end(self) -> None:
-        """Complete the shard."""
-        header = np.zeros(HEADER_BYTES // 4, "<i4")
-        header[:3] = MAGIC, VERSION, self.length
-        self._file.seek(0)
-        self._file.write(header.data)
-        self.sync()
-        self._file.close()
-
-    def close(self) -> None:
-        """Write no more. What the disk does not take any more is made again by the next process."""
-        with suppress(OSError):
-            self._file.close()
-
-    def _open(self, number: int, length: int) -> None:
-        path = partial_path(self.folder, shard_name(self.stem, number))
-        end = HEADER_BYTES + TOKEN_BYTES * length
-        if length and not (path.exists() and path.stat().st_size >= end):
-            raise DataError(
-                f"{path} is shorter than {RECORD} says: delete {self.folder}, then run this again."
-            )
-        self._file = path.open("r+b" if length else "wb")
-        self._file.seek(end)  # what lies behind it are the same tokens that will be written there
-        self.number, self.length = number, length

@@ -25,10 +25,10 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO
 
+from nanogpt.checks import shown
 from nanogpt.data.find import why_no_file
 from nanogpt.data.text.documents import Split, Unit, first_share, not_utf8, without
 from nanogpt.data.text.unpacked import suffixes, unpacked
-from nanogpt.files import shown
 
 PIECE = 2**20  # bytes of a file, or characters of a long document, that are looked at in one go
 ROWS = 256  # of a Parquet file

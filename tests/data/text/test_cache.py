@@ -1,5 +1,6 @@
 """Text of one's own for a run: the shards it gets, and when they are made again."""
 
+import os
 import subprocess
 import sys
 from glob import glob
@@ -117,6 +118,30 @@ def test_what_was_left_out_is_said(tmp_path, cache, capsys):
     path = write_lines(tmp_path / "x.jsonl", ["one", "", "two"])
     prepare([str(path)], "bytes")
     assert "Left out: 1 empty." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch", [1, 2**20])
+def test_a_document_that_is_more_than_half_of_all_is_said(
+    tmp_path, cache, capsys, monkeypatch, batch
+):
+    monkeypatch.setattr("nanogpt.data.text.encode.BATCH", batch)
+    monkeypatch.setattr("nanogpt.data.text.reading.PIECE", 64)
+    (tmp_path / "a.txt").write_text("word " * 190)
+    (tmp_path / "b.txt").write_text("word " * 200)
+    paths = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    prepare(paths, "bytes")
+    said = capsys.readouterr().err
+    assert f"More than half of all tokens are of one document, {paths[1]}." in said
+    (tmp_path / "a.txt").write_text("word " * 200)
+    prepare(paths, "bytes")
+    assert "More than half" not in capsys.readouterr().err
+
+
+def test_a_pipe_in_a_folder_is_left_out_and_holds_nothing_up(tmp_path, cache, capsys):
+    write_lines(tmp_path / "in" / "x.jsonl", ["one", "two"])
+    os.mkfifo(tmp_path / "in" / "pipe")
+    prepare([str(tmp_path / "in")], "bytes")
+    assert "pipe: is a pipe, not a file" in capsys.readouterr().err
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path, cache):
