@@ -474,8 +474,8 @@ def folder(tmp_path, monkeypatch):
             ["total_batch_size 2,000", "3 * 32 * 8 = 768", "1,536 and 2,304"],
         ),
         (
-            ["--batch-size", "3"],
-            ["total_batch_size 256", "3 * 32 * 8 = 768", "nearest valid: 768."],
+            ["--batch-size", "3", "--total-batch-size", "2048"],
+            ["total_batch_size 2,048", "3 * 32 * 8 = 768", "nearest valid: 1,536 and 2,304."],
         ),
         ([*ONE_ROW_EACH, "--train-files", "beyond.bin"], ["token 300", "beyond.bin", "1,234"]),
         ([*ONE_ROW_EACH, "--val-files", "beyond.bin"], ["token 300", "beyond.bin", "1,234"]),

@@ -115,17 +115,17 @@ def num_parts(
 
 
 def check_shared(config: GPTConfig, row_lengths: Sequence[int], devices: int) -> None:
-    """Raise ConfigError where so many devices along "model" cannot share a model and its rows."""
-    heads = config.num_heads // (2 if config.paired_heads else 1)
-    for name, count in {
-        f"num_heads {config.num_heads}{' in pairs' if config.paired_heads else ''}": heads,
-        f"mlp_width {config.mlp_width}": config.mlp_width,
-        **{f"rows of {T} tokens": T for T in row_lengths},
-    }.items():
+    """Raise ConfigError if that many devices along "model" cannot share a model and its rows."""
+    heads, pairs = config.num_heads, config.num_heads // 2
+    for what, count in (
+        ("Pairs of heads (num_heads / 2)", pairs) if config.paired_heads else ("num_heads", heads),
+        ("mlp_width", config.mlp_width),
+        *(("Tokens per row", T) for T in row_lengths),
+    ):
         if count % devices:
             raise ConfigError(
-                f"{devices} devices along model cannot share {name}: {count} is not a multiple of "
-                f"{devices}; choose another mesh."
+                f"{what}: {count} cannot be divided over {devices} devices (mesh axis model); use "
+                f"a divisor of {count} for model."
             )
 
 

@@ -18,7 +18,12 @@ def heading(plan: Plan, folder: Path) -> list[str]:
     if plan.hardware.processes > 1:
         lines.append(f"{processes_line()}; if one is lost, all end: resume with --resume {folder}")
     lines.append(plan.attention)
-    if hp.batch_size is None:
+    if hp.batch_size and plan.batch_size < hp.batch_size:
+        lines.append(
+            f"micro-batch: {plan.batch_size} instead of batch_size {hp.batch_size} rows, since a "
+            f"step has no more for each of {plan.readers} devices"
+        )
+    elif hp.batch_size is None:
         available = f"{memory / 1e9:.1f} GB" if memory else "unknown"
         rows = "row" if plan.batch_size == 1 else "rows"
         lines.append(

@@ -218,14 +218,15 @@ def stages_of(hp: "Hyperparameters", readers: int) -> tuple[StagePlan, ...]:
     schedule, stages = hp.schedule, []
     for number, stage in enumerate(hp.stages):
         tokens = schedule.tokens_per_step(number)
-        per_pass = (hp.batch_size or 1) * hp.sequence_length * readers
+        rows = rows_asked(hp, readers) or 1
+        per_pass = rows * hp.sequence_length * readers
         if tokens % per_pass:
             below = tokens // per_pass * per_pass
             nearest = [f"{round(n / stage.batch):,}" for n in (below, below + per_pass) if n]
             in_stage = f" in stage {number + 1}, {tokens:,}," if stage.batch != 1 else ""
             raise ConfigError(
                 f"total_batch_size {hp.total_batch_size:,}{in_stage} is not a multiple of "
-                f"batch_size * sequence_length * num_devices = {hp.batch_size or 1} * "
+                f"batch_size * sequence_length * num_devices = {rows} * "
                 f"{hp.sequence_length} * {readers} = {per_pass:,}; nearest valid: "
                 f"{' and '.join(nearest)}."
             )
@@ -243,6 +244,12 @@ def stages_of(hp: "Hyperparameters", readers: int) -> tuple[StagePlan, ...]:
             )
         )
     return tuple(stages)
+
+
+def rows_asked(hp: "Hyperparameters", readers: int) -> int | None:
+    """The batch_size of the settings; fewer rows where a step has fewer for each device."""
+    smallest = min(map(hp.schedule.tokens_per_step, range(len(hp.stages))))
+    return hp.batch_size and min(hp.batch_size, max(1, smallest // (hp.sequence_length * readers)))
 
 
 def micro_batch(
@@ -263,7 +270,7 @@ def micro_batch(
         rematerialize = not row_fits(T * bytes_of(), memory)
     row_bytes = T * bytes_of(rematerialize=rematerialize)
     rows_per_step = gcd(*(stage.tokens_per_step // T for stage in stages)) // readers
-    batch_size = hp.batch_size or largest_batch(rows_per_step, row_bytes, memory)
+    batch_size = rows_asked(hp, readers) or largest_batch(rows_per_step, row_bytes, memory)
     return batch_size, row_bytes, rematerialize
 
 

@@ -258,14 +258,14 @@ def test_a_mesh_takes_the_devices_it_names_or_all():
 @pytest.mark.parametrize(
     ("changed", "T", "told"),
     [
-        ({"num_heads": 4, "paired_heads": ()}, 16, "num_heads 4: 4 is not a multiple of 8"),
-        ({"num_heads": 8}, 16, "num_heads 8 in pairs: 4 is not a multiple of 8"),
-        ({"num_heads": 16, "width": 64, "mlp_width": 60}, 16, "mlp_width 60"),
-        ({"num_heads": 16, "width": 64}, 12, "rows of 12 tokens"),
+        ({"num_heads": 4, "paired_heads": ()}, 16, "num_heads: 4"),
+        ({"num_heads": 8}, 16, "Pairs of heads .num_heads / 2.: 4"),
+        ({"num_heads": 16, "width": 64, "mlp_width": 60}, 16, "mlp_width: 60"),
+        ({"num_heads": 16, "width": 64}, 12, "Tokens per row: 12"),
     ],
 )
 def test_what_devices_cannot_share_is_named(changed, T, told):
-    with pytest.raises(ConfigError, match=f"8 devices along model cannot share {told}"):
+    with pytest.raises(ConfigError, match=f"{told} cannot be divided over 8 devices"):
         check_shared(replace(CONFIG, **changed), [64, T], 8)
 
 

@@ -91,6 +91,11 @@ def test_the_state_has_the_size_that_it_has_on_the_devices(shard_params):
     assert plan.state_bytes == pytest.approx(sum(x.size * x.dtype.itemsize for x in state), abs=16)
 
 
+def test_where_a_step_has_fewer_rows_than_batch_size_for_each_device_there_are_fewer():
+    laptop = plan_of("laptop", total_batch_size=2048, batch_size=4)
+    assert (laptop.batch_size, laptop.readers, laptop.shape(0)) == (2, 8, (1, 16))
+
+
 def test_what_is_due_is_due_at_its_interval_and_at_the_end():
     plan = plan_of("baseline", num_steps=10, val_loss_every=4, checkpoint_every=0)
     assert [step for step in range(1, 11) if plan.validates(step)] == [4, 8, 10]
