@@ -70,7 +70,10 @@ def export(run: Path, out: Path) -> str:
         **known(run, checkpoint.step),
     }
     save_model(out, model, params, settings, note(model, settings, params))
-    return f"the weights of {run} after step {checkpoint.step:,} are in {out}"
+    return (
+        f"the weights of {run} after step {checkpoint.step:,} are in {out}\n"
+        f"Use them with:\n  python3 sample.py {out}\n  python3 train_gpt.py --init-from {out}"
+    )
 
 
 def known(run: Path, step: int) -> dict[str, Any]:

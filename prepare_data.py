@@ -14,6 +14,7 @@ import nanogpt  # noqa: F401  (says what to do where packages are missing)
 # isort: split
 import os
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -110,7 +111,12 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"{error.filename}: {error.strerror}; check the path.", file=sys.stderr)
         return 2
-    print(f"{made.summary()} The shards are in {out}.")
+    print(f"{made.summary()} The shards are in {out}.\nTrain on them with:")
+    files = [shlex.quote(f"{out}/{name}_{side}_*.bin") for side in ("train", "val")]
+    print(
+        f"  python3 train_gpt.py --tokenizer {options.tokenizer} --train-files {files[0]} "
+        f"--val-files {files[1]}"
+    )
     return 0
 
 

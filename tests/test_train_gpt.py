@@ -481,7 +481,6 @@ def folder(tmp_path, monkeypatch):
         ([*ONE_ROW_EACH, "--val-files", "beyond.bin"], ["token 300", "beyond.bin", "1,234"]),
         ([*ONE_ROW_EACH, "--train-files", "ruin.bin"], ["ruin.bin", "damaged"]),
         ([*ONE_ROW_EACH, "--val-files", "None"], ["train_files", "val_files"]),
-        ([*ONE_ROW_EACH, "--val-tokens", "2000"], ["val_tokens", "2,000", "1,999"]),
         (
             [*ONE_ROW_EACH, "--sequence-length", "2048", "--total-batch-size", "16384"],
             ["train.bin", "2049", "sequence_length"],
@@ -507,7 +506,7 @@ def folder(tmp_path, monkeypatch):
         ),
         ([*SPEEDRUN, "--total-batch-size", "256"], ["batch of stage 1", "256"]),
         (
-            [*SPEEDRUN, "--tokenizer", "bytes"],
+            [*SPEEDRUN, "--tokenizer", "bytes", "--model.document-separator", "50256"],
             ["model.document_separator", "255", "bytes", "50256"],
         ),
         (["--model.tied-head"], ["adam.embedding", "adam.head"]),
@@ -515,7 +514,10 @@ def folder(tmp_path, monkeypatch):
             [*SPEEDRUN, *ONE_ROW_EACH, "--total-batch-size", "384"],
             ["384", "in stage 1, 128,", "1 * 32 * 8 = 256", "nearest valid: 768."],
         ),
-        (["--tokenizer", "gpt2"], ["vocab_size 256", "50,257", "gpt2"]),
+        (
+            ["--tokenizer", "gpt2", "--model.vocab-size", "256"],
+            ["vocab_size 256", "50,257", "gpt2"],
+        ),
         (
             ["--tokenizer", "gpt2", "--train-files", "None", "--val-files", "None"],
             ["embedded corpus", "bytes", "gpt2"],

@@ -59,6 +59,11 @@ class Dataset:
         """Tokens of all training shards."""
         return sum(shard.tokens for shard in self.train)
 
+    @property
+    def val_tokens(self) -> int:
+        """Tokens of all validation shards."""
+        return sum(shard.tokens for shard in self.val)
+
     def contents(self, whole: bool) -> list[tuple[str, str]]:
         """A name and the content of each shard, as far as it can be compared between machines."""
         shards = [*self.train, *self.val]

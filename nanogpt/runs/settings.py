@@ -64,7 +64,7 @@ def settings(
         start = weights.settings
     else:
         start = presets[preset_for_hardware(given.device)]
-    start = suited_to_own_text(start, override(start))
+    start = suited_to_data(start, override(start))
     if weights is None:
         hp = override(start)
     else:
@@ -74,19 +74,16 @@ def settings(
     return replace(hp, preset=start.preset)
 
 
-def suited_to_own_text(start: "Hyperparameters", asked: "Hyperparameters") -> "Hyperparameters":
-    """Where the settings start if `asked` names text of one's own, of any order and length."""
-    if not asked.data:
-        return start
-    tokenizer, model = TOKENIZERS[asked.tokenizer], start.model
-    separator = None if model.document_separator is None else tokenizer.separator
-    return replace(
-        start,
-        shuffle=True,
-        max_document_length=None,
-        sample_prompt=type(start).sample_prompt,
-        model=replace(model, vocab_size=tokenizer.vocab_size, document_separator=separator),
-    )
+def suited_to_data(start: "Hyperparameters", asked: "Hyperparameters") -> "Hyperparameters":
+    """The defaults for the tokenizer in `asked`, and for your own text if it has some."""
+    if asked.data or asked.tokenizer != start.tokenizer:
+        tokenizer, model = TOKENIZERS[asked.tokenizer], start.model
+        separator = None if model.document_separator is None else tokenizer.separator
+        model = replace(model, vocab_size=tokenizer.vocab_size, document_separator=separator)
+        start = replace(start, model=model, sample_prompt=type(start).sample_prompt)
+    if asked.data:  # of any order and length
+        start = replace(start, shuffle=True, max_document_length=None)
+    return start
 
 
 def with_own_text(hp: "Hyperparameters") -> "Hyperparameters":
@@ -103,12 +100,7 @@ def with_own_text(hp: "Hyperparameters") -> "Hyperparameters":
             f"{hp.resume} was trained on other text: {', '.join(hp.data)} changed. "
             "Restore it, or start another run."
         )
-    return replace(
-        hp,
-        train_files=text.train_files,
-        val_files=text.val_files,
-        val_tokens=min(hp.val_tokens, max(1, text.val_tokens - 1)),
-    )
+    return replace(hp, train_files=text.train_files, val_files=text.val_files)
 
 
 def preset_for_hardware(device: str) -> str:

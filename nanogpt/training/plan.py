@@ -151,6 +151,10 @@ def plan_here(hp: "Hyperparameters") -> Plan:
         hp.verify_data,
     )
     check_same("data", dataset.contents(hp.verify_data))
+    if hp.val_tokens > (available := max(1, dataset.val_tokens - 1)):
+        fewer = f"val_tokens is {available:,} instead of {hp.val_tokens:,}, all that there are"
+        hp = replace(hp, val_tokens=available)
+        dataset = replace(dataset, warnings=(*dataset.warnings, fewer))
     models = [model for stage in stages for model in (stage.model, stage.used_model)]
     attention = choose_attention(models, hp.sequence_length, hp.dtype)
     return make_plan(hp, hardware, dataset, *attention)

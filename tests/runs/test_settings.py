@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from nanogpt.checks import ConfigError
-from nanogpt.runs.settings import suited_to_own_text, with_own_text
+from nanogpt.runs.settings import suited_to_data, with_own_text
 from train_gpt import PRESETS
 
 
@@ -18,14 +18,15 @@ from train_gpt import PRESETS
         ("laptop", "gpt2", 50257, None),  # attends across documents, whatever separates them
     ],
 )
-def test_own_text_has_the_vocabulary_of_its_tokenizer_and_its_separator_where_one_is_heeded(
-    preset, tokenizer, vocab_size, separator
+@pytest.mark.parametrize("data", [("some.txt",), ()])  # text of one's own, or shards
+def test_the_vocabulary_is_that_of_the_tokenizer_and_its_separator_is_used_where_the_preset_has_one(
+    preset, tokenizer, vocab_size, separator, data
 ):
     start = PRESETS[preset]
-    asked = replace(start, data=("some.txt",), tokenizer=tokenizer)
-    model = suited_to_own_text(start, asked).model
+    asked = replace(start, data=data, tokenizer=tokenizer)
+    model = suited_to_data(start, asked).model
     assert (model.vocab_size, model.document_separator) == (vocab_size, separator)
-    replace(asked, model=model).check()
+    model.check()
 
 
 def test_a_resumed_run_whose_text_changed_is_refused_when_its_shards_are_made_again(

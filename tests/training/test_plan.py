@@ -5,13 +5,15 @@ from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from nanogpt.config import ConfigError
 from nanogpt.data.dataset import Dataset, Shard
+from nanogpt.data.shards import write_shard
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.runs.description import outlook, table
-from nanogpt.training.plan import Hardware, division, make_plan, optimizer_of
+from nanogpt.training.plan import Hardware, division, make_plan, optimizer_of, plan_here
 from nanogpt.training.step import make_init
 from train_gpt import PRESETS
 
@@ -94,6 +96,16 @@ def test_the_state_has_the_size_that_it_has_on_the_devices(shard_params):
 def test_where_a_step_has_fewer_rows_than_batch_size_for_each_device_there_are_fewer():
     laptop = plan_of("laptop", total_batch_size=2048, batch_size=4)
     assert (laptop.batch_size, laptop.readers, laptop.shape(0)) == (2, 8, (1, 16))
+
+
+def test_no_more_is_validated_on_than_there_is_and_that_is_said(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(2000) % 256)
+    files = str(tmp_path / "a.bin")
+    hp = replace(PRESETS["laptop"], train_files=files, val_files=files, batch_size=1)
+    plan = plan_here(hp)
+    assert plan.hp.val_tokens == 1999  # the first is only read
+    assert "val_tokens is 1,999 instead of 262,144, all that there are" in plan.dataset.warnings
+    assert plan_here(replace(hp, val_tokens=5)).hp.val_tokens == 5
 
 
 def test_what_is_due_is_due_at_its_interval_and_at_the_end():
