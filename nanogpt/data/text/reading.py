@@ -81,8 +81,10 @@ def _rows(path: Path, field: str) -> Iterator[Unit]:
             # As bytes, for nothing guarantees that the strings in the file are UTF-8.
             for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                 row += 1
-                share = row / file.metadata.num_rows
-                yield Unit(f"{shown(path)}, row {row:,}", raw or b"", share_read=share)
+                unit = Unit(f"{shown(path)}, row {row:,}", raw or b"")
+                if len(unit.raw) > LONGEST:
+                    unit = unit._replace(raw=b"", problem=TOO_LONG)
+                yield unit._replace(share_read=row / file.metadata.num_rows)
 
 
 def _table(path: Path, field: str, delimiter: str) -> Iterator[Unit]:
