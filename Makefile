@@ -21,7 +21,7 @@ train: $(VENV)/ready-$(ACCELERATOR)
 	$(VENV)/bin/python train_gpt.py $(ARGS)
 
 test: $(VENV)/ready-dev
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/ready-dev
 	$(VENV)/bin/ruff check .

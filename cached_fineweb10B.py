@@ -8,6 +8,9 @@ so whatever matches fineweb10B/fineweb_*.bin is whole. After an interruption run
 on where it stopped.
 """
 
+import nanogpt  # noqa: F401  (says what to do where packages are missing)
+
+# isort: split
 import argparse
 import os
 import re

@@ -4,6 +4,9 @@ The loss on all its validation tokens, the same in bits per byte of text, and wi
 the share of HellaSwag's items that it gets right. docs/evaluation.md says what each figure means.
 """
 
+import nanogpt  # noqa: F401  (says what to do where packages are missing)
+
+# isort: split
 import json
 import os
 import sys
@@ -22,6 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from nanogpt.checks import ConfigError, Count, Positive, UserError, checked, shown
+from nanogpt.command_line import parse
 from nanogpt.data.corpus import embedded_corpus
 from nanogpt.data.dataset import difference, look_into
 from nanogpt.data.hub import DownloadError, patiently
@@ -46,26 +50,26 @@ TOKENS_PER_PASS = 8192  # of each device: work enough for a GPU, and room beside
 
 @dataclass(frozen=True)
 class Options:
-    """Tell how good a trained run is."""
+    """Evaluate a trained run."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run, runs/<name>."""
     val_files: str | None = None
-    """Glob of other validation shards, of the same tokenizer; None for those of the run."""
+    """Glob of other validation shards, with the same tokenizer; None: those of the run."""
     val_tokens: Positive | None = None
-    """Tokens to validate on, the first ones of the shards; None for as many as the run did."""
+    """Number of validation tokens, from the start of the shards; None: as many as the run used."""
     hellaswag: bool = False
-    """Score HellaSwag, too; on a CPU that takes hours for a model of the speedrun's size."""
+    """Also score HellaSwag; on a CPU this takes hours for a model of the speedrun's size."""
     hellaswag_items: Positive | None = None
-    """Only the first so many items of it; None for all 10,042."""
+    """Score only the first N items; None: all 10,042."""
     batch_size: Positive | None = None
-    """Rows per device in one pass; None for as many as make 8,192 tokens. It changes no result."""
+    """Rows per device and pass; None: 8,192 tokens' worth. Does not change the results."""
 
     def check(self) -> None:
         """Raise ConfigError, in a sentence for the user, for options that make no sense."""
         checked(asdict(self), Options)
         if self.hellaswag_items is not None and not self.hellaswag:
-            raise ConfigError("hellaswag_items says how much of HellaSwag: add --hellaswag.")
+            raise ConfigError("--hellaswag-items needs --hellaswag.")
 
 
 class Results(TypedDict, total=False):
@@ -82,7 +86,7 @@ class Results(TypedDict, total=False):
 
 def main(arguments: list[str] | None = None) -> int:
     """Evaluate what the command line asks for; return the exit status."""
-    options = tyro.cli(Options, args=arguments)
+    options = parse(Options, arguments)
     try:
         options.check()
         evaluate(options)
@@ -90,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted: what was told is kept.", file=sys.stderr)
+        print("Interrupted; the figures printed so far are saved.", file=sys.stderr)
         return 130
     return 0
 
@@ -100,10 +104,12 @@ def evaluate(options: Options) -> None:
     # So that this takes no more of a GPU that trains at the same time than it needs.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from nanogpt.data.validation import ValidationRows
+    from nanogpt.devices.accelerator import use_device
     from nanogpt.devices.compilation import first_that_fits, use_compilation_cache
     from nanogpt.devices.mesh import make_mesh
     from nanogpt.inference.hellaswag import read_items, retokenized
 
+    use_device()
     use_compilation_cache()
     run = load(options.run, make_mesh())
 

@@ -4,6 +4,9 @@ nanogpt/inference/export.py describes the folder, and nanogpt/inference/model_no
 MODEL.md.
 """
 
+import nanogpt  # noqa: F401  (says what to do where packages are missing)
+
+# isort: split
 import os
 import sys
 from contextlib import suppress
@@ -14,21 +17,22 @@ from typing import Annotated, Any
 import tyro
 
 from nanogpt.checks import ConfigError, UserError
+from nanogpt.command_line import parse
 
 
 @dataclass(frozen=True)
 class Options:
-    """Write the newest weights of a run as safetensors, with all that is needed to use them."""
+    """Export the newest weights of a run as safetensors, with everything needed to use them."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Folder of the run, runs/<name>."""
     out: Path
-    """Folder to write, which must not exist or be empty."""
+    """Output folder; must be new or empty."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Export the run; return the exit status."""
-    options = tyro.cli(Options, args=arguments)
+    options = parse(Options, arguments)
     try:
         print(export(options.run, options.out))
     except UserError as error:
@@ -49,11 +53,13 @@ def export(run: Path, out: Path) -> str:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from flax import nnx
 
+    from nanogpt.devices.accelerator import use_device
     from nanogpt.devices.mesh import make_mesh
     from nanogpt.inference.export import save_model
     from nanogpt.inference.model_note import note
     from nanogpt.inference.weights import load_run
 
+    use_device()
     hp, graph, params, checkpoint = load_run(run, make_mesh(1))
     model = nnx.merge(graph, params).config
     settings = {name: getattr(hp, name) for name in ("tokenizer", "sequence_length", "dtype")}
@@ -69,18 +75,15 @@ def export(run: Path, out: Path) -> str:
 
 def known(run: Path, step: int) -> dict[str, Any]:
     """The commit that trained a run and its validation loss at a step, as far as it tells."""
-    from nanogpt.files import parsed, read_json
-    from nanogpt.runs.folder import Circumstances, Metrics
+    from nanogpt.files import read_json
+    from nanogpt.runs.folder import Circumstances
+    from nanogpt.training.records import validation_loss_at
 
     facts: dict[str, Any] = {}
     with suppress(ConfigError, KeyError):
         facts["commit"] = read_json(run / "run.json", Circumstances, "")["commit"]
-    with suppress(OSError):
-        for line in (run / "metrics.jsonl").read_bytes().splitlines():
-            with suppress(ConfigError, KeyError):
-                record = parsed(line, Metrics, "", "")
-                if record["step"] == step:
-                    facts["val_loss"] = record["val_loss"]
+    if (val_loss := validation_loss_at(run, step)) is not None:
+        facts["val_loss"] = val_loss
     return facts
 
 

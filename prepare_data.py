@@ -9,6 +9,9 @@ same bytes. Then: python3 train_gpt.py --train-files "shards/text_train_*.bin" -
 "shards/text_val_*.bin". For what is read and how it is split see docs/own-text.md.
 """
 
+import nanogpt  # noqa: F401  (says what to do where packages are missing)
+
+# isort: split
 import os
 import re
 import sys
@@ -23,6 +26,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 import tyro
 
 from nanogpt.checks import Positive, UserError, checked
+from nanogpt.command_line import parse
 from nanogpt.config import TokenizerName
 from nanogpt.data.hub import patiently
 from nanogpt.data.text.documents import DataError, find_files
@@ -34,25 +38,25 @@ from nanogpt.training.interruption import Interruption
 
 @dataclass(frozen=True)
 class Options:
-    """Make shards of text."""
+    """Tokenize text into shards."""
 
     out: Path
-    """The folder for the shards; nothing else should be there."""
+    """Output folder for the shards; it should contain nothing else."""
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
-    """Files, folders and globs."""
+    """Files, folders or globs."""
     hub: str | None = None
-    """Instead of inputs: a data set on the Hugging Face hub; its Parquet files are read."""
+    """Instead of inputs: a dataset on the Hugging Face hub, whose Parquet files are read."""
     subset: str | None = None
-    """The configuration of that data set, or a folder in it; None for all of it."""
+    """Configuration of that dataset, or a folder in it; None: all of it."""
     keep_downloads: bool = False
-    """Keep the files from the hub; else each is deleted when its documents are in the shards."""
+    """Keep downloaded files; otherwise each is deleted once its documents are in the shards."""
     tokenizer: TokenizerName = "gpt2"
-    """What makes the tokens; train with the same."""
+    """Tokenizer; train with the same one."""
     field: str = "text"
-    """The member of the JSON objects, or the column of the Parquet files, with the text."""
+    """Field (JSON lines) or column (Parquet) that holds the text."""
     name: str | None = None
-    """What the names of the shards begin with, as in text_train_000001.bin; None for the name of
-    the data set, or else "text"."""
+    """Prefix of the shards' names, as in text_train_000001.bin; None: the name of the dataset, or
+    "text"."""
     shard_tokens: Positive = SHARD_TOKENS
     """Tokens per shard."""
     processes: Positive = os.cpu_count() or 1
@@ -62,11 +66,13 @@ class Options:
         """Raise UserError, in a sentence for the user, for options that make no sense."""
         checked(asdict(self), Options)
         if bool(self.inputs) == bool(self.hub):
-            raise DataError("Name either inputs or, with --hub, a data set.")
+            raise DataError("Give either inputs, or a dataset with --hub.")
         if self.hub is None and (self.subset or self.keep_downloads):
-            raise DataError("subset and keep_downloads say what to do with a data set: add --hub.")
+            raise DataError("--subset and --keep-downloads need --hub.")
         if self.name is not None and not re.match(r"\w[^/]*$", self.name):
-            raise DataError(f"name must begin like a word and have no slash: {self.name!r}.")
+            raise DataError(
+                f"name must start with a letter or digit and contain no slash: {self.name!r}."
+            )
 
 
 class DataFiles(TypedDict):
@@ -85,7 +91,7 @@ class Subset(TypedDict):
 
 def main(arguments: list[str] | None = None) -> int:
     """Make the shards that the command line asks for; return the exit status."""
-    options = tyro.cli(Options, args=arguments, description=__doc__)
+    options = parse(Options, arguments, description=__doc__)
     out = Path(os.path.abspath(options.out.expanduser()))
     name = options.name or (options.hub or "text").rpartition("/")[2]
     recipe = Recipe(options.tokenizer, options.field, name, options.shard_tokens)

@@ -1,5 +1,8 @@
 """Continue a prompt with a trained model: `python3 sample.py runs/<name> --prompt "def "`."""
 
+import nanogpt  # noqa: F401  (says what to do where packages are missing)
+
+# isort: split
 import os
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -13,6 +16,7 @@ import tyro
 from msgspec import Meta
 
 from nanogpt.checks import ConfigError, Positive, UserError, checked
+from nanogpt.command_line import parse
 from nanogpt.data.tokenizer import load_tokenizer
 from nanogpt.inference.sampling import Sampling, Token
 
@@ -24,29 +28,29 @@ class Options:
     """Continue a prompt with a trained model."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run, runs/<name>, or one that export.py made."""
+    """Folder of a run, runs/<name>, or one written by export.py."""
     prompt: str = ""
-    """What to continue; nothing begins a new document."""
+    """Text to continue; empty: start a new document."""
     prompt_file: Path | None = None
-    """File with the prompt, instead; - for standard input."""
+    """File with the prompt; - for standard input."""
     num_samples: Annotated[int, Meta(ge=1, le=MOST_SAMPLES)] = 1
-    """Texts to write, all of them at once."""
+    """Number of texts, generated as one batch."""
     max_new_tokens: Positive = 500
-    """Tokens of each text."""
+    """Maximum number of tokens per text."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()  # noqa: RUF009
     stop: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """A text ends before this, or the first of several; a document ends with <|endoftext|>."""
+    """Stop before this string; can be given several times. <|endoftext|> ends a document."""
     serve: bool = False
-    """Serve a page to play with the model instead; there it is set how it writes."""
+    """Serve a web page to play with the model; the sampling settings are on the page."""
     port: Annotated[int, Meta(ge=0, le=65535)] = 8000
-    """Where that page is served, on this machine only."""
+    """Port of that page, reachable from this machine only."""
 
     def check(self) -> None:
-        """Raise ConfigError, in a sentence for the user, for options that make no sense."""
+        """Raise ConfigError, with a sentence for the user, if the options are invalid."""
         self.sampling.check()  # first: its options have no prefix on the command line
         checked(asdict(self), Options)
         if self.prompt and self.prompt_file:
-            raise ConfigError("prompt and prompt_file cannot both be given: leave one out.")
+            raise ConfigError("Give either --prompt or --prompt-file, not both.")
         if "" in self.stop:
             raise ConfigError("stop must not be empty.")
 
@@ -56,7 +60,7 @@ Write = Callable[..., Iterator[tuple[int, Token]]]  # nanogpt.inference.text.wri
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the prompt and its continuation, or serve a page; return the exit status."""
-    options = tyro.cli(Options, args=arguments)
+    options = parse(Options, arguments)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show ends no text
     try:
@@ -99,7 +103,7 @@ def read_prompt(options: Options) -> str:
 
 def print_samples(options: Options, prompt: str) -> None:
     """Write all samples at once: the first as it comes, then the others."""
-    write = load_writer(options.model)
+    write, _ = load_writer(options.model)
     later = [""] * options.num_samples
 
     def heading(number: int) -> None:
@@ -144,7 +148,7 @@ def serve_page(options: Options) -> None:
     """Serve the playground until Ctrl-C."""
     from nanogpt.inference.playground import serve
 
-    write = load_writer(options.model)
+    write, about = load_writer(options.model)
 
     def one(prompt: str, max_new_tokens: int, sampling: Sampling) -> Generator[Token, None, None]:
         for _, token in write(
@@ -152,24 +156,34 @@ def serve_page(options: Options) -> None:
         ):
             yield token
 
-    serve(one, str(options.model), options.port)
+    chosen = asdict(options.sampling)
+    start = chosen | {"prompt": read_prompt(options), "num_tokens": options.max_new_tokens}
+    start["top_k"] = start["top_k"] or 0  # the slider's "all"
+    serve(one, str(options.model), options.port, about=about, start=start)
 
 
-def load_writer(folder: Path) -> Write:
-    """The model in a folder, as a function that writes; ConfigError if there is none."""
+def load_writer(folder: Path) -> tuple[Write, str]:
+    """The model in a folder as a function that writes, and a line about it.
+
+    Raises ConfigError if there is none.
+    """
     # The memory of a GPU is taken as it is needed: a trainer may be running there.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from functools import partial
 
     import jax
 
+    from nanogpt.devices.accelerator import use_device
     from nanogpt.devices.compilation import use_compilation_cache
     from nanogpt.devices.mesh import make_mesh
     from nanogpt.inference.text import write
     from nanogpt.inference.weights import load_model
 
+    device = use_device()
     use_compilation_cache()
     settings, graph, params = load_model(folder, make_mesh(1))
+    parameters = sum(array.size for array in jax.tree.leaves(params))
+    about = f"{parameters:,} parameters, context {settings.sequence_length:,} tokens"
     return partial(
         write,
         graph,
@@ -177,8 +191,8 @@ def load_writer(folder: Path) -> Write:
         load_tokenizer(settings.tokenizer),
         context=settings.sequence_length,
         # CPUs emulate bfloat16.
-        dtype="float32" if jax.default_backend() == "cpu" else settings.dtype,
-    )
+        dtype="float32" if device == "cpu" else settings.dtype,
+    ), about
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@ needs no download and takes a few minutes. `--help` lists every setting.
 The file reads from top to bottom: the hyperparameters, the presets, then the training loop.
 """
 
+import nanogpt  # noqa: F401  (says what to do where packages are missing)
+
+# isort: split
 import os
 import sys
 from dataclasses import asdict, dataclass, fields, replace
@@ -30,6 +33,7 @@ from nanogpt.checks import (
     can_be_utf8,
     checked,
 )
+from nanogpt.command_line import parse
 from nanogpt.config import AdamGroups, ComputeType, GPTConfig, LossKernel, TokenizerName, mesh_axes
 from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.runs.folder import Run, RunError
@@ -88,39 +92,39 @@ SPEEDRUN_STAGES = (
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Every setting of a run. The defaults are the `speedrun` preset."""
+    """All settings of a run. The defaults are those of the `speedrun` preset."""
 
     preset: Preset = "auto"
-    """Where the other settings start: auto is speedrun with an accelerator, else laptop; with
-    init_from it is the settings of that run."""
+    """Defaults for all other settings. auto: speedrun with an accelerator, otherwise laptop; with
+    init_from, the settings of that run."""
     config: str | None = None
-    """Start them instead from the config.json of an earlier run, to repeat it."""
+    """config.json of an earlier run, to use its settings as defaults instead of a preset's."""
 
     # Data
     train_files: str | None = "fineweb10B/fineweb_train_*.bin"
-    """Glob of the training shards; None for the embedded corpus of Python code."""
+    """Glob of the training shards; None trains on the embedded corpus of Python code."""
     val_files: str | None = "fineweb10B/fineweb_val_*.bin"
-    """Glob of the validation shards; None for the embedded corpus."""
+    """Glob of the validation shards; None uses the embedded corpus."""
     tokenizer: TokenizerName = "gpt2"
-    """What made the shards, or makes them from `data`; decodes samples."""
+    """Tokenizer of the shards, or for text given with `data`; also decodes samples."""
     data: tuple[str, ...] = ()
-    """Text of your own to train on, in place of shards: files, folders and globs of text, JSON
-    lines and Parquet; see docs/own-text.md. It starts from shuffled rows with all of every
-    document, and from the tokenizer's vocabulary."""
+    """Your own text instead of shards: files, folders or globs of plain text, JSON lines or
+    Parquet; see docs/own-text.md. Rows are then shuffled, documents are used whole, and the
+    vocabulary is the tokenizer's, unless set otherwise."""
     data_field: str = "text"
-    """Where JSON lines and Parquet in `data` have their text: the member or column."""
+    """Field (JSON lines) or column (Parquet) of `data` that holds the text."""
     shuffle: bool = False
-    """Visit the rows in random order from the first epoch on; later epochs always do."""
+    """Shuffle rows in the first epoch too; later epochs are always shuffled."""
 
     max_document_length: Positive | None = 2048
-    """Begin each row with a document and take at most so many tokens of each, the rest is left
-    out; None for rows that leave nothing out."""
+    """Start each row at the beginning of a document and use at most this many tokens of each
+    document; None uses all tokens, and rows start anywhere."""
 
     # Batch: Ng = total_batch_size / (batch_size * sequence_length * number of devices along data)
     batch_size: Positive | None = None
-    """Rows per device in one forward and backward pass; None for as many as its memory holds."""
+    """Rows per device and forward-backward pass; None: as many as fit into memory."""
     sequence_length: Positive = 16_384
-    """Tokens per row, T."""
+    """Tokens per row (T)."""
     total_batch_size: Positive = 393_216
     """Tokens per optimizer step, over all devices and accumulation steps."""
 
@@ -128,112 +132,113 @@ class Hyperparameters:
     num_steps: Positive = 1600
     """Optimizer steps."""
     stages: tyro.conf.Suppress[Stages] = SPEEDRUN_STAGES
-    """The stretches of the run, in order; see nanogpt/schedule.py."""
+    """Training stages, in order; see nanogpt/schedule.py."""
     learning_rate: NotNegative = 0.023
-    """Rate of Muon, for the matrices of the layers."""
+    """Muon's learning rate, for the layers' matrices."""
     mlp_out_factor: NotNegative = 4.0
-    """What this rate is multiplied with for the matrices that lead out of the MLPs."""
+    """Factor on that rate for the MLPs' output matrices."""
     weight_decay: NotNegative = 1.2
-    """Of the matrices of the layers: a step takes the rate squared times this off those weights
-    which it brings nearer to zero."""
+    """Cautious weight decay of the layers' matrices: each step shrinks weights by rate^2 times
+    this, only where the update already moves them towards zero."""
     momentum: Decay = 0.95
-    """Muon's momentum, after its warm-up from 0.85."""
+    """Muon's momentum after its warmup from 0.85."""
     momentum_warmup_steps: Count = 300
-    """First steps, in which Muon's momentum rises."""
+    """Number of steps over which Muon's momentum warms up."""
     momentum_cooldown_steps: Count = 50
-    """Last steps, in which it falls back to 0.85."""
+    """Number of final steps over which it falls back to 0.85."""
     neuron_decay: Decay | None = 0.95
-    """Decay of the mean squares by which Muon evens out its neurons; None for plain Muon."""
+    """NorMuon's decay rate for the second moment of each neuron; None for plain Muon."""
     adam_every: Positive = 2
-    """Adam, for all other parameters, acts at every so many steps, on their mean gradient."""
+    """Steps between Adam updates (all other parameters), which use the mean gradient."""
     adam: AdamGroups = AdamGroups()
-    """How Adam moves each group of them."""
+    """Adam's settings for each parameter group."""
     hold_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.025
-    """Share of the steps, the last ones, in which all rates stay at their lowest."""
+    """Fraction of the steps, at the end, for which learning rates stay at their minimum."""
     cooldown_fraction: Share = 0.55
-    """Share of the steps before these, the last ones, in which they fall linearly."""
+    """Fraction of the remaining steps, before those, over which they decay linearly."""
     final_learning_rate_factor: Share = 0.1
-    """What the rates are multiplied with at the end of the cooldown."""
+    """Factor on all learning rates at the end of the cooldown."""
 
     # Validation
     val_loss_every: Count = 125
-    """Steps between validations; the last step always validates. 0 for that one only."""
+    """Steps between validations; 0: only after the last step, which always validates."""
     val_tokens: Positive = 10_485_760
-    """Tokens to validate on, the first ones of the validation shards."""
+    """Number of validation tokens, from the start of the validation shards."""
 
     # Run
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
-    """What to train on; auto is the best that JAX finds, any other must be there."""
+    """Hardware to train on; auto picks the best device JAX finds, any other must be present."""
     dtype: ComputeType = "bfloat16"
-    """What the forward and backward passes compute in; weights are kept in float32."""
+    """Data type of the forward and backward passes; master weights are float32."""
     loss_kernel: LossKernel = "xla"
-    """What computes the loss: XLA, or on NVIDIA GPUs one Pallas kernel for it and its gradient."""
+    """xla, or on NVIDIA GPUs pallas: one fused kernel for the loss and its gradient."""
     fp8_head: bool = False
-    """Multiply with the head in 8-bit floating point: for NVIDIA Hopper or newer."""
+    """Compute the head's matmuls in FP8; needs NVIDIA Hopper or newer."""
     coordinator_address: str | None = None
-    """Where the first of several processes can be reached, host:port, if no launcher tells: Slurm,
-    Open MPI, Kubernetes and TPU pods do. See docs/many-machines.md."""
+    """host:port of the first of several processes, if no launcher provides it (Slurm, Open MPI,
+    Kubernetes and TPU pods do). See docs/many-machines.md."""
     num_processes: Positive | None = None
-    """How many processes there are, likewise."""
+    """Number of processes, if no launcher provides it."""
     process_id: Count | None = None
-    """Which of them this one is, from 0 on, likewise."""
+    """Index of this process, starting at 0, if no launcher provides it."""
     mesh: str | None = None
-    """Devices by axis, such as data=4,model=2: those along data train on other rows, those along
-    model share the heads and MLPs of the same; None for all along data."""
+    """Device mesh, e.g. data=4,model=2: data parallelism over rows, tensor parallelism over heads
+    and MLPs; None puts all devices on the data axis."""
     shard_params: bool = False
-    """Divide parameters, gradients and the optimizer's state over the devices along data, too, for
-    models that are too large for each to hold whole."""
+    """Shard parameters, gradients and optimizer state over the data axis (ZeRO-3), for models too
+    large for one device."""
     rematerialize: bool | None = None
-    """Keep of each layer only its input for the backward pass and compute the rest again: less
-    memory, a third more work; None where a single row would not fit otherwise."""
+    """Recompute layers in the backward pass: less memory for up to a third more work; None: only
+    if a single row would not fit otherwise."""
     seed: Seed = 0
-    """Of the initial weights, of the order of the data and of the sample."""
+    """Random seed for the initial weights, the data order and the sample."""
     skip_spikes: NotNegative = 0.0
-    """Skip a step whose loss lies so many standard deviations above the latest; 0 skips none."""
+    """Skip steps whose loss is more than this many standard deviations above the recent mean; 0
+    skips none."""
     verify_data: bool = False
-    """Check every token of the shards at the start, not only a sample."""
+    """Check every token of the shards before training, not only a sample."""
     run_name: str = ""
-    """Folder under runs/, which must be new; by default preset, date and time."""
+    """Name of the new folder under runs/; by default preset, date and time."""
     resume: str | None = None
-    """Go on with a run from its newest checkpoint: runs/<name>, or auto for the latest run."""
+    """Resume runs/<name> from its newest checkpoint; auto resumes the latest run."""
     init_from: str | None = None
-    """Begin a run with the newest weights of another, runs/<name>, or of a folder that export.py
-    made, and with a new optimizer and schedule: fine-tuning. Model, tokenizer and sequence_length
-    are those of the weights. The other settings start from that run's, or from a preset if one is
-    named or the folder is an exported one; in either case with a single stage."""
+    """Fine-tune: start from the newest weights of runs/<name>, or of a folder written by
+    export.py, with a new optimizer and schedule. Model, tokenizer and sequence_length come with
+    the weights; other settings default to that run's, or to a preset's if one is given or the
+    folder is an export, with a single stage."""
     checkpoint_every: Count = 500
-    """Steps between checkpoints; the last step always makes one. 0 for that one only."""
+    """Steps between checkpoints; 0: only after the last step, which always saves one."""
     keep_checkpoints: Positive = 2
-    """How many of them are kept, the newest."""
+    """Number of newest checkpoints to keep."""
     tensorboard: bool = False
-    """Show the curves in TensorBoard, too: tensorboard --logdir runs."""
+    """Also log to TensorBoard: tensorboard --logdir runs."""
     wandb: bool = False
-    """Show them in Weights & Biases, too, in the project that WANDB_PROJECT names, by default
-    nanogpt-jax; WANDB_MODE=offline keeps them on this disk."""
+    """Also log to Weights & Biases: project WANDB_PROJECT, by default nanogpt-jax;
+    WANDB_MODE=offline logs to disk only."""
     profile: str | None = None
-    """Trace these optimizer steps, such as 10:13, both included, into the run's folder, and say
-    what cost most in them; see docs/profiling.md."""
+    """Profile these steps, e.g. 10:13 (inclusive), write the trace to the run's folder and print
+    the costliest operations; see docs/profiling.md."""
     dry_run: bool = False
-    """Print what the run would do, and exit: devices, model, stages, memory, checkpoints."""
+    """Print the plan (devices, model, stages, memory, checkpoints) and exit."""
     sample_tokens: Count = 256
-    """Tokens to write at the end, as a sample; 0 for none."""
+    """Number of tokens to generate as a sample at the end; 0 for none."""
     sample_prompt: str = "The"
-    """What the sample continues."""
+    """Prompt for the sample."""
 
     model: GPTConfig = SPEEDRUN_MODEL
-    """The shape of the network."""
+    """Model architecture."""
 
     def check(self) -> None:
-        """Raise ConfigError, in a sentence for the user, for settings that make no sense."""
+        """Raise ConfigError, with a sentence for the user, if the settings are invalid."""
         checked(asdict(self), Hyperparameters)
         if not can_be_utf8(self.sample_prompt):
             raise ConfigError(f"sample_prompt must be UTF-8, not {self.sample_prompt!a}.")
         if (self.train_files is None) != (self.val_files is None):
-            raise ConfigError("train_files and val_files must both be globs, or both None.")
+            raise ConfigError("Give both train_files and val_files, or neither (None).")
         if self.train_files is None and not self.data and self.tokenizer != "bytes":
             raise ConfigError(
-                f"The embedded corpus is made of bytes, not of {self.tokenizer} tokens: set "
-                "tokenizer to bytes, or data to text of your own."
+                f"The embedded corpus consists of bytes, not of {self.tokenizer} tokens: set "
+                "--tokenizer bytes, or give your own text with --data."
             )
         if self.model.vocab_size < TOKENIZERS[self.tokenizer].vocab_size:
             raise ConfigError(
@@ -363,9 +368,12 @@ PRESETS |= {
 def main(arguments: list[str] | None = None) -> int:
     """Parse the arguments, train, and return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    override = partial(tyro.cli, Hyperparameters, args=arguments)
-    given = override()  # a misspelt argument ends here
+    override = partial(parse, Hyperparameters, arguments)
+    help_only = {"-h", "--help"} & set(arguments)
+    given = parse(Hyperparameters, [x for x in arguments if x not in help_only])
     try:
+        if help_only:  # with the defaults of the preset that would run
+            override(default=settings(given, PRESETS, lambda start: start))
         with Interruption() as interruption:
             join_others(given)
             hp = settings(given, PRESETS, lambda start: override(default=start))
@@ -384,11 +392,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train(hp: Hyperparameters, interruption: Interruption) -> int:
-    """Train a model as `hp` says, in a new folder under runs/ or a resumed one; the exit status."""
+    """Train a model in a new folder under runs/, or resume one; return the exit status."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # JAX's own default is 0.75
     from nanogpt.data.prefetch import prefetch
+    from nanogpt.devices.accelerator import use_device
     from nanogpt.devices.compilation import use_compilation_cache
-    from nanogpt.devices.mesh import make_mesh, use_device
+    from nanogpt.devices.mesh import make_mesh
     from nanogpt.inference.weights import with_weights
     from nanogpt.runs import session
     from nanogpt.training.checkpoint import Checkpoints
@@ -426,32 +435,31 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         session.compiled(run, progress, programs, start)
 
         # Train.
-        interruption.patient = True
+        interruption.be_patient()
         step, stop = start.first_step - 1, False
-        if start.unvalidated:
-            validate = partial(programs.validation_loss, state.params, step, interruption.hurries)
-            progress.validate(start.unvalidated, validate)
-            if interruption.hurries():
-                return session.interrupted(run, interruption)
-        progress.paused("compile")
-        steps = range(start.first_step, hp.num_steps + 1)
+        loss, hurries = programs.validation_loss, interruption.hurries
         try:
+            if start.unvalidated:
+                progress.validate(partial(loss, state.params, step, hurries))
+                if hurries():
+                    return session.interrupted(run, interruption)
+            progress.paused("compile")
+            steps = range(start.first_step, hp.num_steps + 1)
             for step, batch in zip(steps, prefetch(programs.batch, steps), strict=True):
                 train_step, rates = programs.train_step(step), hp.schedule.rates(step)
                 trace.begin(step, train_step, state, progress)
                 state, metrics = train_step(state, batch, rates)
                 progress.started(step, metrics)
                 trace.end(step, state, progress)
-                if plan.validates(step):
-                    loss = programs.validation_loss
-                    progress.report(partial(loss, state.params, step, interruption.hurries))
-                stop = interruption.requested(step)
-                if stop or plan.saves(step):
+                if plan.saves(step):
                     session.save(run, progress, checkpoints, plan, step, state)
-                if stop:
+                if plan.validates(step):
+                    progress.validate(partial(loss, state.params, step, hurries))
+                if stop := interruption.requested():
+                    session.save(run, progress, checkpoints, plan, step, state)
                     break
         except BadNumbers as error:
-            raise BadNumbers(f"{error} {checkpoints.last_good()}") from error
+            raise BadNumbers(f"{error} {checkpoints.last_good(bad=step)}") from error
 
         # Finish.
         checkpoints.wait()
@@ -466,7 +474,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
 
 
 def show_result(run: Run, plan: "Plan", params: "Params", mesh: "Mesh") -> None:
-    """Draw the loss, where Matplotlib is installed, and let the model write a sample."""
+    """Plot the loss and let the model write a sample."""
     import jax
 
     from nanogpt.inference.text import sample

@@ -11,9 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
-import tyro
-
 from nanogpt.checks import UserError
+from nanogpt.command_line import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 Options = TypeVar("Options")
@@ -31,7 +30,7 @@ def run(
 ) -> int:
     """Do the work that the arguments ask for, and return the exit status: 2 for a mistake."""
     script = Path(inspect.getfile(options)).resolve().relative_to(ROOT).with_suffix("")
-    chosen = tyro.cli(options, args=arguments, prog=f"python3 -m {'.'.join(script.parts)}")
+    chosen = parse(options, arguments, prog=f"python3 -m {'.'.join(script.parts)}")
     try:
         return work(chosen) or 0
     except UserError as error:

@@ -33,7 +33,7 @@ GATE_INPUTS = 12  # channels of the stream that gates read
 
 @dataclass(frozen=True)
 class Kernels:
-    """How a model is computed: a choice of speed and memory, hardly of results."""
+    """How a model is computed: affects speed and memory, and results only by rounding."""
 
     attention: AttentionKernel = "xla"
     """See nanogpt/model/attention.py."""
@@ -42,113 +42,112 @@ class Kernels:
     """See nanogpt/model/loss.py."""
 
     fp8_head: bool = False
-    """Multiply with the head in 8-bit floating point."""
+    """Compute the head's matmuls in FP8."""
 
     rematerialize: bool = False
-    """Keep of each layer only what it reads, and compute the rest again in the backward pass."""
+    """Recompute layers in the backward pass instead of storing their activations."""
 
     tensor_parallel: bool = False
-    """Devices share heads and MLPs; see nanogpt/devices/sharding.py."""
+    """Tensor parallelism over heads and MLPs; see nanogpt/devices/sharding.py."""
 
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of the network. The defaults have the size of the smallest GPT-2."""
+    """The model's architecture. The defaults have the size of the smallest GPT-2."""
 
     vocab_size: Positive = 50257
-    """Token ids that the data may hold; tables are padded to a multiple of 128."""
+    """Number of token ids, V; padded to a multiple of 128."""
 
     num_layers: Positive = 12
-    """Transformer blocks, L."""
+    """Number of transformer layers, L."""
 
     num_heads: Positive = 6
-    """Attention heads, N. The head size H is width / num_heads, a multiple of 4."""
+    """Number of attention heads, N. The head size H = width / num_heads must be a multiple of 4."""
 
     width: Positive = 768
     """Width of the residual stream, D."""
 
     mlp_width: Positive = 3072
-    """Width of the hidden layer of each MLP, F."""
+    """Hidden width of each MLP, F."""
 
     mlp_only: tuple[int, ...] = ()
-    """Layers without attention, counted from 0, or from -1 backwards."""
+    """Layers without attention; negative indices count from the last layer."""
 
     windows: tuple[Count, ...] = ()
-    """Keys that a query sees, itself included, in each layer in turn; 0, or no entry, for all.
-    Keys of paired heads count one by one."""
+    """Attention window of each layer: the number of keys a query sees, its own included; 0 or no
+    entry: all. In paired heads the keys of both count."""
 
     rotary_windows: tuple[Positive, ...] = ()
-    """The longest window of each training stage so far: where they grow, rotations slow down."""
+    """Longest windows of this and earlier stages, from which rotary frequencies are rescaled
+    (YaRN)."""
 
     document_separator: Count | None = None
-    """Token that begins a document, to keep attention within documents; None lets it cross them."""
+    """Token that begins each document: attention stays within documents; None: it crosses them."""
 
     value_embeddings: int = 3
-    """Token tables that are mixed into the values of the last layers, one each, and of the first
-    layers, all but the first table; with 0 the values of the first attention are mixed into all
-    others."""
+    """Number of value embeddings: token tables mixed into the attention values, one each in the
+    last layers, and all but the first table in the first layers; with 0, the first attention's
+    values are mixed into all others."""
 
     value_gate: bool = True
-    """Let each token open or close the gates of the value tables; False for one share per layer."""
+    """Gate value embeddings per token and head; False: one learned share per layer."""
 
     bigram_buckets: Count = 0
-    """Rows of the table that embeds hashed pairs of neighbouring tokens, and is added to the stream
-    before every layer; 0 for no such table."""
+    """Rows of the hashed bigram embedding table, added to the residual stream before each layer; 0
+    for none."""
 
     smear: bool = True
-    """Add a gated part of each token's embedding to that of the next."""
+    """Add a gated part of the previous token's embedding to each token's."""
 
     attention_gate: bool = True
-    """Scale what each head adds by a gate that the token opens or closes."""
+    """Gate the output of each attention head, per token."""
 
     attention_init: AboveZero = 1.0
-    """Standard deviation of the first queries', keys' and values' matrices, times sqrt(width)."""
+    """Initial standard deviation of the query, key and value matrices, times sqrt(width)."""
 
     residual_init: AboveZero = 1.0
-    """What the stream is first multiplied with before each layer; it is learned."""
+    """Initial value of the learned factor on the residual stream before each layer."""
 
     skips: tuple[tuple[Count, Count], ...] | None = None
-    """Pairs of layers: the output of the first returns, gated, before the second. None for a U-net:
-    those of the first half return in the second, the last one first, each by a learned share."""
+    """Skip connections as pairs of layers: the first one's output is added, gated, before the
+    second. None for a U-net: first half to second half, each with a learned weight."""
 
     key_offset: tuple[int, ...] = ()
-    """Layers in which the half of each key that is not rotated is that of the token before."""
+    """Layers in which the unrotated half of each key comes from the previous token."""
 
     paired_heads: tuple[int, ...] = ()
-    """Layers in which the heads attend two by two, each to the keys of both."""
+    """Layers with paired heads: two heads attend to the keys of both."""
 
     backout: int | None = None
-    """Layer whose output is taken back, by a learned share, before the head; None for no such."""
+    """Layer whose output, times a learned factor, is subtracted before the head; None for none."""
 
     tied_head: bool = False
-    """Begin with the same numbers in embedding and head, and let them learn as one for as long as
-    the stages of a run do not split them."""
+    """Tie embedding and head until a stage of the run splits them."""
 
     attention_scale: AboveZero = 0.12
-    """What q·k is multiplied with before the softmax; q and k are normalised to length √H."""
+    """Scale of q·k before the softmax; q and k are normalised to length √H."""
 
     rope_base: Annotated[float, Meta(ge=1, le=MOST)] = 1024.0
-    """The slowest rotary pair turns by 1 / rope_base radians per token."""
+    """Base of the rotary frequencies: the slowest is 1 / rope_base radians per token."""
 
     rope_fraction: Share = 0.5
-    """Share of the pairs of each head that are rotated; the rest knows no positions."""
+    """Fraction of each head's channel pairs that are rotated."""
 
     softcap: Annotated[float, Meta(gt=0, le=40)] = 15.0
-    """Logits are bounded smoothly to ± this; at most 40."""
+    """Soft cap on the logits, at most 40."""
 
     logit_scale: AboveZero = 1.0
-    """What logits are multiplied with before they are bounded, after logit_shift was added."""
+    """Factor on the logits before the soft cap, after logit_shift is added."""
 
     logit_shift: Finite = 0.0
-    """See logit_scale."""
+    """Added to the logits before logit_scale and the soft cap."""
 
     def check(self) -> None:
         """Raise ConfigError, in a sentence for the user, for a shape that cannot be built."""
         checked(asdict(self), GPTConfig)
         if self.width % (4 * self.num_heads):
             raise ConfigError(
-                f"width must be a multiple of 4 * num_heads, which {self.width} is not of "
-                f"4 * {self.num_heads}: the head size must be a multiple of 4."
+                f"width ({self.width}) must be a multiple of 4 * num_heads ({4 * self.num_heads})."
             )
         if not 0 <= self.value_embeddings <= self.num_layers:
             raise ConfigError(
@@ -157,7 +156,7 @@ class GPTConfig:
             )
         if self.backout is not None and not 0 <= self.backout < self.num_layers:
             raise ConfigError(
-                f"backout names layer {self.backout}, but there are layers 0 to "
+                f"backout is layer {self.backout}, but layers are numbered 0 to "
                 f"{self.num_layers - 1}."
             )
         for source, target in self.skips or ():
@@ -174,13 +173,13 @@ class GPTConfig:
             for layer in layers:
                 if not -self.num_layers <= layer < self.num_layers:
                     raise ConfigError(
-                        f"{name} names layer {layer}, but there are layers 0 to "
+                        f"{name} contains layer {layer}, but layers are numbered 0 to "
                         f"{self.num_layers - 1}."
                     )
         if self.paired_heads and self.num_heads % 2:
             raise ConfigError(f"paired_heads needs an even num_heads, not {self.num_heads}.")
         if self.num_attentions == 0:
-            raise ConfigError("mlp_only names all layers, but one must have attention.")
+            raise ConfigError("mlp_only contains all layers, but at least one needs attention.")
         for name, used in {
             "smear": self.smear,
             "attention_gate": self.attention_gate,
@@ -248,44 +247,44 @@ class GPTConfig:
 
 @dataclass(frozen=True)
 class Adam:
-    """How Adam moves a group of parameters."""
+    """Adam's settings for a group of parameters."""
 
     learning_rate: NotNegative
-    """What its updates are multiplied with."""
+    """Learning rate."""
 
     betas: tuple[Decay, Decay] = (0.9, 0.99)
-    """Decay of the means of the gradient and of its square."""
+    """Decay rates of the first and second moments."""
 
     weight_decay: NotNegative = 0.0
-    """A step takes the rate squared times this off those weights which it brings nearer to zero."""
+    """Cautious weight decay: rate^2 times this, where the update already shrinks the weight."""
 
 
 @dataclass(frozen=True)
 class AdamGroups:
-    """How Adam moves each group of parameters. The defaults are the speedrun's."""
+    """Adam's settings for each group of parameters. The defaults are the speedrun's."""
 
     embedding: Adam = Adam(0.008, (0.5, 0.95), 0.75)
-    """The table of tokens."""
+    """Token embedding."""
     head: Adam = Adam(0.008, (0.5, 0.95), 0.75)
-    """What makes logits of the stream."""
+    """Output head."""
     tables: Adam = Adam(0.6, (0.75, 0.95), 0.025)
-    """Those of values and bigrams."""
+    """Value and bigram embeddings."""
     gates: Adam = Adam(0.008, (0.9, 0.99), 0.005)
-    """Those of attention and of values."""
+    """Attention gates and value gates."""
     smear_gate: Adam = Adam(0.00008)
-    """That of the smear."""
+    """Gate of the smear."""
     skip_gate: Adam = Adam(0.0004)
-    """Those of the skips."""
+    """Gates of the skips."""
     shortcuts: Adam = Adam(0.04, (0.65, 0.95))
-    """The embedding's share in what each layer reads."""
+    """Weights of the embedding shortcuts before each layer."""
     scalars: Adam = Adam(0.04)
-    """All other coefficients."""
+    """All other scalars."""
 
     @classmethod
     def alike(
         cls, tables: float, head: float, others: float, betas: tuple[float, float]
     ) -> "AdamGroups":
-        """With three rates, and the same betas in all: of all tables, of the head, of all else."""
+        """Three learning rates (all tables, the head, everything else) and the same betas."""
         few = "gates", "smear_gate", "skip_gate", "shortcuts", "scalars"
         return cls(
             embedding=Adam(tables, betas),

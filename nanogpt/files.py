@@ -7,8 +7,11 @@ import os
 from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
+from errno import EINVAL, ENOLCK, EOPNOTSUPP
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from nanogpt.checks import ConfigError, Kind, checked
 
@@ -35,6 +38,25 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def lock_file(path: Path, timeout: float = 0) -> FileLock:
+    """The lock of a file, held; the system frees it when this process ends, however it ends.
+
+    Raises filelock's Timeout if another process holds it for longer, ConfigError where files cannot
+    be locked, OSError where this one cannot be written.
+    """
+    lock = FileLock(path, timeout=timeout)
+    try:
+        lock.acquire()
+    except OSError as error:
+        if error.errno not in (EINVAL, ENOLCK, EOPNOTSUPP):
+            raise
+        raise ConfigError(
+            f"{path} cannot be locked ({error.strerror}): its file system does not lock files; use "
+            "a folder on another."
+        ) from error
+    return lock
 
 
 def read_json(

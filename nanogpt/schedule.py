@@ -27,41 +27,41 @@ Windows = Annotated[tuple[Positive, ...], Meta(min_length=1)]
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of a run. What it leaves out is as in the rest of the settings."""
+    """One stage of a run. What it does not set is as in the other settings."""
 
     share: AboveZero = 1.0
-    """How many of the steps it takes, in proportion to the shares of the others."""
+    """Its share of the steps, relative to the shares of the other stages."""
 
     batch: AboveZero = 1.0
-    """Tokens per step, as a share of total_batch_size."""
+    """Tokens per step, as a fraction of total_batch_size."""
 
     length: AboveZero = 1.0
-    """Tokens per row, as a share of sequence_length."""
+    """Tokens per row, as a fraction of sequence_length."""
 
     rate: AboveZero = 1.0
-    """What all learning rates are multiplied with before they fall."""
+    """Factor on all learning rates before the cooldown."""
 
     windows: Windows | None = None
-    """Instead of the windows of the model."""
+    """Attention windows, instead of the model's."""
 
     validation_windows: Windows | None = None
-    """Instead of these when the model is not trained but used."""
+    """Attention windows for validation and inference, instead of these."""
 
     target_weights: Annotated[tuple[AboveZero, ...], Meta(min_length=1)] = (1.0,)
-    """Weights of the losses of the next token, the one after it, and so on. Of several, the last
-    falls to zero by the end of the stage (modded-nanogpt, 2025-12-22)."""
+    """Loss weights of the next token, the one after it, and so on. The last of several decays to
+    zero by the end of the stage (modded-nanogpt, 2025-12-22)."""
 
     split_head: bool = False
-    """Let a head that was tied to the embedding learn by itself from here on."""
+    """Untie the head from the embedding from here on."""
 
 
 Stages = Annotated[tuple[Stage, ...], Meta(min_length=1)]
 
 
 class Rates(NamedTuple):
-    """What the optimizer is told at each step."""
+    """What the optimizer is given at each step."""
 
-    rate: float  # what all learning rates are multiplied with
+    rate: float  # factor on all learning rates
     momentum: float  # Muon's
     target_weights: tuple[float, ...] = (1.0,)  # see Stage
 

@@ -438,7 +438,7 @@ def test_a_folder_without_a_run_that_got_somewhere_is_told_in_one_sentence(
         (["--val-tokens", "0"], "val_tokens must be at least 1, not 0"),
         (["--batch-size", "-2"], "batch_size must be at least 1, not -2"),
         (["--hellaswag", "--hellaswag-items", "0"], "hellaswag_items must be at least 1, not 0"),
-        (["--hellaswag-items", "5"], "add --hellaswag"),
+        (["--hellaswag-items", "5"], "needs --hellaswag"),
     ],
 )
 def test_an_option_that_makes_no_sense_is_told_in_one_sentence(tmp_path, capsys, arguments, told):

@@ -26,7 +26,7 @@ FLOORS = (
     {"data", "optim"},
     {"model"},
     {"devices"},
-    {"checks", "config", "files", "schedule", "sizes"},
+    {"checks", "command_line", "config", "files", "schedule", "sizes"},
 )
 TOUR = (
     "train_gpt.py",
@@ -86,7 +86,7 @@ def test_no_imports_go_in_a_circle():
     assert after.keys() - done == set()
 
 
-@pytest.mark.parametrize("name", ["checks", "config", "files", "schedule", "sizes"])
+@pytest.mark.parametrize("name", ["checks", "command_line", "config", "files", "schedule", "sizes"])
 def test_plain_data_is_loaded_without_jax(name):
     code = f"import sys, nanogpt.{name}; print(*{{'jax', 'flax', 'optax'}} & set(sys.modules))"
     command = [sys.executable, "-c", code]

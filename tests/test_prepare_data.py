@@ -400,9 +400,9 @@ def test_a_worker_that_was_killed_is_one_sentence_and_it_goes_on(tmp_path, start
 @pytest.mark.parametrize(
     ("arguments", "mention"),
     [
-        ([], "either inputs or"),
-        (["x", "--hub", "a/b"], "either inputs or"),
-        (["x", "--subset", "c"], "add --hub"),
+        ([], "either inputs, or"),
+        (["x", "--hub", "a/b"], "either inputs, or"),
+        (["x", "--subset", "c"], "need --hub"),
         (["x", "--shard-tokens", "0"], "shard_tokens must be at least 1, not 0"),
         (["x", "--processes", "0"], "processes must be at least 1, not 0"),
         (["x", "--name", "a/b"], "'a/b'"),

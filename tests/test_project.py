@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -109,3 +110,13 @@ def test_make_trains_unless_it_is_told_otherwise_and_lists_its_targets():
     for target in TARGETS:
         assert "Nothing to be done" not in make("--dry-run", target)
         assert f"make {target} " in make("help")
+
+
+@pytest.mark.parametrize("script", sorted(ROOT.glob("*.py")), ids=lambda script: script.name)
+def test_a_script_started_by_a_python_without_the_packages_says_what_to_run(script):
+    bare = [sys.executable, "-S", str(script)]  # -S: without what is installed
+    done = subprocess.run(bare, capture_output=True, text=True, env={"PATH": os.environ["PATH"]})
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"This Python \(.+\) does not have .*tyro\. Run `.+` first\.\n", done.stderr
+    )

@@ -186,7 +186,7 @@ def test_a_prompt_that_cannot_be_read_is_told_in_one_sentence(run, tmp_path, cap
 
 def test_a_prompt_given_twice_and_an_empty_stop_are_told_in_one_sentence(tmp_path, capsys):
     assert sample.main([str(tmp_path), "--prompt", "a", "--prompt-file", "b"]) == 2
-    assert "cannot both be given" in capsys.readouterr().err
+    assert "Give either --prompt or --prompt-file, not both." in capsys.readouterr().err
     assert sample.main([str(tmp_path), "--stop", ""]) == 2
     assert "stop must not be empty" in capsys.readouterr().err
 

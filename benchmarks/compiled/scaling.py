@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from benchmarks import results
-from benchmarks.command import ROOT, Mistake, check_positive, require, run
+from benchmarks.command import ROOT, Mistake, check_positive, run
 from benchmarks.compiled.h200 import use_gpu_compiler
 from benchmarks.results import save
 from nanogpt.config import ConfigError
@@ -46,7 +46,6 @@ def measure(options: Options) -> None:
     """Compile each case, then print, save and draw."""
     check_positive(options, "devices")
     use_gpu_compiler()
-    require("matplotlib", "plot", "matplotlib")
     from benchmarks.compiled.prediction import H200, V5P
     from benchmarks.compiled.scaling_tables import draw, table_of_sent, table_of_times
 

@@ -20,18 +20,6 @@ ROWS = P("data")  # [row, token]
 DEVICES = P(("data", "model"))  # a part for each device
 
 
-def use_device(device: str) -> None:
-    """Have JAX use this kind of device; ConfigError if it finds none."""
-    if device == "cpu":
-        jax.config.update("jax_platforms", "cpu")
-    if device not in ("auto", jax.default_backend()):
-        raise ConfigError(
-            f"JAX finds no {device}, only {jax.default_backend()}: check the driver, and that JAX "
-            f'is installed for it (pip install "jax[{"tpu" if device == "tpu" else "cuda12"}]"), '
-            "or leave out --device."
-        )
-
-
 def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
     """A mesh of the first `data * model` devices; without `data`, of as many as there are.
 

@@ -6,8 +6,11 @@ first of them, process 0, prints and writes.
 
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from hashlib import sha256
+from pathlib import Path
 from threading import Timer
 
 import jax
@@ -23,6 +26,7 @@ from nanogpt.config import ConfigError
 from nanogpt.devices.launchers import has_its_gpus_alone
 
 LOST_AFTER = 30  # seconds without a sign of life after which a process counts as lost
+SEEN_WITHIN = 70  # seconds after which a file system shows all what one wrote; NFS takes up to 60
 
 
 def join_processes(
@@ -64,6 +68,8 @@ def join_processes(
         )
         os._exit(2)
 
+    # Until there is something to save, SIGTERM ends each process at once.
+    jax.config.update("jax_enable_preemption_service", False)
     # JAX would end the process with a stack trace.
     timer = Timer(patience, give_up)
     timer.daemon = True
@@ -106,6 +112,13 @@ def _check_place(coordinator_address: str, num_processes: int, process_id: int) 
             ) from error
 
 
+def tell_all_of_sigterm() -> None:
+    """From now on SIGTERM to one process ends none, but is told to all, at a step to end after."""
+    sync_global_devices("SIGTERM is told")  # none may end any more at a SIGTERM that others outlive
+    jax.config.update("jax_enable_preemption_service", True)
+    global_state.initialize_preemption_sync_manager()
+
+
 def wait_for_others() -> None:
     """Return when all processes are here: one that leaves waits LOST_AFTER seconds, not longer."""
     if jax.process_count() > 1:
@@ -137,6 +150,23 @@ def check_same(what: str, here: Sequence[tuple[str, str]]) -> None:
 
 def _digest(text: str) -> np.ndarray:
     return np.frombuffer(sha256(text.encode()).digest(), np.uint8)
+
+
+def check_all_see(file: Path, text: str) -> None:
+    """Raise ConfigError in all processes unless each finds in a file what process 0 wrote there."""
+    if jax.process_count() == 1:
+        return
+    end, seen = time.monotonic() + SEEN_WITHIN, False
+    while not seen and time.monotonic() < end:
+        with suppress(OSError, UnicodeDecodeError):
+            seen = file.read_text(encoding="utf-8") == text
+        time.sleep(0 if seen else 0.1)
+    for process, sees in enumerate(process_allgather(np.array(seen))):
+        if not sees:
+            raise ConfigError(
+                f"Process {process} does not see {file}, which process 0 wrote: start all in one "
+                "folder, on a file system that they share."
+            )
 
 
 def processes_line() -> str:

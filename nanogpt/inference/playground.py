@@ -15,13 +15,14 @@ import re
 import socket
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import AsyncIterator, Callable, Generator, Mapping
 from contextlib import closing, suppress
 from dataclasses import asdict
 from hashlib import sha256
 from html import escape
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from nanogpt.config import ConfigError
 from nanogpt.inference.sampling import Sampling, Token
@@ -39,9 +40,7 @@ try:
     from starlette.routing import Route
     from starlette.types import Receive, Scope, Send
 except ImportError:
-    raise ConfigError(
-        'The page needs Starlette and Uvicorn: pip install -e ".[serve]" brings them.'
-    ) from None
+    raise ConfigError('The page needs Starlette and Uvicorn: pip install -e ".[serve]"') from None
 
 Write = Callable[[str, int, Sampling], Generator[Token, None, None]]
 """Continues a prompt by at most so many tokens. It may block; closing the generator stops it."""
@@ -53,18 +52,22 @@ _MOST_TOKENS = 1024
 _MOST_WAITING = 4
 
 
-def serve(write: Write, title: str, port: int) -> None:
-    """Serve the page on 127.0.0.1 until Ctrl-C; port 0 takes any free one.
+def serve(write: Write, title: str, port: int, **page: Any) -> None:
+    """Serve the page on 127.0.0.1 until Ctrl-C; port 0 takes any free one. `page`: see `make_app`.
 
     Raises:
         ConfigError: the port is taken.
     """
-    app = make_app(write, title)
+    app = make_app(write, title, **page)
     try:
         listener = socket.create_server(("127.0.0.1", port))
     except (OSError, OverflowError):
-        raise ConfigError(f"Port {port} is taken or not allowed; name another.") from None
-    print(f"{title}: http://127.0.0.1:{listener.getsockname()[1]} (Ctrl-C ends it)", flush=True)
+        raise ConfigError(
+            f"Port {port} is in use or not permitted; choose another with --port."
+        ) from None
+    port = listener.getsockname()[1]
+    print(f"{title}: http://127.0.0.1:{port} (Ctrl-C to quit)")
+    print(f"From another machine: ssh -L {port}:127.0.0.1:{port} <this machine>", flush=True)
     with suppress(KeyboardInterrupt):
         _Server(app).run(sockets=[listener])
 
@@ -97,15 +100,24 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def make_app(write: Write, title: str, seconds: float = 120) -> Starlette:
+def make_app(
+    write: Write,
+    title: str,
+    about: str = "",
+    start: Mapping[str, Any] | None = None,
+    seconds: float = 120,
+) -> Starlette:
     """The page and its stream.
 
     Args:
         write: called in a thread, for one client at a time; a few others wait, the rest get 503.
-        seconds: no generation goes on for longer, but for the token it is at.
+        about: a line below the title.
+        start: the first values of the page's fields, by the names of `_order`.
+        seconds: no generation takes longer, but for the token it is at.
     """
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    page = page.replace("{{title}}", escape(title))
+    for name, text in {"title": title, "about": about, "start": json.dumps(start or {})}.items():
+        page = page.replace("{{" + name + "}}", escape(text))
     headers = {"Content-Security-Policy": _only_its_own(page)}
     line = _Line()
 

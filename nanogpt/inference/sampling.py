@@ -1,4 +1,4 @@
-"""How the next token is chosen, and what is told of it when it was: plain facts, no JAX."""
+"""How the next token is sampled, and what is reported about it. Plain data, no JAX."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,30 +11,30 @@ from nanogpt.checks import NotNegative, Positive, Seed, checked
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn from what the model says of all of them."""
+    """How the next token is sampled from the model's probabilities."""
 
     temperature: NotNegative = 0.8
-    """Logits are divided by this; 0 always takes the likeliest token."""
+    """Sampling temperature; 0 always takes the most likely token."""
     top_k: Positive | None = None
-    """Only the so many likeliest tokens may follow; None for all."""
+    """Sample only from the k most likely tokens; None: from all."""
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    """Only the likeliest tokens may follow that together have this probability; 1 for all. It is
-    counted after the temperature, and within top_k (Holtzman et al., arXiv:1904.09751)."""
+    """Sample only from the smallest set of tokens whose probabilities sum to p, after temperature
+    and top_k (Holtzman et al., arXiv:1904.09751); 1: from all."""
     seed: Seed = 0
-    """Another seed, another text."""
+    """Random seed; change it for a different text."""
 
     def check(self) -> None:
-        """Raise ConfigError, in a sentence for the user, for settings that make no sense."""
+        """Raise ConfigError, in a sentence for the user, if the settings are invalid."""
         checked(asdict(self), Sampling)
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token as it was written."""
+    """One generated token."""
 
     text: str
-    """What it adds to the text; nothing while the bytes of a character are incomplete."""
+    """The text it adds; empty while the bytes of a character are incomplete."""
     probability: float
-    """What the model gave it, before temperature, top_k and top_p."""
+    """Its probability, before temperature, top_k and top_p."""
     alternatives: Sequence[tuple[str, float]] = ()
-    """The likeliest tokens in its place, itself perhaps among them, with their probabilities."""
+    """The most likely tokens at its position, perhaps including itself, with probabilities."""

@@ -1,13 +1,12 @@
-"""`python3 -m nanogpt.report runs/a runs/b` draws runs over each other.
+"""`python3 -m nanogpt.report runs/a runs/b` plots runs on shared axes.
 
-report.png is one picture; report.html has the same curves, sharp at any size, and a table of what
-the runs were and in which settings they differ.
+report.png is a picture; report.html has the same curves as vector graphics, and a table of the runs
+and the settings in which they differ.
 """
 
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from os.path import commonpath
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +14,7 @@ from typing import Annotated
 import tyro
 
 from nanogpt.checks import UserError
+from nanogpt.command_line import parse
 from nanogpt.report.curves import NoNumbers, read_run
 from nanogpt.report.page import page
 from nanogpt.report.picture import overview
@@ -23,18 +23,18 @@ from nanogpt.runs.folder import RunError
 
 @dataclass(frozen=True)
 class Options:
-    """Draw what runs did, over each other, and tell what they were."""
+    """Plot runs on shared axes, and list how they differ."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of the runs, runs/<name>."""
     out: Path | None = None
-    """A .png, a .html, or a folder for both, report.png and report.html; None for the folder that
-    the first run lies in."""
+    """A .png, a .html, or a folder for both, report.png and report.html; None: the parent folder
+    of the first run."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Draw what the command line asks for; return the exit status."""
-    options = tyro.cli(Options, args=arguments, prog="python3 -m nanogpt.report")
+    options = parse(Options, arguments, prog="python3 -m nanogpt.report")
     try:
         for file in report(options.runs, options.out, lambda line: print(line, file=sys.stderr)):
             print(file)
@@ -52,13 +52,11 @@ def report(
     """Write the picture, the page or both, as `Options` says, and return their paths.
 
     What has no numbers is left out and told with `say`, so that runs/* can be drawn. Raises
-    RunError, in a sentence for the user, where there is no Matplotlib, nothing to draw, a run that
-    cannot be read or a file that cannot be written.
+    RunError, in a sentence for the user, where there is nothing to draw, a run that cannot be read
+    or a file that cannot be written.
     """
-    if find_spec("matplotlib") is None:
-        raise RunError('Pictures need Matplotlib: pip install -e ".[plot]" brings it.')
     if not folders:
-        raise RunError("There is nothing to draw: name runs, runs/<name>.")
+        raise RunError("Nothing to draw. Give one or more run folders, e.g. runs/<name>.")
     places = list(dict.fromkeys(folder.resolve() for folder in folders))
     parent = Path(commonpath([place.parent for place in places]))
     runs, left_out = [], []
@@ -70,7 +68,7 @@ def report(
     if not runs:
         raise left_out[0]
     for error in left_out:
-        say(f"Left out: {error}")
+        say(f"Skipped {error}")
     out = out or folders[0].parent
     alone = out.suffix in (".png", ".html") and not out.is_dir()
     files = [out] if alone else [out / "report.png", out / "report.html"]

@@ -10,8 +10,9 @@ import numpy as np
 from jaxtyping import Float64
 
 from nanogpt.checks import ConfigError, checked
-from nanogpt.files import parsed, read_json
-from nanogpt.runs.folder import Circumstances, Metrics, RunError
+from nanogpt.files import read_json
+from nanogpt.runs.folder import Circumstances, RunError
+from nanogpt.training.records import FILE, read_records
 
 LABELS = {  # of each metric's axis, and its units, each with the size from which on it is used
     "tokens": ("tokens", {1e9: "billions", 1e6: "millions", 1e3: "thousands"}),
@@ -60,26 +61,23 @@ def read_run(folder: Path, name: str) -> History:
     Raises NoNumbers if what is there has no numbers, RunError if there is nothing or something is
     broken; both in a sentence for the user.
     """
-    path = folder / "metrics.jsonl"
+    path = folder / FILE
     if folder.exists() and not path.exists():
         raise NoNumbers(f"{folder} is no run: name the folders of runs, runs/<name>.")
     try:
-        content = path.read_bytes()
+        records = [*read_records(folder)]
     except OSError as error:
         missing = path if folder.is_dir() else folder
         raise RunError(
             f"{missing} cannot be read ({error.strerror}): name the folders of runs, runs/<name>."
         ) from error
-    lines, rows = content.splitlines(), []
-    whole = len(lines) if content.endswith(b"\n") else len(lines) - 1
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = parsed(line, Metrics, f"{path}, line {number:,}", "repair it or take it out")
+    rows = []
+    for line, record in records:
+        if isinstance(record, dict):
             numbers: dict[str, Any] = {**record}
             rows.append([float(numbers.get(metric, nan)) for metric in LABELS])
-        except ConfigError as error:
-            if number <= whole:
-                raise RunError(str(error)) from error
+        elif line.endswith(b"\n"):
+            raise RunError(str(record))
     if not rows:
         raise NoNumbers(f"{path} has no numbers yet: wait for the run's first step.")
     log = folder / "log.txt"

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from nanogpt.devices.accelerator import unused_gpu
 from nanogpt.devices.processes import processes_line
 from nanogpt.training.plan import Plan
 
@@ -10,6 +11,8 @@ def heading(plan: Plan, folder: Path) -> list[str]:
     """The lines with which a run in this folder begins."""
     hp, memory = plan.hp, plan.hardware.memory
     lines = [f"{hp.preset} preset | {plan.dataset} | {devices(plan)} | {accumulation(plan)}"]
+    if (plan.hardware.kind, hp.device) == ("cpu", "auto") and (line := unused_gpu()):
+        lines.append(line)
     if plan.hardware.processes > 1:
         lines.append(f"{processes_line()}; if one is lost all end: go on with --resume {folder}")
     lines.append(plan.attention)

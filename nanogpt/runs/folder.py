@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,7 +21,7 @@ from datetime import datetime
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Required, TypedDict
+from typing import Any, TypedDict
 
 import rich.progress
 from filelock import FileLock, Timeout
@@ -28,28 +29,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from nanogpt.checks import ConfigError, Count, Total, UserError
-from nanogpt.files import parsed, write_whole
+from nanogpt.checks import UserError
+from nanogpt.files import lock_file, write_whole
 from nanogpt.runs.trackers import Trackers
+from nanogpt.training.records import FILE, read_records
 
 
 class RunError(UserError):
     """A run folder that cannot be used; the message is one sentence for the user."""
-
-
-class Metrics(TypedDict, total=False):
-    """A line of metrics.jsonl: what is known after an optimizer step."""
-
-    step: Required[Count]
-    train_loss: float
-    val_loss: float
-    grad_norm: float
-    spike: float
-    learning_rate_factor: float
-    tokens: Total
-    time_s: float
-    step_time_s: float
-    tokens_per_s: float
 
 
 class Circumstances(TypedDict, total=False):
@@ -72,7 +59,7 @@ class Run:
         self.folder = folder
         self._lock = _hold(folder)
         self._log = (folder / "log.txt").open("ab", buffering=0)
-        self._metrics = (folder / "metrics.jsonl").open("ab", buffering=0)
+        self._metrics = (folder / FILE).open("ab", buffering=0)
         self._waiting: list[bytes] = []  # records that a full disk did not take yet
 
     def __enter__(self) -> "Run":
@@ -159,13 +146,21 @@ class Run:
     def rewind(self, step: int) -> None:
         """Drop the records of steps after `step`, which an earlier process made and lost.
 
-        A line before them that cannot be read is dropped, too, and reported.
+        A damaged line before them is dropped, too, and reported. What a dying process left of a
+        line stands behind them all.
         """
-        path = self.folder / "metrics.jsonl"
+        path = self.folder / FILE
         self._metrics.close()
-        kept, damaged = _records_up_to(step, path)
+        kept, last, damaged, suspects = [], 0, [], []
+        for number, (line, record) in enumerate(read_records(self.folder), start=1):
+            if isinstance(record, dict) and last < record["step"] <= step:
+                kept.append(line.decode("utf-8"))
+                last = record["step"]
+                damaged, suspects = damaged + suspects, []
+            else:
+                suspects.append(number)
         for number in damaged:
-            self.say(f"WARNING: {path}, line {number:,} cannot be read and is dropped.")
+            self.say(f"WARNING: {path}, line {number:,} is damaged and is dropped.")
         _write(path, "".join(kept))
         self._metrics = path.open("ab", buffering=0)
 
@@ -251,11 +246,17 @@ def new_folder(parent: Path, name: str, fallback: str) -> Path:
     raise taken(parent / candidates[0])
 
 
+def delete_if_no_run(folder: Path) -> None:
+    """Delete a folder that was made for a run, unless the run has begun and left its settings."""
+    if not (folder / "config.json").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _hold(folder: Path) -> FileLock:
-    """A lock on the folder, which the system frees when this process ends, however it ends."""
-    lock, holder = FileLock(folder / "lock", timeout=0), folder / "holder"
+    """A lock on the folder."""
+    holder = folder / "holder"
     try:
-        lock.acquire()
+        lock = lock_file(folder / "lock")
     except Timeout:
         who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
         raise RunError(
@@ -292,21 +293,3 @@ def _append(file: FileIO, line: bytes) -> bool:
     except OSError:
         pass
     return False
-
-
-def _records_up_to(step: int, metrics: Path) -> tuple[list[str], list[int]]:
-    """The lines of the steps up to `step`, and the numbers of lines among them that are damaged.
-
-    What a dying process left of a line stands behind them all.
-    """
-    kept, damaged, suspects = [], [], []
-    for number, line in enumerate(metrics.read_bytes().splitlines(keepends=True), start=1):
-        try:
-            if parsed(line, Metrics, metrics, "")["step"] > step:
-                break
-        except ConfigError:
-            suspects.append(number)
-            continue
-        kept.append(line.decode("utf-8"))
-        damaged, suspects = damaged + suspects, []
-    return kept, damaged

@@ -31,10 +31,12 @@ class Progress:
         schedule: Schedule,
         utilization: Callable[[int, float], float | None],
         training_seconds: float = 0.0,
+        unvalidated: dict[str, Any] | None = None,
     ):
         """`utilization` maps step and tokens/s to model FLOPs utilisation, or to None if unknown.
 
-        `training_seconds` is the time that earlier processes spent on this run.
+        Of earlier processes of this run: `training_seconds` is the time they spent, `unvalidated`
+        the record of the last step if it lacks its validation.
         """
         self.run, self.schedule, self.utilization = run, schedule, utilization
         self.training_seconds = training_seconds
@@ -42,7 +44,7 @@ class Progress:
         self._losses: dict[str, float] = {}  # the latest of training and of validation
         self._trained = 0  # tokens, by this process
         self._utilized: float | None = None  # seconds of training, times utilisation
-        self.unvalidated: dict[str, Any] | None = None  # a record whose validation was broken off
+        self.unvalidated = unvalidated
         self._waiting: tuple[int, Mapping[str, Any]] | None = None
         self._arrived = time.perf_counter()
 
@@ -60,8 +62,10 @@ class Progress:
         self.seconds[what] += seconds
         self._arrived += seconds
 
-    def report(self, validate: Callable[[], float | None] | None = None) -> None:
-        """Wait for the step that was started last and report it, with its validation if asked.
+    def report(self, validates: bool = False) -> None:
+        """Wait for the step that was started last and report it.
+
+        If it `validates`, its record waits for that.
 
         Raises BadNumbers if the loss or the gradient is not finite.
         """
@@ -110,20 +114,20 @@ class Progress:
             + ("" if applied else ", SKIPPED")
         )
         self.run.progress(step, num_steps, f"train loss {loss:.4f} | {eta}")
-        if validate is None:
-            self.run.record(record)
+        if validates:
+            self.unvalidated = record
         else:
-            self.validate(record, validate)
+            self.run.record(record)
 
-    def validate(self, record: dict[str, Any], validate: Callable[[], float | None]) -> None:
-        """Complete the record of a step with its validation; keep it if that was broken off.
+    def validate(self, validate: Callable[[], float | None]) -> None:
+        """Complete the record of the last step with its validation, unless that is broken off.
 
         Raises BadNumbers if the loss is not finite.
         """
-        val_loss = validate()
+        self.report(validates=True)
+        record, val_loss = self.unvalidated, validate()
         self.paused("validate")
-        if val_loss is None:
-            self.unvalidated = record
+        if record is None or val_loss is None:
             return
         if not isfinite(val_loss):
             raise BadNumbers(f"step {record['step']}: validation loss {val_loss}.")

@@ -1,5 +1,7 @@
 """How a run begins and ends: its folder, what is written there, its first and last lines."""
 
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -8,10 +10,10 @@ import jax
 
 from nanogpt.data.dataset import content_of
 from nanogpt.devices.hardware import peak_memory
-from nanogpt.devices.processes import told_by_first
+from nanogpt.devices.processes import check_all_see, told_by_first
 from nanogpt.runs.description import heading, outlook, table, warnings
 from nanogpt.runs.environment import environment
-from nanogpt.runs.folder import Run, SilentRun, check_name, new_folder
+from nanogpt.runs.folder import Run, SilentRun, check_name, delete_if_no_run, new_folder
 from nanogpt.runs.profile import steps_of
 from nanogpt.runs.progress import Progress
 from nanogpt.runs.trackers import open_trackers
@@ -51,18 +53,30 @@ def only_plan(plan: Plan) -> int:
     return 0
 
 
-def open_run(plan: Plan) -> Run:
+@contextmanager
+def open_run(plan: Plan) -> Generator[Run, None, None]:
     """The run of this plan, in a new folder under runs/ or that of the run to resume.
 
-    In all processes but the first it keeps silent. Raises RunError when the folder cannot be used.
+    In all processes but the first it keeps silent. A new folder is deleted if the run ends before
+    it has its settings. Raises RunError when the folder cannot be used, ConfigError when not all
+    processes see it.
     """
     hp = plan.hp
+    with ExitStack() as stack:
+        runs: list[Run] = []
 
-    def new_name() -> str:
-        return new_folder(Path("runs"), hp.run_name, hp.preset).name
+        def hold() -> str:
+            folder = Path(hp.resume or "")
+            if not hp.resume:
+                folder = new_folder(Path("runs"), hp.run_name, hp.preset)
+                stack.callback(delete_if_no_run, folder)
+            runs.append(stack.enter_context(Run(folder)))
+            return f"{folder}\n{(folder / 'holder').read_text(encoding='utf-8')}"
 
-    folder = Path(hp.resume) if hp.resume else Path("runs") / told_by_first(new_name)
-    return Run(folder) if jax.process_index() == 0 else SilentRun(folder)
+        folder, _, holder = told_by_first(hold).partition("\n")
+        run = runs[0] if runs else SilentRun(Path(folder))
+        check_all_see(run.folder / "holder", holder)
+        yield run
 
 
 def nothing_left(run: Run, plan: Plan) -> int:
@@ -98,7 +112,8 @@ def begin(run: Run, plan: Plan, start: Start) -> Progress:
     )
     for line in heading(plan, run.folder):
         run.say(line)
-    return Progress(run, hp.schedule, plan.utilization, start.training_seconds)
+    utilization, seconds = plan.utilization, start.training_seconds
+    return Progress(run, hp.schedule, utilization, seconds, start.unvalidated)
 
 
 def compiled(run: Run, progress: Progress, programs: Programs, start: Start) -> None:
@@ -125,8 +140,8 @@ def compiled(run: Run, progress: Progress, programs: Programs, start: Start) -> 
 def save(
     run: Run, progress: Progress, checkpoints: Checkpoints, plan: Plan, step: int, state: TrainState
 ) -> None:
-    """Begin a checkpoint, of what has been reported and found good."""
-    progress.report()
+    """Begin a checkpoint, of what has been reported and found good; not twice after one step."""
+    progress.report(plan.validates(step))
     run.sync()
     facts = facts_to_save(plan, step, progress.training_seconds, progress.unvalidated)
     checkpoints.save(state, facts)

@@ -27,11 +27,12 @@ def join_others(given: "Hyperparameters") -> None:
     where = given.coordinator_address, given.num_processes, given.process_id
     if where == (None,) * 3 and not launched_with_others():
         return  # known without loading JAX
-    from nanogpt.devices.mesh import use_device
+    import jax
+
     from nanogpt.devices.processes import join_processes
 
-    if given.device == "cpu":
-        use_device("cpu")
+    if given.device == "cpu":  # before others would tell of the accelerators they have
+        jax.config.update("jax_platforms", "cpu")
     join_processes(*where)
 
 
@@ -114,6 +115,6 @@ def preset_for_hardware(device: str) -> str:
     """`speedrun` where JAX finds an accelerator that may be used, else `laptop`."""
     if device == "cpu" or not (find_spec("jax_plugins") or find_spec("libtpu")):
         return "laptop"  # known without loading JAX: it was installed for CPUs only
-    import jax
+    from nanogpt.devices.accelerator import use_device
 
-    return "laptop" if jax.default_backend() == "cpu" else "speedrun"
+    return "laptop" if use_device() == "cpu" else "speedrun"

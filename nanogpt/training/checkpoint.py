@@ -54,7 +54,7 @@ class Facts(TypedDict, total=False):
 
     tokens: Total  # trained on so far
     training_seconds: float
-    unvalidated: dict[str, float] | None  # metrics of a step whose validation was broken off
+    unvalidated: dict[str, float] | None  # metrics of a step that is validated afterwards
     shards: dict[str, list[Shard]]  # those that it trains on, "train", and validates on, "val"
 
 
@@ -98,6 +98,7 @@ class Checkpoints:
         self._keep, self._say = max(1, keep), say
         self._thread: Thread | None = None  # finishes the last save
         self._failure: CheckpointError | None = None  # of the last save
+        self._step = -1  # of the last save
 
     def save(self, state: TrainState, facts: dict[str, Any]) -> None:
         """Begin to write the state, with facts that JSON can hold; it may be donated on return.
@@ -107,7 +108,9 @@ class Checkpoints:
         parts, step = _parts(state), int(state.step)
         known = {"step": step, "facts": json.loads(json.dumps(facts)), "arrays": _kinds(parts)}
         self._join()
-        self._failure = None
+        if step == self._step and self._failure is None:
+            return
+        self._step, self._failure = step, None
         folder = self._folder / f"{step:08}"
         # What process 0 finds decides for all.
         if broadcast_one_to_all(isinstance(_checked(folder), Checkpoint)):
@@ -137,10 +140,14 @@ class Checkpoints:
         if self._failure is not None:
             raise self._failure
 
-    def last_good(self) -> str:
-        """A sentence that names the last good checkpoint, or says why there is none."""
+    def last_good(self, bad: int) -> str:
+        """A sentence that names the last good checkpoint, or says why there is none.
+
+        One of step `bad`, with which something is wrong, is deleted.
+        """
         try:
             self.wait()
+            _delete(self._folder / f"{bad:08}")
             return f"The last good checkpoint is {newest_checkpoint(self._run, self._say).folder}."
         except ConfigError as failure:
             return str(failure)

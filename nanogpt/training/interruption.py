@@ -4,6 +4,9 @@ A process that is told to go (SIGTERM by a scheduler, Ctrl-C by its user, SIGHUP
 closes) gets some seconds. While there is something to save, the first signal only leaves a request,
 which the training loop sees after the step under way. At other times, and at a second signal, the
 process ends at once.
+
+A thread of its own acts on them: the main thread may be waiting in a compiler or for another
+process, where Python calls no handler.
 """
 
 import os
@@ -11,7 +14,9 @@ import signal
 import sys
 import threading
 from contextlib import suppress
-from types import FrameType, TracebackType
+from types import TracebackType
+
+SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGHUP", "SIGTERM") if hasattr(signal, x)]
 
 
 class Interruption:
@@ -23,18 +28,19 @@ class Interruption:
     def __init__(self):
         self.patient = False
         self.signal: int | None = None
-        self._agreed = False
+        self._asked, self._agreed = 0, False
 
     def __enter__(self) -> "Interruption":
-        names = ["SIGINT", "SIGHUP", "SIGTERM"]
-        if "jax" in sys.modules and _distributed():  # then JAX takes SIGTERM
-            names.remove("SIGTERM")
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        # What is ignored already, as by nohup, stays ignored.
-        numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
         self._before = {}
-        if threading.current_thread() is threading.main_thread():  # Python's rule for handlers
-            self._before = {number: signal.signal(number, self._handle) for number in numbers}
+        if threading.current_thread() is not threading.main_thread():  # Python's rule for handlers
+            return self
+        # What is ignored already, as by nohup, stays ignored.
+        numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        arrived, self._arriving = os.pipe()
+        os.set_blocking(self._arriving, False)
+        self._woken_before = signal.set_wakeup_fd(self._arriving)
+        threading.Thread(target=self._watch, args=(arrived,), daemon=True).start()
+        self._before = {number: signal.signal(number, lambda *_: None) for number in numbers}
         return self
 
     def __exit__(
@@ -45,6 +51,17 @@ class Interruption:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self._before:
+            signal.set_wakeup_fd(self._woken_before)
+            os.close(self._arriving)
+
+    def be_patient(self) -> None:
+        """From now on there is something to save."""
+        if _distributed():
+            from nanogpt.devices.processes import tell_all_of_sigterm
+
+            tell_all_of_sigterm()
+        self.patient = True
 
     @property
     def exit_status(self) -> int:
@@ -55,7 +72,7 @@ class Interruption:
         """Whether this process may leave out what only it would leave out."""
         return self.signal is not None and not _distributed()
 
-    def requested(self, step: int) -> bool:
+    def requested(self) -> bool:
         """Whether to end after this step. To be asked once, at every step.
 
         Several processes agree on one, some steps after the signal; JAX says so at that step only.
@@ -63,15 +80,24 @@ class Interruption:
         if _distributed():
             from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-            self._agreed = reached_preemption_sync_point(step) or self._agreed
+            # Counted from the first step of this process: JAX takes one that was not yet asked
+            # to be at 0.
+            self._asked += 1
+            self._agreed = reached_preemption_sync_point(self._asked) or self._agreed
             return self._agreed
         return self.signal is not None
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _watch(self, arrived: int) -> None:
+        """In a thread: act on each signal as soon as it arrives."""
+        with open(arrived, "rb", buffering=0) as pipe:
+            while number := pipe.read(1):
+                if number[0] in SIGNALS:
+                    self._handle(number[0])
+
+    def _handle(self, number: int) -> None:
         name = signal.Signals(number).name
         if not self.patient or self.signal is not None:
             _write(f"\n{name}: ended at once.\n")
-            # Not by an exception: what runs may be a compiler, which would not notice for minutes.
             os._exit(128 + number)
         self.signal = number
         _write(f"\n{name}: saving after this step, then ending; once more ends at once.\n")
@@ -87,6 +113,6 @@ def _distributed() -> bool:
 
 
 def _write(text: str) -> None:
-    """Not by print, which must not be called while it is being interrupted."""
+    """Not by print, which the main thread may be in the middle of."""
     with suppress(OSError, ValueError):  # the console may be gone
         os.write(sys.stderr.fileno(), text.encode())

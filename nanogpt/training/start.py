@@ -10,8 +10,10 @@ import jax
 
 from nanogpt.checks import ConfigError
 from nanogpt.data.dataset import content_of
+from nanogpt.devices.processes import told_by_first
 from nanogpt.training.checkpoint import Checkpoint, check_model, newest_checkpoint
 from nanogpt.training.plan import Plan
+from nanogpt.training.records import validation_loss_at
 from nanogpt.training.resume import check_same_data
 from nanogpt.training.step import init_params
 
@@ -21,6 +23,8 @@ class Start:
     """Where this process begins to train."""
 
     checkpoint: Checkpoint | None = None
+    validated: bool = False
+    """Whether the step of the checkpoint was validated after it was saved."""
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -34,8 +38,8 @@ class Start:
 
     @property
     def unvalidated(self) -> dict[str, Any] | None:
-        """The record of the step before, if its validation was broken off and is still to do."""
-        return self.facts.get("unvalidated")
+        """The record of the step before, if its validation is still to do."""
+        return None if self.validated else self.facts.get("unvalidated")
 
     @property
     def training_seconds(self) -> float:
@@ -53,7 +57,7 @@ def facts_to_save(
 ) -> dict[str, Any]:
     """What a checkpoint says beside the state, so that a later process can start from it.
 
-    `unvalidated` is the record of the step if its validation was broken off.
+    `unvalidated` is the record of the step if its validation is still to come.
     """
     return {
         "tokens": plan.hp.schedule.tokens(step),
@@ -75,6 +79,9 @@ def where_to_begin(plan: Plan, folder: Path, say: Callable[[str], None]) -> Star
     checkpoint = newest_checkpoint(folder, say)
     check_model(checkpoint, jax.eval_shape(partial(init_params, hp.model), jax.random.key(0)))
     start = Start(checkpoint)
+    if start.unvalidated:
+        val_loss = told_by_first(lambda: f"{validation_loss_at(folder, checkpoint.step)}")
+        start = Start(checkpoint, validated=val_loss != "None")
     if start.first_step > hp.num_steps and not start.unvalidated:
         return start
     if "shards" in start.facts:

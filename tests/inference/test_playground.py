@@ -537,6 +537,7 @@ def test_the_command_serves_one_address_and_ctrl_c_ends_it_and_its_streams_witho
     try:
         address = server.stdout.readline()
         port = int(re.fullmatch(r"runs/test: http://127.0.0.1:(\d+) \(.*\)\n", address)[1])
+        assert f"ssh -L {port}:127.0.0.1:{port} " in server.stdout.readline()
         if sys.platform == "linux":  # where each address of 127.0.0.0/8 is this machine
             with pytest.raises(ConnectionRefusedError):
                 socket.create_connection(("127.0.0.2", port), 5)
@@ -560,9 +561,7 @@ def test_the_command_serves_one_address_and_ctrl_c_ends_it_and_its_streams_witho
 def test_a_port_that_cannot_be_had_is_one_sentence(kind):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1] if kind == "taken" else 65536
-        with pytest.raises(
-            ConfigError, match=f"Port {port} is taken or not allowed; name another."
-        ):
+        with pytest.raises(ConfigError, match=f"Port {port} is in use or not permitted; choose "):
             playground.serve(Model(), "runs/test", port)
 
 
@@ -637,26 +636,40 @@ def test_what_is_asked_on_the_page_is_what_the_model_gets(visit):
         page.locator("#temperature").fill("1.25")
         page.locator("#top_p").fill("0.5")
         page.locator("#top_k").fill("40")
-        page.get_by_label("Seed").fill("123")
+        page.locator("#seed").fill("123")
         write_text(page, "Once é", 3)
-        status(page, "Tokens written: 3.")
+        status(page, "3 tokens.")
         # What a screen reader says of a slider, and what is written over it.
         assert page.locator("#top_k").evaluate("slider => slider.ariaValueText") == "40"
         page.locator("#top_k").fill("0")
         assert page.locator("#top_k").evaluate("slider => slider.ariaValueText") == "all"
-        write_text(page, "", 1)
-        status(page, "Tokens written: 1.")
+        page.get_by_label("Keep the seed").check()
+        for _ in range(2):
+            write_text(page, "", 1)
+            status(page, "1 tokens.")
     assert model.orders == [
         ("Once é", 3, Sampling(1.25, 40, 0.5, 123)),
-        ("", 1, Sampling(1.25, None, 0.5, 123)),
+        # Another seed, another text: but for one that is kept.
+        *[("", 1, Sampling(1.25, None, 0.5, 124))] * 2,
     ]
+
+
+def test_the_page_starts_with_what_the_command_line_says(visit):
+    model = Model()
+    start = {"prompt": '<Once> "é"', "num_tokens": 7, "temperature": 0.5, "top_k": 3, "seed": 9}
+    with serving(model, about="step 3 & more", start=start) as port:
+        page = visit(port)
+        assert page.get_by_text("step 3 & more").count() == 1
+        page.get_by_role("button", name="Generate").click()
+        status(page, "7 tokens.")
+    assert model.orders == [('<Once> "é"', 7, Sampling(0.5, 3, 1.0, 9))]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_tokens_appear_as_text_on_a_colour_of_their_probability(visit, port, scheme):
     page = visit(port, color_scheme=scheme)
     write_text(page, "<b>Once</b>")
-    status(page, "Tokens written: 10.")
+    status(page, "10 tokens.")
     assert page.locator(".token").all_text_contents() == WORDS
     assert page.locator("#text").text_content() == "<b>Once</b>" + "".join(WORDS)
     assert page.locator("#text b, #text script").count() == 0
@@ -691,17 +704,17 @@ def contrast(*colours):
 def test_a_token_tells_its_probability_and_what_else_could_have_followed(visit, port):
     page = visit(port)
     write_text(page)
-    status(page, "Tokens written: 10.")
+    status(page, "10 tokens.")
     tip, tokens = page.get_by_role("tooltip"), page.locator(".token")
     assert tip.count() == 0
     tokens.nth(2).hover()
-    assert tip.locator("p").inner_text().split() == ["·time", "18.8", "%"]
-    assert tip.locator("li").all_text_contents() == ["·else25.0 %", "·time18.8 %"]
+    assert tip.locator("p").inner_text().split() == ["·time", "18.8%"]
+    assert tip.locator("li").all_text_contents() == ["·else25.0%", "·time18.8%"]
     page.mouse.move(0, 0)
     assert tip.count() == 0
     # With the keyboard alone: the text is one tab stop, and arrows go through it.
     page.locator("#seed").focus()
-    for _ in range(2):
+    for _ in range(3):
         page.keyboard.press("Tab")
     assert page.evaluate("document.activeElement.id") == "text"
     page.keyboard.press("ArrowRight")
@@ -733,7 +746,7 @@ def test_stop_and_escape_stop_the_model(visit, how):
         assert page.get_by_role("status").inner_text() == "Writing…"
         page.keyboard.press("Control+Enter")  # does nothing while it writes
         stop.click() if how == "button" else page.keyboard.press("Escape")
-        page.get_by_text(re.compile(r"Stopped\. Tokens written: \d+\.")).wait_for()
+        page.get_by_text(re.compile(r"Stopped after \d+ tokens\.")).wait_for()
         assert eventually(lambda: model.closed == 1)
         assert len(model.orders) == 1
         assert stop.is_disabled()
@@ -745,9 +758,9 @@ def test_waiting_and_errors_are_told_in_words(visit):
         page = visit(port)
         first, _ = begin(port)
         write_text(page, num_tokens=2)
-        status(page, "Waiting: 1 before you.")
+        status(page, "Waiting: 1 ahead of you.")
         first.close()
-        status(page, "Tokens written: 2.")
+        status(page, "2 tokens.")
         model.error = ConfigError("The prompt is odd.")
         write_text(page)
         status(page, "The prompt is odd.")
@@ -758,7 +771,7 @@ def test_a_server_that_is_gone_is_told_in_words(browser):
         page = browser.new_page()
         page.goto(f"http://127.0.0.1:{port}/")
     write_text(page)
-    status(page, "The server does not answer: is it running?")
+    status(page, "No answer from the server. Is it still running?")
     page.close()
 
 
@@ -767,7 +780,7 @@ def test_spaces_break_the_line_where_it_ends(visit):
     with serving(lambda *order: (Token(" ", 0.5) for _ in range(300))) as port:
         page = visit(port, viewport={"width": 360, "height": 740})
         write_text(page, "x", 300)
-        status(page, "Tokens written: 300.")
+        status(page, "300 tokens.")
         for at in (100, 299):
             box = page.locator(".token").nth(at).bounding_box()
             assert box["x"] + box["width"] <= 360
@@ -776,7 +789,7 @@ def test_spaces_break_the_line_where_it_ends(visit):
 def test_a_phone_shows_it_all_in_its_width_and_a_tap_tells_the_alternatives(visit, port):
     page = visit(port, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     write_text(page, "x" * 200)
-    status(page, "Tokens written: 10.")
+    status(page, "10 tokens.")
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     for at in (0, 7, 9):
         page.locator(".token").nth(at).tap()

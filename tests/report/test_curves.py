@@ -5,8 +5,6 @@ import json
 import numpy as np
 import pytest
 
-pytest.importorskip("matplotlib", reason="pictures need Matplotlib: the extra `plot`")
-
 from nanogpt.report.__main__ import main
 from nanogpt.report.curves import read_run
 

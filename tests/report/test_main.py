@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("matplotlib", reason="pictures need Matplotlib: the extra `plot`")
-
 from nanogpt.report import page
 from nanogpt.report.__main__ import main, report
 from tests.report.test_curves import failure, records, write
@@ -66,12 +64,6 @@ def test_all_of_a_folder_can_be_drawn_whatever_else_lies_there(tmp_path, capsys,
     names = Page(Path("runs/report.html").read_text()).rows[0][1:]
     assert [name.split()[-1] for name in names] == ["a"]
     assert main(["runs/a", "runs/b"]) == 2  # a name that was mistyped is not passed over
-
-
-def test_without_matplotlib_one_sentence_tells_how_to_get_it(tmp_path, capsys, monkeypatch):
-    folder = write(tmp_path / "run", records(20))
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert 'pip install -e ".[plot]"' in failure(capsys, folder)
 
 
 def test_neither_pyplot_nor_jax_is_loaded_and_matplotlib_is_left_as_it_was(tmp_path):

@@ -7,8 +7,6 @@ from html.parser import HTMLParser
 
 import pytest
 
-pytest.importorskip("matplotlib", reason="pictures need Matplotlib: the extra `plot`")
-
 from nanogpt.report import page as module
 from nanogpt.report.__main__ import report
 from nanogpt.report.curves import read_run

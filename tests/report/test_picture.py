@@ -2,9 +2,6 @@
 
 import numpy as np
 import pytest
-
-pytest.importorskip("matplotlib", reason="pictures need Matplotlib: the extra `plot`")
-
 from matplotlib.figure import Figure
 
 from nanogpt.report.__main__ import report

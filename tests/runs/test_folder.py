@@ -168,12 +168,13 @@ def test_a_run_that_goes_on_keeps_the_records_of_the_steps_before_and_appends(ru
 def test_a_damaged_record_is_dropped_with_a_warning_and_costs_no_other(run, capsys):
     lines = [b'{"step": %d, "train_loss": 0.5}' % step for step in range(1, 10)]
     lines[1:1] = [b"", b"[]", b"{}", b"\x80\xff\0", b'{"step": "2"}', b"[" * 100_000]
+    lines[1:1] = [b'{"step": 99}', b'{"step": 1}']  # from there on nothing would be kept, or twice
     path = run.folder / "metrics.jsonl"
     path.write_bytes(b"\n".join(lines[:-1]) + b"\n\x80" + lines[-1])
     run.rewind(7)
     assert [record["step"] for record in records(run)] == [*range(1, 8)]
     assert capsys.readouterr().out.splitlines() == [
-        f"WARNING: {path}, line {number} cannot be read and is dropped." for number in range(2, 8)
+        f"WARNING: {path}, line {number} is damaged and is dropped." for number in range(2, 10)
     ]
     run.rewind(6)
     assert len(records(run)) == 6

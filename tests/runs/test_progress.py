@@ -88,7 +88,7 @@ def test_times_are_those_between_arrivals_and_leave_validation_out(run, clock):
     clock.now = 102
     progress.started(2, {"loss": 4.0, "grad_norm": 0.25, **CALM})  # reports 1: 100 to 102
     clock.now = 105
-    progress.report(validate)  # reports 2: 102 to 105; validation lasts until 155
+    progress.validate(validate)  # reports 2: 102 to 105; validation lasts until 155
     clock.now = 156
     progress.started(3, {"loss": 3.0, "grad_norm": 0.125, **CALM})
     clock.now = 159
@@ -159,7 +159,7 @@ def test_on_a_terminal_a_line_with_the_time_left_follows_the_steps_and_validatio
     progress = progress_of(run)
     progress.started(1, {"loss": 5.0, "grad_norm": 1.0, **CALM})
     clock.now += 2
-    progress.report(lambda: 4.5)
+    progress.validate(lambda: 4.5)
     run.progress_ended()
     shown = re.sub(r"\x1b\[[\d;]*m", "", screen.getvalue())
     assert re.search(r"1/4 \S+ +25% train loss 5\.0000 \| ETA 0:00:14\s", shown)
@@ -193,15 +193,18 @@ def test_a_spike_is_remarked_upon_and_so_is_a_step_that_was_skipped(run, clock):
     assert [record["spike"] for record in records(run)] == [5.9, 6.5, 9.0]
 
 
-def test_a_validation_that_was_broken_off_leaves_its_record_for_later(run, clock):
+def test_a_record_waits_for_its_validation_even_where_that_is_broken_off(run, clock):
     progress = progress_of(run)
     progress.started(1, {"loss": 5.0, "grad_norm": 1.0, **CALM})
     clock.now += 1
-    progress.report(lambda: None)
-    assert records(run) == []
+    progress.report(validates=True)
     kept = progress.unvalidated
-    progress.validate(kept, lambda: 3.5)
-    assert progress.unvalidated is None
+    progress.validate(lambda: None)
+    assert records(run) == []
+    assert progress.unvalidated == kept
+    again = progress_of(run, unvalidated=kept)
+    again.validate(lambda: 3.5)
+    assert again.unvalidated is None
     assert [(r["step"], r["train_loss"], r["val_loss"]) for r in records(run)] == [(1, 5.0, 3.5)]
 
 

@@ -161,7 +161,7 @@ def test_every_number_that_a_step_records_has_a_name_in_a_group(folder):
     with Run(folder) as run:
         progress = Progress(run, schedule, utilization=lambda step, rate: None)
         progress.started(1, {"loss": 1.0, "grad_norm": 2.0, "spike": 0.0, "applied": True})
-        progress.report(lambda: 3.0)
+        progress.validate(lambda: 3.0)
     recorded = json.loads((folder / "metrics.jsonl").read_text())
     logged = []
     trackers = Trackers(never)

@@ -3,7 +3,6 @@
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 
 from nanogpt.data.shards import read_shard, write_shard
+from tests.devices.test_processes import free_port
 from tests.programs import PATIENCE, PYTHON, SCRIPT, Process, settings, wait_until
 from tests.run_folders import (
     arrays,
@@ -113,19 +113,17 @@ def validates_long(place):
     write_shard(place / "val.bin", np.tile(read_shard(place / "val.bin"), 301))
 
 
-def test_a_validation_is_broken_off_and_made_up_for_when_the_run_goes_on(place, cache):
-    """Its last validation, after which there is nothing else to do, unless steps are added."""
+def test_a_kill_in_a_validation_costs_no_step_and_the_next_process_makes_up_for_it(place, cache):
+    """The last validation, after which there is nothing else to do, unless steps are added."""
     validates_long(place)
     run = place / "runs" / "a"
     arguments = ["--val-loss-every", "4", "--checkpoint-every", "4", "--cooldown-fraction", "0"]
     with started(place, cache, *arguments, "--num-steps", "4", *LONG) as process:
         process.read_until("step 4/4 | train")
-        process.send(TERM)
-        before = time.monotonic()
-        assert process.end() == 143
-        assert time.monotonic() - before < AT_ONCE
+        wait_until(lambda: steps(run) == [4])
+        process.send(signal.SIGKILL)
+        process.end()
     assert not any("val loss" in line for line in process.lines), "the signal came too late"
-    assert steps(run) == [4]
     assert [record["step"] for record in records(run)] == [1, 2, 3]
     # The next process makes up for it, and is killed before it ends.
     with Process(["--resume", "runs/a", *SHORT], place, cache) as process:
@@ -216,36 +214,39 @@ def test_a_signal_while_it_writes_its_sample_ends_at_once_and_the_run_is_whole(
 
 def member(arguments):
     """A process of two that do nothing but take steps together."""
-    import jax
     from jax.experimental.multihost_utils import sync_global_devices
 
+    from nanogpt.devices.processes import join_processes
     from nanogpt.training.interruption import Interruption
 
     port, me, last = map(int, arguments)
-    jax.distributed.initialize(f"127.0.0.1:{port}", 2, me)
     with Interruption() as interruption:
-        interruption.patient = True
+        print("begins", flush=True)
+        join_processes(f"127.0.0.1:{port}", 2, me)
+        interruption.be_patient()
+        print("is patient", flush=True)
         for step in range(1, last + 1):
             time.sleep(0.02)
             sync_global_devices(f"step {step}")
             print("step", step, flush=True)
-            if interruption.requested(step):
+            if interruption.requested():
                 print("step", step, "is the last", flush=True)
                 return interruption.exit_status
     return 0
 
 
 @pytest.mark.parametrize(
-    ("number", "sent", "statuses"),
-    [(0, TERM, [143, 143]), (1, TERM, [143, 143]), (1, INT, [143, 130])],
+    ("number", "sent", "statuses", "after"),
+    [
+        (0, TERM, [143, 143], "step 10"),
+        (1, TERM, [143, 143], "is patient"),
+        (1, INT, [143, 130], "step 10"),
+    ],
 )
 def test_processes_that_train_together_end_after_the_same_step(
-    number, sent, statuses, tmp_path, cache
+    number, sent, statuses, after, tmp_path, cache
 ):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    last = 2000
+    port, last = free_port(), 2000
     with (
         Process([port, 0, last], tmp_path, cache, main=member) as first,
         Process([port, 1, last], tmp_path, cache, main=member) as second,
@@ -253,7 +254,7 @@ def test_processes_that_train_together_end_after_the_same_step(
     ):
         members = first, second
         other_ends = threads.submit(members[1 - number].end)
-        members[number].read_until("step 10")
+        members[number].read_until(after)
         members[number].send(sent)
         members[number].end()
         other_ends.result()
@@ -262,4 +263,15 @@ def test_processes_that_train_together_end_after_the_same_step(
     made = [[x for x in process.lines if x.startswith("step ")] for process in members]
     assert made[0] == made[1]
     assert made[0][-1].endswith(" is the last")
-    assert 10 <= len(made[0]) < last
+    assert len(made[0]) < last
+
+
+@pytest.mark.parametrize(("sent", "status"), [(TERM, 143), (INT, 130)])
+def test_a_process_that_waits_for_others_ends_at_once(sent, status, tmp_path, cache):
+    with Process([free_port(), 1, 1], tmp_path, cache, main=member) as alone:
+        alone.read_until("begins")
+        time.sleep(0.3)
+        alone.send(sent)
+        before = time.monotonic()
+        assert alone.end() == status
+        assert time.monotonic() - before < AT_ONCE

@@ -153,7 +153,7 @@ def test_a_run_stopped_in_the_validation_that_ends_a_stage_goes_on_with_the_next
     files = [f"--{name}-files={hp[f'{name}_files']}" for name in ("train", "val")]
     end = STAGE_ENDS[0]
     # So many tokens that the signal comes while it validates, as it then does for the first time.
-    long = ["--val-loss-every", end, "--val-tokens", "50000"]
+    long = ["--val-loss-every", end, "--val-tokens", "50000", "--checkpoint-every", "0"]
     arguments = [*SMALL, *STAGED, *files, *long, "--run-name", "a"]
     run = place / "runs" / "a"
     with Process(arguments, place, cache) as process:

@@ -22,7 +22,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from nanogpt.checks import Positive, Total
 from nanogpt.data.shards import note_sha256, sha256_of
@@ -39,7 +39,7 @@ from nanogpt.data.text.encode import (
 )
 from nanogpt.data.text.eta import Pace
 from nanogpt.data.text.writer import RECORD, Shards, partial_path, shard_name
-from nanogpt.files import read_json, write_whole
+from nanogpt.files import lock_file, read_json, write_whole
 
 FORMAT = 2  # raise it when the same documents would be split, ordered or written differently
 SAVE_SECONDS = 5.0  # what an interruption costs at most
@@ -207,12 +207,11 @@ def encode_rest(
 @contextmanager
 def locked(folder: Path, show: Callable[[str], None]) -> Generator[None, None, None]:
     """One process at a time in `folder`."""
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        lock = lock_file(folder / ".lock")
     except Timeout:
         show(f"waiting for another process that writes in {folder}")
-        lock.acquire()
+        lock = lock_file(folder / ".lock", timeout=-1)
     try:
         yield
     finally:

@@ -1,0 +1,61 @@
+"""What JAX computes on; and, in a sentence, why not on what was asked for or is there."""
+
+import logging
+import os
+import shutil
+import subprocess
+
+import jax
+
+from nanogpt.config import ConfigError
+
+CUDA = 'pip install "jax[cuda12]"'
+
+
+def use_device(device: str = "auto") -> str:
+    """Have JAX use this kind of device, before it uses any; auto is the best that it finds.
+
+    Returns the kind it uses: cpu, gpu or tpu. Raises ConfigError if it finds none as asked for.
+    """
+    if device == "cpu":
+        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_x64", False)  # all arrays here have types of 32 bits or fewer
+    logging.getLogger("jax._src.xla_bridge").addFilter(_in_one_line)
+    try:
+        found = jax.default_backend()
+    except (RuntimeError, AssertionError) as error:  # an assertion where JAX finds no NVIDIA GPU
+        asked = jax.config.values["jax_platforms"]
+        what = f"what JAX_PLATFORMS asks for, {asked}" if asked else "the devices of this machine"
+        reason = str(error).partition(" (")[0].rstrip(".") or "there is no such device"
+        raise ConfigError(
+            f"JAX cannot use {what} ({reason}): check the driver, and that JAX is installed for "
+            "it, or set JAX_PLATFORMS=cpu."
+        ) from error
+    if device not in ("auto", found):
+        install = 'pip install "jax[tpu]"' if device == "tpu" else CUDA
+        raise ConfigError(
+            f"JAX finds no {device}, only {found}: check the driver, and that JAX is installed for "
+            f"it ({install}), or leave out --device."
+        )
+    return found
+
+
+def unused_gpu() -> str | None:
+    """Why JAX, which found a CPU only, does not use the NVIDIA GPU here; None if there is none."""
+    smi = shutil.which("nvidia-smi")
+    if smi is None or jax.config.values["jax_platforms"]:
+        return None
+    listed = subprocess.run([smi, "-L"], capture_output=True, text=True, timeout=30).stdout
+    if not listed.startswith("GPU "):
+        return None
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return "the NVIDIA GPU of this machine is not used: CUDA_VISIBLE_DEVICES hides it"
+    return f"the NVIDIA GPU of this machine is not used: {CUDA} makes JAX find it"
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """Without traceback, what JAX logs of a plugin that fails; nothing if only CPUs are used."""
+    if record.exc_info and record.exc_info[1]:
+        record.msg, record.args = f"{record.getMessage()}: {record.exc_info[1]}", ()
+        record.exc_info = None
+    return jax.config.values["jax_platforms"] != "cpu"

@@ -1,0 +1,48 @@
+"""metrics.jsonl, a JSON object for each step, as it is read back; lines of it may be damaged."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Required, TypedDict
+
+from nanogpt.checks import ConfigError, Count, Total
+from nanogpt.files import parsed
+
+FILE = "metrics.jsonl"
+
+
+class Metrics(TypedDict, total=False):
+    """A line: what is known after an optimizer step."""
+
+    step: Required[Count]
+    train_loss: float
+    val_loss: float
+    grad_norm: float
+    spike: float
+    learning_rate_factor: float
+    tokens: Total
+    time_s: float
+    step_time_s: float
+    tokens_per_s: float
+
+
+def read_records(run: Path) -> Iterator[tuple[bytes, Metrics | ConfigError]]:
+    """Each line of a run's metrics, and what it means or what is wrong with it.
+
+    Raises OSError where there are none.
+    """
+    path = run / FILE
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        try:
+            where = f"{path}, line {number:,}"
+            yield line, parsed(line.rstrip(), Metrics, where, "repair it or take it out")
+        except ConfigError as error:
+            yield line, error
+
+
+def validation_loss_at(run: Path, step: int) -> float | None:
+    """The validation loss that a run's metrics have of a step."""
+    try:
+        records = [record for _, record in read_records(run) if isinstance(record, dict)]
+    except OSError:
+        return None
+    return next((r["val_loss"] for r in records if r["step"] == step and "val_loss" in r), None)
