@@ -142,7 +142,7 @@ class HubFiles:
                 local_dir=self.folder,
             )
 
-        return Path(patiently(name, download))
+        return Path(patiently(name, download, came=lambda: 0))  # a lost connection may come back
 
     def release(self, names: Sequence[str]) -> None:
         """Delete these files."""

@@ -60,7 +60,8 @@ def hub_errors(name: str, lost: type[DownloadError]) -> Generator[None, None, No
     except Exception as error:  # the hub's library and those under it share no base class
         if isinstance(error, OSError) and error.errno is not None:
             raise  # not the hub but the disk
-        response = getattr(error, "response", None)
+        # Where it has no copy of a file, the library says that, and what the hub said is its cause.
+        response = getattr(error, "response", getattr(error.__cause__, "response", None))
         status = getattr(response, "status_code", None)
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = f"the hub answered HTTP {status}" if status else lines[0].rstrip(".")

@@ -25,10 +25,7 @@ from typing import NamedTuple
 from filelock import Timeout
 
 from nanogpt.checks import Positive, Total
-from nanogpt.data.shards import (
-    note_sha256,
-    sha256_of,
-)
+from nanogpt.data.shards import note_sha256, sha256_of
 from nanogpt.data.text.documents import DataError, Split
 from nanogpt.data.text.encode import (
     TOLD,
@@ -246,10 +243,10 @@ def name_shards(folder: Path, recipe: Recipe, made: Made) -> None:
     for split, first, last in (("train", 1, made.train[0]), ("val", 0, made.val[0])):
         for number in range(first, last + made.done):
             name = shard_name(f"{recipe.name}_{split}", number)
-            partial = partial_path(folder, name)
-            if partial.exists():
-                note_sha256(folder / name, sha256_of(partial))
-                os.replace(partial, folder / name)
+            filled = partial_path(folder, name)
+            if filled.exists():
+                note_sha256(folder / name, sha256_of(filled))
+                os.replace(filled, folder / name)
             elif not (folder / name).exists():
                 raise DataError(
                     f"{folder / name} is missing: delete {folder}, then run this again."

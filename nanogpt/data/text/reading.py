@@ -57,7 +57,7 @@ def units(path: Path, field: str, split: Split | None) -> Iterator[Unit]:
         if kinds & {".parquet", ".pq"}:
             yield from _rows(path, field)
         elif kinds & {".csv", ".tsv"}:
-            yield from _table(path, field, "," if ".csv" in kinds else "\t")
+            yield from _table(path, field, "excel" if ".csv" in kinds else UnquotedTable)
         elif kinds & {".jsonl", ".ndjson"}:
             yield from _lines(path)
         elif ".json" in kinds:
@@ -81,21 +81,34 @@ def _rows(path: Path, field: str) -> Iterator[Unit]:
             # As bytes, for nothing guarantees that the strings in the file are UTF-8.
             for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                 row += 1
-                share = row / file.metadata.num_rows
-                yield Unit(f"{shown(path)}, row {row:,}", raw or b"", share_read=share)
+                unit = Unit(f"{shown(path)}, row {row:,}", raw or b"")
+                if len(unit.raw) > LONGEST:
+                    unit = unit._replace(raw=b"", problem=TOO_LONG)
+                yield unit._replace(share_read=row / file.metadata.num_rows)
 
 
-def _table(path: Path, field: str, delimiter: str) -> Iterator[Unit]:
+class UnquotedTable(csv.excel_tab):
+    """A line is a row: in .tsv a quotation mark is one, and often by itself."""
+
+    quoting = csv.QUOTE_NONE
+
+
+def _table(path: Path, field: str, dialect: str | type[csv.Dialect]) -> Iterator[Unit]:
     with unpacked(path) as (file, share_read):
         whole = (line.decode("utf-8", "surrogateescape") for line in _short_lines(file))
-        rows = csv.reader(whole, delimiter=delimiter)
+        rows = csv.reader(whole, dialect, strict=True)
         columns = [name.removeprefix("\ufeff") for name in next(rows, [])]
         if field not in columns:
             raise ValueError(f"has no column {without(field, columns)}")
         for row in rows:
-            where = f"{shown(path)}, line {rows.line_num:,}"
-            text = "".join(row[columns.index(field) :][:1])  # a line may be short
-            yield Unit(where, text.encode("utf-8", "surrogateescape"), share_read=share_read())
+            unit = Unit(f"{shown(path)}, line {rows.line_num:,}", share_read=share_read())
+            if len(row) == len(columns):
+                text = row[columns.index(field)]
+                unit = unit._replace(raw=text.encode("utf-8", "surrogateescape"))
+            elif row:
+                problem = f"is divided into {len(row):,}, not {len(columns):,} columns"
+                unit = unit._replace(problem=problem)
+            yield unit
 
 
 def _short_lines(file: IO[bytes]) -> Iterator[bytes]:

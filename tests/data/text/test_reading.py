@@ -296,14 +296,26 @@ def test_what_is_no_document_in_json_is_named(tmp_path, content, texts, problem)
     assert read(path) == (texts, [f"{path}{problem}"])
 
 
-@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.csv.xz"])
+@pytest.mark.parametrize("name", ["x.csv", "x.csv.xz"])
 def test_a_table_holds_a_document_per_row_in_the_column_asked_for(tmp_path, name):
     table = io.StringIO(newline="")
-    writer = csv.writer(table, delimiter="\t" if name == "x.tsv" else ",")
-    writer.writerows([["id", "body"], *enumerate(TEXTS)])
-    path = write(tmp_path / name, "\ufeff".encode() + table.getvalue().encode() + b"9\r\n")
-    assert read(path, "body") == ([*TEXTS, ""], [])
+    csv.writer(table).writerows([["id", "body"], *enumerate(TEXTS)])
+    path = write(tmp_path / name, "\ufeff".encode() + table.getvalue().encode() + b"\r\n9\r\n")
+    assert read(path, "body") == (
+        [*TEXTS, ""],
+        [f"{path}, line 9: is divided into 1, not 2 columns"],
+    )
     assert read(path) == ([], [f"{path}: has no column 'text', only 'id', 'body'"])
+
+
+def test_a_quotation_mark_that_is_not_closed_ends_a_table(tmp_path):
+    path = write(tmp_path / "x.csv", b'text\none\n"two\nthree\n')
+    assert read(path) == (["one"], [f"{path}: unexpected end of data"])
+
+
+def test_a_quotation_mark_by_itself_joins_no_lines_of_a_table_with_tabs(tmp_path):
+    path = write(tmp_path / "x.tsv", b'id\ttext\n1\t"one\n2\ttwo "2"\n3\t"three"\r\n')
+    assert read(path) == (['"one', 'two "2"', '"three"'], [])
 
 
 def test_a_line_of_a_table_that_is_not_utf_8_is_named(tmp_path):
