@@ -39,7 +39,7 @@ from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.runs.folder import Run, RunError
 from nanogpt.runs.profile import Trace, steps_of
 from nanogpt.runs.progress import BadNumbers
-from nanogpt.runs.settings import join_others, settings, with_own_text
+from nanogpt.runs.settings import join_others, leave, settings, with_own_text
 from nanogpt.runs.trackers import check_trackers
 from nanogpt.schedule import Schedule, Stage, Stages
 from nanogpt.sizes import at_width
@@ -383,12 +383,9 @@ def main(arguments: list[str] | None = None) -> int:
 
             wait_for_others()
             return status
-    except UserError as error:
+    except (UserError, BadNumbers) as error:
         print(error, file=sys.stderr)
-        return 2
-    except BadNumbers as error:
-        print(error, file=sys.stderr)
-        return 3
+        return leave(3 if isinstance(error, BadNumbers) else 2)
 
 
 def train(hp: Hyperparameters, interruption: Interruption) -> int:
@@ -400,10 +397,10 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     from nanogpt.devices.mesh import make_mesh
     from nanogpt.inference.weights import with_weights
     from nanogpt.runs import session
-    from nanogpt.training.checkpoint import Checkpoints
     from nanogpt.training.inputs import Inputs
     from nanogpt.training.plan import plan_here
     from nanogpt.training.programs import prepare_programs
+    from nanogpt.training.saving import Checkpoints
     from nanogpt.training.start import where_to_begin
 
     # Plan: devices, data, stages, kernels, micro-batches.

@@ -6,6 +6,7 @@ first of them, process 0, prints and writes.
 
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -21,6 +22,7 @@ from jax.experimental.multihost_utils import (
     process_allgather,
     sync_global_devices,
 )
+from jaxtyping import UInt8
 
 from nanogpt.config import ConfigError
 from nanogpt.devices.launchers import has_its_gpus_alone
@@ -125,6 +127,19 @@ def wait_for_others() -> None:
         sync_global_devices("end")
 
 
+def leave(status: int) -> int:
+    """The exit status of a process that failed; one of several ends here.
+
+    Python would wait for its threads, and one of them may wait for a save that failed elsewhere.
+    """
+    if jax.distributed.is_initialized():
+        jax.distributed.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
 def check_same(what: str, here: Sequence[tuple[str, str]]) -> None:
     """Raise ConfigError in all processes if `here`, texts with their names, differs in any.
 
@@ -192,12 +207,25 @@ def told_by_first(make: Callable[[], str]) -> str:
             text = make()
         except Exception as error:
             failure = error
-    # All arrays that are broadcast must be of one shape; an empty text stands for a failure.
-    letters = np.zeros(4096, np.uint8)
-    letters[: len(text.encode())] = list(text.encode())
-    text = bytes(broadcast_one_to_all(letters)).rstrip(b"\0").decode()
+    text = _text(broadcast_one_to_all(_letters(text)))  # an empty one stands for a failure
     if failure is not None:
         raise failure
     if not text:
         raise ConfigError("Process 0 could not begin; it says why.")
     return text
+
+
+def told_by_all(text: str) -> list[str]:
+    """What each process tells, in their order."""
+    if jax.process_count() == 1:
+        return [text]
+    return [_text(letters) for letters in process_allgather(_letters(text))]
+
+
+def _letters(text: str) -> UInt8[np.ndarray, "4096"]:
+    """A text as an array: those that processes exchange must be of one shape."""
+    return np.frombuffer(text.encode()[:4096].ljust(4096, b"\0"), np.uint8)
+
+
+def _text(letters: UInt8[np.ndarray, "4096"]) -> str:
+    return letters.tobytes().rstrip(b"\0").decode(errors="replace")

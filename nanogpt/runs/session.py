@@ -17,11 +17,11 @@ from nanogpt.runs.folder import Run, SilentRun, check_name, delete_if_no_run, ne
 from nanogpt.runs.profile import steps_of
 from nanogpt.runs.progress import Progress
 from nanogpt.runs.trackers import open_trackers
-from nanogpt.training.checkpoint import Checkpoints
 from nanogpt.training.interruption import Interruption
 from nanogpt.training.plan import Plan
 from nanogpt.training.programs import Programs
 from nanogpt.training.records import best_validation
+from nanogpt.training.saving import Checkpoints
 from nanogpt.training.start import Start, facts_to_save, where_to_begin
 from nanogpt.training.step import TrainState
 

@@ -3,6 +3,7 @@
 No JAX here before it is needed, so that `--help` and mistakes answer at once.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from glob import glob
@@ -34,6 +35,15 @@ def join_others(given: "Hyperparameters") -> None:
     if given.device == "cpu":  # before others would tell of the accelerators they have
         jax.config.update("jax_platforms", "cpu")
     join_processes(*where)
+
+
+def leave(status: int) -> int:
+    """The exit status of a process that failed; if it is one of several, the process ends here."""
+    if "jax" in sys.modules:
+        from nanogpt.devices import processes
+
+        processes.leave(status)
+    return status
 
 
 def settings(

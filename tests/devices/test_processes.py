@@ -16,24 +16,26 @@ import pytest
 import nanogpt.devices.processes
 import train_gpt
 from nanogpt.runs.folder import SilentRun
-from nanogpt.training.checkpoint import Checkpoint, _checked
-from tests.programs import SCRIPT, Process, wait_until
+from nanogpt.training.checkpoint import Checkpoint, examined
+from tests.programs import NO_LIMIT, SCRIPT, Process, wait_until
 from tests.small_runs import LONGER, RUN, change_a_token, write_data
 
 QUIET = {"GLOO_LOG_LEVEL": "ERROR"}
 
 
 def impatient(arguments):
-    """The main job, which waits a third as long for a sign of life of the others."""
+    """The main job, which waits a shorter time for a sign of life of the others."""
     nanogpt.devices.processes.LOST_AFTER = 10
+    nanogpt.devices.processes.SEEN_WITHIN = 1
     return train_gpt.main(arguments)
 
 
-def joined(arguments, cwd, cache, port, number, count=2, devices=2):
+def joined(arguments, cwd, cache, port, number, count=2, devices=2, limit=NO_LIMIT):
     """`train_gpt.py` as one of several processes."""
     where = "--coordinator-address", f"127.0.0.1:{port}", "--num-processes", count
     arguments = [*where, "--process-id", number, *arguments]
-    return Process(arguments, cwd, cache, devices, environment=QUIET, main=impatient)
+    settings = {"environment": QUIET, "limit": limit, "main": impatient}
+    return Process(arguments, cwd, cache, devices, **settings)
 
 
 @contextmanager
@@ -87,15 +89,28 @@ def without_gloo(text):
     return [line for line in text if not gloo.search(line)]
 
 
-def test_two_processes_train_as_one_does_and_the_first_alone_tells(straight, place, cache):
-    with processes([*RUN, "--batch-size", "1", "--run-name", "a"], place, cache) as (
-        (one, two),
-        (end,),
+def test_two_processes_train_as_one_does_even_where_one_cannot_save_and_the_first_alone_tells(
+    straight, place, cache
+):
+    arguments, port = [*RUN, "--batch-size", "1", "--shard-params", "--run-name", "a"], free_port()
+    with (
+        joined(arguments, place, cache, port, 0) as one,
+        joined(arguments, place, cache, port, 1, limit=2000) as two,
+        ThreadPoolExecutor() as threads,
     ):
-        statuses = [one.end(), end.result()]
-    assert statuses == [0, 0], (one.stderr, two.stderr)
+        ends = [threads.submit(process.end) for process in (one, two)]
+        assert [end.result() for end in ends] == [2, 2], (one.stderr, two.stderr)
+    failed = "The checkpoint of step {} was not written: File too large (process 1); "
+    warnings = [line for line in one.lines if line.startswith("WARNING")]
+    for step, warning in zip((7, 14, 20), warnings, strict=True):
+        assert warning.startswith(f"WARNING: {failed.format(step)}")
+    assert one.stderr.startswith(failed.format(20))
+    assert list(Path("runs/a/checkpoints").iterdir()) == []
     assert_same(losses("runs/a"), losses(straight))
-    assert "| 4 x cpu of 2 processes | Ng = 256 / (1 * 32 * 4) = 2" in without_gloo(one.lines)[0]
+    assert (
+        "| 4 x cpu of 2 processes, parameters divided | Ng = 256 / (1 * 32 * 4) = 2"
+        in without_gloo(one.lines)[0]
+    )
     assert without_gloo(two.lines) == []
     told = (
         r"2 processes, 2 devices in each, coordinator 127\.0\.0\.1:\d+; if one is lost, all end: "
@@ -167,23 +182,29 @@ def test_one_that_is_killed_as_they_save_or_cannot_begin_ends_all_and_nothing_is
     whole = [x for x in saves.iterdir() if (x / "manifest.json").exists()]
     assert whole
     for save in whole:
-        assert isinstance(_checked(save), Checkpoint)
+        assert isinstance(examined(save), Checkpoint)
     with Process(["--resume", "runs/a", "--batch-size", "2"], place, cache, 4) as alone:
         assert (alone.end(), alone.stderr) == (0, "")
     assert_same(losses("runs/a"), losses(straight))
 
 
 @pytest.mark.parametrize(
-    ("what", "name"), [("settings", "seed"), ("data", "shard train_1.bin"), ("data", "")]
+    ("what", "changes", "told"),
+    [
+        ("settings", "", "Process 1 has other settings than process 0 (seed): "),
+        ("data", "token", "Process 1 has other data than process 0 (shard train_1.bin): "),
+        ("data", "shard", "Process 1 has other data than process 0: "),
+        ("folder", "", "Process 1 does not see runs/a/holder, which process 0 wrote: "),
+    ],
 )
-def test_processes_that_were_started_differently_all_say_so(place, cache, what, name):
+def test_processes_that_were_started_differently_all_say_so(place, cache, what, changes, told):
     port, elsewhere = free_port(), place / "elsewhere"
-    arguments = [*RUN, "--batch-size", "2", "--run-name", "a"]
+    arguments = [*RUN, "--batch-size", "2", "--run-name", "a", "--device", "cpu"]
     elsewhere.mkdir()
     write_data(elsewhere)
-    if what == "data" and name:
+    if changes == "token":
         change_a_token(elsewhere / "train_1.bin", 4_321)
-    elif what == "data":
+    elif changes == "shard":
         (elsewhere / "train_1.bin").unlink()
     different = ["--seed", "1"] if what == "settings" else []
     with (
@@ -194,10 +215,9 @@ def test_processes_that_were_started_differently_all_say_so(place, cache, what, 
         ends = [threads.submit(process.end) for process in (one, two)]
         assert [end.result() for end in ends] == [2, 2], (one.stderr, two.stderr)
     for process in (one, two):
-        told = f" ({name})" if name else ""
-        assert process.stderr.startswith(f"Process 1 has other {what} than process 0{told}: ")
+        assert process.stderr.startswith(told)
         assert len(process.stderr.splitlines()) == 1
-    assert not Path("runs").exists()
+    assert not Path("runs/a").exists()
 
 
 def test_when_one_is_told_to_end_all_save_after_the_same_step(straight, place, cache):
@@ -231,7 +251,7 @@ def test_what_the_first_cannot_begin_no_other_begins(place, cache):
         statuses = [one.end(), end.result()]
     assert statuses[0] == 2
     assert re.fullmatch(r"runs/a exists already.*\n", one.stderr)
-    assert statuses[1] != 0
+    assert statuses[1] == 2
     assert list(Path("runs/a").iterdir()) == []
 
 

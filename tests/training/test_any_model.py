@@ -15,8 +15,9 @@ from nanogpt.inference.model_note import note
 from nanogpt.inference.sampling import Sampling
 from nanogpt.inference.text import write
 from nanogpt.inference.weights import load_model
-from nanogpt.training.checkpoint import Checkpoints, load_state, newest_checkpoint
+from nanogpt.training.checkpoint import load_state, newest_checkpoint
 from nanogpt.training.plan import optimizer_of
+from nanogpt.training.saving import Checkpoints
 from nanogpt.training.step import graph_of, make_init, make_train_step
 from train_gpt import PRESETS
 

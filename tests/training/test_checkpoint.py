@@ -25,7 +25,9 @@ from nanogpt.devices.mesh import REPLICATED, make_mesh, shapes_on
 from nanogpt.inference.weights import load_run
 from nanogpt.schedule import Stage
 from nanogpt.training import checkpoint as module
-from nanogpt.training.checkpoint import CheckpointError, Checkpoints, load_state, newest_checkpoint
+from nanogpt.training import saving
+from nanogpt.training.checkpoint import CheckpointError, load_state, newest_checkpoint
+from nanogpt.training.saving import Checkpoints
 from nanogpt.training.step import TrainState, make_init
 from tests.training.test_step import some_optimizer
 from train_gpt import PRESETS
@@ -148,7 +150,7 @@ def test_a_state_that_training_consumes_during_the_save_is_saved_as_it_was(tmp_p
                 state = train_step(state)
     assert len(saves(tmp_path)) == 10
     for folder in (tmp_path / "checkpoints").iterdir():
-        checkpoint = module._checked(folder)
+        checkpoint = module.examined(folder)
         loaded = load_state(checkpoint, jax.tree.map(lambda a: a, state))
         for array in jax.tree.leaves(loaded):
             np.testing.assert_array_equal(array, checkpoint.step)
@@ -162,8 +164,8 @@ def simple_state(step, size):
 
 
 def test_a_save_waits_for_the_one_before_and_not_for_its_own_end(tmp_path, state, monkeypatch):
-    may_write, write = threading.Event(), module._write_manifest
-    monkeypatch.setattr(module, "_write_manifest", lambda *a: may_write.wait(60) and write(*a))
+    may_write, write = threading.Event(), saving._write_manifest
+    monkeypatch.setattr(saving, "_write_manifest", lambda *a: may_write.wait(60) and write(*a))
     checkpoints = Checkpoints(tmp_path, 2, say_nothing_is_wrong)
     checkpoints.save(state(1), {})
     with pytest.raises(CheckpointError):
@@ -231,9 +233,9 @@ def test_what_is_no_checkpoint_is_not_deleted(run, state):
 
 
 def test_the_same_step_is_not_saved_twice_unless_it_failed(tmp_path, state, monkeypatch):
-    told, written, write = [], [], module._write_manifest
+    told, written, write = [], [], saving._write_manifest
     monkeypatch.setattr(
-        module, "_write_manifest", lambda *a: written.append(a[1]["step"]) or write(*a)
+        saving, "_write_manifest", lambda *a: written.append(a[1]["step"]) or write(*a)
     )
     with Checkpoints(tmp_path, 2, told.append) as checkpoints:
         checkpoints.save(state(1), {})
@@ -335,7 +337,7 @@ def rewrite_the_manifest(folder, **changes):
     """With a digest that is right."""
     manifest = json.loads((folder / "manifest.json").read_text()) | changes
     del manifest["sha256"]
-    manifest["sha256"] = module._digest(manifest)
+    manifest["sha256"] = module.digest_of(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -428,9 +430,9 @@ def test_no_byte_of_a_manifest_can_change_unnoticed(run):
         changed = bytearray(whole)
         changed[position] ^= 1
         (folder / "manifest.json").write_bytes(changed)
-        assert isinstance(module._checked(folder), str), (position, chr(whole[position]))
+        assert isinstance(module.examined(folder), str), (position, chr(whole[position]))
     (folder / "manifest.json").write_bytes(whole)
-    assert module._checked(folder).step == 30
+    assert module.examined(folder).step == 30
 
 
 def test_when_none_is_whole_the_error_names_them_all(run):
@@ -484,18 +486,38 @@ def test_no_module_imports_what_would_run_code_from_a_file():
 # What fails
 
 
-def test_a_save_without_space_is_not_begun(run, state, monkeypatch):
+def test_a_save_without_space_is_not_begun_and_costs_no_other(run, state, monkeypatch):
     told, needed = [], 1.2 * sum(a.nbytes for a in jax.tree.leaves(state(40)))
-    usage = shutil._ntuple_diskusage(10**9, 0, int(needed) - 1)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match="step 40"):
-        save(run, state, 40, keep=1, say=told.append)
+    with monkeypatch.context() as full:  # the older two would not make room for it
+        full.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 0))
+        full.setattr(saving, "SPACE", 12)
+        with pytest.raises(CheckpointError, match="step 40"):
+            save(run, state, 40, keep=1, say=told.append)
     assert saves(run) == ["00000010", "00000020", "00000030"]
     assert len(told) == 1
-    assert f"step 40 was not written: it needs {int(needed):,} bytes" in told[0]
-    usage = shutil._ntuple_diskusage(10**9, 0, int(needed) + 1)
+    assert f"step 40 was not written: it needs {int(10 * needed):,} bytes" in told[0]
     save(run, state, 40, keep=1)
     assert saves(run) == ["00000040"]
+
+
+def test_where_space_lacks_older_ones_make_way_for_the_new_but_for_the_newest(
+    run, state, monkeypatch
+):
+    def used():
+        return sum(path.stat().st_size for path in (run / "checkpoints").rglob("*"))
+
+    free = []
+    room = used() + sum(a.nbytes for a in jax.tree.leaves(state(40))) // 2
+
+    def usage(path):
+        assert newest_checkpoint(run, say_nothing_is_wrong).step == 30
+        free.append(room - used())
+        return shutil._ntuple_diskusage(room, used(), free[-1])
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    save(run, state, 40)
+    assert free[0] < free[1]
+    assert saves(run) == ["00000030", "00000040"]
 
 
 def test_training_goes_on_after_a_failed_save_and_only_the_last_one_is_an_error(tmp_path, state):
@@ -518,7 +540,7 @@ def test_a_failure_in_the_background_leaves_nothing_of_its_save(run, state, monk
         raise OSError(28, "No space left on device", str(path))
 
     told = []
-    monkeypatch.setattr(module, "_sync", fail)
+    monkeypatch.setattr(saving, "_sync", fail)
     with pytest.raises(CheckpointError, match="No space left on device"):
         save(run, state, 40, keep=1, say=told.append)
     assert len(told) == 1
@@ -530,7 +552,7 @@ def test_leaving_by_an_exception_waits_and_does_not_hide_it(run, state, monkeypa
         checkpoints.save(state(40), {})
         raise KeyError
     assert saves(run) == ["00000040"]
-    monkeypatch.setattr(module, "_sync", None)  # so that the next save fails
+    monkeypatch.setattr(saving, "_sync", None)  # so that the next save fails
     told = []
     with pytest.raises(KeyError), Checkpoints(run, 1, told.append) as checkpoints:
         checkpoints.save(state(50), {})
@@ -547,7 +569,8 @@ from pathlib import Path
 from dataclasses import fields
 import jax
 import numpy as np
-from nanogpt.training.checkpoint import CheckpointError, Checkpoints, load_state, newest_checkpoint
+from nanogpt.training.checkpoint import CheckpointError, load_state, newest_checkpoint
+from nanogpt.training.saving import Checkpoints
 from nanogpt.training.step import TrainState
 
 run = Path(sys.argv[1])
@@ -657,7 +680,7 @@ for line in sys.stdin:
             assert checkpoint.facts == {"step": step}
             assert_is_what_the_child_had(checkpoint)
             folders = [tmp_path / "checkpoints" / name for name in saves(tmp_path)]
-            bad = [folder for folder in folders if isinstance(module._checked(folder), str)]
+            bad = [folder for folder in folders if isinstance(module.examined(folder), str)]
             leftovers += len(bad)
     finally:
         process.kill()
