@@ -2,16 +2,12 @@
 
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
-from jax.stages import Lowered
 
 from nanogpt.data.dataset import Dataset
-from nanogpt.training.plan import Hardware, Plan, make_plan, optimizer_of
-from nanogpt.training.programs import first_steps, lowered
-from nanogpt.training.step import make_init
+from nanogpt.training.plan import Hardware, Plan, make_plan
 from train_gpt import Hyperparameters
 
 GiB = 2**30

@@ -130,17 +130,20 @@ def peak_memory(device: "jax.Device") -> float | None:
     return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
-ROOM = 2 / 3  # of the memory for activations; the rest is for parameters and the optimizer
+def row_fits(bytes_per_row: float, room: float | None) -> bool:
+    """Whether the activations of one row fit; taken for granted where memory is unknown."""
+    return room is None or bytes_per_row <= room
 
 
-def row_fits(bytes_per_row: float, memory: float | None) -> bool:
-    """Whether the activations of one row have ROOM; taken for granted where memory is unknown."""
-    return memory is None or bytes_per_row <= ROOM * memory
-
-
-def largest_batch(rows: int, bytes_per_row: float, memory: float | None) -> int:
-    """The largest divisor of `rows` whose activations have ROOM; 1 where memory is unknown."""
-    room = ROOM * (memory or 0)
+def largest_batch(rows: int, bytes_per_row: float, room: float | None) -> int:
+    """The largest divisor of `rows` whose activations fit; 1 where memory is unknown."""
     return max(
-        b for b in range(1, rows + 1) if rows % b == 0 and (b == 1 or b * bytes_per_row <= room)
+        b
+        for b in range(1, rows + 1)
+        if rows % b == 0 and (b == 1 or b * bytes_per_row <= (room or 0))
     )
+
+
+def fewer(rows: int) -> int:
+    """Half of the rows, or the next divisor of them below that."""
+    return max(b for b in range(1, rows // 2 + 1) if rows % b == 0)

@@ -96,34 +96,40 @@ def prepare_programs(
     console: Console,
     say: Callable[[str], None],
 ) -> Programs:
-    """Compile and try every program that the run still needs; halve micro-batches that do not fit.
+    """Compile and try every program that the run still needs, with less memory if it is too little.
 
-    Raises ConfigError if not even one row per device fits into memory.
+    Raises ConfigError if not even one row per device fits.
     """
     hp = plan.hp
     optimizer = optimizer_of(hp, mesh)
     init = make_init(hp.model, optimizer, mesh, hp.shard_params)
     fresh = partial(init, jax.random.key(hp.seed))
 
-    def attempt(batch_size: int) -> Programs:
-        smaller = plan.with_batch_size(batch_size)
-        stages = first_steps(smaller, start)
-        programs, seconds = compile_all(lowered(smaller, mesh, optimizer, init, stages), console)
+    def attempt(plan: Plan) -> Programs:
+        stages = first_steps(plan, start)
+        programs, seconds = compile_all(lowered(plan, mesh, optimizer, init, stages), console)
         train = {stage: programs["training step", stage] for stage in stages}
         validate = {stage: programs["validation", stage] for stage in stages}
         tried = {
             stage: seconds_of(
-                train[stage], fresh, inputs.batch(smaller, step), hp.schedule.rates(step)
+                train[stage], fresh, inputs.batch(plan, step), hp.schedule.rates(step)
             )
             for stage, step in stages.items()
         }
-        return Programs(smaller, inputs, init, train, validate, seconds, tried)
+        return Programs(plan, inputs, init, train, validate, seconds, tried)
 
-    def say_smaller(failed: int, smaller: int) -> None:
-        Ng, _ = plan.with_batch_size(smaller).shape(0)
-        say(f"out of memory with micro-batches of {failed} rows: now {smaller}, Ng = {Ng}")
+    def smaller(failed: Plan) -> Plan | None:
+        less = failed.smaller()
+        if less and less.batch_size < failed.batch_size:
+            say(
+                f"out of memory with micro-batches of {failed.batch_size} rows: now "
+                f"{less.batch_size}, Ng = {less.shape(0)[0]}"
+            )
+        elif less:
+            say("out of memory with one row: layers are now computed again in the backward pass")
+        return less
 
-    return first_that_fits(attempt, plan.batch_size, say_smaller)
+    return first_that_fits(attempt, plan, smaller)
 
 
 def first_steps(plan: Plan, start: Start) -> dict[int, int]:

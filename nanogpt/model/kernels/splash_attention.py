@@ -52,7 +52,7 @@ def blocks(T: int, size: int = 512) -> "splash.BlockSizes":
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     b = np.gcd(T, size).item()
-    fused = T <= 4 * b
+    fused = T // b <= 4
     alone = {} if fused else {"block_q_dq": b, "block_kv_dq": b}
     return splash.BlockSizes(
         block_q=b,
