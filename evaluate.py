@@ -136,13 +136,14 @@ def evaluate(options: Options) -> None:
 
     def fitting(measure: Callable[[int], Any]) -> Any:
         """What `measure` tells with so many rows per device, or fewer where memory runs out."""
-        return first_that_fits(
-            measure,
-            options.batch_size or max(1, TOKENS_PER_PASS // run.row_length),
-            lambda rows, fewer: print(
-                f"out of memory with {rows} rows per device: now {fewer}", file=sys.stderr
-            ),
-        )
+
+        def smaller(rows: int) -> int | None:
+            if less := rows // 2:
+                print(f"out of memory with {rows} rows per device: now {less}", file=sys.stderr)
+            return less or None
+
+        batch_size = options.batch_size or max(1, TOKENS_PER_PASS // run.row_length)
+        return first_that_fits(measure, batch_size, smaller)
 
     def tell(line: str) -> None:
         try:

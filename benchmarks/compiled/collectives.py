@@ -28,13 +28,15 @@ class Sent:
 def collectives(instructions: Iterable[Instruction]) -> dict[str, list[Instruction]]:
     """What devices send each other, by kind.
 
-    Of the two halves of an asynchronous one, that which has the shape of the result.
+    Of the two halves of an asynchronous one, that which has the shape of the result. What a TPU
+    does in parts, between other work, is one chain.
     """
-    found = defaultdict(list)
+    found, chains = defaultdict(list), set()
     for x in instructions:
-        kind = x.opcode.removesuffix("-done")
-        if kind in COLLECTIVES:
+        kind, chain = x.opcode.removesuffix("-done"), re.findall(r'chain_id="\d+"', x.attributes)
+        if kind in COLLECTIVES and chains.isdisjoint(chain):
             found[kind].append(x)
+            chains.update(chain)
     return dict(found)
 
 

@@ -31,9 +31,13 @@ class Instruction:
 class Program:
     """The optimised HLO of a compiled function, instruction by instruction."""
 
+    # What a kernel for TPUs says of itself is the only thing that has line breaks inside.
+    METADATA = re.compile(r"kernel_metadata=\{\s+(?:\".*\s+)*\}")
+
     def __init__(self, compiled: Compiled):
         self.computations: dict[str, dict[str, Instruction]] = {}
-        for text in re.split(r"\n(?=\S)", compiled.as_text()):
+        lines = self.METADATA.sub(lambda x: x[0].replace("\n", ""), compiled.as_text())
+        for text in re.split(r"\n(?=\S)", lines):
             head = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{", text)
             if head:
                 found = self._instructions(head[1], text)

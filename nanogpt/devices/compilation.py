@@ -16,6 +16,7 @@ from nanogpt.files import cache_folder
 
 Name = TypeVar("Name", bound=str | tuple)
 Result = TypeVar("Result")
+Plan = TypeVar("Plan")
 
 
 def use_compilation_cache() -> None:
@@ -71,30 +72,29 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def first_that_fits(
-    prepare: Callable[[int], Result], batch_size: int, say: Callable[[int, int], None]
+    prepare: Callable[[Plan], Result], plan: Plan, smaller: Callable[[Plan], Plan | None]
 ) -> Result:
-    """`prepare(batch_size)`, with a smaller divisor of `batch_size` as long as memory runs out.
+    """`prepare(plan)`, with a smaller plan as long as memory runs out.
 
     Args:
         prepare: what uses the memory; it must leave nothing behind when it fails.
-        batch_size: rows per device to begin with; each further attempt has half of them, or the
-            next divisor below that.
-        say: told of the rows that did not fit and of those tried next.
+        plan: what to begin with.
+        smaller: what to try after a plan that did not fit; None where nothing is left.
 
-    Raises ConfigError when not even one row fits.
+    Raises ConfigError when none fits.
     """
     while True:
         try:
-            return prepare(batch_size)
+            return prepare(plan)
         except jax.errors.JaxRuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            if batch_size == 1:
-                raise ConfigError(
-                    "The device has too little memory for a single row: use a smaller model or a "
-                    f"shorter sequence_length ({str(error).splitlines()[0]})."
-                ) from error
+            told = str(error).splitlines()[0]
         # Here the error is gone, and with its traceback what the attempt had allocated.
-        smaller = max(b for b in range(1, batch_size // 2 + 1) if batch_size % b == 0)
-        say(batch_size, smaller)
-        batch_size = smaller
+        less = smaller(plan)
+        if less is None:
+            raise ConfigError(
+                "The device has too little memory for a single row: use a smaller model or a "
+                f"shorter sequence_length ({told})."
+            )
+        plan = less

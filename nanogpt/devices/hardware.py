@@ -1,10 +1,9 @@
 """What the hardware can do, what a token costs, and the ratio of the two."""
 
+import os
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from nanogpt.config import GPTConfig
+from nanogpt.config import ConfigError, GPTConfig
 
 if TYPE_CHECKING:
     import jax
@@ -74,10 +73,29 @@ def flops_per_token(config: GPTConfig, sequence_length: int) -> float:
     weights += c.width * c.padded_vocab_size
     keys = 0.0
     for layer in set(range(c.num_layers)) - c.layers(c.mlp_only):
-        times = 2 if layer in c.layers(c.paired_heads) else 1
-        earlier = np.arange(1, times * sequence_length + 1)
-        keys += np.minimum(earlier, c.window(layer) or times * sequence_length).mean()
+        T = sequence_length * (2 if layer in c.layers(c.paired_heads) else 1)
+        w = min(c.window(layer) or T, T)
+        keys += w - w * (w - 1) / 2 / T  # the mean over T queries: the first w - 1 see fewer than w
     return float(6 * weights + 6 * 2 * c.width * keys)
+
+
+def check_size(config: GPTConfig, sequence_length: int, devices: int, memory: float | None) -> None:
+    """Raise ConfigError for a model that the memory of so many devices cannot hold in any way.
+
+    Each parameter has a number of the optimizer's beside it, at least, and a row the stream between
+    the layers. On CPUs, whose `memory` is not known, that of the machine counts.
+    """
+    c, row = config, 2 * sequence_length * config.width * config.num_layers
+    tables = (2 + c.value_embeddings) * c.padded_vocab_size + c.bigram_buckets
+    layers = c.num_attentions * 4 * c.width + c.num_layers * 2 * c.mlp_width
+    need = c.width * (tables + layers) * 8 / devices + row
+    have = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if need > have:
+        raise ConfigError(
+            f"Model and optimizer and one row need at least {need / 1e9:,.0f} GB of memory on each "
+            f"device, which has {have / 1e9:,.0f} GB: use a smaller model, a shorter "
+            "sequence_length, or more devices with --shard-params."
+        )
 
 
 def utilization(
@@ -130,17 +148,20 @@ def peak_memory(device: "jax.Device") -> float | None:
     return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
-ROOM = 2 / 3  # of the memory for activations; the rest is for parameters and the optimizer
+def row_fits(bytes_per_row: float, room: float | None) -> bool:
+    """Whether the activations of one row fit; taken for granted where memory is unknown."""
+    return room is None or bytes_per_row <= room
 
 
-def row_fits(bytes_per_row: float, memory: float | None) -> bool:
-    """Whether the activations of one row have ROOM; taken for granted where memory is unknown."""
-    return memory is None or bytes_per_row <= ROOM * memory
-
-
-def largest_batch(rows: int, bytes_per_row: float, memory: float | None) -> int:
-    """The largest divisor of `rows` whose activations have ROOM; 1 where memory is unknown."""
-    room = ROOM * (memory or 0)
+def largest_batch(rows: int, bytes_per_row: float, room: float | None) -> int:
+    """The largest divisor of `rows` whose activations fit; 1 where memory is unknown."""
     return max(
-        b for b in range(1, rows + 1) if rows % b == 0 and (b == 1 or b * bytes_per_row <= room)
+        b
+        for b in range(1, rows + 1)
+        if rows % b == 0 and (b == 1 or b * bytes_per_row <= (room or 0))
     )
+
+
+def fewer(rows: int) -> int:
+    """Half of the rows, or the next divisor of them below that."""
+    return max(b for b in range(1, rows // 2 + 1) if rows % b == 0)

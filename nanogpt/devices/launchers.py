@@ -9,19 +9,59 @@ from importlib.util import find_spec
 from pathlib import Path
 from urllib.request import Request, urlopen
 
+from nanogpt.checks import ConfigError
+
 TPU_DEVICES = "/dev/accel0", "/dev/vfio/0"
 
 
+# By the variable that tells how many processes there are, what else JAX needs. In the order in
+# which JAX asks: mpirun may run within a job of Slurm. srun sets the number of its own tasks; a
+# script that is not run by it may see the job's other names.
+LAUNCHERS = {
+    "OMPI_COMM_WORLD_SIZE": (
+        *("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ),
+    "SLURM_STEP_NUM_TASKS": (
+        *("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    ),
+}
+UNKNOWN = "PMI_SIZE", "WORLD_SIZE"  # of MPICH and Intel MPI, of torchrun: JAX does not ask these
+GIVE = "give each process --coordinator-address, --num-processes and --process-id"
+
+
 def launched_with_others() -> bool:
-    """Whether a launcher started this process as one of several."""
+    """Whether a launcher started this process as one of several.
+
+    Raises ConfigError where it tells JAX too little to join the others.
+    """
     env = os.environ
-    # In the order in which JAX asks: mpirun may run within a job of Slurm. srun sets the number of
-    # its own tasks; a script that is not run by it may see the job's other names.
-    for name in ("OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
-        if name in env:
-            return int(env[name]) > 1
+    for name, needed in LAUNCHERS.items():
+        if (count := _number(name)) is not None:
+            missing = [each for each in needed if not env.get(each)]
+            if count > 1 and missing:
+                raise ConfigError(
+                    f"{name} says that there are {count} processes, but {', '.join(missing)} "
+                    f"{'is' if len(missing) == 1 else 'are'} not set: {GIVE}, or unset {name}."
+                )
+            return count > 1
     in_kubernetes = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
-    return in_kubernetes or (has_tpu() and _tpu_hosts() > 1)
+    if in_kubernetes or (has_tpu() and _tpu_hosts() > 1):
+        return True
+    for name in UNKNOWN:
+        if (count := _number(name) or 1) > 1:
+            raise ConfigError(
+                f"{name} says that there are {count} processes, of a launcher that JAX does not "
+                f"know: {GIVE}, or unset {name}."
+            )
+    return False
+
+
+def _number(name: str) -> int | None:
+    """The number in a variable; None if that is empty or not set."""
+    text = os.environ.get(name, "").strip()
+    if text and not text.isdecimal():
+        raise ConfigError(f"{name} must be a number, not {text!r}: correct or unset it.")
+    return int(text) if text else None
 
 
 def has_its_gpus_alone() -> bool:
@@ -46,7 +86,7 @@ def _tpu_hosts() -> int:
     hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES"))
     if path := env.get("TPU_PROCESS_ADDRESSES_PATH"):  # JAX 0.12 prefers it
         hosts = Path(path).read_text(encoding="utf-8")
-    slices = env.get("MEGASCALE_NUM_SLICES")
+    slices = _number("MEGASCALE_NUM_SLICES")
     if hosts is None and "TPU_SKIP_MDS_QUERY" not in env:
         hosts = _metadata("worker-network-endpoints")
         told = re.search(r"^MEGASCALE_NUM_SLICES: '(\d+)'", _metadata("tpu-env"), re.MULTILINE)

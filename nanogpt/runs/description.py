@@ -79,13 +79,19 @@ def outlook(plan: Plan) -> dict[str, str]:
             f"each, {Ng} x {R} rows of {stage.row_length:,}"
             + (f", longest window {longest:,}" if longest else "")
         )
-    activations, state = plan.activation_bytes, plan.device_state_bytes
+    activations, state, working = (
+        plan.activation_bytes,
+        plan.device_state_bytes,
+        plan.working_bytes,
+    )
     available = f" of {size(plan.hardware.memory)}" if plan.hardware.memory else ""
     rows["memory"] = (
-        f"about {size(state + activations)}{available} per device: {size(state)} of parameters and "
-        f"optimizer state, {size(activations)} of activations"
+        f"about {size(state + working + activations)}{available} per device: {size(state)} of "
+        f"parameters and optimizer state, {size(working)} of gradients and copies, "
+        f"{size(activations)} of activations"
     )
-    saved = sum(map(plan.saves, range(1, plan.hp.num_steps + 1)))
+    last, every = plan.hp.num_steps, plan.hp.checkpoint_every
+    saved = -(-last // every) if every else 1
     kept = min(saved, plan.hp.keep_checkpoints)
     rows["checkpoints"] = (
         f"{saved} of {size(plan.state_bytes)}, the newest {kept} kept: up to "

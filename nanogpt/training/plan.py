@@ -6,7 +6,6 @@ tested without compiling anything.
 """
 
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -16,18 +15,19 @@ import jax.numpy as jnp
 from nanogpt.config import AttentionKernel, ConfigError, GPTConfig, Kernels, mesh_axes
 from nanogpt.data.dataset import Dataset, find_dataset
 from nanogpt.devices.hardware import (
-    activation_bytes,
+    check_size,
     device_memory,
+    fewer,
     flops_per_token,
     largest_batch,
     row_fits,
     utilization,
 )
 from nanogpt.devices.processes import check_same
-from nanogpt.devices.sharding import check_shared, num_parts
+from nanogpt.devices.sharding import check_shared
 from nanogpt.model.attention import choose_attention
 from nanogpt.optim.groups import make_optimizer
-from nanogpt.training.step import init_params
+from nanogpt.training.memory import USABLE, row_bytes, sizes_of
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -89,6 +89,8 @@ class Plan:
     """Of parameters and optimizer state."""
     device_state_bytes: int
     """What each device holds of them."""
+    working_bytes: int
+    """Of gradients, and of parameters as they are computed with, on each device."""
 
     def shape(self, stage: int) -> tuple[int, int]:
         """Micro-batches per step, Ng, and rows of each over all devices, R."""
@@ -96,9 +98,18 @@ class Plan:
         R = self.batch_size * self.hp.sequence_length // each.row_length * self.readers
         return each.tokens_per_step // (R * each.row_length), R
 
-    def with_batch_size(self, batch_size: int) -> "Plan":
-        """The same run in smaller micro-batches."""
-        return replace(self, batch_size=batch_size)
+    def smaller(self) -> "Plan | None":
+        """The same run in less memory, None if nothing is left to try.
+
+        Its micro-batches are smaller, or from one row on its layers are computed again, unless that
+        was decided.
+        """
+        if self.batch_size > 1:
+            return replace(self, batch_size=fewer(self.batch_size))
+        if self.kernels.rematerialize or self.hp.rematerialize is not None:
+            return None
+        kernels = replace(self.kernels, rematerialize=True)
+        return replace(self, kernels=kernels, row_bytes=row_bytes(self.hp, kernels))
 
     @property
     def num_devices(self) -> int:
@@ -140,6 +151,8 @@ def plan_here(hp: "Hyperparameters") -> Plan:
     hardware = Hardware(
         device.device_kind, jax.device_count(), jax.process_count(), device_memory(device)
     )
+    parts = hardware.count if hp.shard_params or hp.mesh else 1
+    check_size(hp.model, hp.sequence_length, parts, hardware.memory)
     readers, _ = division(hp.mesh, hardware.count)
     stages = stages_of(hp, readers)
     dataset = find_dataset(
@@ -174,11 +187,15 @@ def make_plan(
     readers, sharers = division(hp.mesh, hardware.count)
     stages = stages_of(hp, readers)
     check_shared(hp.model, [stage.row_length for stage in stages], sharers)
-    batch_size, row_bytes, rematerialize = micro_batch(
-        hp, stages, readers, hardware.memory, flash=attention != "xla"
+    sizes = sizes_of(hp, optimizer_of(hp), readers, sharers)
+    kernels = Kernels(
+        attention, hp.loss_kernel, hp.fp8_head, bool(hp.rematerialize), tensor_parallel=sharers > 1
     )
-    kernels = Kernels(attention, hp.loss_kernel, hp.fp8_head, rematerialize, sharers > 1)
-    num_parameters, state_bytes, device_state_bytes = size_of_state(hp, readers, sharers)
+    room = hardware.memory and USABLE * hardware.memory - sizes.device_state - sizes.working
+    if hp.rematerialize is None and not row_fits(row_bytes(hp, kernels), room):
+        kernels = replace(kernels, rematerialize=True)
+    of_row = row_bytes(hp, kernels)
+    rows = gcd(*(stage.tokens_per_step // hp.sequence_length for stage in stages)) // readers
     return Plan(
         hp=hp,
         hardware=hardware,
@@ -188,11 +205,12 @@ def make_plan(
         sharers=sharers,
         kernels=kernels,
         attention=attention_line,
-        batch_size=batch_size,
-        row_bytes=row_bytes,
-        num_parameters=num_parameters,
-        state_bytes=state_bytes,
-        device_state_bytes=device_state_bytes,
+        batch_size=rows_asked(hp, readers) or largest_batch(rows, of_row, room),
+        row_bytes=of_row,
+        num_parameters=sizes.num_parameters,
+        state_bytes=sizes.state,
+        device_state_bytes=sizes.device_state,
+        working_bytes=sizes.working,
     )
 
 
@@ -254,48 +272,6 @@ def rows_asked(hp: "Hyperparameters", readers: int) -> int | None:
     """The batch_size of the settings; fewer rows where a step has fewer for each device."""
     smallest = min(map(hp.schedule.tokens_per_step, range(len(hp.stages))))
     return hp.batch_size and min(hp.batch_size, max(1, smallest // (hp.sequence_length * readers)))
-
-
-def micro_batch(
-    hp: "Hyperparameters",
-    stages: tuple[StagePlan, ...],
-    readers: int,
-    memory: float | None,
-    flash: bool,
-) -> tuple[int, float, bool]:
-    """Rows per device and pass, bytes of activations that each needs, whether to rematerialise.
-
-    Rows and rematerialisation are as asked for, or what should fit into the memory.
-    """
-    T = hp.sequence_length
-    bytes_of = partial(activation_bytes, hp.model, T, hp.dtype, flash=flash)
-    rematerialize = hp.rematerialize
-    if rematerialize is None:
-        rematerialize = not row_fits(T * bytes_of(), memory)
-    row_bytes = T * bytes_of(rematerialize=rematerialize)
-    rows_per_step = gcd(*(stage.tokens_per_step // T for stage in stages)) // readers
-    batch_size = rows_asked(hp, readers) or largest_batch(rows_per_step, row_bytes, memory)
-    return batch_size, row_bytes, rematerialize
-
-
-def size_of_state(hp: "Hyperparameters", readers: int, sharers: int) -> tuple[int, int, int]:
-    """Parameters, bytes of them and of the optimizer, and how many of these each device holds.
-
-    Raises ConfigError where the devices cannot divide an array evenly.
-    """
-
-    def init(key: jax.Array) -> tuple:
-        params = init_params(hp.model, key)
-        return params, optimizer_of(hp).init(params)
-
-    state = jax.eval_shape(init, jax.random.key(0))
-    devices = {"data": readers, "model": sharers}
-    whole = here = 0
-    for path, array in jax.tree.leaves_with_path(state):
-        num_bytes = array.size * array.dtype.itemsize
-        whole += num_bytes
-        here += num_bytes // num_parts(path, array, devices, hp.shard_params)
-    return sum(p.size for p in jax.tree.leaves(state[0])), whole, here
 
 
 def optimizer_of(

@@ -76,9 +76,11 @@ class Programs:
 
     def seconds_from(self, first_step: int) -> float:
         """How long training takes from this step to the last, about."""
-        hp = self.plan.hp
-        steps = range(first_step, hp.num_steps + 1)
-        return sum(self.step_seconds[hp.schedule.stage(step)] for step in steps)
+        stages = self.plan.stages
+        return sum(
+            seconds * (stages[number].last_step - max(first_step, stages[number].first_step) + 1)
+            for number, seconds in self.step_seconds.items()
+        )
 
     def first_state(self, start: Start) -> TrainState:
         """The state that training begins with: a new one, or that of a checkpoint."""
@@ -96,42 +98,46 @@ def prepare_programs(
     console: Console,
     say: Callable[[str], None],
 ) -> Programs:
-    """Compile and try every program that the run still needs; halve micro-batches that do not fit.
+    """Compile and try every program that the run still needs, with less memory if it is too little.
 
-    Raises ConfigError if not even one row per device fits into memory.
+    Raises ConfigError if not even one row per device fits.
     """
     hp = plan.hp
     optimizer = optimizer_of(hp, mesh)
     init = make_init(hp.model, optimizer, mesh, hp.shard_params)
     fresh = partial(init, jax.random.key(hp.seed))
 
-    def attempt(batch_size: int) -> Programs:
-        smaller = plan.with_batch_size(batch_size)
-        stages = first_steps(smaller, start)
-        programs, seconds = compile_all(lowered(smaller, mesh, optimizer, init, stages), console)
+    def attempt(plan: Plan) -> Programs:
+        stages = first_steps(plan, start)
+        programs, seconds = compile_all(lowered(plan, mesh, optimizer, init, stages), console)
         train = {stage: programs["training step", stage] for stage in stages}
         validate = {stage: programs["validation", stage] for stage in stages}
         tried = {
             stage: seconds_of(
-                train[stage], fresh, inputs.batch(smaller, step), hp.schedule.rates(step)
+                train[stage], fresh, inputs.batch(plan, step), hp.schedule.rates(step)
             )
             for stage, step in stages.items()
         }
-        return Programs(smaller, inputs, init, train, validate, seconds, tried)
+        return Programs(plan, inputs, init, train, validate, seconds, tried)
 
-    def say_smaller(failed: int, smaller: int) -> None:
-        Ng, _ = plan.with_batch_size(smaller).shape(0)
-        say(f"out of memory with micro-batches of {failed} rows: now {smaller}, Ng = {Ng}")
+    def smaller(failed: Plan) -> Plan | None:
+        less = failed.smaller()
+        if less and less.batch_size < failed.batch_size:
+            say(
+                f"out of memory with micro-batches of {failed.batch_size} rows: now "
+                f"{less.batch_size}, Ng = {less.shape(0)[0]}"
+            )
+        elif less:
+            say("out of memory with one row: layers are now computed again in the backward pass")
+        return less
 
-    return first_that_fits(attempt, plan.batch_size, say_smaller)
+    return first_that_fits(attempt, plan, smaller)
 
 
 def first_steps(plan: Plan, start: Start) -> dict[int, int]:
     """The stages that are left, each with the first step that is left of it."""
-    first: dict[int, int] = {}
-    for step in range(start.first_record, plan.hp.num_steps + 1):
-        first.setdefault(plan.hp.schedule.stage(step), step)
-    return first
+    first = [max(start.first_record, stage.first_step) for stage in plan.stages]
+    return {n: step for n, step in enumerate(first) if step <= plan.stages[n].last_step}
 
 
 def lowered(

@@ -17,7 +17,8 @@ import pytest
 import yaml
 
 import nanogpt.devices.launchers
-from nanogpt.devices.launchers import has_its_gpus_alone, launched_with_others
+import train_gpt
+from nanogpt.devices.launchers import LAUNCHERS, has_its_gpus_alone, launched_with_others
 from tests.devices.test_processes import QUIET, assert_same, forget_launchers, losses
 from tests.programs import PATIENCE, SCRIPT, wait_until
 from tests.small_runs import RUN
@@ -353,17 +354,24 @@ def test_a_tpu_pod_is_asked_to_run_it_on_all_hosts(tmp_path):
 # What a launcher sets
 
 
+SLURM = dict.fromkeys(LAUNCHERS["SLURM_STEP_NUM_TASKS"], "2")
+OMPI = dict.fromkeys(LAUNCHERS["OMPI_COMM_WORLD_SIZE"], "2")
+
+
 @pytest.mark.parametrize(
     ("environment", "others"),
     [
         ({}, False),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, False),  # not by srun
-        ({"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "2", **SLURM}, True),
         ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_NTASKS": "1"}, False),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, True),
+        ({"SLURM_STEP_NUM_TASKS": ""}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "2", **OMPI}, True),
         ({"OMPI_COMM_WORLD_SIZE": "1"}, False),
         # mpirun within a job of two machines: it reaches the second by srun
-        ({"OMPI_COMM_WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "1"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2", **OMPI, "SLURM_STEP_NUM_TASKS": "1"}, True),
+        ({"SLURM_STEP_NUM_TASKS": "2", **SLURM, "PMI_SIZE": "2"}, True),  # srun --mpi=pmi2
+        ({"PMI_SIZE": "1", "WORLD_SIZE": "1"}, False),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),  # a pod like any other
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, False),  # no TPU here
@@ -374,6 +382,37 @@ def test_launchers_are_recognised_by_what_they_set(monkeypatch, environment, oth
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert launched_with_others() is others
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"PMI_SIZE": "2"}, "PMI_SIZE says that there are 2 processes, of a launcher that JAX"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE says that there are 4 processes, of a launcher that JAX"),
+        (
+            {"SLURM_STEP_NUM_TASKS": "2", **SLURM, "SLURM_LOCALID": "", "SLURM_STEP_NODELIST": ""},
+            "but SLURM_STEP_NODELIST, SLURM_LOCALID are not set: give each process --coordinator-",
+        ),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2", **OMPI, "OMPI_MCA_orte_hnp_uri": ""},  # Open MPI 5
+            "but OMPI_MCA_orte_hnp_uri is not set: give each process --coordinator-address, --num-",
+        ),
+        (
+            {"OMPI_COMM_WORLD_SIZE": "2", **OMPI},
+            "JAX could not join the processes of this run (",
+        ),
+        ({"SLURM_STEP_NUM_TASKS": "two"}, "SLURM_STEP_NUM_TASKS must be a number, not 'two': "),
+    ],
+)
+def test_a_launcher_that_tells_too_little_is_named_in_one_sentence(
+    monkeypatch, capsys, environment, told
+):
+    forget_launchers(monkeypatch)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert train_gpt.main([]) == 2
+    (sentence,) = capsys.readouterr().err.splitlines()
+    assert told in sentence
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 The kernel of nanogpt/model/kernels/flash_attention.py has its own tests.
 """
 
+from dataclasses import asdict
 from functools import partial
 
 import jax
@@ -18,7 +19,9 @@ from nanogpt.model.attention import (
     pair,
     part,
     reference_attention,
+    visible,
 )
+from nanogpt.model.kernels.splash_attention import band, blocks
 
 
 def some_qkv(B=2, T=11, N=3, H=8, dtype="float32"):
@@ -93,8 +96,8 @@ def test_heads_are_paired_by_taking_a_token_of_each_in_turn_and_parted_again():
 @pytest.mark.parametrize("window", [None, 48])
 @pytest.mark.parametrize("separated", [False, True])
 def test_splash_attention_and_its_gradients_equal_the_reference(window, separated):
-    q, k, v = some_qkv(B=2, T=256, N=2, H=128)
-    documents = jnp.cumsum(jnp.arange(256)[None] % 90 == 50, axis=1).repeat(2, axis=0)
+    q, k, v = some_qkv(B=1, T=384, N=2, H=128)
+    documents = jnp.cumsum(jnp.arange(384)[None] % 90 == 50, axis=1)
     weights = jnp.asarray(np.random.default_rng(1).standard_normal(v.shape), "float32")
 
     @partial(jax.jit, static_argnums=0)
@@ -107,6 +110,22 @@ def test_splash_attention_and_its_gradients_equal_the_reference(window, separate
         output_and_gradients("splash", q, k, v), output_and_gradients("xla", q, k, v), strict=True
     ):
         np.testing.assert_allclose(got, expected, atol=2e-4)
+
+
+@pytest.mark.parametrize(("T", "size"), [(16_384, 512), (1024, 512), (1280, 256), (384, 128)])
+def test_splash_attention_takes_the_largest_blocks_that_divide_a_row(T, size):
+    sizes = blocks(T)
+    assert sizes.has_backward_blocks and not sizes.use_fused_bwd_kernel
+    assert {n for name, n in asdict(sizes).items() if name.startswith("block_")} == {size}
+
+
+@pytest.mark.parametrize("window", [None, 1, 5, 24, 100])
+def test_splash_attention_sees_what_the_reference_sees_block_by_block(window):
+    T, b = 64, 8
+    expected, mask = visible(T, window), band(T, window)
+    for q, kv in np.ndindex(T // b, T // b):
+        block = slice(q * b, (q + 1) * b), slice(kv * b, (kv + 1) * b)
+        np.testing.assert_array_equal(mask[block], expected[block])
 
 
 def test_splash_attention_lowers_for_tpus():

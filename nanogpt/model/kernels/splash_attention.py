@@ -1,10 +1,15 @@
-"""JAX's splash attention, for TPUs."""
+"""JAX's splash attention, for TPUs, with blocks that suit our rows and windows."""
 
-from functools import partial
-from typing import Any
+from functools import cache
+from math import gcd
+from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float, Int
+
+if TYPE_CHECKING:
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
 
 def splash_attention(
@@ -20,13 +25,50 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     T, N = q.shape[1:3]
-    mask = splash.CausalMask((T, T))
-    if window is not None:
-        mask = splash.LocalMask((T, T), (window - 1, 0), offset=0)
-    heads = splash.MultiHeadMask([mask] * N)
-    make = partial(splash.make_splash_mha, heads, head_shards=1, q_seq_shards=1)
-    on_tpu, on_cpu = (jax.vmap(make(interpret=interpret)) for interpret in (False, True))
+    on_tpu, on_cpu = (
+        jax.vmap(
+            splash.make_splash_mha(
+                splash.MultiHeadMask([band(T, window)] * N),
+                block_sizes=blocks(T),
+                head_shards=1,
+                q_seq_shards=1,
+                interpret=interpret,
+            )
+        )
+        for interpret in (False, True)
+    )
     q, k, v = (x.swapaxes(1, 2) for x in (scale * q, k, v))
     segments = None if documents is None else splash.SegmentIds(documents, documents)
     out: Any = jax.lax.platform_dependent(q, k, v, segments, cpu=on_cpu, default=on_tpu)
     return out.swapaxes(1, 2)
+
+
+def blocks(T: int, size: int = 512) -> "splash.BlockSizes":
+    """Blocks of `size` queries and keys, or of the largest power of two below that divides T.
+
+    JAX's own of 128 take up to three times as long, and its fused backward pass writes the queries'
+    gradient once for each block of keys: benchmarks/README.md has what was counted.
+    """
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    b = gcd(T, size)
+    return splash.BlockSizes(
+        block_q=b, block_kv=b, block_q_dkv=b, block_kv_dkv=b, block_q_dq=b, block_kv_dq=b
+    )
+
+
+@cache
+def band(T: int, window: int | None) -> "splash.LocalMask":
+    """The mask of a window. Most blocks of a long row lie outside of it, and need no comparing."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    left = None if window is None else window - 1
+
+    class Band(splash.LocalMask):
+        def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
+            q, kv = idx
+            if kv.start >= q.stop or (left is not None and kv.stop <= q.start - left):
+                return np.zeros((q.stop - q.start, kv.stop - kv.start), np.bool_)
+            return super().__getitem__(idx)
+
+    return Band((T, T), (left, 0), offset=0)

@@ -1,0 +1,208 @@
+"""A run's programs as compiled for TPUs, on a machine without any.
+
+    .venv/bin/python -m benchmarks.compiled.tpu --slices v5e-1 v5e-8 v6e-8 v5p-8
+
+For each slice, such as v5e-64, and each preset: the training step and the validation of its last
+stage, or of the stages named, with micro-batches as a run there chooses them. A program takes some
+minutes, and is a line of JSON: the memory that XLA plans for it, what the chips send each other,
+its attention kernels, and the cycles that XLA estimates.
+
+A training step has a PREDICTION of tokens per second, of which nothing was measured: XLA's cycles,
+and for attention, of which it estimates none, the bundles of splash_bundles.py, by the clock of the
+chip; then what is sent, by the published speed of two of its links, with nothing hidden.
+
+It needs libtpu, and no TPU: pip install -e ".[tpu-compiler]"
+"""
+
+import json
+import os
+import re
+import sys
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import results
+from benchmarks.command import Mistake, require, run
+from benchmarks.results import save
+
+if TYPE_CHECKING:
+    from benchmarks.compiled.program import Program
+    from nanogpt.training.plan import Plan
+
+
+@dataclass(frozen=True)
+class Options:
+    """Read a run's programs as compiled for TPUs, on a machine without any."""
+
+    slices: tuple[str, ...] = ("v5e-1", "v5e-8", "v6e-8", "v5p-8")
+    """Chips (v5e, v6e or v5p) and how many of them (1, 8 or 64)."""
+    presets: tuple[str, ...] = ("speedrun", "baseline")
+    """What to train."""
+    stages: tuple[int, ...] = ()
+    """Stages, counted from 1; by default the last one of each preset."""
+    shard_params: bool = False
+    """As in train_gpt.py."""
+    tiny: bool = False
+    """A model of one layer on one v5e: a test of this script."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; return the exit status."""
+    return run(Options, measure, arguments)
+
+
+def use_tpu_compiler() -> None:
+    """Let XLA compile for TPUs while JAX itself runs on the CPU; Mistake if it cannot."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no cloud to ask
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may compile at a time
+    require("libtpu", "tpu-compiler", "libtpu")
+
+
+def measure(options: Options) -> None:
+    """Print and save what each program holds."""
+    use_tpu_compiler()
+    from benchmarks.compiled.for_tpu import CHIPS, plan_on
+    from nanogpt.runs.environment import environment
+    from train_gpt import PRESETS
+
+    if options.tiny:
+        options = replace(options, slices=("v5e-1",), presets=("baseline",))
+    began, programs = environment(), []
+    for preset in options.presets:
+        if preset not in PRESETS:
+            raise Mistake(f"There is no preset {preset}: choose from {', '.join(PRESETS)}.")
+        hp = replace(PRESETS[preset], shard_params=options.shard_params)
+        if options.tiny:
+            hp = replace(hp, model=replace(hp.model, num_layers=1))
+        for name in options.slices:
+            chip, _, count = name.partition("-")
+            if chip not in CHIPS or count not in map(str, CHIPS[chip].slices):
+                raise Mistake(f"--slices has {name}: there are v5e, v6e and v5p, of 1, 8 or 64.")
+            plan = plan_on(hp, chip, int(count))
+            for stage in options.stages or (len(plan.stages),):
+                if not 1 <= stage <= len(plan.stages):
+                    raise Mistake(f"--stages has {stage}: {preset} has {len(plan.stages)}.")
+                for line in lines_of(plan, chip, stage - 1):
+                    programs.append(line)
+                    print(json.dumps(line), flush=True)
+                    # After each, so that nothing is lost.
+                    save("tpu_compiled", began | {"programs": programs}, options.tiny)
+
+
+def lines_of(plan: "Plan", chip: str, stage: int) -> list[dict[str, Any]]:
+    """The figures of the two programs of a stage."""
+    from benchmarks.compiled.collectives import sent
+    from benchmarks.compiled.for_tpu import lowered_on
+    from benchmarks.compiled.program import Program
+
+    (Ng, R), lines = plan.shape(stage), []
+    for name, lowered in lowered_on(plan, chip, stage).items():
+        compiled = lowered.compile()
+        program, memory = Program(compiled), compiled.memory_analysis()
+        training = name == "training step"
+        # Each device has its own copy of what is sent; validation has no loop.
+        exchanged = sent(program, plan.num_devices, Ng if training else 1)
+        cycles = estimated_cycles(program, Ng if training else 1)
+        line = {
+            "chip": chip,
+            "devices": plan.num_devices,
+            "preset": plan.hp.preset,
+            "stage": stage + 1,
+            "shard_params": plan.hp.shard_params,
+            "program": name,
+            "rows_per_device": R // plan.readers,
+            "row_length": plan.stages[stage].row_length,
+            "micro_batches": Ng,
+            "rematerialized": plan.kernels.rematerialize,
+            "arguments_GB": memory.argument_size_in_bytes / 1e9,
+            "temporaries_GB": memory.temp_size_in_bytes / 1e9,
+            "code_GB": memory.generated_code_size_in_bytes / 1e9,
+            "memory_of_chip_GB": (plan.hardware.memory or 0) / 1e9,
+            "attention_kernels": attention_kernels(program),
+            "sent": [asdict(each) for each in exchanged],
+            "cycles_estimated_by_XLA": cycles,
+        }
+        if training:
+            line |= {"PREDICTED": predicted(plan, chip, stage, cycles, exchanged)}
+        lines.append(line)
+    return lines
+
+
+def estimated_cycles(program: "Program", micro_batches: int) -> int:
+    """XLA's estimate of a step, without kernels and collectives, of which it makes none."""
+
+    def cycles(instructions):
+        found = (re.search(r'"estimated_cycles":"(\d+)"', x.attributes) for x in instructions)
+        return sum(int(each[1]) for each in found if each)
+
+    loops = program.loops()
+    again = (micro_batches - 1) * cycles(loops[0]) if micro_batches > 1 and loops else 0
+    return cycles(program.kernels()) + again
+
+
+def attention_kernels(program: "Program") -> dict[str, int]:
+    """How many there are of each kind and grid: masks, blocks outside, and inside at most."""
+    found: dict[str, int] = {}
+    for kernel in program.kernels():
+        named = re.match(r"splash_mha_(\w+?)_", kernel.name)
+        if named:
+            blocks = re.search(r"operand_layout_constraints=\{s\d+\[([\d,]+)\]", kernel.attributes)
+            key = f"{named[1]} {blocks[1] if blocks else ''}"
+            found[key] = found.get(key, 0) + 1
+    return found
+
+
+def predicted(
+    plan: "Plan", chip: str, stage: int, cycles: int, exchanged: list
+) -> dict[str, Any] | None:
+    """Seconds of a step and tokens per second; None where the kernels were not counted."""
+    from benchmarks.compiled.collectives import wire_bytes
+    from benchmarks.compiled.for_tpu import CHIPS
+    from nanogpt.devices.hardware import PEAK_FLOPS
+
+    file = results.FOLDER / "splash_bundles.json"
+    if not file.exists():
+        return None
+    bundles = attention_bundles(plan, chip, stage, json.loads(file.read_text())["schedules"])
+    clock = PEAK_FLOPS[plan.hardware.kind] / CHIPS[chip].flops_per_cycle
+    wire = sum(wire_bytes(x.kind, x.devices, x.bytes) for x in exchanged)
+    seconds = {
+        "attention_s": bundles / clock,
+        "all_else_s": cycles / clock,
+        "sending_s": wire / (2 * CHIPS[chip].link),
+    }
+    tokens_per_s = plan.stages[stage].tokens_per_step / sum(seconds.values())
+    first = plan.stages[stage].first_step
+    return seconds | {
+        "tokens_per_s": tokens_per_s,
+        "model_flops_utilization": plan.utilization(first, tokens_per_s),
+    }
+
+
+def attention_bundles(plan: "Plan", chip: str, stage: int, saved: list[dict]) -> int:
+    """What splash attention executes on a device in a step, at the least."""
+    from benchmarks.compiled.splash_bundles import Schedule, executed
+    from nanogpt.model.kernels.splash_attention import blocks
+
+    config, T = plan.stages[stage].model, plan.stages[stage].row_length
+    Ng, R = plan.shape(stage)
+    total = 0
+    for layer in set(range(config.num_layers)) - config.layers(config.mlp_only):
+        pairs = 2 if layer in config.layers(config.paired_heads) else 1
+        window = config.window(layer)
+        form = {"chip": chip, "windows": window is not None, "fused": False}
+        form["block"] = blocks(T * pairs).block_q
+        kernels = next(each for each in saved if form.items() <= each.items())
+        named = {name: Schedule(**kernels[name]) for name in ("fwd", "dq", "dkv")}
+        again = {"fwd": named["fwd"]} if plan.kernels.rematerialize else {}
+        heads = config.num_heads // pairs // plan.sharers
+        total += heads * sum(
+            executed(each, form["block"], T * pairs, window) for each in (named, again)
+        )
+    return total * Ng * R // plan.readers
+
+
+if __name__ == "__main__":
+    sys.exit(main())
