@@ -13,7 +13,7 @@ VENV ?= .venv
 ARGS ?=
 ACCELERATOR ?= $(shell if [ -e /dev/nvidia0 ]; then echo cuda12; \
 	elif [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then echo tpu; else echo cpu; fi)
-INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable
+INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --editable
 
 .PHONY: train test lint shapes help
 
@@ -39,6 +39,7 @@ help:
 $(VENV)/ready-$(ACCELERATOR): $(VENV)/bin/python requirements.txt pyproject.toml
 	@echo "Installing what training needs into $(VENV); this takes a minute."
 	@$(INSTALL) ".[$(ACCELERATOR)]"
+	@echo "Installed. To run anything but make, first type: source $(VENV)/bin/activate"
 	@touch $@
 
 $(VENV)/ready-dev: $(VENV)/ready-$(ACCELERATOR)
