@@ -24,6 +24,8 @@ class Mistake(UserError):
     def __init__(self, sentence: str, output: str = ""):
         super().__init__("\n".join([sentence, *output.splitlines()[-10:]]))
 
+    __str__ = Exception.__str__  # which leaves the lines apart
+
 
 def run(
     options: type[Options], work: Callable[[Options], int | None], arguments: list[str] | None

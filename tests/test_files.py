@@ -161,7 +161,7 @@ def test_what_does_not_go_together_is_told_with_its_file(run, capsys):
             told = r"runs/a/config.json: batch of stage 1, 0.3 \* 2,048, makes no .*: restore it"
             assert re.match(told, refusal(capsys, run, *PROGRAMS["sample"]))
         sentence = refusal(capsys, run, *PROGRAMS["repeat"])
-        told = "batch of stage 1" if "batch" in path else "width must be"
+        told = "batch of stage 1" if "batch" in path else "width (128) must be"
         assert sentence.startswith(f"runs/a/config.json: {told}")
 
 
@@ -269,7 +269,7 @@ def test_no_setting_takes_a_default_in_silence(tmp_path):
         ("model.width", 2.0, "model.width must be an integer, not 2.0"),
         ("model.backout", DROPPED, "model.backout is missing"),
         ("model.layers", 2, "model.layers, 2, is unknown to this version"),
-        ("model.num_heads", 3, "width must be a multiple of 4 * num_heads"),
+        ("model.num_heads", 3, "width (128) must be a multiple of 4 * num_heads"),
     ],
 )
 def test_a_field_of_an_exported_model_is_named(run, capsys, path, value, told):
