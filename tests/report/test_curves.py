@@ -64,7 +64,7 @@ def test_a_folder_that_is_no_runs_is_named(tmp_path, capsys):
     said = failure(capsys, tmp_path / "none")
     assert "none cannot be read (No such file or directory): name the folders of runs" in said
     assert f"{tmp_path} is no run: name the folders of runs" in failure(capsys, tmp_path)
-    assert failure(capsys) == "There is nothing to draw: name runs, runs/<name>."
+    assert failure(capsys) == "Nothing to draw. Give one or more run folders, e.g. runs/<name>."
 
 
 def test_a_run_without_numbers_is_told_from_one_that_cannot_be_read(tmp_path, capsys):

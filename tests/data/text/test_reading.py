@@ -349,7 +349,7 @@ def tarred():
         ("x.tar.gz", tarred(), "is a tar archive, which is not read: unpack it"),
         ("x.pdf", b"%PDF-1.7 text", "is a PDF, which is not read: save its text"),
         ("x.png", b"\x89PNG\r\n\x1a\n", "is an image, which is not read"),
-        ("x.txt", gzip.compress(b"hello"), "is packed with gzip: name it .gz"),
+        ("x.txt", gzip.compress(b"hello", mtime=0), "is packed with gzip: name it .gz"),
         ("x.txt", bz2.compress(b"hello"), "is packed with bzip2: name it .bz2"),
         ("x.jsonl", lzma.compress(b"hello"), "is packed with xz: name it .xz"),
         ("x.txt", "hello".encode("utf-16"), "is UTF-16: save it as UTF-8"),
