@@ -24,7 +24,8 @@ from typing import BinaryIO, NamedTuple, NoReturn
 
 from nanogpt.checks import UserError
 from nanogpt.data.hub import DownloadError, patiently
-from nanogpt.data.shards import ShardError, note_sha256, read_shard, sha256_of
+from nanogpt.data.shards import ShardError, note_sha256, read_shard
+from nanogpt.files import sha256_of
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 TRAINING_SHARDS = 103

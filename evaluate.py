@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 
 from nanogpt.checks import ConfigError, Count, Positive, UserError, checked, shown
-from nanogpt.command_line import parse
+from nanogpt.command_line import discard_output, parse
 from nanogpt.data.corpus import embedded_corpus
 from nanogpt.data.dataset import difference, look_into
 from nanogpt.data.hub import DownloadError, patiently
@@ -149,7 +149,7 @@ def evaluate(options: Options) -> None:
         try:
             print(f"step {run.step} | {line}", flush=True)
         except OSError:  # a console that is closed or full ends no work: the figures are kept
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output()
 
     nats = fitting(partial(validation_nats, run, rows))
     results = {"val_files": name, "val_tokens": count, "val_loss": nats / count}

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import tyro
 
 from nanogpt.checks import ConfigError, UserError
-from nanogpt.command_line import parse
+from nanogpt.command_line import parse, print_result
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Export the run; return the exit status."""
     options = parse(Options, arguments)
     try:
-        print(export(options.run, options.out))
+        return print_result(export(options.run, options.out))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("Interrupted: nothing was written.", file=sys.stderr)
         return 130
-    return 0
 
 
 def export(run: Path, out: Path) -> str:
@@ -80,12 +79,12 @@ def known(run: Path, step: int) -> dict[str, Any]:
     """The commit that trained a run and its validation loss at a step, as far as it tells."""
     from nanogpt.files import read_json
     from nanogpt.runs.folder import Circumstances
-    from nanogpt.training.records import validation_loss_at
+    from nanogpt.training.records import validation_losses
 
     facts: dict[str, Any] = {}
     with suppress(ConfigError, KeyError):
         facts["commit"] = read_json(run / "run.json", Circumstances, "")["commit"]
-    if (val_loss := validation_loss_at(run, step)) is not None:
+    if (val_loss := validation_losses(run).get(step)) is not None:
         facts["val_loss"] = val_loss
     return facts
 

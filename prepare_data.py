@@ -27,7 +27,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 import tyro
 
 from nanogpt.checks import Positive, UserError, checked
-from nanogpt.command_line import parse
+from nanogpt.command_line import parse, print_result
 from nanogpt.config import TokenizerName
 from nanogpt.data.hub import patiently
 from nanogpt.data.text.documents import DataError, find_files
@@ -111,13 +111,11 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"{error.filename}: {error.strerror}; check the path.", file=sys.stderr)
         return 2
-    print(f"{made.summary()} The shards are in {out}.\nTrain on them with:")
-    files = [shlex.quote(f"{out}/{name}_{side}_*.bin") for side in ("train", "val")]
-    print(
-        f"  python3 train_gpt.py --tokenizer {options.tokenizer} --train-files {files[0]} "
-        f"--val-files {files[1]}"
+    train, val = (shlex.quote(f"{out}/{name}_{side}_*.bin") for side in ("train", "val"))
+    return print_result(
+        f"{made.summary()} The shards are in {out}.\nTrain on them with:\n  python3 train_gpt.py "
+        f"--tokenizer {options.tokenizer} --train-files {train} --val-files {val}"
     )
-    return 0
 
 
 class HubFiles:

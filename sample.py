@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +15,7 @@ import tyro
 from msgspec import Meta
 
 from nanogpt.checks import ConfigError, Positive, UserError, checked
-from nanogpt.command_line import parse
+from nanogpt.command_line import discard_output, parse
 from nanogpt.data.tokenizer import load_tokenizer
 from nanogpt.inference.sampling import Sampling, Token
 
@@ -61,8 +60,6 @@ Write = Callable[..., Iterator[tuple[int, Token]]]  # nanogpt.inference.text.wri
 def main(arguments: list[str] | None = None) -> int:
     """Print the prompt and its continuation, or serve a page; return the exit status."""
     options = parse(Options, arguments)
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show ends no text
     try:
         options.check()
         if options.serve:
@@ -75,8 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except OSError as error:
-        # Else Python would try once more to write what is left.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         if not isinstance(error, BrokenPipeError):  # then whoever read the text has seen enough
             print(f"The text cannot be written ({error.strerror}).", file=sys.stderr)
             return 2

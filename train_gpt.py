@@ -14,7 +14,6 @@ import os
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -36,7 +35,7 @@ from nanogpt.checks import (
 from nanogpt.command_line import parse
 from nanogpt.config import AdamGroups, ComputeType, GPTConfig, LossKernel, TokenizerName, mesh_axes
 from nanogpt.data.tokenizer import TOKENIZERS
-from nanogpt.runs.folder import Run, RunError
+from nanogpt.runs.folder import Run
 from nanogpt.runs.profile import Trace, steps_of
 from nanogpt.runs.progress import BadNumbers
 from nanogpt.runs.settings import join_others, leave, settings, with_own_text
@@ -478,11 +477,11 @@ def show_result(run: Run, plan: "Plan", params: "Params", mesh: "Mesh") -> None:
     from nanogpt.report.picture import loss_png
     from nanogpt.runs.session import what_next
 
-    if find_spec("matplotlib") and jax.process_index() == 0:
+    if jax.process_index() == 0:
         try:
-            run.say(f"a picture of the loss is in {loss_png(run.folder)}")
-        except (OSError, RunError) as error:
-            run.say(f"no picture of the loss: {error}")
+            run.say(f"the loss is plotted in {loss_png(run.folder)}")
+        except Exception as error:  # of a broken Matplotlib, which must not cost the sample
+            run.say(f"WARNING: the loss is not plotted: {error}")
     if plan.hp.sample_tokens:
         run.say(sample(plan, params, mesh))
     run.say(what_next(run))

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import Any, TypeVar
 
 import tyro
@@ -44,6 +45,11 @@ def parse(options: type[Options], arguments: Sequence[str] | None, **settings: A
 
     `--help` and a mistake end the process, with status 0 and 2.
     """
+    if sys.stdout is None:
+        print("Standard output is closed: send it to a file, or to /dev/null.", file=sys.stderr)
+        raise SystemExit(2)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a console may lack characters of a text
     arguments = sys.argv[1:] if arguments is None else arguments
     names = {name.replace("_", "-") for name in options.__annotations__}
     for argument in arguments:
@@ -58,5 +64,22 @@ def parse(options: type[Options], arguments: Sequence[str] | None, **settings: A
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # whoever reads the help has seen enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         raise SystemExit(0) from None
+
+
+def print_result(text: str) -> int:
+    """Print a result; return the exit status, 2 with a sentence if that is not possible."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        discard_output()
+        if not isinstance(error, BrokenPipeError):
+            print(f"The result cannot be printed ({error.strerror}).", file=sys.stderr)
+            return 2
+    return 0
+
+
+def discard_output() -> None:
+    """Write no more to standard output; else Python would try once more, as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

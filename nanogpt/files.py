@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from errno import EINVAL, ENOLCK, EOPNOTSUPP
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a whole file, in hexadecimal."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
 
 
 def lock_file(path: Path, timeout: float = 0) -> FileLock:

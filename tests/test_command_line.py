@@ -1,5 +1,6 @@
 """Command lines: names from elsewhere, the defaults of a preset, help that is cut short."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,3 +60,36 @@ def test_help_whose_reader_is_gone_ends_quietly(script):
     process.stdout.close()
     assert process.stderr.read() == b""
     assert process.wait() == 0
+
+
+@pytest.mark.parametrize("script", ["train_gpt.py", "export.py"])
+def test_where_standard_output_is_closed_a_sentence_says_so_and_nothing_begins(script, tmp_path):
+    closed = ["sh", "-c", 'exec "$0" "$@" >&-', sys.executable, ROOT / script, "x", "--out", "y"]
+    done = subprocess.run(closed, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), done.stderr
+    assert done.stderr.startswith("Standard output is closed: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_result_that_cannot_be_printed_is_said_in_a_sentence():
+    code = "import sys; from nanogpt.command_line import print_result; sys.exit(print_result('a'))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode == 2
+    assert done.stderr == "The result cannot be printed (No space left on device).\n"
+
+
+def test_a_console_shows_what_it_has_no_character_for_as_a_question_mark():
+    code = (
+        "from export import Options, parse; parse(Options, ['x', '--out', 'y']); print('a\\u0100')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+    )
+    assert (done.returncode, done.stdout.split()) == (0, [b"a?"])

@@ -22,9 +22,9 @@ from nanogpt.data.shards import (
     noted_sha256,
     read_shard,
     sample_of,
-    sha256_of,
 )
 from nanogpt.data.tokenizer import TOKENIZERS
+from nanogpt.files import sha256_of
 
 SAMPLE = 1_000_000  # tokens of each shard that are looked at unless all are asked for
 TOO_COMMON = 0.5  # share of a shard's tokens that no token of a text has

@@ -12,7 +12,6 @@ import os
 import re
 from errno import EMFILE, ENFILE
 from functools import lru_cache
-from hashlib import file_digest
 from pathlib import Path
 from uuid import uuid4
 
@@ -151,12 +150,6 @@ def check_vocabulary(path: str | os.PathLike, tokens: Tokens, vocab_size: int) -
                 f"Shard {path} has token {tokens[position]} at position {position:,}, but the "
                 f"vocabulary has {vocab_size:,} tokens; use the model's own tokenizer for its data."
             )
-
-
-def sha256_of(path: Path) -> str:
-    """Of a whole file."""
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 def note_sha256(path: Path, sha256: str) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import subprocess
 
 import jax
@@ -42,11 +41,13 @@ def use_device(device: str = "auto") -> str:
 
 def unused_gpu() -> str | None:
     """Why JAX, which found a CPU only, does not use the NVIDIA GPU here; None if there is none."""
-    smi = shutil.which("nvidia-smi")
-    if smi is None or jax.config.values["jax_platforms"]:
+    if jax.config.values["jax_platforms"]:
         return None
-    listed = subprocess.run([smi, "-L"], capture_output=True, text=True, timeout=30).stdout
-    if not listed.startswith("GPU "):
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):  # it is not there, or its driver hangs
+        return None
+    if not listed.startswith(b"GPU "):
         return None
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return "the NVIDIA GPU of this machine is not used: CUDA_VISIBLE_DEVICES hides it"

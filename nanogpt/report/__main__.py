@@ -14,7 +14,7 @@ from typing import Annotated
 import tyro
 
 from nanogpt.checks import UserError
-from nanogpt.command_line import parse
+from nanogpt.command_line import parse, print_result
 from nanogpt.report.curves import NoNumbers, read_run
 from nanogpt.report.page import page
 from nanogpt.report.picture import overview
@@ -36,12 +36,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Draw what the command line asks for; return the exit status."""
     options = parse(Options, arguments, prog="python3 -m nanogpt.report")
     try:
-        for file in report(options.runs, options.out, lambda line: print(line, file=sys.stderr)):
-            print(file)
+        files = report(options.runs, options.out, lambda line: print(line, file=sys.stderr))
+        return print_result("\n".join(map(str, files)))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    return 0
 
 
 def report(

@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import shutil
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -31,6 +30,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nanogpt.checks import UserError
+from nanogpt.command_line import discard_output
 from nanogpt.files import lock_file, write_whole
 from nanogpt.runs.trackers import Trackers
 from nanogpt.training.records import FILE, read_records
@@ -95,7 +95,7 @@ class Run:
             else:
                 print(text, flush=True)
         except OSError:  # the console is gone; log.txt is not
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output()
         _append(self._log, f"{text}\n".encode())
 
     def say_often(self, text: str, short: str) -> None:

@@ -20,7 +20,7 @@ from nanogpt.runs.trackers import open_trackers
 from nanogpt.training.interruption import Interruption
 from nanogpt.training.plan import Plan
 from nanogpt.training.programs import Programs
-from nanogpt.training.records import best_validation
+from nanogpt.training.records import validation_losses
 from nanogpt.training.saving import Checkpoints
 from nanogpt.training.start import Start, facts_to_save, where_to_begin
 from nanogpt.training.step import TrainState
@@ -152,9 +152,11 @@ def save(
 def end(run: Run, progress: Progress, step: int) -> None:
     """Say how training went, and where its results are."""
     run.progress_ended()
-    peak, best = peak_memory(jax.local_devices()[0]), best_validation(run.folder)
+    peak = peak_memory(jax.local_devices()[0])
+    losses = validation_losses(run.folder)
+    best = min(losses, key=losses.__getitem__, default=0)
     run.table(
-        ({"best val loss": "{:.4f} after step {:,}".format(*best)} if best else {})
+        ({"best val loss": f"{losses[best]:.4f} after step {best:,}"} if best else {})
         | progress.summary(step)
         | {"peak memory": f"{peak / 1e9:.1f} GB per device" if peak else "n/a"}
     )

@@ -23,7 +23,7 @@ from orbax.checkpoint import v1 as ocp
 
 from nanogpt.checks import ConfigError, Count, Total, checked
 from nanogpt.data.dataset import Shard
-from nanogpt.files import read_json
+from nanogpt.files import read_json, sha256_of
 from nanogpt.training.step import Params, TrainState
 
 FORMAT = 1
@@ -177,7 +177,7 @@ def examined(folder: Path) -> Checkpoint | str:
             size = (folder / name).stat().st_size
             if size != file["bytes"]:
                 return f"has {size:,} bytes instead of {file['bytes']:,} in {name}"
-            if file_digest(folder / name) != file["sha256"]:
+            if sha256_of(folder / name) != file["sha256"]:
                 return f"has changed bytes in {name}"
         except OSError as error:
             return f"lacks {name} ({error.strerror})"
@@ -186,8 +186,3 @@ def examined(folder: Path) -> Checkpoint | str:
 
 def digest_of(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

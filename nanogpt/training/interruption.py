@@ -95,12 +95,12 @@ class Interruption:
                     self._handle(number[0])
 
     def _handle(self, number: int) -> None:
-        name = signal.Signals(number).name
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if not self.patient or self.signal is not None:
-            _write(f"\n{name}: ended at once.\n")
+            _write(f"\n{name}: quit immediately.\n")
             os._exit(128 + number)
         self.signal = number
-        _write(f"\n{name}: saving after this step, then ending; once more ends at once.\n")
+        _write(f"\n{name}: finishing this step, then saving. A second signal quits immediately.\n")
         if _distributed():
             signal.raise_signal(signal.SIGTERM)
 

@@ -101,8 +101,8 @@ class Plan:
     def smaller(self) -> "Plan | None":
         """The same run in less memory, None if nothing is left to try.
 
-        Its micro-batches are smaller, or from one row on its layers are computed again, unless that
-        was decided.
+        Its micro-batches are smaller; once they are single rows, its layers are recomputed, unless
+        the settings decide that.
         """
         if self.batch_size > 1:
             return replace(self, batch_size=fewer(self.batch_size))
@@ -165,9 +165,9 @@ def plan_here(hp: "Hyperparameters") -> Plan:
     )
     check_same("data", dataset.contents(hp.verify_data))
     if hp.val_tokens > (available := max(1, dataset.val_tokens - 1)):
-        fewer = f"val_tokens is {available:,} instead of {hp.val_tokens:,}, all that there are"
+        warning = f"val_tokens is {available:,} instead of {hp.val_tokens:,}, all that there are"
         hp = replace(hp, val_tokens=available)
-        dataset = replace(dataset, warnings=(*dataset.warnings, fewer))
+        dataset = replace(dataset, warnings=(*dataset.warnings, warning))
     models = [model for stage in stages for model in (stage.model, stage.used_model)]
     attention = choose_attention(models, hp.sequence_length, hp.dtype)
     return make_plan(hp, hardware, dataset, *attention)

@@ -128,7 +128,7 @@ def prepare_programs(
                 f"{less.batch_size}, Ng = {less.shape(0)[0]}"
             )
         elif less:
-            say("out of memory with one row: layers are now computed again in the backward pass")
+            say("out of memory with one row: layers are now recomputed in the backward pass")
         return less
 
     return first_that_fits(attempt, plan, smaller)

@@ -40,19 +40,9 @@ def read_records(run: Path) -> Iterator[tuple[bytes, Metrics | ConfigError]]:
             yield line, error
 
 
-def best_validation(run: Path) -> tuple[float, int] | None:
-    """The lowest validation loss in a run's metrics, and its step."""
+def validation_losses(run: Path) -> dict[int, float]:
+    """The validation losses in a run's metrics, by step; none if there are no metrics."""
     with suppress(OSError):
         records = (record for _, record in read_records(run) if isinstance(record, dict))
-        losses = [(r["val_loss"], r["step"]) for r in records if "val_loss" in r]
-        return min(losses, default=None)
-    return None
-
-
-def validation_loss_at(run: Path, step: int) -> float | None:
-    """The validation loss that a run's metrics have of a step."""
-    try:
-        records = [record for _, record in read_records(run) if isinstance(record, dict)]
-    except OSError:
-        return None
-    return next((r["val_loss"] for r in records if r["step"] == step and "val_loss" in r), None)
+        return {r["step"]: r["val_loss"] for r in records if "val_loss" in r}
+    return {}

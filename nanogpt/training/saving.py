@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from nanogpt.checks import ConfigError
 from nanogpt.devices.processes import told_by_all
-from nanogpt.files import write_whole
+from nanogpt.files import sha256_of, write_whole
 from nanogpt.training.checkpoint import (
     FORMAT,
     MANIFEST,
@@ -29,7 +29,6 @@ from nanogpt.training.checkpoint import (
     CheckpointError,
     digest_of,
     examined,
-    file_digest,
     kinds_of,
     newest_checkpoint,
     parts_of,
@@ -224,7 +223,7 @@ def _write_manifest(folder: Path, known: dict[str, Any]) -> None:
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         _sync(path)
         name = path.relative_to(folder).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
     for path in (*folder.rglob("*/"), folder, folder.parent, folder.parent.parent):
         _sync(path)
     versions = {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}

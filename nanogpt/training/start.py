@@ -13,7 +13,7 @@ from nanogpt.data.dataset import content_of
 from nanogpt.devices.processes import told_by_first
 from nanogpt.training.checkpoint import Checkpoint, check_model, newest_checkpoint
 from nanogpt.training.plan import Plan
-from nanogpt.training.records import validation_loss_at
+from nanogpt.training.records import validation_losses
 from nanogpt.training.resume import check_same_data
 from nanogpt.training.step import init_params
 
@@ -80,8 +80,9 @@ def where_to_begin(plan: Plan, folder: Path, say: Callable[[str], None]) -> Star
     check_model(checkpoint, jax.eval_shape(partial(init_params, hp.model), jax.random.key(0)))
     start = Start(checkpoint)
     if start.unvalidated:
-        val_loss = told_by_first(lambda: f"{validation_loss_at(folder, checkpoint.step)}")
-        start = Start(checkpoint, validated=val_loss != "None")
+        step = checkpoint.step
+        validated = told_by_first(lambda: f"{step in validation_losses(folder)}")
+        start = Start(checkpoint, validated == "True")
     if start.first_step > hp.num_steps and not start.unvalidated:
         return start
     if "shards" in start.facts:

@@ -76,6 +76,8 @@ def test_a_gpu_that_jax_does_not_use_is_told_with_what_to_do(tmp_path, monkeypat
     jax.config.update("jax_platforms", "")  # the CPU is used already
     try:
         assert unused_gpu() is None
+        (tmp_path / "nvidia-smi").write_text("no program")
+        assert unused_gpu() is None
         (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho GPU 0: NVIDIA H200\n")
         (tmp_path / "nvidia-smi").chmod(0o755)
         assert told in (unused_gpu() or "")

@@ -25,6 +25,7 @@ from tests.run_folders import (
 from tests.small_runs import RUN, VAL_TOKENS, resume, started
 
 TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+NAMES = {TERM: "SIGTERM", INT: "Ctrl-C", HUP: "SIGHUP"}
 AT_ONCE = 5.0  # seconds: far less than what the interrupted work would still take
 
 
@@ -53,8 +54,8 @@ def test_a_signal_saves_after_the_step_under_way_and_ends_with_its_status(
         f"weights and metrics of {step} steps are in runs/a",
         "Interrupted. Resume with: python3 train_gpt.py --resume runs/a",
     ]
-    assert process.stderr.split() == (
-        f"{sent.name}: saving after this step, then ending; once more ends at once.".split()
+    assert process.stderr.strip() == (
+        f"{NAMES[sent]}: finishing this step, then saving. A second signal quits immediately."
     )
 
 
@@ -71,8 +72,8 @@ def test_a_second_signal_ends_at_once_and_what_was_saved_is_whole(straight, plac
         wait_until(lambda: process.poll() is not None)
         assert process.end() == 143
     first, second = process.stderr.split("\n\n")
-    assert "saving after this step" in first
-    assert second == "SIGTERM: ended at once.\n"
+    assert "finishing this step" in first
+    assert second == "SIGTERM: quit immediately.\n"
     assert steps(run) == [7]
     assert arrays(run, 7) == arrays(straight, 7)
 
@@ -187,7 +188,7 @@ def test_a_signal_while_it_traces_or_compiles_ends_at_once(place, cache, sent, s
         process.send(sent)
         assert process.end() == status
         assert time.monotonic() - before < AT_ONCE
-    assert process.stderr.split() == f"{sent.name}: ended at once.".split()
+    assert process.stderr.strip() == f"{NAMES[sent]}: quit immediately."
     assert not any("compiled" in line for line in process.lines), "the signal came too late"
     assert json.loads((run / "config.json").read_text())["num_steps"] == 20
     assert checkpoints(run) == []

@@ -25,7 +25,7 @@ from typing import NamedTuple
 from filelock import Timeout
 
 from nanogpt.checks import Positive, Total
-from nanogpt.data.shards import note_sha256, sha256_of
+from nanogpt.data.shards import note_sha256
 from nanogpt.data.text.documents import DataError, Split
 from nanogpt.data.text.encode import (
     TOLD,
@@ -39,7 +39,7 @@ from nanogpt.data.text.encode import (
 )
 from nanogpt.data.text.eta import Pace
 from nanogpt.data.text.writer import RECORD, Shards, partial_path, shard_name
-from nanogpt.files import lock_file, read_json, write_whole
+from nanogpt.files import lock_file, read_json, sha256_of, write_whole
 
 FORMAT = 2  # raise it when the same documents would be split, ordered or written differently
 SAVE_SECONDS = 5.0  # what an interruption costs at most
