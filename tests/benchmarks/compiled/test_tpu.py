@@ -1,0 +1,206 @@
+"""Small runs, compiled for slices of TPUs: what their steps hold can be read without one."""
+
+import re
+from collections import Counter
+from dataclasses import replace
+from functools import cache
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nanogpt.devices.compilation import first_that_fits
+from nanogpt.schedule import Stage
+from train_gpt import PRESETS
+
+pytestmark = [
+    pytest.mark.usefixtures("compiled_fully", "quickly"),
+    pytest.mark.skipif(
+        not find_spec("libtpu"),
+        reason='needs the compiler for TPUs: pip install -e ".[tpu-compiler]"',
+    ),
+]
+
+SPEEDRUN, BASELINE = PRESETS["speedrun"], PRESETS["baseline"]
+SMALL = {"vocab_size": 2100, "num_heads": 2, "width": 256, "mlp_width": 512}
+V, T, ROWS, DEVICES = 2176, 2048, 2, 8
+RUNS = {
+    # Documents, a window for each layer, heads in pairs, tables, gates and skips.
+    "speedrun": replace(
+        SPEEDRUN,
+        stages=(Stage(windows=(256, 640, 640)),),
+        model=replace(
+            SPEEDRUN.model,
+            **SMALL,
+            num_layers=3,
+            mlp_only=(),
+            key_offset=(2,),
+            paired_heads=(1,),
+            skips=((0, 2),),
+            backout=1,
+            document_separator=2099,
+            bigram_buckets=4096,
+        ),
+    ),
+    "divided": replace(
+        BASELINE, shard_params=True, model=replace(BASELINE.model, **SMALL, num_layers=2)
+    ),
+    "shared rows": replace(
+        BASELINE, mesh="data=4,model=2", model=replace(BASELINE.model, **SMALL, num_layers=2)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def quickly():
+    """A third of the compiler's time; the programs are slower and larger, and hold the same."""
+    effort = "jax_exec_time_optimization_effort"
+    if effort not in jax.config.values:  # of a newer JAX
+        yield
+        return
+    before = jax.config.values[effort]
+    jax.config.update(effort, -1.0)
+    yield
+    jax.config.update(effort, before)
+
+
+@cache
+def plan_of(name):
+    from benchmarks.compiled.for_tpu import plan_on
+    from benchmarks.compiled.tpu import use_tpu_compiler
+
+    use_tpu_compiler()
+    tokens = 2 * ROWS * T * DEVICES  # two micro-batches, or with a mesh of two axes four
+    run = replace(RUNS[name], batch_size=ROWS, sequence_length=T, total_batch_size=tokens)
+    return plan_on(run, "v5e", DEVICES)
+
+
+@cache
+def compiled(name):
+    from benchmarks.compiled.for_tpu import lowered_on
+    from benchmarks.compiled.program import Program
+
+    step = lowered_on(plan_of(name), "v5e", 0)["training step"].compile()
+    return step, Program(step)
+
+
+def numbers(instructions):
+    from benchmarks.compiled.program import size_of
+
+    return sum(size_of(x.shape) for x in instructions) // 4
+
+
+def sizes_of_parameters(step):
+    return [int(np.prod(p.shape)) for p in jax.tree.leaves(step.in_avals[0][0].params)]
+
+
+def test_attention_is_splash_forward_and_backward_in_blocks_of_512_within_its_window():
+    from benchmarks.compiled.tpu import attention_kernels
+
+    found = attention_kernels(compiled("speedrun")[1])
+    # Four blocks of queries, each with the keys of two: 256 - 1 keys back is one block; with the
+    # keys of three: 640 - 1 is two. Paired heads have eight blocks.
+    for kernel in ("fwd", "dq", "dkv"):
+        for grid in ("4,2", "4,3", "8,3"):
+            inner = ",".join(reversed(grid.split(","))) if kernel == "dkv" else grid
+            assert found.pop(f"{kernel} 1,{inner}") == 1
+    assert not found
+
+
+def test_attention_stays_within_documents_where_there_is_a_separator_and_only_there():
+    for name, expected in {"speedrun": 9, "divided": 0}.items():
+        kernels = [x for x in compiled(name)[1].kernels() if x.name.startswith("splash_mha")]
+        assert len(kernels) >= 6
+        assert sum("segmented" in x.name for x in kernels) == expected
+
+
+def test_without_windows_attention_goes_through_all_blocks():
+    from benchmarks.compiled.tpu import attention_kernels
+
+    assert attention_kernels(compiled("divided")[1]) == {f"{x} 1,4,4": 2 for x in KERNELS}
+
+
+KERNELS = ("fwd", "dq", "dkv")
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_logits_are_stored_but_never_in_float32(name):
+    tokens = ROWS * T // (2 if name == "shared rows" else 1)  # two score half of a row each
+    stored = Counter(
+        kind
+        for x in compiled(name)[1].kernels()
+        for kind, shape in re.findall(rf"\b(bf16|f32)\[([\d,]+),{V}\]", x.shape)
+        if np.prod([int(n) for n in shape.split(",")]) == tokens
+    )
+    assert set(stored) == {"bf16"}
+
+
+def test_data_parallel_chips_reduce_each_gradient_once_in_float32_and_nothing_in_the_loop():
+    from benchmarks.compiled.collectives import collectives
+
+    step, program = compiled("speedrun")
+    found = collectives(program)
+    assert set(found) == {"all-reduce", "all-gather"}  # Muon gathers what each orthogonalised
+    assert all("bf16" not in x.shape for x in found["all-reduce"])
+    assert numbers(found["all-reduce"]) == sum(sizes_of_parameters(step)) + 1  # and the loss
+    (loop,) = program.loops()
+    assert sum(x.name.startswith("splash_mha") for x in loop) == 9
+    assert not collectives(loop)
+
+
+def test_chips_that_divide_parameters_gather_and_reduce_them_once_and_nothing_in_the_loop():
+    from benchmarks.compiled.collectives import collectives
+
+    step, program = compiled("divided")
+    found = collectives(program)
+    large = sum(size for size in sizes_of_parameters(step) if size > 1000)
+    assert numbers(found["reduce-scatter"]) * DEVICES == large
+    assert numbers(found["all-reduce"]) < 100  # scalars
+    gathered = [x for x in found["all-gather"] if "f32" not in x.shape]
+    assert 2 * numbers(gathered) + V * 256 == large  # in bfloat16, but for the embedding
+    assert not collectives(program.loops()[0])
+
+
+def test_chips_that_share_rows_exchange_the_stream_in_the_loop_and_gradients_after_it():
+    from benchmarks.compiled.collectives import collectives, first_group
+
+    _, program = compiled("shared rows")
+    stream = f"bf16[{ROWS},{T},256]"
+    (loop,) = program.loops()
+    inside = collectives(loop)
+    # Of two attentions and MLPs forward and backward, and of the features.
+    assert set(inside) == {"all-reduce"} and len(inside["all-reduce"]) == 9
+    assert all(x.shape.startswith(stream) for x in inside["all-reduce"])
+    outside = [x for x in collectives(program)["all-reduce"] if x not in inside["all-reduce"]]
+    over_data = [x for x in outside if first_group(x, DEVICES) == [0, 2, 4, 6]]
+    # Two tables whole, and half of two layers: four square matrices and two oblong ones.
+    gradients = 2 * V * 256 + 2 * (4 * 256 * 256 + 2 * 256 * 512) // 2
+    assert numbers(over_data) == pytest.approx(gradients, abs=20)  # and a few scalars
+    assert all(numbers([x]) < numbers(over_data) for x in outside if x not in over_data)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_memory_is_what_the_choice_of_the_micro_batch_reckons_with(name):
+    memory, plan = compiled(name)[0].memory_analysis(), plan_of(name)
+    assert memory.argument_size_in_bytes == pytest.approx(plan.device_state_bytes, rel=0.05)
+    # A compiler that hurries needs more: with all its care half of what is reckoned.
+    assert memory.temp_size_in_bytes < 1.3 * (plan.working_bytes + plan.activation_bytes)
+
+
+def test_a_program_too_large_for_the_chip_is_halved_until_it_fits():
+    from benchmarks.compiled.for_tpu import devices_of
+
+    plan, tried = replace(plan_of("speedrun"), batch_size=4), []
+    here = NamedSharding(Mesh(np.array(devices_of("v5e", 1)), ("chip",)), PartitionSpec())
+
+    def prepare(plan):
+        tried.append(plan.batch_size)
+        x = jax.ShapeDtypeStruct((36_000 * plan.batch_size, 128), jnp.float32, sharding=here)
+        # An array of 5 GB with one row, and of 21 and 83 GB with more.
+        return jax.jit(lambda x: jnp.sin(jnp.sin(x @ x.T) @ x) @ x.T).lower(x).compile()
+
+    first_that_fits(prepare, plan, lambda plan: plan.smaller())
+    assert tried == [4, 2, 1]
