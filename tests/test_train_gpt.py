@@ -612,7 +612,9 @@ def meanings(cls):
 
 
 def test_help_gives_every_setting_its_meaning_without_loading_jax(tmp_path):
-    done = as_a_user_starts_it(["--help"], tmp_path, tmp_path, python_options=("-X", "importtime"))
+    done = as_a_user_starts_it(
+        ["--device", "cpu", "--help"], tmp_path, tmp_path, python_options=("-X", "importtime")
+    )
     assert done.returncode == 0
     shown = " ".join(done.stdout.replace("│", " ").split())
     groups = [(Adam, f"--adam.{field.name.replace('_', '-')}.") for field in fields(AdamGroups)]

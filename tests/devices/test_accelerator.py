@@ -45,7 +45,7 @@ def test_a_platform_that_jax_cannot_use_is_told_in_one_sentence_and_64_bits_are_
 def test_a_plugin_that_cannot_start_costs_a_line_and_none_where_only_cpus_are_asked_for(
     tmp_path, platforms, lines
 ):
-    plugin = tmp_path / "jax_plugins" / "x"
+    plugin = tmp_path / "jax_plugins" / "no_driver"
     plugin.mkdir(parents=True)
     (plugin / "__init__.py").write_text("def initialize():\n    raise RuntimeError('no libcuda')\n")
     code = "from nanogpt.devices.accelerator import use_device; print(use_device())"
@@ -57,7 +57,7 @@ def test_a_plugin_that_cannot_start_costs_a_line_and_none_where_only_cpus_are_as
         text=True,
     )
     assert done.stdout == "cpu\n", done.stderr
-    told = [line for line in done.stderr.splitlines() if "jax_plugins.x" in line]
+    told = [line for line in done.stderr.splitlines() if "jax_plugins.no_driver" in line]
     assert len(told) == lines, done.stderr
     assert all(line.endswith(": no libcuda") for line in told)
     assert "Traceback" not in done.stderr

@@ -106,7 +106,8 @@ def test_two_processes_train_as_one_does_even_where_one_cannot_save_and_the_firs
     for step, warning in zip((7, 14, 20), warnings, strict=True):
         assert warning.startswith(f"WARNING: {failed.format(step)}")
     assert one.stderr.startswith(failed.format(20))
-    assert list(Path("runs/a/checkpoints").iterdir()) == []
+    # What the first was still writing of the last as it ended, the next save deletes.
+    assert not [*Path("runs/a/checkpoints").glob("*/manifest.json")]
     assert_same(losses("runs/a"), losses(straight))
     assert (
         "| 4 x cpu of 2 processes, parameters sharded | Ng = 256 / (1 * 32 * 4) = 2"

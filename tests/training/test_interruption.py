@@ -217,7 +217,7 @@ def member(arguments):
     """A process of two that do nothing but take steps together."""
     from jax.experimental.multihost_utils import sync_global_devices
 
-    from nanogpt.devices.processes import join_processes
+    from nanogpt.devices.processes import join_processes, wait_for_others
     from nanogpt.training.interruption import Interruption
 
     port, me, last = map(int, arguments)
@@ -232,6 +232,7 @@ def member(arguments):
             print("step", step, flush=True)
             if interruption.requested():
                 print("step", step, "is the last", flush=True)
+                wait_for_others()
                 return interruption.exit_status
     return 0
 
