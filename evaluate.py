@@ -29,7 +29,7 @@ from nanogpt.command_line import discard_output, parse
 from nanogpt.data.corpus import embedded_corpus
 from nanogpt.data.dataset import difference, look_into
 from nanogpt.data.hub import DownloadError, patiently
-from nanogpt.data.shards import find_shards
+from nanogpt.data.shards import find_shards, read_shard
 from nanogpt.data.tokenizer import Tokenizer, load_tokenizer
 from nanogpt.files import read_json, write_whole
 
@@ -37,27 +37,29 @@ if TYPE_CHECKING:
     from flax import nnx
     from jax.sharding import Mesh
 
-    from nanogpt.config import GPTConfig
+    from nanogpt.config import GPTConfig, ModelSettings
     from nanogpt.data.validation import ValidationRows
     from nanogpt.inference.hellaswag import Item
-    from nanogpt.inference.weights import RunSettings
     from nanogpt.training.step import Params
 
 Step = TypeVar("Step")
 
+SPEEDRUN_TOKENS = 10_485_760  # that the speedrun's records are validated on
 TOKENS_PER_PASS = 8192  # of each device: work enough for a GPU, and room beside a trainer
 
 
 @dataclass(frozen=True)
 class Options:
-    """Evaluate a trained run."""
+    """Evaluate a trained model."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run, runs/<name>."""
+    model: Annotated[Path, tyro.conf.Positional]
+    """Folder of a run, runs/<name>, of one of its checkpoints, or one written by export.py."""
     val_files: str | None = None
-    """Glob of other validation shards, with the same tokenizer; None: those of the run."""
+    """Glob of other validation shards, with the same tokenizer; None: those of the run. An
+    exported model does not name any."""
     val_tokens: Positive | None = None
-    """Number of validation tokens, from the start of the shards; None: as many as the run used."""
+    """Number of validation tokens, from the start of the shards; None: as many as the run used, or
+    10,485,760 for an exported model."""
     hellaswag: bool = False
     """Also score HellaSwag; on a CPU this takes hours for a model of the speedrun's size."""
     hellaswag_items: Positive | None = None
@@ -111,15 +113,20 @@ def evaluate(options: Options) -> None:
 
     use_device()
     use_compilation_cache()
-    run = load(options.run, make_mesh())
+    run = load(options.model, make_mesh())
 
+    if (options.val_files or run.val_files) is None and run.hp.tokenizer != "bytes":
+        raise ConfigError(
+            f"{options.model} does not say what it was validated on: give a glob of shards with "
+            f"{run.hp.tokenizer} tokens, such as --val-files 'fineweb10B/fineweb_val_*.bin'."
+        )
     # What may be missing is looked for before the long work begins.
-    files, name = validation_files(options.val_files or run.hp.val_files)
+    files, name = validation_files(options.val_files or run.val_files)
     if options.val_files is None and run.shards:
         shards = [look_into(file, run.hp.model.vocab_size)[0] for file in files]
         if what := difference(run.shards["val"], shards):
             print(f"WARNING: the run was validated on other data: {what}.", file=sys.stderr)
-    count = options.val_tokens or run.hp.val_tokens
+    count = options.val_tokens or run.val_tokens or most_tokens(files)
     rows = ValidationRows(
         files,
         run.row_length,
@@ -130,9 +137,12 @@ def evaluate(options: Options) -> None:
     )
     tokenizer = load_tokenizer(run.hp.tokenizer)
     num_bytes = int(bytes_per_token(tokenizer)[rows.tokens[1:]].sum())
-    items = []
+    items, failure = [], None
     if options.hellaswag:
-        items = retokenized(read_items(hellaswag_file())[: options.hellaswag_items], tokenizer)
+        try:
+            items = retokenized(read_items(hellaswag_file())[: options.hellaswag_items], tokenizer)
+        except DownloadError as error:
+            failure = error  # the loss can be told without it
 
     def fitting(measure: Callable[[int], Any]) -> Any:
         """What `measure` tells with so many rows per device, or fewer where memory runs out."""
@@ -156,8 +166,10 @@ def evaluate(options: Options) -> None:
     results["bits_per_byte"] = nats / log(2) / num_bytes
     tell(f"val loss {nats / count:.4f} | {count:,} tokens of {name}")
     tell(f"bits per byte {results['bits_per_byte']:.4f} | {num_bytes:,} bytes of text")
-    write_results(options.run, run.step, results)
+    write_results(run.folder, run.step, results)
 
+    if failure:
+        raise failure
     if options.hellaswag:
         results = fitting(partial(hellaswag, run, items, tokenizer.separator))
         tell(
@@ -165,32 +177,49 @@ def evaluate(options: Options) -> None:
             f"{results['standard_error']:.4f} | accuracy {results['accuracy']:.4f} | "
             f"{results['items']:,} items"
         )
-        write_results(options.run, run.step, {"hellaswag": results})
+        write_results(run.folder, run.step, {"hellaswag": results})
 
 
 class Trained(NamedTuple):
-    """The newest weights of a run, and what is needed to use them."""
+    """The weights of a run or an exported model, and what is needed to use them."""
+
+    folder: Path  # of the run, or the exported one
 
     step: int  # after which they were saved
-    hp: "RunSettings"  # those in config.json
+    hp: "ModelSettings"  # those in config.json
     row_length: int  # tokens per row, T, of the stage that the step belongs to
     model: "GPTConfig"  # as it is used after that stage
     graph: "nnx.GraphDef"
     params: "Params"  # whole on every device
     mesh: "Mesh"
-    shards: dict[str, Any] | None  # that it was trained and validated on, if it tells
+    # What the run was validated on, and the shards of both kinds, as far as it tells.
+    val_files: str | None = None
+    val_tokens: int | None = None
+    shards: dict[str, Any] | None = None
 
 
 def load(folder: Path, mesh: "Mesh") -> Trained:
-    """The newest weights of the run in a folder; ConfigError where there are none."""
-    from nanogpt.inference.weights import load_run, schedule_in
+    """The weights in a folder; ConfigError where there are none."""
+    from nanogpt.inference.export import is_exported
+    from nanogpt.inference.weights import load_model, load_run, schedule_in
+    from nanogpt.training.checkpoint import run_of
 
+    if is_exported(folder):
+        hp, graph, params, origin = load_model(folder, mesh)
+        step, T = origin["step"], hp.sequence_length
+        return Trained(folder, step, hp, T, hp.model, graph, params, mesh)
     hp, graph, params, checkpoint = load_run(folder, mesh)
-    step, schedule = checkpoint.step, schedule_in(folder)
+    step, schedule = checkpoint.step, schedule_in(run_of(folder))
     stage = schedule.stage(min(step, schedule.num_steps))
-    model = schedule.used(hp.model, stage)
+    T, model = schedule.row_length(stage), schedule.used(hp.model, stage)
     shards = checkpoint.facts.get("shards")
-    return Trained(step, hp, schedule.row_length(stage), model, graph, params, mesh, shards)
+    validation = hp.val_files, hp.val_tokens, shards
+    return Trained(run_of(folder), step, hp, T, model, graph, params, mesh, *validation)
+
+
+def most_tokens(files: list[Path]) -> int:
+    """How many tokens to validate on where nothing says so: all, or as many as the speedrun."""
+    return max(1, min(SPEEDRUN_TOKENS, sum(len(read_shard(file)) for file in files) - 1))
 
 
 def validation_files(pattern: str | None) -> tuple[list[Path], str]:
@@ -236,7 +265,7 @@ def hellaswag_file() -> Path:
 
     from nanogpt.inference.hellaswag import FILE, REPOSITORY, REVISION
 
-    logging.disable_propagation()  # Orbax's logger would say everything a second time
+    logging.set_verbosity_error()  # of its attempts; what fails is told below
     get = partial(hf_hub_download, REPOSITORY, FILE, repo_type="dataset", revision=REVISION)
     try:
         return Path(patiently(FILE, get))

@@ -9,23 +9,22 @@ import nanogpt  # noqa: F401  (says what to do where packages are missing)
 # isort: split
 import os
 import sys
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
-from nanogpt.checks import ConfigError, UserError
+from nanogpt.checks import UserError
 from nanogpt.command_line import parse, print_result
 
 
 @dataclass(frozen=True)
 class Options:
-    """Export the newest weights of a run as safetensors, with everything needed to use them."""
+    """Export a run's weights as safetensors, with everything needed to use them."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run, runs/<name>."""
+    """Folder of the run, runs/<name>, for its newest weights; or of one of its checkpoints."""
     out: Path
     """Output folder; must be new or empty."""
 
@@ -44,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def export(run: Path, out: Path) -> str:
-    """Write the newest weights of a run to the folder `out`; what was done.
+    """Write the weights of a run, its newest, or of a checkpoint to the folder `out`.
+
+    Returns what was done, in words.
 
     Raises ConfigError when there are none, or when `out` cannot be written.
     """
@@ -56,37 +57,18 @@ def export(run: Path, out: Path) -> str:
     from nanogpt.devices.mesh import make_mesh
     from nanogpt.inference.export import save_model
     from nanogpt.inference.model_note import note
-    from nanogpt.inference.weights import load_run
+    from nanogpt.inference.weights import load_run, origin_of
 
     use_device()
     hp, graph, params, checkpoint = load_run(run, make_mesh(1))
     model = nnx.merge(graph, params).config
-    settings = {name: getattr(hp, name) for name in ("tokenizer", "sequence_length", "dtype")}
-    settings["from"] = {
-        "run": run.resolve().name,
-        "step": checkpoint.step,
-        "tokens": checkpoint.facts["tokens"],
-        **known(run, checkpoint.step),
-    }
+    names = "tokenizer", "sequence_length", "dtype"
+    settings = {name: getattr(hp, name) for name in names} | {"from": origin_of(checkpoint)}
     save_model(out, model, params, settings, note(model, settings, params))
     return (
         f"the weights of {run} after step {checkpoint.step:,} are in {out}\n"
         f"Use them with:\n  python3 sample.py {out}\n  python3 train_gpt.py --init-from {out}"
     )
-
-
-def known(run: Path, step: int) -> dict[str, Any]:
-    """The commit that trained a run and its validation loss at a step, as far as it tells."""
-    from nanogpt.files import read_json
-    from nanogpt.runs.folder import Circumstances
-    from nanogpt.training.records import validation_losses
-
-    facts: dict[str, Any] = {}
-    with suppress(ConfigError, KeyError):
-        facts["commit"] = read_json(run / "run.json", Circumstances, "")["commit"]
-    if (val_loss := validation_losses(run).get(step)) is not None:
-        facts["val_loss"] = val_loss
-    return facts
 
 
 if __name__ == "__main__":

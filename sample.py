@@ -27,7 +27,7 @@ class Options:
     """Continue a prompt with a trained model."""
 
     model: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run, runs/<name>, or one written by export.py."""
+    """Folder of a run, runs/<name>, of one of its checkpoints, or one written by export.py."""
     prompt: str = ""
     """Text to continue; empty: start a new document."""
     prompt_file: Path | None = None
@@ -177,9 +177,12 @@ def load_writer(folder: Path) -> tuple[Write, str]:
 
     device = use_device()
     use_compilation_cache()
-    settings, graph, params = load_model(folder, make_mesh(1))
+    settings, graph, params, origin = load_model(folder, make_mesh(1))
     parameters = sum(array.size for array in jax.tree.leaves(params))
-    about = f"{parameters:,} parameters, context {settings.sequence_length:,} tokens"
+    about = f"{parameters:,} parameters, context {settings.sequence_length:,} tokens, "
+    about += f"trained for {origin['step']:,} steps"
+    if "val_loss" in origin:
+        about += f", val loss {origin['val_loss']:.4f}"
     return partial(
         write,
         graph,

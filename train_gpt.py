@@ -21,6 +21,7 @@ import tyro
 from msgspec import Meta
 
 from nanogpt.checks import (
+    AboveZero,
     ConfigError,
     Count,
     Decay,
@@ -134,6 +135,8 @@ class Hyperparameters:
     """Training stages, in order; see nanogpt/schedule.py."""
     learning_rate: NotNegative = 0.023
     """Muon's learning rate, for the layers' matrices."""
+    learning_rate_factor: NotNegative = 1.0
+    """Factor on all learning rates, e.g. 0.3 to fine-tune on little text; see docs/own-text.md."""
     mlp_out_factor: NotNegative = 4.0
     """Factor on that rate for the MLPs' output matrices."""
     weight_decay: NotNegative = 1.2
@@ -207,8 +210,12 @@ class Hyperparameters:
     folder is an export, with a single stage."""
     checkpoint_every: Count = 500
     """Steps between checkpoints; 0: only after the last step, which always saves one."""
+    checkpoint_minutes: AboveZero | None = None
+    """Also save whenever this many minutes have passed since the last checkpoint."""
     keep_checkpoints: Positive = 2
     """Number of newest checkpoints to keep."""
+    keep_best: bool = False
+    """Save at every validation and also keep the checkpoint with the lowest validation loss."""
     tensorboard: bool = False
     """Also log to TensorBoard: tensorboard --logdir runs."""
     wandb: bool = False
@@ -414,7 +421,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
 
     with (
         session.open_run(plan) as run,
-        Checkpoints(run.folder, hp.keep_checkpoints, run.say) as checkpoints,
+        Checkpoints(run.folder, hp.keep_checkpoints, run.say, hp.keep_best) as checkpoints,
         Trace(run.folder / "profile", steps_of(hp.profile, 1, hp.num_steps), run.say) as trace,
     ):
         # Open the run, at its first step or after its newest good checkpoint.
@@ -447,7 +454,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
                 state, metrics = train_step(state, batch, rates)
                 progress.started(step, metrics)
                 trace.end(step, state, progress)
-                if plan.saves(step):
+                if plan.saves(step, checkpoints.minutes):
                     session.save(run, progress, checkpoints, plan, step, state)
                 if plan.validates(step):
                     progress.validate(partial(loss, state.params, step, hurries))

@@ -16,7 +16,16 @@ from typing import Annotated, NamedTuple
 
 from msgspec import Meta
 
-from nanogpt.checks import AboveZero, ConfigError, Count, Decay, Positive, Share, checked
+from nanogpt.checks import (
+    AboveZero,
+    ConfigError,
+    Count,
+    Decay,
+    NotNegative,
+    Positive,
+    Share,
+    checked,
+)
 from nanogpt.config import GPTConfig
 
 FIRST_MOMENTUM = 0.85  # the first gradients turn quickly and are best forgotten quickly
@@ -84,6 +93,8 @@ class Schedule:
     """First steps, in which the momentum rises from 0.85."""
     momentum_cooldown_steps: Count
     """Last steps, in which it falls back."""
+    learning_rate_factor: NotNegative = 1.0
+    """Factor on the rates of all steps."""
 
     def check(self) -> None:
         """Raise ConfigError, in a sentence for the user, for a schedule that makes no sense."""
@@ -152,7 +163,8 @@ class Schedule:
         if len(weights) > 1:
             fallen = (step - begin) / (self.ends[number] - begin + 1)
             weights = *weights[:-1], weights[-1] * (1 - fallen)
-        return Rates(last + (first - last) * left, momentum, weights)
+        rate = self.learning_rate_factor * (last + (first - last) * left)
+        return Rates(rate, momentum, weights)
 
     def model(self, config: GPTConfig, stage: int) -> GPTConfig:
         """The model as a stage trains it, with rotations that remember the windows before."""

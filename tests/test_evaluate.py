@@ -3,7 +3,6 @@
 import hashlib
 import http.server
 import json
-import logging
 import math
 import os
 import re
@@ -21,6 +20,7 @@ from flax import nnx
 from scipy.special import log_softmax
 
 import evaluate
+import export
 import nanogpt.devices.mesh
 from nanogpt.data.shards import write_shard
 from nanogpt.data.tokenizer import ByteTokenizer, GPT2Tokenizer
@@ -30,7 +30,7 @@ from nanogpt.inference.hellaswag import FILE, REPOSITORY, REVISION, Item
 from nanogpt.inference.weights import load_run
 from tests.inference.test_hellaswag import file_of
 from tests.run_folders import mean_loss
-from tests.small_runs import VAL_TOKENS, T
+from tests.small_runs import VAL_TOKENS, T, some_documents
 
 needs_gpt2 = pytest.mark.skipif(
     "TIKTOKEN_CACHE_DIR" not in os.environ,
@@ -98,6 +98,32 @@ def test_the_loss_is_that_of_the_stage_in_which_the_weights_were_saved(staged, s
     found = results(staged)
     assert found["step"] == step  # the last of all, whose rotations are slower, or of stage 1
     assert found["val_loss"] == pytest.approx(logged(staged, step), abs=1e-5)
+
+
+def test_a_checkpoint_can_be_named_and_the_results_are_kept_with_its_run(staged, capsys):
+    assert evaluate.main([str(staged / "checkpoints" / "00000009")]) == 0
+    found = json.loads((staged / "evaluation.json").read_text())
+    assert (found["step"], found["val_loss"]) == (9, pytest.approx(logged(staged, 9), abs=1e-5))
+    for wrong, why in (("00000008", "has no manifest"), ("x", "is not a checkpoint")):
+        assert evaluate.main([str(staged / "checkpoints" / wrong)]) == 2
+        assert re.fullmatch(rf".*{wrong} {why}.*: name another.*\n", capsys.readouterr().err)
+
+
+def test_an_exported_model_has_the_loss_of_its_run(staged, tmp_path, capsys):
+    shards = tmp_path / "val.bin"
+    write_shard(shards, some_documents(2000, 5))
+    expected = results(staged, "--val-files", shards, "--val-tokens", 1999)["val_loss"]
+    assert export.main([str(staged), "--out", str(tmp_path / "gpt")]) == 0
+    found = results(tmp_path / "gpt", "--val-files", shards)  # all that there are
+    assert (found["step"], found["val_tokens"]) == (28, 1999)
+    assert found["val_loss"] == pytest.approx(expected, abs=1e-6)
+    config = json.loads((tmp_path / "gpt" / "config.json").read_text())
+    (tmp_path / "gpt" / "config.json").write_text(json.dumps(config | {"tokenizer": "gpt2"}))
+    capsys.readouterr()
+    assert evaluate.main([str(tmp_path / "gpt")]) == 2
+    assert re.fullmatch(
+        ".* does not say what it was validated on: .*--val-files.*\n", capsys.readouterr().err
+    )
 
 
 def test_neither_the_devices_nor_their_rows_change_the_loss(base, monkeypatch):
@@ -346,7 +372,7 @@ def test_a_hub_without_the_file_is_told_in_one_sentence(base, hub, capsys, statu
     assert evaluate.main([str(base), "--hellaswag"]) == 2
     output = capsys.readouterr()
     assert re.fullmatch(rf"Cannot download {FILE} \(.*\): check the network .*\.\n", output.err)
-    assert output.out == ""  # before the long work, not after it
+    assert "val loss" in output.out  # which needs no hub
 
 
 def test_another_file_than_llm_cs_is_refused_before_anything_is_scored(base, hub, capsys):
@@ -364,9 +390,9 @@ def test_being_offline_is_one_sentence(base, hub, capsys, monkeypatch):
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the library's attempts
     assert evaluate.main([str(base), "--hellaswag"]) == 2
-    last = capsys.readouterr().err.splitlines()[-1]  # after what the library says of them
-    assert re.fullmatch(rf"Cannot download {FILE} \(.*\): check .*\.", last)
-    assert not logging.getLogger("huggingface_hub").propagate  # else it says so twice
+    output = capsys.readouterr()
+    assert re.fullmatch(rf"Cannot download {FILE} \(.*\): check .*\.\n", output.err)
+    assert "val loss" in output.out  # which needs no network
 
 
 def test_a_cache_that_cannot_be_written_is_one_sentence(base, hub, tmp_path, capsys):

@@ -139,6 +139,14 @@ def test_rates_stay_at_their_lowest_in_the_last_steps():
     assert {run.rates(step).rate for step in range(81, 101)} == {0.1}
 
 
+def test_one_factor_lowers_the_rates_of_all_steps_and_nothing_else():
+    whole = schedule(Stage(rate=1.0), Stage(rate=1.5), final_learning_rate_factor=0.1)
+    lower = replace(whole, learning_rate_factor=0.3)
+    for step in (1, 50, 51, 100):
+        before, after = whole.rates(step), lower.rates(step)
+        assert after == before._replace(rate=pytest.approx(0.3 * before.rate))
+
+
 # Targets
 
 

@@ -29,6 +29,7 @@ from nanogpt.training.resume import refuse_earlier_version
 from nanogpt.training.step import Params, init_params
 
 ARRAYS, CONFIG, NOTE = "model.safetensors", "config.json", "MODEL.md"
+EXPORT_AGAIN = "export the run again"
 
 
 def save_model(
@@ -77,10 +78,9 @@ def model_in(folder: Path) -> ModelSettings:
     Only the header of model.safetensors is read. Raises ConfigError if a file is damaged, or names
     the array that does not fit.
     """
-    again = "export the run again"
     refuse_earlier_version(folder / CONFIG)
-    settings = read_json(folder / CONFIG, ModelSettings, again, others=True)
-    with found_in(folder / CONFIG, again):
+    settings = read_json(folder / CONFIG, ModelSettings, EXPORT_AGAIN, others=True)
+    with found_in(folder / CONFIG, EXPORT_AGAIN):
         settings.model.check()
     wanted = shapes_of(settings.model)
     try:
@@ -88,13 +88,13 @@ def model_in(folder: Path) -> ModelSettings:
             slices = {name: file.get_slice(name) for name in file.offset_keys()}
             found = {name: f"{s.get_dtype()}{s.get_shape()}" for name, s in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{folder / ARRAYS} is damaged ({error}): {again}.") from error
+        raise ConfigError(f"{folder / ARRAYS} is damaged ({error}): {EXPORT_AGAIN}.") from error
     if different := found.items() ^ wanted.items():
         name, _ = min(different)
         raise ConfigError(
             f"{folder / ARRAYS} is not of the model in {CONFIG}, which has "
             f"{wanted.get(name, 'nothing')} as {name} where it has {found.get(name, 'nothing')}: "
-            f"{again}."
+            f"{EXPORT_AGAIN}."
         )
     return settings
 

@@ -43,7 +43,7 @@ With jax-flax-nanogpt, where this folder may stand for that of a run:
 
 or in Python, on all devices, with `load_model` of nanogpt.inference.weights:
 
-    settings, graph, params = load_model(Path("<this folder>"), make_mesh())
+    settings, graph, params, origin = load_model(Path("<this folder>"), make_mesh())
     logits = nnx.merge(graph, params)(tokens)    # [B, T] to [B, T, V]
 
 Without it: `model.safetensors` holds all arrays, and the program below is the model.

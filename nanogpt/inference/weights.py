@@ -3,12 +3,13 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Required, TypedDict
 
-from nanogpt.checks import ConfigError, Positive
+from nanogpt.checks import ConfigError, Count, Positive, Total
 from nanogpt.config import GPTConfig, ModelSettings
 from nanogpt.files import found_in, read_json
 from nanogpt.schedule import Schedule, Stage
@@ -62,10 +63,24 @@ class RunSettings(ModelSettings):
     val_tokens: Positive
 
 
-def load_run(run: Path, mesh: "Mesh") -> "tuple[RunSettings, nnx.GraphDef, Params, Checkpoint]":
-    """The settings of a run, its model, its newest weights, and the checkpoint they come from.
+class Origin(TypedDict, total=False):
+    """Where weights come from, as far as that is known."""
 
-    The weights are whole on every device; the model is that of the stage in which they were saved.
+    run: str
+    step: Required[Count]
+    tokens: Total
+    commit: str
+    val_loss: float
+
+
+Exported = TypedDict("Exported", {"from": Origin})  # what their exported folder tells of it
+
+
+def load_run(folder: Path, mesh: "Mesh") -> "tuple[RunSettings, nnx.GraphDef, Params, Checkpoint]":
+    """The settings of a run, its model, its weights, and the checkpoint they come from.
+
+    That is the newest, unless the folder is one: runs/<name>/checkpoints/<step>. The weights are
+    whole on every device; the model is that of the stage in which they were saved.
 
     Raises ConfigError when the folder is not that of a run with a checkpoint.
     """
@@ -73,13 +88,14 @@ def load_run(run: Path, mesh: "Mesh") -> "tuple[RunSettings, nnx.GraphDef, Param
 
     from nanogpt.devices.mesh import REPLICATED, shapes_on
     from nanogpt.inference.export import is_exported
-    from nanogpt.training.checkpoint import load_params, newest_checkpoint
+    from nanogpt.training.checkpoint import checkpoint_in, load_params, run_of
     from nanogpt.training.step import graph_of, init_params
 
-    if is_exported(run):
+    if is_exported(folder):
         raise ConfigError(
-            f"{run} is an exported model, not a run: name the run that it comes from."
+            f"{folder} is an exported model, not a run: name the run that it comes from."
         )
+    run = run_of(folder)
     config = run / "config.json"
     if not os.path.exists(config):
         raise ConfigError(
@@ -89,7 +105,7 @@ def load_run(run: Path, mesh: "Mesh") -> "tuple[RunSettings, nnx.GraphDef, Param
     refuse_earlier_version(config)
     hp = read_json(config, RunSettings, RESTORE, others=True)
     schedule = schedule_in(run)
-    checkpoint = newest_checkpoint(run, lambda line: print(line, file=sys.stderr))
+    checkpoint = checkpoint_in(folder, lambda line: print(line, file=sys.stderr))
     model = schedule.used(hp.model, schedule.stage(min(checkpoint.step, schedule.num_steps)))
     with found_in(config, RESTORE):
         model.check()
@@ -98,11 +114,26 @@ def load_run(run: Path, mesh: "Mesh") -> "tuple[RunSettings, nnx.GraphDef, Param
     return hp, graph_of(model), params, checkpoint
 
 
+def origin_of(checkpoint: "Checkpoint") -> Origin:
+    """The run and step of a checkpoint, and as far as the run tells its commit and loss."""
+    from nanogpt.runs.folder import Circumstances
+    from nanogpt.training.checkpoint import run_of
+    from nanogpt.training.records import validation_losses
+
+    run, step = run_of(checkpoint.folder), checkpoint.step
+    origin = Origin(run=run.resolve().name, step=step, tokens=checkpoint.facts["tokens"])
+    with suppress(ConfigError, KeyError):
+        origin["commit"] = read_json(run / "run.json", Circumstances, "")["commit"]
+    if (val_loss := validation_losses(run).get(step)) is not None:
+        origin["val_loss"] = val_loss
+    return origin
+
+
 def with_weights(state: "TrainState", folder: Path, mesh: "Mesh") -> "TrainState":
     """The state with the weights in a folder, which lie as its own did."""
     import jax
 
-    _, _, weights = load_model(folder, mesh)
+    weights = load_model(folder, mesh)[2]
     places = jax.tree.map(lambda p: p.sharding, state.params)
     return replace(state, params=jax.device_put(weights, places))
 
@@ -115,10 +146,10 @@ def schedule_in(run: Path) -> Schedule:
     return schedule
 
 
-def load_model(folder: Path, mesh: "Mesh") -> "tuple[ModelSettings, nnx.GraphDef, Params]":
-    """Settings, model and weights, whole on every device: of an exported folder, or of a run.
+def load_model(folder: Path, mesh: "Mesh") -> "tuple[ModelSettings, nnx.GraphDef, Params, Origin]":
+    """Settings, model, weights and their origin: of an exported folder, a run, or a checkpoint.
 
-    A run's weights are its newest (see `load_run`).
+    The weights are whole on every device; a run's are its newest (see `load_run`).
 
     Raises ConfigError when the folder holds neither, or is damaged.
     """
@@ -126,18 +157,21 @@ def load_model(folder: Path, mesh: "Mesh") -> "tuple[ModelSettings, nnx.GraphDef
     from safetensors import safe_open
 
     from nanogpt.devices.mesh import REPLICATED, put
-    from nanogpt.inference.export import ARRAYS, is_exported, model_in
+    from nanogpt.inference.export import ARRAYS, CONFIG, EXPORT_AGAIN, is_exported, model_in
     from nanogpt.training.step import graph_of
 
     if not is_exported(folder):
-        return load_run(folder, mesh)[:3]
+        *loaded, checkpoint = load_run(folder, mesh)
+        return *loaded, origin_of(checkpoint)
     settings = model_in(folder)
+    origin = read_json(folder / CONFIG, Exported, EXPORT_AGAIN, others=True)["from"]
     params = {}
     with safe_open(folder / ARRAYS, "numpy") as file:
         for name in file.offset_keys():  # one by one: host memory need not hold them all
             array = file.get_tensor(name)
             params[name] = put(mesh, REPLICATED, array.shape, array.__getitem__)
-    return settings, graph_of(settings.model), traverse_util.unflatten_dict(params, sep=".")
+    params = traverse_util.unflatten_dict(params, sep=".")
+    return settings, graph_of(settings.model), params, origin
 
 
 class Weights(NamedTuple):
@@ -156,18 +190,19 @@ def weights_in(kind: type[Settings], folder: Path) -> Weights:
     Raises ConfigError if there are none.
     """
     from nanogpt.inference.export import is_exported, model_in
-    from nanogpt.training.checkpoint import newest_checkpoint
+    from nanogpt.training.checkpoint import checkpoint_in, run_of
 
     if is_exported(folder):
         told = model_in(folder)
         return Weights(folder, None, told.model, told.tokenizer, told.sequence_length)
-    if not os.path.isfile(folder / "config.json"):
+    config = run_of(folder) / "config.json"
+    if not os.path.isfile(config):
         raise ConfigError(
             f"{folder} holds no weights to begin with: it has neither a run's config.json nor an "
             "exported model."
         )
-    saved = saved_settings(kind, folder / "config.json")
-    step = newest_checkpoint(folder, lambda line: print(line, file=sys.stderr)).step
+    saved = saved_settings(kind, config)
+    step = checkpoint_in(folder, lambda line: print(line, file=sys.stderr)).step
     stage = saved.schedule.stage(min(step, saved.num_steps))
     model = saved.schedule.used(saved.model, stage)
     return Weights(folder, saved, model, saved.tokenizer, saved.sequence_length)

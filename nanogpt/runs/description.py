@@ -90,12 +90,15 @@ def outlook(plan: Plan) -> dict[str, str]:
         f"parameters and optimizer state, {size(working)} of gradients and copies, "
         f"{size(activations)} of activations"
     )
-    last, every = plan.hp.num_steps, plan.hp.checkpoint_every
-    saved = -(-last // every) if every else 1
-    kept = min(saved, plan.hp.keep_checkpoints)
+    saved = sum(map(plan.saves, range(1, plan.hp.num_steps + 1)))
+    kept, best = min(saved, plan.hp.keep_checkpoints), ""
+    minutes = plan.hp.checkpoint_minutes
+    if plan.hp.keep_best and kept < saved:
+        kept, best = kept + 1, " and the best"
     rows["checkpoints"] = (
-        f"{saved} of {size(plan.state_bytes)}, the newest {kept} kept: up to "
+        f"{saved} of {size(plan.state_bytes)}, the newest {kept - bool(best)}{best} kept: up to "
         f"{size(min(saved, kept + 1) * plan.state_bytes)} on disk"
+        + (f", and one whenever {minutes:g} minutes have passed" if minutes else "")
     )
     return rows
 

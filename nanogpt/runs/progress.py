@@ -29,16 +29,19 @@ class Progress:
         self,
         run: Run,
         schedule: Schedule,
+        train_tokens: int,
         utilization: Callable[[int, float], float | None],
         training_seconds: float = 0.0,
         unvalidated: dict[str, Any] | None = None,
     ):
-        """`utilization` maps step and tokens/s to model FLOPs utilisation, or to None if unknown.
+        """An epoch has `train_tokens`; `utilization` maps step and tokens/s to model FLOPs
+        utilization, or to None if unknown.
 
         Of earlier processes of this run: `training_seconds` is the time they spent, `unvalidated`
         the record of the last step if it lacks its validation.
         """
         self.run, self.schedule, self.utilization = run, schedule, utilization
+        self.train_tokens = train_tokens
         self.training_seconds, self._resumed = training_seconds, training_seconds > 0
         self.seconds = defaultdict[str, float](float)  # what this process spent its time on
         self._losses: dict[str, float] = {}  # the latest of training and of validation
@@ -95,6 +98,7 @@ class Progress:
             "spike": spike,
             "learning_rate_factor": factor,
             "tokens": tokens,
+            "epoch": tokens / self.train_tokens,
             "time_s": self.training_seconds,
             "step_time_s": seconds,
             "tokens_per_s": tokens_per_s,
@@ -137,7 +141,8 @@ class Progress:
         self._losses["val"] = val_loss
         self.run.say(
             f"step {record['step']}/{self.schedule.num_steps} | val loss {val_loss:.4f} | "
-            f"{record['tokens']:,} tokens | {self.training_seconds:.1f} s",
+            f"{record['tokens']:,} tokens | epoch {record['tokens'] / self.train_tokens:.3g} | "
+            f"{self.training_seconds:.1f} s",
             style="bold green",
         )
         self.run.record(record | {"val_loss": val_loss})

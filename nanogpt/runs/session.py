@@ -114,7 +114,7 @@ def begin(run: Run, plan: Plan, start: Start) -> Progress:
     for line in heading(plan, run.folder):
         run.say(line)
     utilization, seconds = plan.utilization, start.training_seconds
-    return Progress(run, hp.schedule, utilization, seconds, start.unvalidated)
+    return Progress(run, hp.schedule, data.train_tokens, utilization, seconds, start.unvalidated)
 
 
 def compiled(run: Run, progress: Progress, programs: Programs, start: Start) -> None:
@@ -155,8 +155,10 @@ def end(run: Run, progress: Progress, step: int) -> None:
     peak = peak_memory(jax.local_devices()[0])
     losses = validation_losses(run.folder)
     best = min(losses, key=losses.__getitem__, default=0)
+    kept = run.folder / "checkpoints" / f"{best:08}"
+    where = f", kept in {kept}" if best < step and kept.exists() else ""
     run.table(
-        ({"best val loss": f"{losses[best]:.4f} after step {best:,}"} if best else {})
+        ({"best val loss": f"{losses[best]:.4f} after step {best:,}{where}"} if best else {})
         | progress.summary(step)
         | {"peak memory": f"{peak / 1e9:.1f} GB per device" if peak else "n/a"}
     )

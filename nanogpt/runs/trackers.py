@@ -25,6 +25,7 @@ NAMES = {
     "spike": "train/spike",
     "learning_rate_factor": "train/learning_rate_factor",
     "tokens": "progress/tokens",
+    "epoch": "progress/epoch",
     "time_s": "progress/time_s",
     "step_time_s": "speed/step_time_s",
     "tokens_per_s": "speed/tokens_per_s",

@@ -92,6 +92,24 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Checkpoint:
     )
 
 
+def run_of(folder: Path) -> Path:
+    """The run's folder: this one, or that of the checkpoint runs/<name>/checkpoints/<step>."""
+    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+
+
+def checkpoint_in(folder: Path, say: Callable[[str], None]) -> Checkpoint:
+    """The newest good checkpoint of a run, or the one that the folder is.
+
+    Raises CheckpointError if there is none, or if it is damaged.
+    """
+    if (run := run_of(folder)) == folder:
+        return newest_checkpoint(run, say)
+    found = examined(folder) if folder.name.isdecimal() else "is not a checkpoint"
+    if isinstance(found, str):
+        raise CheckpointError(f"{folder} {found}: name another checkpoint, or the run {run}.")
+    return found
+
+
 def load_state(checkpoint: Checkpoint, shapes: TrainState) -> TrainState:
     """The state that was saved, bit for bit, onto the devices that the `shapes` name."""
     loaded = _load(checkpoint, parts_of(shapes))

@@ -125,9 +125,14 @@ class Plan:
         """Whether the loss on the validation tokens is measured after a step."""
         return due(step, self.hp.val_loss_every, self.hp.num_steps)
 
-    def saves(self, step: int) -> bool:
-        """Whether the state is saved after a step."""
-        return due(step, self.hp.checkpoint_every, self.hp.num_steps)
+    def saves(self, step: int, minutes: float = 0.0) -> bool:
+        """Whether the state is saved after a step, so many minutes after the last save."""
+        hp = self.hp
+        return (
+            due(step, hp.checkpoint_every, hp.num_steps)
+            or (hp.keep_best and self.validates(step))
+            or (hp.checkpoint_minutes is not None and minutes >= hp.checkpoint_minutes)
+        )
 
     def utilization(self, step: int, tokens_per_s: float) -> float | None:
         """Model FLOPs utilisation of a step at this speed, 0 to 1; None on unknown devices."""
@@ -184,6 +189,11 @@ def make_plan(
 
     Raises ConfigError for settings that do not go together there.
     """
+    if hp.checkpoint_minutes is not None and hardware.processes > 1:
+        raise ConfigError(
+            f"checkpoint_minutes cannot be {hp.checkpoint_minutes:g} with {hardware.processes} "
+            "processes, whose clocks differ: set checkpoint_every, in steps."
+        )
     readers, sharers = division(hp.mesh, hardware.count)
     stages = stages_of(hp, readers)
     check_shared(hp.model, [stage.row_length for stage in stages], sharers)

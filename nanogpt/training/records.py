@@ -21,6 +21,7 @@ class Metrics(TypedDict, total=False):
     spike: float
     learning_rate_factor: float
     tokens: Total
+    epoch: float
     time_s: float
     step_time_s: float
     tokens_per_s: float

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
@@ -34,6 +35,7 @@ from nanogpt.training.checkpoint import (
     parts_of,
     saves_in,
 )
+from nanogpt.training.records import validation_losses
 from nanogpt.training.step import TrainState
 
 SPACE = 1.2  # disk space that must be free before a save, in sizes of the state
@@ -52,14 +54,23 @@ class Checkpoints:
     first of them writes the manifest and deletes. A save that fails in one fails in all.
     """
 
-    def __init__(self, run: Path, keep: int, say: Callable[[str], None]):
-        """Keep the newest `keep` good ones, at least 1; `say` is told of saves that fail."""
+    def __init__(self, run: Path, keep: int, say: Callable[[str], None], keep_best: bool = False):
+        """Keep the newest `keep` good ones, at least 1; `say` is told of saves that fail.
+
+        With `keep_best`, the one with the lowest validation loss in the run's metrics stays, too.
+        """
         self._run, self._folder = run, run.resolve() / "checkpoints"
-        self._keep, self._say = max(1, keep), say
+        self._keep, self._say, self._keep_best = max(1, keep), say, keep_best
         # Of the last save:
+        self._begun = time.monotonic()
         self._step, self._under_way = -1, False
         self._thread: Thread | None = None  # finishes it
         self._reason = ""  # why it failed, if it did
+
+    @property
+    def minutes(self) -> float:
+        """Since the last save began, or since this process began."""
+        return (time.monotonic() - self._begun) / 60
 
     def save(self, state: TrainState, facts: dict[str, Any]) -> None:
         """Begin to write the state, with facts that JSON can hold; it may be donated on return.
@@ -71,7 +82,7 @@ class Checkpoints:
         self._join()
         if step == self._step and not self._reason:
             return
-        self._step, self._reason = step, ""
+        self._step, self._reason, self._begun = step, "", time.monotonic()
         folder = self._folder / f"{step:08}"
         # What process 0 finds decides for all.
         if broadcast_one_to_all(isinstance(examined(folder), Checkpoint)):
@@ -181,12 +192,16 @@ class Checkpoints:
                     _delete(folder)
 
     def _delete_old(self, keep: int, new: Path | None = None) -> None:
-        """Delete all but the newest good ones; `new` is known to be good."""
-        good = 0
-        for folder in saves_in(self._folder):
+        """Delete all but the newest good ones and the best; `new` is known to be good."""
+        good, folders = 0, saves_in(self._folder)
+        losses = validation_losses(self._run) if self._keep_best else {}
+        validated = [folder for folder in folders if folder.name.isdecimal()]
+        validated = [folder for folder in validated if int(folder.name) in losses]
+        best = min(validated, key=lambda folder: losses[int(folder.name)], default=None)
+        for folder in folders:
             if good < keep and (folder == new or isinstance(examined(folder), Checkpoint)):
                 good += 1
-            else:
+            elif folder != best:
                 _delete(folder)
 
 

@@ -58,7 +58,7 @@ SCHEDULE = Schedule(
 
 
 def progress_of(run, utilization=lambda step, tokens_per_s: None, **more):
-    return Progress(run, SCHEDULE, utilization, **more)
+    return Progress(run, SCHEDULE, 4000, utilization, **more)
 
 
 def test_a_step_is_reported_when_the_next_has_started_and_not_waited_for_before(run, clock):
@@ -106,6 +106,7 @@ def test_times_are_those_between_arrivals_and_leave_validation_out(run, clock):
     # The share of the steps that is left when each begins, twice that in the second stage.
     assert [r["learning_rate_factor"] for r in records(run)] == [1, 3 / 4, 2 * 2 / 4, 2 * 1 / 4]
     assert [r.get("val_loss") for r in records(run)] == [None, 3.25, None, None]
+    assert [r["epoch"] for r in records(run)] == [0.25, 0.5, 1.25, 2.0]  # of 4,000 tokens
 
     lines = log(run).splitlines()
     steps = [line for line in lines if "train loss" in line]

@@ -159,7 +159,7 @@ def test_every_number_that_a_step_records_has_a_name_in_a_group(folder):
         momentum_cooldown_steps=0,
     )
     with Run(folder) as run:
-        progress = Progress(run, schedule, utilization=lambda step, rate: None)
+        progress = Progress(run, schedule, 1000, utilization=lambda step, rate: None)
         progress.started(1, {"loss": 1.0, "grad_norm": 2.0, "spike": 0.0, "applied": True})
         progress.validate(lambda: 3.0)
     recorded = json.loads((folder / "metrics.jsonl").read_text())

@@ -135,6 +135,24 @@ def test_what_is_known_of_the_run_comes_back_with_it(run):
     }
 
 
+def test_the_best_checkpoint_stays_besides_the_newest_ones_if_asked_for(tmp_path, state):
+    def losses(**of):
+        lines = [{"step": int(step[1:]), "val_loss": loss} for step, loss in of.items()]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    with Checkpoints(tmp_path, 1, say_nothing_is_wrong, keep_best=True) as checkpoints:
+        for step, of in {10: {}, 20: {"s10": 2.0}, 30: {"s10": 2.0, "s20": 3.0}}.items():
+            losses(**of)  # of the step that is saved nothing is known yet
+            checkpoints.save(state(step), {"tokens": 1})
+            checkpoints.wait()
+        assert saves(tmp_path) == ["00000010", "00000030"]
+        losses(s10=2.0, s20=3.0, s30=1.0)
+        checkpoints.save(state(40), {"tokens": 1})
+    assert saves(tmp_path) == ["00000030", "00000040"]
+    save(tmp_path, state, 50, keep=1)
+    assert saves(tmp_path) == ["00000050"]
+
+
 def test_a_state_that_training_consumes_during_the_save_is_saved_as_it_was(tmp_path):
     train_step = jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)
     state = train_step(jax.device_put(simple_state(0, 1 << 20)))

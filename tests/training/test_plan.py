@@ -47,6 +47,24 @@ def test_stages_follow_each_other_through_all_steps():
     assert [each.row_length for each in stages] == [16_384] * 4
 
 
+def test_saves_are_due_by_steps_by_minutes_and_with_keep_best_at_every_validation():
+    plan = plan_of("baseline", num_steps=1000, checkpoint_every=400, val_loss_every=250)
+    assert [step for step in range(1, 1001) if plan.saves(step)] == [400, 800, 1000]
+    assert not plan.saves(401, minutes=1e9)
+    best = replace(plan, hp=replace(plan.hp, keep_best=True))
+    assert [step for step in range(1, 1001) if best.saves(step)] == [250, 400, 500, 750, 800, 1000]
+    assert outlook(best)["checkpoints"].startswith("6 of ")
+    assert "the newest 2 and the best kept: up to" in outlook(best)["checkpoints"]
+    timed = replace(plan, hp=replace(plan.hp, checkpoint_minutes=5.0))
+    assert [timed.saves(401, minutes) for minutes in (4.9, 5.0)] == [False, True]
+    assert outlook(timed)["checkpoints"].endswith(", and one whenever 5 minutes have passed")
+
+
+def test_processes_do_not_save_by_their_clocks():
+    with pytest.raises(ConfigError, match=r"^checkpoint_minutes .* 2 processes.*\.$"):
+        plan_of("baseline", Hardware("some", 8, 2, 80e9), checkpoint_minutes=5.0)
+
+
 def test_smaller_micro_batches_are_more_of_them():
     plan = plan_of("baseline", batch_size=64)
     assert plan.shape(0) == (1, 512)
