@@ -1,4 +1,4 @@
-"""Download the tokenised FineWeb10B: the validation shard, then N training shards.
+"""Download the tokenized FineWeb10B: the validation shard, then N training shards.
 
     python cached_fineweb10B.py 9      # 900 million tokens to train on, 2.0 GB in all
     python cached_fineweb10B.py        # all 103 training shards, 20.7 GB in all

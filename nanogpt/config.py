@@ -125,7 +125,7 @@ class GPTConfig:
     """Tie embedding and head until a stage of the run splits them."""
 
     attention_scale: AboveZero = 0.12
-    """Scale of q·k before the softmax; q and k are normalised to length √H."""
+    """Scale of q·k before the softmax; q and k are normalized to length √H."""
 
     rope_base: Annotated[float, Meta(ge=1, le=MOST)] = 1024.0
     """Base of the rotary frequencies: the slowest is 1 / rope_base radians per token."""

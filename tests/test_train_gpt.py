@@ -337,7 +337,7 @@ def with_memory_for_the_fifth_attempt(arguments):
     return train_gpt.main(arguments)
 
 
-def test_what_memory_cannot_hold_is_halved_then_rematerialised_and_the_losses_stay(
+def test_what_memory_cannot_hold_is_halved_then_rematerialized_and_the_losses_stay(
     base, tmp_path_factory
 ):
     run = trained(tmp_path_factory, "halved", main=with_memory_for_the_fifth_attempt)

@@ -1,4 +1,4 @@
-"""The optimised program of a compiled function, read instruction by instruction."""
+"""The optimized program of a compiled function, read instruction by instruction."""
 
 import re
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ NO_WORK = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "wh
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction of an optimised program."""
+    """One instruction of an optimized program."""
 
     computation: str  # where it stands
     name: str
@@ -29,7 +29,7 @@ class Instruction:
 
 
 class Program:
-    """The optimised HLO of a compiled function, instruction by instruction."""
+    """The optimized HLO of a compiled function, instruction by instruction."""
 
     # What a kernel for TPUs says of itself is the only thing that has line breaks inside.
     METADATA = re.compile(r"kernel_metadata=\{\s+(?:\".*\s+)*\}")

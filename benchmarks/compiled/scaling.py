@@ -4,7 +4,7 @@
 
 The real step is compiled for this many H200s, eight in each host, on a machine without any
 (for_h200.py). Collectives, their bytes, and the memory of each device are read from the compiled
-program. Times are PREDICTED from them: from published speeds of links, and an assumed utilisation
+program. Times are PREDICTED from them: from published speeds of links, and an assumed utilization
 of the GPU. Nothing here was run.
 
 It prints the tables of docs/scaling.md, and draws docs/scaling.png. About a quarter of an hour.

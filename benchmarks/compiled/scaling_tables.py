@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from math import floor, log10
 from pathlib import Path
 
 from benchmarks.compiled.collectives import Sent, wire_bytes
@@ -53,11 +54,22 @@ def table_of_times(cases: Iterable[dict], machine: Machine) -> str:
             before, after = predicted(first, then, machine), predicted(case, now, machine)
             most = then / before["all_hidden"]  # tokens per second and device
             low, high = (now / after[k] / most for k in ("none_hidden", "all_hidden"))
-            cells.append(f"{1e3 * after['all_hidden']:.1f} to {1e3 * after['none_hidden']:.1f}")
-            cells.append(f"{low:.0%} to {high:.0%}")
+            cells.append(span(1e3 * after["all_hidden"], 1e3 * after["none_hidden"]))
+            cells.append(f"{span(100 * low, min(100.0, 100 * high))}%")
         cells = " | ".join(cells)
         lines.append(f"| {case['size']} | {name_of(case)} | {case['devices']} | {cells} |")
     return "\n".join(lines)
+
+
+def span(low: float, high: float) -> str:
+    """A range of predictions, in two significant digits: they are no better than that."""
+
+    def rounded(value: float) -> str:
+        digits = 1 - floor(log10(value))
+        return f"{round(value, digits):,.{max(0, digits)}f}"
+
+    low, high = rounded(low), rounded(high)
+    return low if low == high else f"{low} to {high}"
 
 
 def draw(cases: Iterable[dict], path: Path) -> None:

@@ -12,9 +12,9 @@ validation split of the embedded corpus. Then `train_gpt.py` trains with `OURS`,
 nothing cached, and validates on the same tokens at its end. Both run as processes of their own, one
 after the other, and the table gives two times for each:
 
-    whole process    what a user waits: imports, data, initialisation, compilation, all validation
+    whole process    what a user waits: imports, data, initialization, compilation, all validation
     training         from the moment libraries and data are loaded to the end of the last step,
-                     initialisation and compilation included, validation not
+                     initialization and compilation included, validation not
 """
 
 import os

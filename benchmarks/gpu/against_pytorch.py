@@ -19,7 +19,7 @@ The models differ. Both have 12 layers of width 768 and a head of 50,304 rows, a
 matrix products. Ours has 6 heads of 128, rotary positions, query-key norm, relu², the value
 residual, skips and a soft-capped head of its own, and is trained by Muon and Adam; GPT-2 has 12
 heads of 64, learned positions, LayerNorm, GELU, biases and a tied head, and is trained by AdamW. So
-the table also gives model FLOPs per token and, where the device's peak is known, their utilisation
+the table also gives model FLOPs per token and, where the device's peak is known, their utilization
 (MFU). A checkout may train anything: its FLOPs are not guessed.
 """
 

@@ -51,7 +51,7 @@ def parameter_shapes(config: GPTConfig, groups: set[str]) -> dict[str, jax.Shape
     }
 
 
-def orthogonalisation_flops(config: GPTConfig) -> float:
+def orthogonalization_flops(config: GPTConfig) -> float:
     """FLOPs of Muon's polynomials over all matrices of the layers."""
     total = 0
     for stack in parameter_shapes(config, {"muon"}).values():
@@ -77,7 +77,7 @@ def floors(hp: Hyperparameters, device_kind: str) -> dict[str, float | None]:
     # Of k steps the first copies the gradient, 2; each later one adds it, 3; the last reads and
     # writes a weight and two means, 6 more, but not the sum: 3 k + 4. Of one step, 7.
     each_adam = 3 + 4 / hp.adam_every
-    update = 4 * (5 * muon + each_adam * adam) / bandwidth + orthogonalisation_flops(c) / flops
+    update = 4 * (5 * muon + each_adam * adam) / bandwidth + orthogonalization_flops(c) / flops
     seconds = {
         "products of the layers": layers * tokens / flops,
         "products with the head": head * tokens / flops,

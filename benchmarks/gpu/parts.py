@@ -15,7 +15,7 @@ from benchmarks.gpu.floors import (
     attention_row,
     attentions,
     loss_row,
-    orthogonalisation_flops,
+    orthogonalization_flops,
     parameter_shapes,
     products,
 )
@@ -55,7 +55,7 @@ def part_jobs(size: Size, kernel: AttentionKernel) -> list[Job]:
         ("optimizer", "Muon and Adam", partial(update, "NorMuon", {"muon", *ADAM})),
         ("optimizer", "Muon's part", partial(update, "NorMuon", {"muon"})),
         ("optimizer", "the same, plain", partial(update, "Muon", {"muon"})),
-        ("optimizer", "orthogonalisation in it", partial(measure_orthogonalisation, size)),
+        ("optimizer", "orthogonalization in it", partial(measure_orthogonalization, size)),
         ("optimizer", "Adam's part", partial(update, "NorMuon", ADAM)),
     ]
 
@@ -144,7 +144,7 @@ def measure_update(size: Size, rule: Rule, groups: set[str]) -> Figures:
     return {"ms": part_ms(size, work, gradients, (params, rules.init(params)))}
 
 
-def measure_orthogonalisation(size: Size) -> Figures:
+def measure_orthogonalization(size: Size) -> Figures:
     """Plain Muon without its momentum: one that starts in each round is only a factor."""
     shapes = parameter_shapes(size.hp.model, {"muon"})
     rule = scale_by_muon(None, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
@@ -153,4 +153,4 @@ def measure_orthogonalisation(size: Size) -> Figures:
         return rule.update(matrices, rule.init(matrices), momentum=0.5)[0]
 
     ms = part_ms(size, work, [random(*x.shape, dtype=x.dtype) for x in shapes.values()])
-    return with_rate(ms, orthogonalisation_flops(size.hp.model))
+    return with_rate(ms, orthogonalization_flops(size.hp.model))

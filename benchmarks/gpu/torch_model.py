@@ -28,7 +28,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP of width F = 4D, each on the normalised stream and added to it."""
+    """Attention, then an MLP of width F = 4D, each on the normalized stream and added to it."""
 
     def __init__(self, D: int, N: int):
         super().__init__()

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 # What the makers promise: dense bfloat16 TFLOP/s, added up in float32, and TB/s of memory, by the
 # name that the device gives itself in JAX. Data sheets of Hopper and newer, and of the L4, print
 # FLOP/s with sparsity, which are twice these. A device that is not here has no known peak, and its
-# utilisation is not shown rather than guessed; so have those without bfloat16 (V100, T4), and CPUs.
+# utilization is not shown rather than guessed; so have those without bfloat16 (V100, T4), and CPUs.
 PEAKS = {
     # NVIDIA A100 Tensor Core GPU, data sheet.
     "NVIDIA A100-SXM4-40GB": (312.0, 1.555),
@@ -101,7 +101,7 @@ def check_size(config: GPTConfig, sequence_length: int, devices: int, memory: fl
 def utilization(
     tokens_per_second: float, flops_per_token: float, device_kind: str, num_devices: int
 ) -> float | None:
-    """Model FLOPs utilisation (Chowdhery et al., arXiv:2204.02311), 0 to 1; None if unknown."""
+    """Model FLOPs utilization (Chowdhery et al., arXiv:2204.02311), 0 to 1; None if unknown."""
     peak = PEAK_FLOPS.get(device_kind)
     return tokens_per_second * flops_per_token / (peak * num_devices) if peak else None
 

@@ -91,7 +91,7 @@ def opened(x: Float[Array, "B T D"], gate: Float[Array, "inputs N"]) -> Float[Ar
 
 
 class Attention(nnx.Module):
-    """Causal self-attention over normalised, rotated queries and keys."""
+    """Causal self-attention over normalized, rotated queries and keys."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         D, N = config.width, config.num_heads
@@ -205,7 +205,7 @@ class GPT(nnx.Module):
         targets: Int[Array, "B T"],
         weights: Sequence[float | Float[Array, ""]] = (1.0,),
     ) -> tuple[Float[Array, "B part"], Float[Array, "B part"]]:
-        """What to minimise, and the cross-entropy of each target in nats, both float32.
+        """What to minimize, and the cross-entropy of each target in nats, both float32.
 
         The first is the cross-entropies of the next targets after each token, by these weights.
         Negative targets count zero, as do those after the end of a row. Devices that share the
@@ -241,7 +241,7 @@ class GPT(nnx.Module):
     def features(
         self, tokens: Int[Array, "B T"], past: Rows | Next | None = None
     ) -> Float[Array, "B T D"]:
-        """What the head reads: the normalised residual stream after the last layer.
+        """What the head reads: the normalized residual stream after the last layer.
 
         `past` is what the tokens see of those before them; None takes them for whole rows.
         """

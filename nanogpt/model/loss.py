@@ -48,7 +48,7 @@ def linear_cross_entropy(
     gradient comes from it. With weights of (1.0,) they are the same number.
 
     Args:
-        features: bfloat16 or float32; for `fp8` they must be RMS-normalised.
+        features: bfloat16 or float32; for `fp8` they must be RMS-normalized.
         head: in the dtype of the features, to which the logits are rounded, too.
         targets: the next ids, the nearest first. A negative one is missing, and costs nothing.
         weights: one per target of a token, not all of them zero.
@@ -122,14 +122,14 @@ def _two_passes(logits, targets, weights, cap, fp8):
 def _losses_and_offset(logits, targets, weights, cap):
     """Losses [BT, K], and offsets [BT] by which exp(capped logits - offset) is weight * p."""
     sums = jnp.sum(jnp.exp(softcap(logits, cap) - cap.bound), axis=-1)
-    log_normaliser = cap.bound + jnp.log(sums)
+    log_normalizer = cap.bound + jnp.log(sums)
     # Only the targets' logits are gathered. A second reduction over V would make the compiler keep
     # what it shares with the first, the capped logits, in float32.
     target_logits = jnp.take_along_axis(logits, jnp.maximum(targets, 0), axis=-1)
-    losses = jnp.where(targets >= 0, log_normaliser[:, None] - softcap(target_logits, cap), 0.0)
+    losses = jnp.where(targets >= 0, log_normalizer[:, None] - softcap(target_logits, cap), 0.0)
     # The weight of the targets that are there; its log is -inf if none is, and exp makes p zero.
     weight = sum(w * (target >= 0) for target, w in zip(targets.T, weights, strict=True))
-    return losses, log_normaliser - jnp.log(weight)
+    return losses, log_normalizer - jnp.log(weight)
 
 
 def _dlogits(logits, offset, targets, weights, cap, fp8):

@@ -1,4 +1,4 @@
-"""Muon: momentum whose every matrix is orthogonalised before it is applied.
+"""Muon: momentum whose every matrix is orthogonalized before it is applied.
 
 An update of a hidden matrix by plain momentum has a few large singular values and many small ones;
 Muon sets them all to about one, so that every direction learns at the same rate
@@ -94,7 +94,7 @@ def scale_by_muon(
     mesh: Mesh | None = None,
     shard_params: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Nesterov momentum, orthogonalised, each neuron normalised.
+    """Nesterov momentum, orthogonalized, each neuron normalized.
 
     `update(gradients, state, momentum=...)` takes the decay of the running mean of gradients, a
     number or a scalar array.
@@ -102,7 +102,7 @@ def scale_by_muon(
     Args:
         neuron_decay: the decay of the running mean square of each neuron's updates; None leaves
             the neurons as they are, which is plain Muon.
-        dtype: in which matrices are orthogonalised; bfloat16 is accurate enough, and fast where
+        dtype: in which matrices are orthogonalized; bfloat16 is accurate enough, and fast where
             there are matrix units for it.
         mesh, shard_params: see `map_matrices` in sharing.py; the results are the same to the bit
             as when one device does it all.
@@ -137,7 +137,7 @@ def scale_by_muon(
 def _by_shape(
     orthogonalize_stack: Callable[[Array], Array], leaves: list[Array]
 ) -> list[Float[Array, "*stack I O"]]:
-    """The leaves, orthogonalised, all matrices of one shape together."""
+    """The leaves, orthogonalized, all matrices of one shape together."""
     members = defaultdict(list)
     for index, leaf in enumerate(leaves):
         members[tuple(sorted(leaf.shape[-2:]))].append(index)

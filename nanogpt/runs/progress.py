@@ -46,7 +46,7 @@ class Progress:
         self.seconds = defaultdict[str, float](float)  # what this process spent its time on
         self._losses: dict[str, float] = {}  # the latest of training and of validation
         self._trained = 0  # tokens, by this process
-        self._utilized: float | None = None  # seconds of training, times utilisation
+        self._utilized: float | None = None  # seconds of training, times utilization
         self.unvalidated = unvalidated
         self._waiting: tuple[int, Mapping[str, Any]] | None = None
         self._arrived = time.perf_counter()

@@ -82,7 +82,10 @@ def open_run(plan: Plan) -> Generator[Run, None, None]:
 
 def nothing_left(run: Run, plan: Plan) -> int:
     """Say that the run is complete; the exit status."""
-    run.say(f"{run.folder} has made all its {plan.hp.num_steps:,} steps: --num-steps adds more.")
+    run.say(
+        f"{run.folder} has already finished its {plan.hp.num_steps:,} steps. Use a larger "
+        "--num-steps to train longer."
+    )
     return 0
 
 

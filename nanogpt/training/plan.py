@@ -135,7 +135,7 @@ class Plan:
         )
 
     def utilization(self, step: int, tokens_per_s: float) -> float | None:
-        """Model FLOPs utilisation of a step at this speed, 0 to 1; None on unknown devices."""
+        """Model FLOPs utilization of a step at this speed, 0 to 1; None on unknown devices."""
         flops = self.stages[self.hp.schedule.stage(step)].flops_per_token
         return utilization(tokens_per_s, flops, self.hardware.kind, self.num_devices)
 

@@ -88,7 +88,7 @@ def make_train_step(
 ) -> Wrapped:
     """Build `train_step(state, batch, rates) -> (state, metrics)`, jitted; it consumes its state.
 
-    It minimises the cross-entropies of the next tokens by the rates' target weights. The rates are
+    It minimizes the cross-entropies of the next tokens by the rates' target weights. The rates are
     numbers of its input, so that one program serves schedules of any kind and length.
 
     With `tied_head` embedding and head, which began as the same numbers, get the same gradient, the

@@ -49,7 +49,7 @@ def test_a_device_too_small_for_one_row_is_told_in_one_sentence():
     assert "\n" not in str(error.value) and "9000000000 bytes" in str(error.value)
 
 
-def test_the_error_of_a_device_that_is_full_is_recognised():
+def test_the_error_of_a_device_that_is_full_is_recognized():
     def prepare(rows):
         return jax.block_until_ready(jnp.zeros((rows, 1 << 44), jnp.uint8))[0, :3]  # 16 TB a row
 

@@ -377,7 +377,7 @@ OMPI = dict.fromkeys(LAUNCHERS["OMPI_COMM_WORLD_SIZE"], "2")
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, False),  # no TPU here
     ],
 )
-def test_launchers_are_recognised_by_what_they_set(monkeypatch, environment, others):
+def test_launchers_are_recognized_by_what_they_set(monkeypatch, environment, others):
     forget_launchers(monkeypatch)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)

@@ -259,7 +259,7 @@ def test_layers_may_be_counted_from_the_last_one_backwards():
     np.testing.assert_array_equal(found, expected)
 
 
-# Initialisation
+# Initialization
 
 
 @pytest.mark.parametrize(
@@ -608,7 +608,7 @@ def test_the_last_layers_and_but_for_the_first_table_the_first_have_value_embedd
 def test_without_value_embeddings_the_first_values_are_mixed_into_all_later_ones(run_on_values):
     config = replace(BARE, num_layers=4, mlp_only=(1,))
     params, tokens = alive(config), some_tokens(config, B=1, T=4)
-    # Nothing is added to the stream: each layer reads the normalised embedding.
+    # Nothing is added to the stream: each layer reads the normalized embedding.
     params["attention"]["out"][:] = params["mlp"]["down"][:] = params["skips"][:] = 0
     params["residual_shares"][:], params["embedding_shares"][:] = 1, 0
     params["attention"]["own_share"] = np.array([0.8, 0.5, 1.1], "f4")

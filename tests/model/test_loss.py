@@ -226,7 +226,7 @@ def test_a_softcap_can_be_the_sigmoid_of_the_speedrun():
 
 
 def wide_inputs(K):
-    """RMS-normalised features and a head of the size that training makes; bfloat16."""
+    """RMS-normalized features and a head of the size that training makes; bfloat16."""
     rng = np.random.default_rng(3)
     features = rng.standard_normal((6, 32, 64))
     features /= np.sqrt(np.mean(features**2, axis=-1, keepdims=True))

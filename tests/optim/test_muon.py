@@ -47,7 +47,7 @@ def matrix_with(singular_values, I, O):  # noqa: E741
     return u @ S @ v.T
 
 
-# Orthogonalisation
+# Orthogonalization
 
 
 def nearest_quintic(low, high):
@@ -133,7 +133,7 @@ def normalized_by_neuron(update, mean_square):
     return result * np.linalg.norm(update) / np.linalg.norm(result)
 
 
-def test_updates_are_nesterovs_momentum_orthogonalised_and_normalised_by_neuron():
+def test_updates_are_nesterovs_momentum_orthogonalized_and_normalized_by_neuron():
     decays = [0.5, 0.6, 0.9, 0.9]
     muon = scale_by_muon(neuron_decay=0.9)
     state, update = init(muon), jax.jit(muon.update)

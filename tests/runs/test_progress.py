@@ -123,7 +123,7 @@ def test_times_are_those_between_arrivals_and_leave_validation_out(run, clock):
     assert re.search(r"^step 2/4 .*val loss 3\.2500 .*2,000 tokens .*5\.0 s", validation)
 
 
-def test_utilisation_is_shown_where_it_is_known_and_not_where_it_is_not(run, clock):
+def test_utilization_is_shown_where_it_is_known_and_not_where_it_is_not(run, clock):
     # 1,000 tokens in 2 s and 3,000 in 2 s: 500 and 1,500 tok/s.
     known = {(2, 500.0): 0.25, (3, 1500.0): 0.5}
     progress = progress_of(run, lambda step, tokens_per_s: known.get((step, tokens_per_s)))
@@ -137,7 +137,7 @@ def test_utilisation_is_shown_where_it_is_known_and_not_where_it_is_not(run, clo
     assert "MFU 50.0% | " in third
 
 
-def test_the_summary_has_the_mean_utilisation_over_the_time_of_training(run, clock):
+def test_the_summary_has_the_mean_utilization_over_the_time_of_training(run, clock):
     known = {(1, 1000.0): 0.2, (2, 250.0): 0.05}
     progress = progress_of(run, lambda *of: known[of])
     for step, seconds in ((1, 1), (2, 4)):

@@ -74,7 +74,7 @@ def test_smaller_micro_batches_are_more_of_them():
         plan.batch_size = 1
 
 
-def test_less_memory_means_fewer_rows_then_rematerialisation():
+def test_less_memory_means_fewer_rows_then_rematerialization():
     # Parameters, gradients and optimizer state of gpt2-xl are 20 GB.
     plans = [plan_of("gpt2-xl", replace(H200, memory=gb * 1e9)) for gb in (140, 60, 27)]
     assert plans[0].batch_size > plans[1].batch_size >= 1
@@ -109,7 +109,7 @@ def test_the_speedrun_fits_tpus_of_16_gb_with_room_to_spare(devices):
         ({"rematerialize": False}, [(4, False), (2, False), (1, False)]),
     ],
 )
-def test_what_fails_for_want_of_memory_is_tried_with_fewer_rows_then_rematerialised(
+def test_what_fails_for_want_of_memory_is_tried_with_fewer_rows_then_rematerialized(
     changes, expected
 ):
     plan, found = plan_of("baseline", batch_size=4, **changes), []

@@ -392,7 +392,9 @@ def test_a_run_that_is_finished_says_so(straight, place, capsys):
     metrics, whole = (run / "metrics.jsonl").read_bytes(), contents(run / "checkpoints")
     assert train_gpt.main(["--resume", "runs/a", *ONE_ROW_EACH]) == 0
     output = capsys.readouterr()
-    assert output.out == "runs/a has made all its 20 steps: --num-steps adds more.\n"
+    assert output.out == (
+        "runs/a has already finished its 20 steps. Use a larger --num-steps to train longer.\n"
+    )
     assert output.err == ""
     assert (run / "metrics.jsonl").read_bytes() == metrics
     assert contents(run / "checkpoints") == whole

@@ -145,7 +145,7 @@ def test_devices_and_micro_batches_change_neither_losses_nor_gradients(
     assert np.ptp(metrics[:, 0]) > 0.1  # and the steps did something
 
 
-def test_the_objective_is_minimised_and_the_loss_of_the_next_token_reported(plain):
+def test_the_objective_is_minimized_and_the_loss_of_the_next_token_reported(plain):
     weights = (1.0, 0.5, 0.25)
     metrics, _ = train(devices=2, micro_batches=2, target_weights=weights)
     np.testing.assert_allclose(metrics, train_plainly(weights), rtol=1e-5)

@@ -98,12 +98,12 @@ def _kernel(
     sums: dict[int, Any] = {}
     for span in spans:
         sums[span.size] = sums.get(span.size, 0.0) + exp(cap.bound * tanh_at(span) - cap.bound)
-    log_normaliser = cap.bound + jnp.log(sum(jnp.sum(terms) for terms in sums.values()))
+    log_normalizer = cap.bound + jnp.log(sum(jnp.sum(terms) for terms in sums.values()))
     for k, (target, target_logit) in enumerate(zip(targets, target_logits, strict=True)):
-        losses_ref[k] = jnp.where(target >= 0, log_normaliser - target_logit, 0.0)
+        losses_ref[k] = jnp.where(target >= 0, log_normalizer - target_logit, 0.0)
 
     weighted = zip(targets, weights, strict=True)
-    offset = log_normaliser - jnp.log(sum(weight * (target >= 0) for target, weight in weighted))
+    offset = log_normalizer - jnp.log(sum(weight * (target >= 0) for target, weight in weighted))
     for span in reversed(spans):  # what was read last is the surest to be in the cache
         ids, t = span.start + jnp.arange(span.size), tanh_at(span)
         gradient = exp(cap.bound * t - offset)

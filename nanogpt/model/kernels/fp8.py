@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
-FEATURE_SCALE = 2.0**4  # RMS-normalised, so within ±sqrt(D): 443 after scaling if D is 768
+FEATURE_SCALE = 2.0**4  # RMS-normalized, so within ±sqrt(D): 443 after scaling if D is 768
 HEAD_SCALE = 2.0**8  # weights saturate at 1.75, and have all their digits down to 6e-5
 GRADIENT_SCALE = 2.0**14  # dlogits lie within ±1, as weights add up to 1; all digits to 4e-9
 

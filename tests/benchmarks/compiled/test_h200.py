@@ -163,7 +163,7 @@ def test_eight_gpus_reduce_each_gradient_once_in_float32_and_nothing_in_a_loop()
         assert not collectives(loop)
 
 
-def test_eight_gpus_gather_the_matrices_that_each_orthogonalised_in_bfloat16():
+def test_eight_gpus_gather_the_matrices_that_each_orthogonalized_in_bfloat16():
     from benchmarks.compiled.collectives import collectives
 
     _, program = compiled(*LAST_ON_EIGHT)

@@ -11,7 +11,7 @@ from benchmarks.compiled import scaling
 from benchmarks.compiled.collectives import Sent, first_group, sent, wire_bytes
 from benchmarks.compiled.prediction import H200, V5P, muon_flops, predicted, seconds_of
 from benchmarks.compiled.program import Instruction, Program
-from benchmarks.compiled.scaling_tables import table_of_sent, table_of_times
+from benchmarks.compiled.scaling_tables import span, table_of_sent, table_of_times
 from tests.devices.test_sharding import compiled
 
 
@@ -146,11 +146,19 @@ def test_efficiency_is_over_the_fewest_devices_that_divide_the_work_alike(model,
     case = {"size": "350M", "model": model, "shard_params": shard_params, "sent": []}
     few, many = ({**case, "devices": n} for n in (8, 64))
     rows = [row.split(" | ") for row in table_of_times([few, many], H200).splitlines()[2:]]
-    assert rows[0][4] == "100% to 100%"
+    assert rows[0][4] == "100%"
     before, after = (
         predicted(each, 524_288 / each["devices"])["all_hidden"] for each in (few, many)
     )
-    assert rows[1][4] == f"{before / after / 8:.0%} to {before / after / 8:.0%}" != rows[0][4]
+    assert rows[1][4] == f"{before / after / 8:.0%}" != rows[0][4]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [(118.9, 121.4, "120"), (5.16, 16.44, "5.2 to 16"), (1469.8, 1612.0, "1,500 to 1,600")],
+)
+def test_predictions_have_two_significant_digits(low, high, text):
+    assert span(low, high) == text
 
 
 @pytest.mark.skipif(

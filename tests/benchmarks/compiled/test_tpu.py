@@ -143,7 +143,7 @@ def test_data_parallel_chips_reduce_each_gradient_once_in_float32_and_nothing_in
 
     step, program = compiled("speedrun")
     found = collectives(program)
-    assert set(found) == {"all-reduce", "all-gather"}  # Muon gathers what each orthogonalised
+    assert set(found) == {"all-reduce", "all-gather"}  # Muon gathers what each orthogonalized
     assert all("bf16" not in x.shape for x in found["all-reduce"])
     assert numbers(found["all-reduce"]) == sum(sizes_of_parameters(step)) + 1  # and the loss
     (loop,) = program.loops()

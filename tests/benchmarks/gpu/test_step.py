@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks import results
 from benchmarks.gpu import loop, measurement, parts, step
-from benchmarks.gpu.floors import attention_row, floors, loss_row, orthogonalisation_flops
+from benchmarks.gpu.floors import attention_row, floors, loss_row, orthogonalization_flops
 from benchmarks.gpu.loop import Unmeasured, check_agreement, looped
 from benchmarks.gpu.parts import part_jobs
 from benchmarks.gpu.step import COLUMNS, main
@@ -75,7 +75,7 @@ def pretend(monkeypatch, tmp_path):
             (parts, "attention", "measure_attention", lambda size, *which: attention_row(*which)),
             (parts, "loss", "measure_loss", lambda size, *which: loss_row(*which)),
             (parts, "optimizer", "measure_update", lambda size, *which: which),
-            (parts, "optimizer", "measure_orthogonalisation", lambda size: "orthogonalisation"),
+            (parts, "optimizer", "measure_orthogonalization", lambda size: "orthogonalization"),
         ]:
 
             def measure(*arguments, section=section, row=row):
@@ -160,7 +160,7 @@ def test_the_parts_and_the_rest_make_up_the_whole_step(run):
     assert sum(parts[name]["of_step"] for name in [*PARTS, "rest"]) == pytest.approx(1)
 
 
-def test_a_device_without_a_data_sheet_has_unknown_floors_and_no_utilisation(run):
+def test_a_device_without_a_data_sheet_has_unknown_floors_and_no_utilization(run):
     figures, _, _ = run
     assert figures["device"] == "cpu"
     assert [figures["parts"][name]["floor_ms"] for name in PARTS] == [None] * len(PARTS)
@@ -229,7 +229,7 @@ def looped_program(monkeypatch):
         ("products", "head, d-weight", 1),
         ("attention", "xla, window 48, paired", 6),  # scores and outputs, and two gradients of each
         ("loss", "xla", 3),
-        ("optimizer", "orthogonalisation in it", 6),  # an iteration of each of two shapes
+        ("optimizer", "orthogonalization in it", 6),  # an iteration of each of two shapes
     ],
 )
 def test_every_round_makes_all_products(looped_program, section, row, products):
@@ -291,7 +291,7 @@ def test_the_full_size_is_the_third_stage_of_the_speedrun(fake_device):
     assert per_token["attention"] == pytest.approx(12 * 768 * keys)
     # 40 square matrices and 22 oblong ones, by five polynomials
     flops = 5 * 768**3 * (40 * 6 + 22 * (4 * 4 + 2))
-    assert orthogonalisation_flops(hp.model) == flops
+    assert orthogonalization_flops(hp.model) == flops
     size = replace(FULL, hp=hp)
     assert (size.tokens, size.Ng, size.repeats >= 5, size.calls % 2) == (65_536, 6, True, 0)
 

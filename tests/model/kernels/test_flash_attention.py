@@ -52,7 +52,7 @@ def numpy_attention(q, k, v, dout, documents=None, *, scale, window=None):
     return out, dq, dk, dv
 
 
-# Most of the time goes into compiling, so it is done without much optimisation.
+# Most of the time goes into compiling, so it is done without much optimization.
 @partial(
     jax.jit,
     static_argnames=("scale", "window", "block"),
