@@ -2,6 +2,7 @@
 # make test      set everything up and run the tests
 # make lint      set everything up and check style and types
 # make shapes    run the numeric tests with every shape annotation checked
+# make others    run the tests that "make shapes" does not, without the benchmarks
 # make help      print this
 #
 # ARGS go to train_gpt.py or pytest:    make train ARGS="--preset laptop --num-steps 100"
@@ -14,8 +15,10 @@ ARGS ?=
 ACCELERATOR ?= $(shell if [ -e /dev/nvidia0 ]; then echo cuda12; \
 	elif [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then echo tpu; else echo cpu; fi)
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --editable
+NUMERIC = tests/model tests/optim tests/data/test_batches.py tests/training/test_step.py \
+	tests/inference/test_generate.py
 
-.PHONY: train test lint shapes help
+.PHONY: train test lint shapes others help
 
 train: $(VENV)/ready-$(ACCELERATOR)
 	$(VENV)/bin/python train_gpt.py $(ARGS)
@@ -30,8 +33,11 @@ lint: $(VENV)/ready-dev
 
 shapes: $(VENV)/ready-dev
 	$(VENV)/bin/python -m pytest -n 2 --jaxtyping-packages=nanogpt,tests.typechecker.check \
-		tests/model tests/optim tests/data/test_batches.py tests/training/test_step.py \
-		tests/inference/test_generate.py $(ARGS)
+		$(NUMERIC) $(ARGS)
+
+others: $(VENV)/ready-dev
+	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
+		--ignore tests/benchmarks $(NUMERIC:%=--ignore %) $(ARGS)
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile

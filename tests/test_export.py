@@ -72,8 +72,9 @@ def test_an_exported_run_has_three_files_with_all_that_is_needed_to_use_it(run, 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_an_exported_model_has_the_logits_of_its_run_to_the_last_bit(run, exported, devices):
     mesh = make_mesh(devices)
-    hp, *model = load_model(run, mesh)
-    settings, *same = load_model(exported, mesh)
+    hp, *model, origin = load_model(run, mesh)
+    settings, *same, told = load_model(exported, mesh)
+    assert told == origin
     np.testing.assert_array_equal(logits_of(*same), logits_of(*model))
     for one, other in zip(*(jax.tree.leaves_with_path(x[1]) for x in (same, model)), strict=True):
         assert one[0] == other[0]
@@ -130,7 +131,7 @@ def test_an_empty_folder_may_be_written_and_a_taken_one_is_left_as_it_was(
 
 
 def test_what_cannot_be_written_whole_is_not_written_at_all(exported, tmp_path):
-    _, graph, params = load_model(exported, make_mesh(1))
+    _, graph, params, _ = load_model(exported, make_mesh(1))
     config = nnx.merge(graph, params).config
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # of a file, like a full disk

@@ -73,6 +73,12 @@ class Origin(TypedDict, total=False):
     val_loss: float
 
 
+class Commit(TypedDict):
+    """What is read of run.json."""
+
+    commit: str
+
+
 Exported = TypedDict("Exported", {"from": Origin})  # what their exported folder tells of it
 
 
@@ -116,14 +122,13 @@ def load_run(folder: Path, mesh: "Mesh") -> "tuple[RunSettings, nnx.GraphDef, Pa
 
 def origin_of(checkpoint: "Checkpoint") -> Origin:
     """The run and step of a checkpoint, and as far as the run tells its commit and loss."""
-    from nanogpt.runs.folder import Circumstances
     from nanogpt.training.checkpoint import run_of
     from nanogpt.training.records import validation_losses
 
     run, step = run_of(checkpoint.folder), checkpoint.step
     origin = Origin(run=run.resolve().name, step=step, tokens=checkpoint.facts["tokens"])
-    with suppress(ConfigError, KeyError):
-        origin["commit"] = read_json(run / "run.json", Circumstances, "")["commit"]
+    with suppress(ConfigError):
+        origin["commit"] = read_json(run / "run.json", Commit, "", others=True)["commit"]
     if (val_loss := validation_losses(run).get(step)) is not None:
         origin["val_loss"] = val_loss
     return origin

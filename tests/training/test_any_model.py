@@ -95,7 +95,7 @@ def test_a_model_that_is_accepted_can_be_trained_saved_resumed_exported_and_samp
     settings = {name: getattr(hp, name) for name in ("tokenizer", "sequence_length", "dtype")}
     settings["from"] = {"run": "a", "step": 7, "tokens": 70}
     save_model(out, hp.model, state.params, settings, note(hp.model, settings, state.params))
-    _, exported, params = load_model(out, mesh)
+    _, exported, params, _ = load_model(out, mesh)
     assert bits(params) == bits(state.params)
     if seed == 0:  # a program is compiled for it
         zeros, texts = jax.tree.map(np.zeros_like, params), ["ab", ""]
