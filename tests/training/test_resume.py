@@ -491,9 +491,11 @@ def test_a_disk_that_is_full_from_the_start_is_told_in_one_sentence(straight, pl
     ):
         with Process(arguments, place, cache, limit=limit) as process:
             status = process.end()
-        (sentence,) = process.stderr.splitlines()
+        # JAX warns first where it cannot keep a program that it compiled.
+        *_, sentence = process.stderr.splitlines()
         assert (status, sentence[-1]) == (2, ".")
         assert "File too large" in sentence
+        assert "Traceback" not in process.stderr
     assert (run / "metrics.jsonl").read_bytes() == metrics
     assert contents(run / "checkpoints") == whole
 
