@@ -67,7 +67,9 @@ def export(run: Path, out: Path) -> str:
     save_model(out, model, params, settings, note(model, settings, params))
     return (
         f"the weights of {run} after step {checkpoint.step:,} are in {out}\n"
-        f"Use them with:\n  python3 sample.py {out}\n  python3 train_gpt.py --init-from {out}"
+        f"Use them with:\n  python3 sample.py {out}\n  python3 train_gpt.py --init-from {out}\n"
+        f"For other programs, {out}/MODEL.md describes the model: Transformers, vLLM and llama.cpp "
+        "do not know this architecture."
     )
 
 

@@ -31,10 +31,13 @@ from nanogpt.command_line import parse, print_result
 from nanogpt.config import TokenizerName
 from nanogpt.data.hub import patiently
 from nanogpt.data.text.documents import DataError, find_files
-from nanogpt.data.text.encode import Inputs
+from nanogpt.data.text.encode import Inputs, usable_cpus
 from nanogpt.data.text.eta import progress_line
 from nanogpt.data.text.prepare import SHARD_TOKENS, Recipe, make_shards
 from nanogpt.training.interruption import Interruption
+
+
+CPUS = usable_cpus()
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Options:
     "text"."""
     shard_tokens: Positive = SHARD_TOKENS
     """Tokens per shard."""
-    processes: Positive = os.cpu_count() or 1
+    processes: Positive = CPUS
     """How many encode at the same time; it changes no byte of the shards."""
 
     def check(self) -> None:

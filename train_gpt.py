@@ -427,7 +427,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         # Open the run, at its first step or after its newest good checkpoint.
         start = where_to_begin(plan, run.folder, run.say)
         if start.first_record > hp.num_steps:
-            return session.nothing_left(run, plan)
+            return session.nothing_left(run, plan, start)
         progress = session.begin(run, plan, start)
 
         # Compile and try everything, before the clock starts.

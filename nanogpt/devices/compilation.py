@@ -4,6 +4,8 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import TypeVar
 
 import jax
@@ -13,6 +15,8 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from nanogpt.config import ConfigError
 from nanogpt.files import cache_folder
+
+CACHE_BYTES = 5_000_000_000  # of compiled programs that are kept
 
 Name = TypeVar("Name", bound=str | tuple)
 Result = TypeVar("Result")
@@ -27,9 +31,24 @@ def use_compilation_cache() -> None:
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         folder = cache_folder() / "compiled"
+        prune(folder)
         if jax.default_backend() == "cpu":  # code for one processor may not run on the next
             folder /= platform.node()
         jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def prune(folder: Path, limit: int = CACHE_BYTES) -> None:
+    """Delete the files of a folder that were not used for longest, so that `limit` bytes are left.
+
+    JAX can do so, too, but keeps a file with the time beside each program: where a process is
+    killed between writing the two, it can write no more.
+    """
+    with suppress(OSError):  # another process deletes, too, or it is not ours to delete
+        files = [(path, path.stat()) for path in folder.rglob("*-cache")]
+        for path, stat in sorted(files, key=lambda file: file[1].st_atime, reverse=True):
+            limit -= stat.st_size
+            if limit < 0:
+                path.unlink(missing_ok=True)
 
 
 def compile_all(

@@ -166,8 +166,8 @@ def load_model(folder: Path, mesh: "Mesh") -> "tuple[ModelSettings, nnx.GraphDef
     from nanogpt.training.step import graph_of
 
     if not is_exported(folder):
-        *loaded, checkpoint = load_run(folder, mesh)
-        return *loaded, origin_of(checkpoint)
+        settings, graph, params, checkpoint = load_run(folder, mesh)
+        return settings, graph, params, origin_of(checkpoint)
     settings = model_in(folder)
     origin = read_json(folder / CONFIG, Exported, EXPORT_AGAIN, others=True)["from"]
     params = {}

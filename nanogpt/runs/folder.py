@@ -59,8 +59,15 @@ class Run:
         self.trackers = Trackers(self.say)
         self.folder = folder
         self._lock = _hold(folder)
-        self._log = (folder / "log.txt").open("ab", buffering=0)
-        self._metrics = (folder / FILE).open("ab", buffering=0)
+        try:
+            self._log = (folder / "log.txt").open("ab", buffering=0)
+            self._metrics = (folder / FILE).open("ab", buffering=0)
+        except OSError as error:
+            self._lock.release()
+            raise RunError(
+                f"{error.filename} cannot be written ({error.strerror}): move it away, or start "
+                "another run."
+            ) from error
         self._waiting: list[bytes] = []  # records that a full disk did not take yet
         self._shown = float("-inf")  # when a line of many was shown last
 

@@ -80,11 +80,13 @@ def open_run(plan: Plan) -> Generator[Run, None, None]:
         yield run
 
 
-def nothing_left(run: Run, plan: Plan) -> int:
+def nothing_left(run: Run, plan: Plan, start: Start) -> int:
     """Say that the run is complete; the exit status."""
+    made, asked = start.first_record - 1, plan.hp.num_steps
     run.say(
-        f"{run.folder} has already finished its {plan.hp.num_steps:,} steps. Use a larger "
-        "--num-steps to train longer."
+        f"{run.folder} has already finished its {made:,} steps"
+        + (f", more than --num-steps {asked:,}" if made > asked else "")
+        + ". Use a larger --num-steps to train longer."
     )
     return 0
 

@@ -1,6 +1,7 @@
 """What happens before the clock starts: the cache, compiling with progress, and fitting memory."""
 
 import io
+import os
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from nanogpt.config import ConfigError
-from nanogpt.devices.compilation import compile_all, first_that_fits
+from nanogpt.devices.compilation import compile_all, first_that_fits, prune
 
 POWERS = (64, 32, 16, 8, 4, 2, 1)
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9000000000 bytes."
@@ -137,6 +138,19 @@ def test_damage_to_the_cache_costs_a_compilation_and_nothing_else(tmp_path):
 def test_a_cache_folder_that_cannot_be_made_is_done_without(tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert run(XDG_CACHE_HOME=str(tmp_path / "file"))[0] == "42.0 False"
+
+
+def test_the_programs_that_were_not_used_for_longest_are_deleted(tmp_path):
+    for age, name in enumerate(("new", "host/middle", "host/old")):
+        path = tmp_path / f"{name}-cache"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(bytes(100))
+        os.utime(path, (1e9 - age, 1e9 + age))  # last used; written
+    (tmp_path / "other").write_bytes(bytes(1000))
+    prune(tmp_path, 250)
+    assert sorted(x.name for x in tmp_path.rglob("*-cache")) == ["middle-cache", "new-cache"]
+    assert (tmp_path / "other").exists()
+    prune(tmp_path / "nowhere", 250)
 
 
 def test_a_cache_folder_of_the_users_own_is_kept(tmp_path):

@@ -131,6 +131,16 @@ def test_a_folder_that_is_held_says_by_whom_and_is_not_touched(run):
     assert (run.folder / "config.json").read_text() == "the first one's"
 
 
+def test_a_log_that_cannot_be_written_is_one_sentence_and_holds_nothing(run):
+    run.__exit__(None, None, None)
+    (run.folder / "log.txt").unlink()
+    (run.folder / "log.txt").mkdir()
+    with pytest.raises(RunError, match=r"^.*log\.txt cannot be written \(Is a directory\): .*\.$"):
+        Run(run.folder)
+    (run.folder / "log.txt").rmdir()
+    Run(run.folder).__exit__(None, None, None)
+
+
 def test_a_folder_is_free_again_when_its_run_has_ended_or_was_killed(run):
     hold = (
         "import sys, time; from pathlib import Path; from nanogpt.runs.folder import Run\n"

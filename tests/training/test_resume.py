@@ -395,6 +395,9 @@ def test_a_run_that_is_finished_says_so(straight, place, capsys):
     assert output.out == (
         "runs/a has already finished its 20 steps. Use a larger --num-steps to train longer.\n"
     )
+    assert train_gpt.main(["--resume", "runs/a", "--num-steps", "3", *ONE_ROW_EACH]) == 0
+    output = capsys.readouterr()
+    assert "has already finished its 20 steps, more than --num-steps 3. Use" in output.out
     assert output.err == ""
     assert (run / "metrics.jsonl").read_bytes() == metrics
     assert contents(run / "checkpoints") == whole

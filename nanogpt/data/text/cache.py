@@ -9,7 +9,6 @@ So text is read again only where those facts changed, and encoded again only whe
 
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from typing import NamedTuple
 from nanogpt.checks import shown
 from nanogpt.data.find import why_no_file
 from nanogpt.data.text.documents import Files, find_files
+from nanogpt.data.text.encode import usable_cpus
 from nanogpt.data.text.eta import progress_line
 from nanogpt.data.text.prepare import Recipe, fingerprint_of, make_shards
 from nanogpt.data.text.unpacked import suffixes
@@ -45,7 +45,7 @@ def prepare(inputs: Sequence[str], tokenizer: str, field: str = "text") -> Prepa
     `make_shards` raise.
     """
     files, recipe = find_files(inputs), Recipe(tokenizer, field)
-    processes = min(os.cpu_count() or 1, 1 + sum(files.weights) // BYTES_PER_PROCESS)
+    processes = min(usable_cpus(), 1 + sum(files.weights) // BYTES_PER_PROCESS)
     with progress_line() as show:
         files = files._replace(fingerprint=content_of(files, show))
         folder = cache_folder() / f"text-{fingerprint_of(files, recipe)[:12]}"

@@ -8,6 +8,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from functools import cache
 from itertools import chain
 from multiprocessing import get_context, parent_process
@@ -37,7 +38,19 @@ BATCH = 2**20  # bytes of text that a worker gets at a time
 UNIT_BYTES = 100  # what a document costs besides its bytes
 TOLD = 5  # documents left out that are named
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, by cgroup v2
+
 tokenizer_of = cache(load_tokenizer)
+
+
+def usable_cpus() -> int:
+    """How many CPUs this process may keep busy: by its affinity, and by its container's quota."""
+    affinity = getattr(os, "sched_getaffinity", None)  # only on Linux
+    count = len(affinity(0)) if affinity else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # there is no quota, or it is "max"
+        quota, period = map(int, CPU_QUOTA.read_text().split())
+        count = min(count, max(1, quota // period))
+    return count
 
 
 class Inputs(Protocol):
