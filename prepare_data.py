@@ -36,7 +36,6 @@ from nanogpt.data.text.eta import progress_line
 from nanogpt.data.text.prepare import SHARD_TOKENS, Recipe, make_shards
 from nanogpt.training.interruption import Interruption
 
-
 CPUS = usable_cpus()
 
 

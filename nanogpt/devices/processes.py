@@ -127,8 +127,8 @@ def wait_for_others() -> None:
     One that leaves waits for LOST_AFTER seconds, not longer. And it closes the connections by which
     another may still be receiving its part of the last reduction, so no reduction can tell this.
     """
-    if jax.distributed.is_initialized():
-        global_state.client.wait_at_barrier("end", timeout_in_ms=24 * 3600 * 1000)
+    if (client := global_state.client) is not None:
+        client.wait_at_barrier("end", timeout_in_ms=24 * 3600 * 1000)
 
 
 def leave(status: int) -> int:
