@@ -9,6 +9,7 @@ name this machine (else a foreign name may point here: DNS rebinding), an Origin
 and only application/json is read, which no form of another site can send.
 """
 
+import asyncio
 import json
 import logging
 import re
@@ -39,6 +40,7 @@ try:
     from starlette.responses import HTMLResponse, Response, StreamingResponse
     from starlette.routing import Route
     from starlette.types import Receive, Scope, Send
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError:
     raise ConfigError('The page needs Starlette and Uvicorn: pip install -e ".[serve]"') from None
 
@@ -50,6 +52,7 @@ _Order = tuple[str, int, Sampling]
 _LARGEST_BODY = 64 * 1024  # bytes
 _MOST_TOKENS = 1024
 _MOST_WAITING = 4
+_PATIENCE = 10  # seconds that a request has to arrive
 
 
 def serve(write: Write, title: str, port: int, **page: Any) -> None:
@@ -72,6 +75,27 @@ def serve(write: Write, title: str, port: int, **page: Any) -> None:
         _Server(app).run(sockets=[listener])
 
 
+class _Connection(H11Protocol):
+    """A connection, closed if its next request is not whole in time: else a few lock out all."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._expect_request()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._expect_request()
+
+    def _expect_request(self) -> None:
+        before = self.cycle  # the request before, if there was one
+
+        def give_up() -> None:
+            if self.cycle is before or self.cycle.more_body:
+                self.transport.close()
+
+        self.loop.call_later(_PATIENCE, give_up)
+
+
 class _Server(uvicorn.Server):
     """Uvicorn on behalf of the page. At its end, streams end with the token that they are at."""
 
@@ -83,6 +107,7 @@ class _Server(uvicorn.Server):
         }
         config = uvicorn.Config(
             app,
+            http=_Connection,
             lifespan="off",
             ws="none",
             proxy_headers=False,

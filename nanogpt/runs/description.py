@@ -1,5 +1,6 @@
 """What a run says of its plan, in words: the first lines, the table, and `--dry-run`."""
 
+from math import lcm
 from pathlib import Path
 
 from nanogpt.devices.accelerator import unused_gpu
@@ -90,7 +91,11 @@ def outlook(plan: Plan) -> dict[str, str]:
         f"parameters and optimizer state, {size(working)} of gradients and copies, "
         f"{size(activations)} of activations"
     )
-    saved = sum(map(plan.saves, range(1, plan.hp.num_steps + 1)))
+    saved, (often, validated) = 1, (plan.hp.checkpoint_every, plan.hp.val_loss_every)
+    every = [n for n in (often, plan.hp.keep_best and validated) if n]
+    if every:  # those due at one interval, at the other, but not twice, and after the last step
+        before = plan.hp.num_steps - 1
+        saved += sum(before // n for n in every) - (len(every) == 2) * (before // lcm(*every))
     kept, best = min(saved, plan.hp.keep_checkpoints), ""
     minutes = plan.hp.checkpoint_minutes
     if plan.hp.keep_best and kept < saved:

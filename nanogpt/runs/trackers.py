@@ -121,7 +121,8 @@ def open_trackers(
     if tensorboard:
         trackers.add("TensorBoard", TensorBoard, folder, first)
     if wandb:
-        trackers.add("Weights & Biases", WeightsAndBiases, folder, config)
+        # Offline, a resumed run has a file more, which may repeat steps: it says where it begins.
+        trackers.add("Weights & Biases", WeightsAndBiases, folder, config | {"first_step": first})
     return trackers
 
 

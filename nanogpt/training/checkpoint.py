@@ -44,6 +44,7 @@ class Facts(TypedDict, total=False):
     training_seconds: float
     unvalidated: dict[str, float] | None  # metrics of a step that is validated afterwards
     shards: dict[str, list[Shard]]  # those that it trains on, "train", and validates on, "val"
+    settings: dict[str, Any]  # those that decide what it learns
 
 
 class File(TypedDict):

@@ -48,6 +48,9 @@ CHANGEABLE = {
     "tensorboard",
     "wandb",
 }
+# What says where a run lies, what it reads and where its settings came from. Of data, the content
+# counts.
+PLACES = {"run_name", "preset", "config", "init_from", "train_files", "val_files", "data"}
 
 
 def run_to_resume(resume: str) -> Path:

@@ -1,12 +1,14 @@
 """Where a run begins: with its first step, or after its newest good checkpoint."""
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax.traverse_util import flatten_dict
 
 from nanogpt.checks import ConfigError
 from nanogpt.data.dataset import content_of
@@ -14,7 +16,7 @@ from nanogpt.devices.processes import told_by_first
 from nanogpt.training.checkpoint import Checkpoint, check_model, newest_checkpoint
 from nanogpt.training.plan import Plan
 from nanogpt.training.records import validation_losses
-from nanogpt.training.resume import check_same_data
+from nanogpt.training.resume import CHANGEABLE, PLACES, check_same_data
 from nanogpt.training.step import init_params
 
 
@@ -64,7 +66,14 @@ def facts_to_save(
         "training_seconds": training_seconds,
         "unvalidated": unvalidated,
         "shards": content_of(plan.dataset),
+        "settings": settings_of(plan),
     }
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """The settings that decide what a run learns, flat, by which its checkpoints are told apart."""
+    settings = {k: v for k, v in asdict(plan.hp).items() if k not in CHANGEABLE | PLACES}
+    return flatten_dict(json.loads(json.dumps(settings)), sep=".")
 
 
 def where_to_begin(plan: Plan, folder: Path, say: Callable[[str], None]) -> Start:
@@ -77,6 +86,13 @@ def where_to_begin(plan: Plan, folder: Path, say: Callable[[str], None]) -> Star
     if not hp.resume:
         return Start()
     checkpoint = newest_checkpoint(folder, say)
+    had, has = checkpoint.facts.get("settings", {}), settings_of(plan)
+    for name in had.keys() & has.keys():  # another version may have more
+        if had[name] != has[name]:
+            raise ConfigError(
+                f"{checkpoint.folder} is of another run, with {name} {had[name]} instead of "
+                f"{has[name]}: restore the run's own checkpoint, or delete this one."
+            )
     check_model(checkpoint, jax.eval_shape(partial(init_params, hp.model), jax.random.key(0)))
     start = Start(checkpoint)
     if start.unvalidated:

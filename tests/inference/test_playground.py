@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -383,6 +383,27 @@ def test_a_client_that_leaves_within_its_body_is_forgotten(capsys):
             time.sleep(0.1)
         assert ask(port)[0] == 200
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "half",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nHost: localhost",
+        post("Content-Length: 50") + b"{",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\nGET / HT",
+    ],
+)
+def test_a_hundred_requests_that_never_end_lock_nobody_out_for_long(half, monkeypatch, caplog):
+    monkeypatch.setattr(playground, "_PATIENCE", 1.0)
+    with serving(Model()) as port, ExitStack() as stack:
+        for _ in range(100):
+            connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+            stack.enter_context(connection).sendall(half)
+        assert eventually(lambda: ask(port)[0] == 200)
+        while connection.recv(65536):
+            pass  # until the server has closed it
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost:1", "LOCALHOST", "[::1]:8000"])

@@ -386,6 +386,30 @@ def test_a_run_that_cannot_be_resumed_is_an_error_and_never_a_fresh_start(
     assert sorted(place.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "other"), [("seed", 7), ("model.softcap", 7.5), ("adam.head.betas", [0.5, 0.6])]
+)
+def test_the_checkpoint_of_another_run_is_named_and_not_gone_on_from(
+    straight, place, capsys, name, other
+):
+    run = place / "runs" / "a"
+    shutil.copytree(straight, run)
+    config = json.loads((run / "config.json").read_text())
+    *outer, last = name.split(".")
+    settings = config
+    for key in outer:
+        settings = settings[key]
+    had, settings[last] = settings[last], other
+    (run / "config.json").write_text(json.dumps(config))
+    before = contents(run)
+    assert train_gpt.main(["--resume", "runs/a", "--num-steps", "25", *ONE_ROW_EACH]) == 2
+    told = f"checkpoints/00000020 is of another run, with {name} {had} instead of {other}: "
+    assert told in capsys.readouterr().err
+    assert {k: v for k, v in contents(run).items() if k.name not in ("lock", "holder", "log.txt")} == {
+        k: v for k, v in before.items() if k.name not in ("lock", "holder", "log.txt")
+    }
+
+
 def test_a_run_that_is_finished_says_so(straight, place, capsys):
     run = place / "runs" / "a"
     shutil.copytree(straight, run)
