@@ -1,8 +1,9 @@
-"""A process of a run, and killing it at a chosen moment."""
+"""The processes of a run, and killing them at a chosen moment."""
 
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -36,23 +37,32 @@ class Death:
 
 
 class Incarnation:
-    """One process of a run, whose console is read as it comes."""
+    """A run between two deaths, of one process or several; the console of the first is read."""
 
-    def __init__(self, arguments: list[str], place: Path):
+    def __init__(self, arguments: list[str], place: Path, processes: int = 1):
         cache = place / "cache"
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "train_gpt.py"), *arguments],
-            cwd=place,
-            env=os.environ
-            | {
-                "XDG_CACHE_HOME": str(cache),
-                "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "JAX_ENABLE_COMPILATION_CACHE": "1",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            encoding="utf-8",
+        environment = os.environ | {
+            "XDG_CACHE_HOME": str(cache),
+            "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_ENABLE_COMPILATION_CACHE": "1",
+        }
+        joined: list[list[str]] = [[]]
+        if processes > 1:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                where = f"127.0.0.1:{free.getsockname()[1]}"
+            told = ["--coordinator-address", where, "--num-processes", f"{processes}"]
+            joined = [[*told, "--process-id", f"{number}"] for number in range(processes)]
+        self.process, *self.others = (
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "train_gpt.py"), *arguments, *place_in_run],
+                cwd=place,
+                env=environment,
+                stdout=subprocess.DEVNULL if number else subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                encoding="utf-8",
+            )
+            for number, place_in_run in enumerate(joined)
         )
         self.lines: list[str] = []
         self.more = Event()  # set with every line
@@ -66,15 +76,22 @@ class Incarnation:
         self.more.set()
 
     def wait(self) -> int:
-        """The exit status."""
+        """The exit status of the first process, when all have ended."""
         try:
             status = self.process.wait(PATIENCE)
+            for other in self.others:
+                other.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            self.process.kill()
+            self.send(signal.SIGKILL)
             raise Different(f"a process does not end ({self.ended})") from None
         self.reader.join()
         self.process.stdout.close()
         return status
+
+    def send(self, kind: signal.Signals) -> None:
+        """Send a signal to all processes."""
+        for process in (self.process, *self.others):
+            process.send_signal(kind)
 
     @property
     def ended(self) -> str:
@@ -86,7 +103,7 @@ class Incarnation:
         deadline = time.monotonic() + PATIENCE
         while not true() and self.process.poll() is None:
             if time.monotonic() > deadline:
-                self.process.kill()
+                self.send(signal.SIGKILL)
                 raise Different(f"a process does nothing ({self.ended})")
             self.more.wait(0.002)
             self.more.clear()
@@ -116,14 +133,16 @@ def kill(
     phase: str,
     upto: int,
     draw: random.Random,
+    processes: int = 1,
 ) -> Death:
-    """Start a process of the run, and kill it: in that phase, if it comes soon after step `upto`.
+    """Go on with the run, and kill it: in that phase, if it comes soon after step `upto`.
 
+    SIGTERM goes to all of several processes, SIGKILL to one: the others must then end themselves.
     What it was at is told by what it said, and what it left, not by what was aimed at.
     """
     run = place / "runs" / "killed"
     begun, left = max(checkpoints(run), default=0), unfinished(run)
-    process = Incarnation(arguments, place)
+    process = Incarnation(arguments, place, processes)
 
     def now() -> str:
         return "saving" if unfinished(run) - left else process.at()
@@ -141,9 +160,15 @@ def kill(
             process.wait_until(lambda: now() == phase or process.step > step + VALIDATE)
     time.sleep(wait)
     was = now()
-    process.process.send_signal(kind)
+    if kind == signal.SIGKILL and process.others:
+        killed = draw.choice((process.process, *process.others))
+        killed.kill()
+        expected = {-kind} if killed is process.process else set(range(-64, 256)) - {0}
+    else:
+        process.send(kind)
+        expected = {-kind, 128 + kind}
     status = process.wait()
-    if status not in {-kind, 128 + kind}:
+    if status not in expected:
         raise Different(f"{kind.name} at {was} ended with {process.ended}")
     made = metrics(run)
     saved = max(checkpoints(run), default=0)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,9 +30,13 @@ def digest(checkpoint: Path) -> str:
     import numpy as np
     from orbax.checkpoint import v1 as ocp
 
-    with warnings.catch_warnings():  # that the arrays come back as they were laid out
-        warnings.simplefilter("ignore", UserWarning)
-        tree = ocp.load_checkpointables(checkpoint)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever they lay
+
+    def on_one_device(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here)
+
+    saved = ocp.checkpointables_metadata(checkpoint).metadata
+    tree = ocp.load_checkpointables(checkpoint, jax.tree.map(on_one_device, saved))
     total = hashlib.sha256()
     for name, leaf in jax.tree.leaves_with_path(tree):
         array = np.asarray(leaf)

@@ -2,6 +2,7 @@
 
     .venv/bin/python -m benchmarks.reliability.soak
     .venv/bin/python -m benchmarks.reliability.soak --tiny --kills 3
+    .venv/bin/python -m benchmarks.reliability.soak --processes 2
 
 Both train the laptop preset (with --tiny a far smaller model), for fewer steps. The second gets
 SIGKILL or SIGTERM at moments drawn at random: while it starts, compiles, trains, validates, or
@@ -45,6 +46,8 @@ class Options:
     """How often the run is killed and resumed."""
     steps: int = 0
     """Optimizer steps of both runs; 0 for eight per kill."""
+    processes: int = 1
+    """Processes that train together. SIGTERM goes to all of them, SIGKILL to one."""
     tiny: bool = False
     """A model so small that each process takes seconds: a test of this script."""
     seed: int = 0
@@ -58,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def compare(options: Options) -> int:
     """Make both runs, print the table of kills, and save it; 1 if anything differs."""
-    check_positive(options, "kills")
+    check_positive(options, "kills", "processes")
     if options.steps and options.steps < 4 * VALIDATE:
         raise Mistake(f"--steps must be 0 or at least {4 * VALIDATE}, not {options.steps}.")
     with tempfile.TemporaryDirectory() as scratch:
@@ -67,7 +70,8 @@ def compare(options: Options) -> int:
         except Different as difference:
             print(f"DIFFERENT: {difference}")
             return 1
-    save("soak", figures, options.tiny)
+    several = f"_{options.processes}_processes" if options.processes > 1 else ""
+    save(f"soak{several}", figures, options.tiny)
     return 0
 
 
@@ -83,7 +87,9 @@ def soak(options: Options, place: Path) -> dict:
     tiny = TINY.split() if options.tiny else []
 
     straight = place / "runs" / "straight"
-    whole = Incarnation([*arguments, f"{steps}", *tiny, "--run-name", "straight"], place)
+    whole = Incarnation(
+        [*arguments, f"{steps}", *tiny, "--run-name", "straight"], place, options.processes
+    )
     if whole.wait() != 0:
         raise Different(f"the uninterrupted run ended with {whole.ended}")
     expected = {step: digest(path) for step, path in checkpoints(straight).items()}
@@ -102,7 +108,7 @@ def soak(options: Options, place: Path) -> dict:
         count = 2 if ahead else len(PHASES)
         (phase,) = draw.choices(PHASES[:count], WEIGHTS[:count])
         upto = max(saved + EVERY // 2, share)  # the step at which the process has lived enough
-        death = kill(again if saved else fresh, place, kind, phase, upto, draw)
+        death = kill(again if saved else fresh, place, kind, phase, upto, draw, options.processes)
         deaths.append(death)
         saved = checkpoints(run)
         for step in sorted(saved.keys() & expected.keys()):
@@ -116,7 +122,7 @@ def soak(options: Options, place: Path) -> dict:
         if not saved:  # there is nothing to resume: as a user would, begin anew
             shutil.rmtree(run, ignore_errors=True)
 
-    last = Incarnation(again if checkpoints(run) else fresh, place)
+    last = Incarnation(again if checkpoints(run) else fresh, place, options.processes)
     if last.wait() != 0:
         raise Different(f"the killed run ended with {last.ended}")
     if metrics(run) != records:

@@ -405,9 +405,9 @@ def test_the_checkpoint_of_another_run_is_named_and_not_gone_on_from(
     assert train_gpt.main(["--resume", "runs/a", "--num-steps", "25", *ONE_ROW_EACH]) == 2
     told = f"checkpoints/00000020 is of another run, with {name} {had} instead of {other}: "
     assert told in capsys.readouterr().err
-    assert {k: v for k, v in contents(run).items() if k.name not in ("lock", "holder", "log.txt")} == {
-        k: v for k, v in before.items() if k.name not in ("lock", "holder", "log.txt")
-    }
+    assert {
+        k: v for k, v in contents(run).items() if k.name not in ("lock", "holder", "log.txt")
+    } == {k: v for k, v in before.items() if k.name not in ("lock", "holder", "log.txt")}
 
 
 def test_a_run_that_is_finished_says_so(straight, place, capsys):
