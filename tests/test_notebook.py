@@ -20,10 +20,11 @@ OPTIONS = "{" ".join(SMALL)} --preset laptop"
 """
 
 
-def executed(folder):
-    """What each code cell of the notebook printed or shows, run in a folder of its own."""
+def executed(folder, count=None):
+    """What the first code cells of the notebook, or all, print or show when run in a folder."""
     notebook = nbformat.read(ROOT / "notebooks" / "tpu.ipynb", as_version=4)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:count]
+    notebook.cells = cells
     assert cells[0].metadata.tags == ["parameters"]
     assert not any(cell.outputs for cell in cells)
     cells[0].source = PARAMETERS
@@ -50,6 +51,5 @@ def test_it_trains_draws_writes_and_exports_and_goes_on_where_it_was(tmp_path, c
     assert text.startswith("The") and len(text) > T
     assert "model" in export
     assert (tmp_path / "runs" / "notebook" / "model" / "model.safetensors").exists()
-    *_, again, curve, text, export = executed(tmp_path)
+    *_, again = executed(tmp_path, 6)
     assert f"has already finished its {count} steps" in again
-    assert "image/png" in curve and text.startswith("The") and export == ""
