@@ -106,7 +106,7 @@ def test_a_checkpoint_can_be_named_and_the_results_are_kept_with_its_run(staged,
     assert (found["step"], found["val_loss"]) == (9, pytest.approx(logged(staged, 9), abs=1e-5))
     for wrong, why in (("00000008", "has no manifest"), ("x", "is not a checkpoint")):
         assert evaluate.main([str(staged / "checkpoints" / wrong)]) == 2
-        assert re.fullmatch(rf".*{wrong} {why}.*: name another.*\n", capsys.readouterr().err)
+        assert re.fullmatch(rf".*{wrong} {why}.*: give another.*\n", capsys.readouterr().err)
 
 
 def test_an_exported_model_has_the_loss_of_its_run(staged, tmp_path, capsys):

@@ -213,12 +213,12 @@ OF_2026_11_22 = """{"preset": "laptop", "train_files": null, "val_files": null,
 @pytest.mark.parametrize(
     ("told", "remedy"),
     [
-        ('{"commit": "0123abc"}', "check out its commit, 0123abc, to go on with it"),
-        ('{"commit": "0123abc-dirty"}', "check out its commit, 0123abc, to go on with it"),
-        ('{"commit": "unknown"}', "use that version to go on with it"),
-        ('{"commit": ', "use that version to go on with it"),
-        ("[]", "use that version to go on with it"),
-        (None, "use that version to go on with it"),
+        ('{"commit": "0123abc"}', "check out its commit, 0123abc, to continue with it"),
+        ('{"commit": "0123abc-dirty"}', "check out its commit, 0123abc, to continue with it"),
+        ('{"commit": "unknown"}', "use that version to continue with it"),
+        ('{"commit": ', "use that version to continue with it"),
+        ("[]", "use that version to continue with it"),
+        (None, "use that version to continue with it"),
     ],
 )
 def test_a_run_of_a_version_with_other_parameters_is_refused_with_its_commit(
@@ -240,7 +240,7 @@ def test_an_exported_model_of_such_a_version_is_refused_with_its_commit_too(run,
     for program in ("sample", "begin with its weights"):
         sentence = refusal(capsys, run, *PROGRAMS[program])
         assert sentence.startswith("runs/a/config.json is of an earlier version, ")
-        assert ": check out its commit, 0123abc, to go on with it, or " in sentence
+        assert ": check out its commit, 0123abc, to continue with it, or " in sentence
 
 
 def test_a_run_of_this_version_is_read_as_it_was_whatever_its_settings(tmp_path):

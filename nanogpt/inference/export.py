@@ -46,7 +46,7 @@ def save_model(
     """
     folder = folder.resolve()
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists already and is not an empty folder: name another.")
+        raise ConfigError(f"{folder} exists already and is not an empty folder: choose another.")
     # Contiguous, for save_file writes an array's memory as it lies.
     arrays = {name: np.asarray(a, order="C") for name, a in named(params).items()}
     config = {**settings, "model": asdict(model)}
@@ -63,7 +63,7 @@ def save_model(
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{folder} cannot be written ({reason}): make room there, or name another."
+            f"{folder} cannot be written ({reason}): make room there, or choose another."
         ) from error
 
 

@@ -36,7 +36,7 @@ From {"; ".join(told)}.
 
 ## To use it
 
-With jax-flax-nanogpt, where this folder may stand for that of a run:
+With jax-flax-nanogpt, which takes this folder in place of a run's:
 
     python3 sample.py <this folder> --prompt "..."
     python3 train_gpt.py --init-from <this folder> --train-files ... --val-files ...
@@ -46,20 +46,20 @@ or in Python, on all devices, with `load_model` of nanogpt.inference.weights:
     settings, graph, params, origin = load_model(Path("<this folder>"), make_mesh())
     logits = nnx.merge(graph, params)(tokens)    # [B, T] to [B, T, V]
 
-Without it: `model.safetensors` holds all arrays, and the program below is the model. Transformers,
-vLLM and llama.cpp do not know this architecture and cannot load the folder.
+Without it: `model.safetensors` holds all arrays, and the program below is the model.
+Transformers, vLLM and llama.cpp do not know this architecture and cannot load the folder.
 
 ## Tokens
 
-{tokens} Id {tokenizer.separator} begins each document, and so a prompt.
+{tokens} Every document, and so every prompt, starts with id {tokenizer.separator}.
 Ids run from 0 to {c.vocab_size - 1:,}; V = {V:,} is their number, rounded up to a multiple of 128.
 
-Training rows had T = {T:,} tokens: further back the model has never looked.
+Training rows had T = {T:,} tokens; the model has never seen a longer context.
 It was trained in {settings["dtype"]}.
 
 ## Arrays
 
-All are float32, and matrices are multiplied from the right, `x @ w`.
+All arrays are float32. Matrices multiply from the right: `x @ w`.
 The residual stream has width D = {c.width:,}. There are L = {c.num_layers} layers, with
 N = {c.num_heads} heads of width H = D / N = {c.head_size}, and MLPs of F = {c.mlp_width:,} neurons.
 
@@ -72,35 +72,35 @@ N = {c.num_heads} heads of width H = D / N = {c.head_size}, and MLPs of F = {c.m
 ```python
 {program(c)}```
 
-The softmax of `logits(tokens)[-1, :{c.vocab_size}]` has the probabilities of the next token.
+The softmax of `logits(tokens)[-1, :{c.vocab_size}]` gives the next-token probabilities.
 """
 
 
 def meanings(c: GPTConfig) -> dict[str, str]:
     """What each array is, by name."""
-    each = f"of each layer with attention: {attentions(c)}"
+    each = f"for each layer with attention: {attentions(c)}"
     return {
-        "embed": "a vector per token",
-        "value_embed": "tables of vectors per token, mixed into the values of some layers",
-        "value_gate": f"how far each head of layers {[*c.value_tables]} is open to them",
-        "bigram_embed": "a vector per bucket of pairs of tokens",
-        "smear.gate": "how much of the token before is added to each, from its own vector",
-        "smear.share": "what that is multiplied with",
+        "embed": "token embeddings",
+        "value_embed": "embedding tables that are added to the values of some layers",
+        "value_gate": f"gates of these tables for each head of layers {[*c.value_tables]}",
+        "bigram_embed": "an embedding per hash bucket of token pairs",
+        "smear.gate": "gate: how much of the previous token's embedding is added",
+        "smear.share": "its coefficient",
         "attention.qkv": f"queries, keys and values, {each}",
-        "attention.out": "what the heads found, back to the stream",
-        "attention.own_share": "what a layer's own values are multiplied with",
-        "attention.mixed_share": "what is mixed into them, likewise",
-        "attention.out_share": "what `attention.out` is multiplied with",
-        "attention.gate": "how far each head is open",
-        "mlp.up": "of each layer, to its hidden neurons",
-        "mlp.down": "and back",
-        "residual_shares": "what the stream is multiplied with before each layer",
-        "embedding_shares": "how much of the embedding is added there",
-        "bigram_shares": "how much of the bigrams' vectors is added there",
-        "skips": "of each skip: how much of an earlier layer's output returns",
-        "skip_gate": "and how far each token is open to it",
-        "backout": f"how much of the output of layer {c.backout} is taken back at the end",
-        "head": "from the stream to logits",
+        "attention.out": "output projection",
+        "attention.own_share": "coefficient of a layer's own values",
+        "attention.mixed_share": "coefficient of what is added to them",
+        "attention.out_share": "coefficient of the attention output",
+        "attention.gate": "gate of each head",
+        "mlp.up": "up projection of each layer",
+        "mlp.down": "down projection of each layer",
+        "residual_shares": "coefficient of the residual stream before each layer",
+        "embedding_shares": "coefficient of the embedding added there",
+        "bigram_shares": "coefficient of the bigram embedding added there",
+        "skips": "coefficient of each skip connection",
+        "skip_gate": "gate of each skip connection",
+        "backout": f"how much of layer {c.backout}'s output is subtracted at the end",
+        "head": "output projection to logits",
     }
 
 
@@ -153,7 +153,7 @@ def sigmoid(x):
         _looks_back(c)
         and c.document_separator is None
         and """\
-def before(x):  # what stood one token before, and zero before the first
+def before(x):  # the value at the previous token; zero at the first
     return np.concatenate([np.zeros_like(x[:1]), x[:-1]])
 
 
@@ -161,7 +161,7 @@ def before(x):  # what stood one token before, and zero before the first
         _looks_back(c)
         and c.document_separator is not None
         and """\
-def before(x, begins):  # what stood one token before in its document, and zero where one begins
+def before(x, begins):  # the value at the previous token; zero at the start of a document
     shifted = np.concatenate([np.zeros_like(x[:1]), x[:-1]])
     shifted[begins] = 0
     return shifted
@@ -169,7 +169,7 @@ def before(x, begins):  # what stood one token before in its document, and zero 
 
 """,
         f"""\
-# How far the pairs (i, i + H/2) of a head turn per token, in radians, and the scale of q·k.
+# Rotation of the pairs (i, i + H/2) of a head per token, in radians, and the scale of q·k.
 SPEED = np.array({speed[speed > 0].tolist()} + {sum(speed == 0)} * [0.0])
 SCALE = {scale}
 
@@ -194,7 +194,7 @@ def attend({", ".join(["q", "k", "v", *_masks(c)])}):  # [T, heads, H]
 """,
         c.paired_heads
         and """\
-def pair(x):  # two heads as one, twice as long: a token of one, then of the other
+def pair(x):  # two heads interleaved into one of twice the length
     return x.reshape(-1, N // 2, 2, H).swapaxes(1, 2).reshape(-1, N // 2, H)
 
 
@@ -224,7 +224,7 @@ def _before(c: GPTConfig, name: str) -> str:
 def _embedding(c: GPTConfig) -> list[Any]:
     return [
         """\
-def logits(tokens):  # ids [T] to the logits [T, V] of what comes after each
+def logits(tokens):  # from ids [T] to next-token logits [T, V]
     tokens = np.asarray(tokens)
     x = p["embed"][tokens]
 """,
@@ -299,12 +299,12 @@ def _layers(c: GPTConfig) -> list[Any]:
         "            q, k = norm(q), norm(k)\n",
         c.key_offset
         and f"""\
-            if layer in {sorted(c.layers(c.key_offset))}:  # where nothing turns, keys are one late
+            if layer in {sorted(c.layers(c.key_offset))}:  # unrotated channels: the previous key
                 k = np.where(np.tile(SPEED == 0, 2), {_before(c, "k")}, k)
 """,
         c.windows
         and f"""\
-            # So many keys, and its own among them, does a query see in each layer.
+            # The number of keys that each query sees, including its own, by layer.
             window = [{windows}][layer]
 """,
         not c.paired_heads and f"            y = attend(q, k, v{more})\n",

@@ -203,7 +203,7 @@ def weights_in(kind: type[Settings], folder: Path) -> Weights:
     config = run_of(folder) / "config.json"
     if not os.path.isfile(config):
         raise ConfigError(
-            f"{folder} holds no weights to begin with: it has neither a run's config.json nor an "
+            f"{folder} has no weights to start from: it has neither a run's config.json nor an "
             "exported model."
         )
     saved = saved_settings(kind, config)

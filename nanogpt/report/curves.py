@@ -95,7 +95,7 @@ def _told_in(path: Path, kind: type) -> dict[str, Any]:
     """All that a JSON file tells, of which `kind` declares a part; nothing if there is none."""
     if not path.exists():
         return {}
-    remedy = "restore it or take it away"
+    remedy = "restore it or remove it"
     try:
         told = read_json(path, dict[str, Any], remedy)
         checked(told, kind, path, remedy)

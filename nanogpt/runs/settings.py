@@ -54,13 +54,13 @@ def settings(
     sources = [name for name in ("resume", "init_from", "config") if getattr(given, name)]
     if len(sources) > 1:
         raise ConfigError(
-            f"{' and '.join(sources)} each say where the settings start: give only one of them."
+            f"{' and '.join(sources)} each give the starting settings: use only one of them."
         )
     if given.resume is not None:
         return resumed_settings(kind, run_to_resume(given.resume), override)
     if given.config is not None:
         if given.preset != "auto":
-            raise ConfigError("preset and config both say where the settings start: leave one out.")
+            raise ConfigError("preset and config both give the starting settings: use only one of them.")
         start = saved_settings(kind, Path(given.config))
         return replace(override(replace(start, run_name="", resume=None)), preset=start.preset)
     weights = None

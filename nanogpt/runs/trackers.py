@@ -91,8 +91,8 @@ def check_trackers(tensorboard: bool, wandb: bool) -> None:
                 import_module(module)
         except ImportError as error:
             raise ConfigError(
-                f"--{option} cannot work here ({error}): "
-                f'pip install -e ".[{option}]" brings what it needs.'
+                f"--{option} does not work here ({error}): "
+                f'pip install -e ".[{option}]" installs what it needs.'
             ) from error
 
 

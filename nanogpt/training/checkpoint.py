@@ -107,7 +107,7 @@ def checkpoint_in(folder: Path, say: Callable[[str], None]) -> Checkpoint:
         return newest_checkpoint(run, say)
     found = examined(folder) if folder.name.isdecimal() else "is not a checkpoint"
     if isinstance(found, str):
-        raise CheckpointError(f"{folder} {found}: name another checkpoint, or the run {run}.")
+        raise CheckpointError(f"{folder} {found}: give another checkpoint, or the run {run}.")
     return found
 
 
@@ -150,7 +150,7 @@ def _check_kinds(checkpoint: Checkpoint, shapes: dict[str, Any]) -> None:
         raise CheckpointError(
             f"{checkpoint.folder} is not of the model in config.json, which has "
             f"{wanted.get(name, 'nothing')} as {name} where it has {saved.get(name, 'nothing')}: "
-            "restore config.json, or name another run."
+            "restore config.json, or give another run."
         )
 
 

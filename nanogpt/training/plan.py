@@ -240,7 +240,7 @@ def division(mesh: str | None, num_devices: int) -> tuple[int, int]:
     if readers * sharers < num_devices:
         raise ConfigError(
             f"mesh {mesh} leaves {num_devices - readers * sharers} of {num_devices} devices idle: "
-            "name one that has all of them, or show JAX fewer."
+            "choose one that uses all of them, or make fewer visible to JAX."
         )
     return readers, sharers
 

@@ -129,4 +129,4 @@ def test_a_field_that_is_not_as_declared_is_named(tmp_path, capsys, name, change
     file = write(tmp_path / "run", records(4)) / name
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     said = failure(capsys, file.parent)
-    assert said == f"{file}: {told}: restore it or take it away."
+    assert said == f"{file}: {told}: restore it or remove it."

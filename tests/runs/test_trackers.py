@@ -258,7 +258,7 @@ def test_a_folder_that_wandb_left_behind_is_not_taken_for_its_library(tmp_path):
         text=True,
         check=False,
     )
-    assert "ConfigError: --wandb cannot work here (No module named 'wandb.sdk')" in done.stderr
+    assert "ConfigError: --wandb does not work here (No module named 'wandb.sdk')" in done.stderr
 
 
 def test_without_a_login_the_run_does_not_begin_and_the_ways_out_are_named(folder, monkeypatch):
