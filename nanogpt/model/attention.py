@@ -39,7 +39,7 @@ NAMES = {
 }
 
 
-def visible(T: int, window: int | None) -> Bool[Array, "T T"]:
+def visible(T: int, window: int | Int[Array, ""] | None) -> Bool[Array, "T T"]:
     """Which keys (columns) each query (row) sees: itself and the `window - 1` tokens before it.
 
     `window=None` shows every earlier token.
@@ -56,7 +56,7 @@ def reference_attention(
     documents: Int[Array, "B T"] | None = None,
     *,
     scale: float,
-    window: int | None = None,
+    window: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale * q kᵀ) v over the visible keys.
 
@@ -172,20 +172,32 @@ def _error_against_reference(
     if config.document_separator is not None:
         documents = jnp.cumsum(jnp.arange(shape[2])[None] % 100 == 50, axis=1)
 
-    def output_and_gradients(attend, window, *qkv):
+    def output_and_gradients(attend, qkv, window):
         attend = partial(attend, documents=documents, scale=shape[-1] ** -0.5, window=window)
         out, pullback = jax.vjp(attend, *qkv)
         return out, *pullback(jnp.ones_like(out))
 
-    def error(window):
-        run = jax.jit(output_and_gradients, static_argnums=(0, 1))
-        fast = run(partial(attention, kernel=kernel), window, q, k, v)
-        exact = run(reference_attention, window, *(x.astype(jnp.float32) for x in (q, k, v)))
-        pairs = zip(fast, exact, strict=True)
-        return float(sum(jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in pairs))
+    @jax.jit
+    def of_kernel(*qkv):
+        attend = partial(attention, kernel=kernel)
+        return [output_and_gradients(attend, qkv, window) for window in windows]
 
-    windows = {c.window(layer) for c in configs for layer in range(c.num_layers)}
-    return float(np.max([error(window) for window in windows]))  # NaN where one is
+    @jax.jit
+    def of_reference(*qkv):  # the windows are data, so that this compiles once for all
+        every = jnp.array([window or shape[2] for window in windows])
+        qkv = [x.astype(jnp.float32) for x in qkv]
+        return jax.lax.map(partial(output_and_gradients, reference_attention, qkv), every)
+
+    windows = sorted({c.window(layer) for c in configs for layer in range(c.num_layers)}, key=str)
+    fast, exact = of_kernel(q, k, v), of_reference(q, k, v)
+    errors = [
+        sum(
+            jnp.linalg.norm(a - b[at]) / jnp.linalg.norm(b[at])
+            for a, b in zip(x, exact, strict=True)
+        )
+        for at, x in enumerate(fast)
+    ]
+    return float(np.max(errors))  # NaN where one is
 
 
 def _first_line(failure: Exception) -> str:

@@ -241,8 +241,7 @@ def check_name(parent: Path, name: str) -> None:
 def taken(folder: Path) -> RunError:
     """The error for a run's folder that exists."""
     return RunError(
-        f"{folder} exists already: choose another run_name, or resume that run "
-        f"(--resume {folder})."
+        f"{folder} exists already: choose another run_name, or resume that run (--resume {folder})."
     )
 
 

@@ -60,7 +60,9 @@ def settings(
         return resumed_settings(kind, run_to_resume(given.resume), override)
     if given.config is not None:
         if given.preset != "auto":
-            raise ConfigError("preset and config both give the starting settings: use only one of them.")
+            raise ConfigError(
+                "preset and config both give the starting settings: use only one of them."
+            )
         start = saved_settings(kind, Path(given.config))
         return replace(override(replace(start, run_name="", resume=None)), preset=start.preset)
     weights = None

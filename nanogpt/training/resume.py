@@ -91,8 +91,8 @@ def refuse_earlier_version(path: Path) -> None:
     known = isinstance(commit, str) and commit != "unknown"
     use = f"check out its commit, {commit.removesuffix('-dirty')}," if known else "use that version"
     raise ConfigError(
-        f"{path} is of an earlier version, whose models had other parameters: {use} to continue with "
-        "it, or give another run."
+        f"{path} is of an earlier version, whose models had other parameters: {use} to continue "
+        "with it, or give another run."
     )
 
 
