@@ -1,4 +1,4 @@
-"""The soak in small: a run that is killed twice ends like one that is not."""
+"""The soak in small: a run that is killed three times ends like one that is not."""
 
 import json
 
@@ -21,15 +21,15 @@ def alone(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_run_that_is_killed_twice_ends_like_one_that_is_not(alone, capsys):
-    arguments = ["--tiny", "--kills", "2", "--steps", "40", "--seed", "1"]
+def test_a_run_that_is_killed_three_times_ends_like_one_that_is_not(alone, capsys):
+    arguments = ["--tiny", "--kills", "3", "--steps", "80", "--seed", "1"]
     assert soak.main(arguments) == 0, capsys.readouterr().out
     figures = json.loads((alone / "results" / "soak_tiny.json").read_text())
     assert figures["identical"] is True
-    assert figures["kills"] == len(figures["deaths"]) == 2
+    assert figures["kills"] == len(figures["deaths"]) == 3
     assert figures["checkpoints_compared"] > 0
     counts = figures["kills_by_phase_and_signal"]
-    assert sum(sum(kinds.values()) for kinds in counts.values()) == 2
+    assert sum(sum(kinds.values()) for kinds in counts.values()) == 3
     assert "identical to the last bit" in capsys.readouterr().out
 
 
