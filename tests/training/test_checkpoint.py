@@ -13,6 +13,7 @@ import threading
 import time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -133,6 +134,18 @@ def test_what_is_known_of_the_run_comes_back_with_it(run):
         for path in checkpoint.folder.rglob("*")
         if path.is_file() and path.name != "manifest.json"
     }
+
+
+def test_minutes_are_counted_from_the_last_save(tmp_path, state, monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: now))
+    with Checkpoints(tmp_path, 1, say_nothing_is_wrong) as checkpoints:
+        now += 90
+        assert checkpoints.minutes == 1.5
+        checkpoints.save(state(10), {"tokens": 1})
+        assert checkpoints.minutes == 0
+        now += 60
+        assert checkpoints.minutes == 1
 
 
 def test_the_best_checkpoint_stays_besides_the_newest_ones_if_asked_for(tmp_path, state):
