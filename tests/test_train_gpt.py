@@ -143,9 +143,9 @@ def test_a_run_repeated_from_its_configuration_is_the_same_to_the_last_bit_but_f
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--config", "{config}", "--resume", "auto"], "resume and config each say"),
-        (["--config", "{config}", "--init-from", "runs/a"], "init_from and config each say"),
-        (["--config", "{config}", "--preset", "laptop"], "preset and config both say"),
+        (["--config", "{config}", "--resume", "auto"], "resume and config each give"),
+        (["--config", "{config}", "--init-from", "runs/a"], "init_from and config each give"),
+        (["--config", "{config}", "--preset", "laptop"], "preset and config both give"),
         (["--config", "none/config.json"], "none/config.json cannot be read (No such file"),
         (["--config", train_gpt.__file__], "train_gpt.py is not valid JSON"),
     ],
