@@ -2,7 +2,7 @@
 # make test      set everything up and run the tests
 # make lint      set everything up and check style and types
 # make shapes    run the numeric tests with every shape annotation checked
-# make others    run the tests that "make shapes" does not, without the benchmarks
+# make others    run the other tests that depend on JAX
 # make help      print this
 #
 # ARGS go to train_gpt.py or pytest:    make train ARGS="--preset laptop --num-steps 100"
@@ -15,8 +15,12 @@ ARGS ?=
 ACCELERATOR ?= $(shell if [ -e /dev/nvidia0 ]; then echo cuda12; \
 	elif [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then echo tpu; else echo cpu; fi)
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --editable
-NUMERIC = tests/model tests/optim tests/data/test_batches.py tests/training/test_step.py \
-	tests/inference/test_generate.py
+NUMERIC = tests/model/test_attention.py tests/model/test_gpt.py tests/model/test_loss.py \
+	tests/model/test_rotary.py tests/model/test_softcap.py tests/optim tests/data/test_batches.py \
+	tests/training/test_step.py
+# What says the same with any JAX, and takes long.
+WITHOUT_JAX = tests/benchmarks tests/data/text tests/report tests/devices/test_launchers.py \
+	tests/training/test_interruption.py tests/test_cached_fineweb10B.py tests/test_prepare_data.py
 
 .PHONY: train test lint shapes others help
 
@@ -37,7 +41,7 @@ shapes: $(VENV)/ready-dev
 
 others: $(VENV)/ready-dev
 	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
-		--ignore tests/benchmarks $(NUMERIC:%=--ignore %) $(ARGS)
+		$(NUMERIC:%=--ignore %) $(WITHOUT_JAX:%=--ignore %) $(ARGS)
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
