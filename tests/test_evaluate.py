@@ -104,7 +104,8 @@ def test_a_checkpoint_can_be_named_and_the_results_are_kept_with_its_run(staged,
     assert evaluate.main([str(staged / "checkpoints" / "00000009")]) == 0
     found = json.loads((staged / "evaluation.json").read_text())
     assert (found["step"], found["val_loss"]) == (9, pytest.approx(logged(staged, 9), abs=1e-5))
-    for wrong, why in (("00000008", "has no manifest"), ("x", "is not a checkpoint")):
+    (staged / "checkpoints" / "x").mkdir()
+    for wrong, why in (("00000008", "does not exist"), ("x", "is not a checkpoint")):
         assert evaluate.main([str(staged / "checkpoints" / wrong)]) == 2
         assert re.fullmatch(rf".*{wrong} {why}.*: give another.*\n", capsys.readouterr().err)
 

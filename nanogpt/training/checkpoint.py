@@ -106,6 +106,8 @@ def checkpoint_in(folder: Path, say: Callable[[str], None]) -> Checkpoint:
     if (run := run_of(folder)) == folder:
         return newest_checkpoint(run, say)
     found = examined(folder) if folder.name.isdecimal() else "is not a checkpoint"
+    if not folder.exists():
+        found = "does not exist"
     if isinstance(found, str):
         raise CheckpointError(f"{folder} {found}: give another checkpoint, or the run {run}.")
     return found
