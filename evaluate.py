@@ -115,12 +115,12 @@ def evaluate(options: Options) -> None:
     use_compilation_cache()
     run = load(options.model, make_mesh())
 
+    # What may be missing is looked for before the long work begins.
     if (options.val_files or run.val_files) is None and run.hp.tokenizer != "bytes":
         raise ConfigError(
             f"{options.model} does not say what it was validated on: give a glob of shards with "
             f"{run.hp.tokenizer} tokens, such as --val-files 'fineweb10B/fineweb_val_*.bin'."
         )
-    # What may be missing is looked for before the long work begins.
     files, name = validation_files(options.val_files or run.val_files)
     if options.val_files is None and run.shards:
         shards = [look_into(file, run.hp.model.vocab_size)[0] for file in files]
@@ -184,7 +184,6 @@ class Trained(NamedTuple):
     """The weights of a run or an exported model, and what is needed to use them."""
 
     folder: Path  # of the run, or the exported one
-
     step: int  # after which they were saved
     hp: "ModelSettings"  # those in config.json
     row_length: int  # tokens per row, T, of the stage that the step belongs to

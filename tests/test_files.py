@@ -16,7 +16,7 @@ from nanogpt.checks import ConfigError, checked
 from nanogpt.config import GPTConfig
 from nanogpt.files import read_json, write_whole
 from nanogpt.schedule import Stage
-from nanogpt.training.resume import saved_settings
+from nanogpt.training.resume import ADDED, saved_settings
 from train_gpt import PRESETS, Hyperparameters
 
 RUN = json.loads(json.dumps(asdict(PRESETS["laptop"])))  # the config.json of a run
@@ -251,10 +251,21 @@ def test_a_run_of_this_version_is_read_as_it_was_whatever_its_settings(tmp_path)
 
 
 def test_no_setting_takes_a_default_in_silence(tmp_path):
-    for name in RUN:
+    for name in RUN.keys() - ADDED:
         (tmp_path / "config.json").write_text(json.dumps(changed(RUN, name, DROPPED)))
         with pytest.raises(ConfigError, match=f"config.json: {name} is missing: restore it"):
             saved_settings(Hyperparameters, tmp_path / "config.json")
+
+
+def test_a_run_from_before_a_setting_was_added_is_as_it_was(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({name: RUN[name] for name in RUN if name not in ADDED}))
+    saved = saved_settings(Hyperparameters, config)
+    assert (saved.learning_rate_factor, saved.checkpoint_minutes, saved.keep_best) == (
+        1.0,
+        None,
+        False,
+    )
 
 
 # An exported model's

@@ -292,7 +292,7 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(base, cache, tmp_path, monk
     settings["model"]["width"] *= 2
     Path("runs/a/config.json").write_text(json.dumps(settings))
     status, text = told("--resume", "runs/a", "--num-steps", "9")
-    assert status == 2 and "is of another run, with model.width 32 instead of 64" in text
+    assert status == 2 and "is from another run, with model.width 32 instead of 64" in text
 
 
 # Runs that must be alike

@@ -136,7 +136,7 @@ def estimated_cycles(program: "Program", micro_batches: int) -> int:
     def cycles(instructions):
         found = (re.search(r'"estimated_cycles":"(\d+)"', x.attributes) for x in instructions)
         values = [int(each[1]) for each in found if each]
-        return sum(value for value in values if value < 2**62)  # the most of 64 bits: unknown
+        return sum(value for value in values if value < 2**62)  # else INT64_MAX: unknown
 
     loops = program.loops()
     again = (micro_batches - 1) * cycles(loops[0]) if micro_batches > 1 and loops else 0

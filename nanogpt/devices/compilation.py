@@ -38,10 +38,10 @@ def use_compilation_cache() -> None:
 
 
 def prune(folder: Path, limit: int = CACHE_BYTES) -> None:
-    """Delete the files of a folder that were not used for longest, so that `limit` bytes are left.
+    """Delete the least recently used programs in a folder until `limit` bytes are left.
 
-    JAX can do so, too, but keeps a file with the time beside each program: where a process is
-    killed between writing the two, it can write no more.
+    JAX has such a limit, too, but keeps the time of each program in a second file: if a process is
+    killed between writing the two, no later one can write to the cache.
     """
     with suppress(OSError):  # another process deletes, too, or it is not ours to delete
         files = [(path, path.stat()) for path in folder.rglob("*-cache")]

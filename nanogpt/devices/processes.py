@@ -122,10 +122,10 @@ def tell_all_of_sigterm() -> None:
 
 
 def wait_for_others() -> None:
-    """Return when all processes are here.
+    """Return when all processes have come this far.
 
-    One that leaves waits for LOST_AFTER seconds, not longer. And it closes the connections by which
-    another may still be receiving its part of the last reduction, so no reduction can tell this.
+    A reduction cannot serve for this: whoever leaves first closes the connections on which another
+    may still be receiving its result. Nor can JAX's shutdown, which waits LOST_AFTER seconds only.
     """
     if (client := global_state.client) is not None:
         client.wait_at_barrier("end", timeout_in_ms=24 * 3600 * 1000)

@@ -76,24 +76,29 @@ def serve(write: Write, title: str, port: int, **page: Any) -> None:
 
 
 class _Connection(H11Protocol):
-    """A connection, closed if its next request is not whole in time: else a few lock out all."""
+    """A connection that is closed if its next request is not complete in time.
+
+    Otherwise a hundred of them that never send it would lock out everyone.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._expect_request()
+        self._expect_another(None)
 
     def on_response_complete(self) -> None:
-        super().on_response_complete()
-        self._expect_request()
+        self._timer.cancel()
+        answered = self.cycle
+        super().on_response_complete()  # may begin with the next request, if that is here
+        self._expect_another(answered)
 
-    def _expect_request(self) -> None:
-        before = self.cycle  # the request before, if there was one
+    def _expect_another(self, answered: object) -> None:
+        """Give up if, in a while, the request after `answered` has not begun, or has not ended."""
 
         def give_up() -> None:
-            if self.cycle is before or self.cycle.more_body:
+            if self.cycle is answered or self.cycle.more_body:
                 self.transport.close()
 
-        self.loop.call_later(_PATIENCE, give_up)
+        self._timer = self.loop.call_later(_PATIENCE, give_up)
 
 
 class _Server(uvicorn.Server):

@@ -121,7 +121,7 @@ def open_trackers(
     if tensorboard:
         trackers.add("TensorBoard", TensorBoard, folder, first)
     if wandb:
-        # Offline, a resumed run has a file more, which may repeat steps: it says where it begins.
+        # Offline, each process writes a file, which may repeat steps of an earlier one.
         trackers.add("Weights & Biases", WeightsAndBiases, folder, config | {"first_step": first})
     return trackers
 

@@ -12,6 +12,7 @@ later no longer has its SHA-256.
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,7 +96,8 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Checkpoint:
 
 def run_of(folder: Path) -> Path:
     """The run's folder: this one, or that of the checkpoint runs/<name>/checkpoints/<step>."""
-    return folder.parent.parent if folder.parent.name == "checkpoints" else folder
+    is_run = folder.parent.name != "checkpoints" or os.path.exists(folder / "config.json")
+    return folder if is_run else folder.parent.parent
 
 
 def checkpoint_in(folder: Path, say: Callable[[str], None]) -> Checkpoint:
@@ -106,7 +108,7 @@ def checkpoint_in(folder: Path, say: Callable[[str], None]) -> Checkpoint:
     if (run := run_of(folder)) == folder:
         return newest_checkpoint(run, say)
     found = examined(folder) if folder.name.isdecimal() else "is not a checkpoint"
-    if not folder.exists():
+    if not os.path.exists(folder):
         found = "does not exist"
     if isinstance(found, str):
         raise CheckpointError(f"{folder} {found}: give another checkpoint, or the run {run}.")

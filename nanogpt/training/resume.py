@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from nanogpt.checks import ConfigError
+from nanogpt.checks import ConfigError, checked
 from nanogpt.data.dataset import Dataset, difference
 from nanogpt.files import found_in, read_json
 
@@ -48,9 +48,10 @@ CHANGEABLE = {
     "tensorboard",
     "wandb",
 }
-# What says where a run lies, what it reads and where its settings came from. Of data, the content
-# counts.
+# Where a run lies, what it reads, and where its settings came from. Of data, the content counts.
 PLACES = {"run_name", "preset", "config", "init_from", "train_files", "val_files", "data"}
+# Settings that older runs do not have, with the values that leave those runs as they were.
+ADDED = {"learning_rate_factor": 1.0, "checkpoint_minutes": None, "keep_best": False}
 
 
 def run_to_resume(resume: str) -> Path:
@@ -99,7 +100,7 @@ def refuse_earlier_version(path: Path) -> None:
 def saved_settings(kind: type[Settings], path: Path) -> Settings:
     """The settings in a run's config.json; ConfigError if they cannot be read or make no sense."""
     refuse_earlier_version(path)
-    saved = read_json(path, kind, RESTORE)
+    saved = checked(ADDED | read_json(path, dict[str, Any], RESTORE), kind, path, RESTORE)
     with found_in(path, RESTORE):
         saved.check()
     return saved

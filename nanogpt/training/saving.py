@@ -195,8 +195,7 @@ class Checkpoints:
         """Delete all but the newest good ones and the best; `new` is known to be good."""
         good, folders = 0, saves_in(self._folder)
         losses = validation_losses(self._run) if self._keep_best else {}
-        validated = [folder for folder in folders if folder.name.isdecimal()]
-        validated = [folder for folder in validated if int(folder.name) in losses]
+        validated = [x for x in folders if x.name.isdecimal() and int(x.name) in losses]
         best = min(validated, key=lambda folder: losses[int(folder.name)], default=None)
         for folder in folders:
             if good < keep and (folder == new or isinstance(examined(folder), Checkpoint)):

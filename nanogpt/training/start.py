@@ -86,12 +86,12 @@ def where_to_begin(plan: Plan, folder: Path, say: Callable[[str], None]) -> Star
     if not hp.resume:
         return Start()
     checkpoint = newest_checkpoint(folder, say)
-    had, has = checkpoint.facts.get("settings", {}), settings_of(plan)
-    for name in had.keys() & has.keys():  # another version may have more
-        if had[name] != has[name]:
+    saved, current = checkpoint.facts.get("settings", {}), settings_of(plan)
+    for name in saved.keys() & current.keys():  # another version may have more
+        if saved[name] != current[name]:
             raise ConfigError(
-                f"{checkpoint.folder} is of another run, with {name} {had[name]} instead of "
-                f"{has[name]}: restore the run's own checkpoint, or delete this one."
+                f"{checkpoint.folder} is from another run, with {name} {saved[name]} instead of "
+                f"{current[name]}: restore the run's own checkpoint, or delete this one."
             )
     check_model(checkpoint, jax.eval_shape(partial(init_params, hp.model), jax.random.key(0)))
     start = Start(checkpoint)

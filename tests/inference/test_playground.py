@@ -406,6 +406,15 @@ def test_a_hundred_requests_that_never_end_lock_nobody_out_for_long(half, monkey
     assert not caplog.records
 
 
+def test_a_request_that_came_with_the_one_before_may_take_longer(monkeypatch):
+    monkeypatch.setattr(playground, "_PATIENCE", 0.5)
+    body = json.dumps(ORDER | {"num_tokens": 20}).encode()
+    with serving(Model(pause=0.1)) as port:
+        first = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+        reply = raw(port, first + post(f"Content-Length: {len(body)}") + body)
+    assert b'"done"' in reply
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost:1", "LOCALHOST", "[::1]:8000"])
 def test_the_names_of_this_machine_are_served(port, host):
     assert ask(port, Host=host)[0] == 200

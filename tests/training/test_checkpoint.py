@@ -136,6 +136,17 @@ def test_what_is_known_of_the_run_comes_back_with_it(run):
     }
 
 
+def test_a_run_may_lie_in_a_folder_called_checkpoints(run, tmp_path):
+    moved = tmp_path / "checkpoints" / "a"
+    shutil.copytree(run, moved)
+    assert load_run(moved, make_mesh(1))[3].step == 30
+    one = moved / "checkpoints" / "00000010"
+    assert load_run(one, make_mesh(1))[3].step == 10
+    for wrong in ("x" * 5000, "9" * 5000, "00000011"):
+        with pytest.raises(CheckpointError, match="does not exist: give another checkpoint"):
+            load_run(one.with_name(wrong), make_mesh(1))
+
+
 def test_minutes_are_counted_from_the_last_save(tmp_path, state, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: now))

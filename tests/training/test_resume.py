@@ -403,7 +403,7 @@ def test_the_checkpoint_of_another_run_is_named_and_not_gone_on_from(
     (run / "config.json").write_text(json.dumps(config))
     before = contents(run)
     assert train_gpt.main(["--resume", "runs/a", "--num-steps", "25", *ONE_ROW_EACH]) == 2
-    told = f"checkpoints/00000020 is of another run, with {name} {had} instead of {other}: "
+    told = f"checkpoints/00000020 is from another run, with {name} {had} instead of {other}: "
     assert told in capsys.readouterr().err
     assert {
         k: v for k, v in contents(run).items() if k.name not in ("lock", "holder", "log.txt")
@@ -527,12 +527,27 @@ def test_a_disk_that_is_full_from_the_start_is_told_in_one_sentence(straight, pl
     assert contents(run / "checkpoints") == whole
 
 
+def test_the_best_checkpoint_is_kept_of_a_run_that_gets_worse(place, cache):
+    arguments = ["--learning-rate-factor", "1000", "--num-steps", "5", "--val-loss-every", "1"]
+    arguments += ["--checkpoint-every", "0", "--keep-checkpoints", "1", "--keep-best"]
+    with started(place, cache, *arguments) as process:
+        assert (process.end(), process.stderr) == (0, "")
+    run = place / "runs" / "a"
+    losses = {record["step"]: record["val_loss"] for record in records(run)}
+    best = min(losses, key=losses.get)
+    assert best < 5
+    assert steps(run) == [best, 5]
+    assert any(line.endswith(f"kept in runs/a/checkpoints/{best:08}") for line in process.lines)
+    assert records(run)[0]["learning_rate_factor"] == 1000
+
+
 # Numbers that are not finite
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(place, cache):
     run = place / "runs" / "a"
-    arguments = ["--adam.scalars.learning-rate", "1e30", "--checkpoint-every", "1"]
+    arguments = ["--adam.scalars.learning-rate", "1e30"]
+    arguments += ["--checkpoint-every", "0", "--checkpoint-minutes", "1e-9"]  # after each step
     with started(place, cache, *arguments) as process:
         assert process.end() == 3
     said = process.stderr
