@@ -18,8 +18,11 @@ INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --editab
 NUMERIC = tests/model/test_attention.py tests/model/test_gpt.py tests/model/test_loss.py \
 	tests/model/test_rotary.py tests/model/test_softcap.py tests/optim tests/data/test_batches.py \
 	tests/training/test_step.py
+# Of slow files, a test that calls what is annotated.
+ANNOTATED = tests/model/kernels/test_flash_attention.py::test_it_computes_what_the_reference_does \
+	tests/inference/test_generate.py::test_in_bfloat16_the_probabilities_are_nearly_those_of_float32
 # What says the same with any JAX, and takes long.
-WITHOUT_JAX = tests/benchmarks tests/data/text tests/report tests/devices/test_launchers.py \
+ANY_JAX = tests/benchmarks tests/data/text tests/report tests/devices/test_launchers.py \
 	tests/training/test_interruption.py tests/test_cached_fineweb10B.py tests/test_prepare_data.py
 
 .PHONY: train test lint shapes others help
@@ -37,11 +40,11 @@ lint: $(VENV)/ready-dev
 
 shapes: $(VENV)/ready-dev
 	$(VENV)/bin/python -m pytest -n 2 --jaxtyping-packages=nanogpt,tests.typechecker.check \
-		$(NUMERIC) $(ARGS)
+		$(NUMERIC) $(ANNOTATED) $(ARGS)
 
 others: $(VENV)/ready-dev
 	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
-		$(NUMERIC:%=--ignore %) $(WITHOUT_JAX:%=--ignore %) $(ARGS)
+		$(NUMERIC:%=--ignore %) $(ANY_JAX:%=--ignore %) $(ARGS)
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile

@@ -1,0 +1,69 @@
+"""The planned rows per pass and memory of a run on GPUs and TPUs.
+
+    .venv/bin/python -m benchmarks.compiled.plans
+
+It prints the tables of docs/gpu.md and docs/tpu.md in seconds: nothing is compiled or measured.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from benchmarks.command import run
+
+if TYPE_CHECKING:
+    from nanogpt.config import AttentionKernel
+    from nanogpt.training.plan import Hardware
+
+PRESETS = "speedrun", "baseline", "gpt2-medium"
+GIGABYTES = 8, 12, 16, 24, 40, 48, 80, 141  # of GPUs
+USABLE = 0.9  # of a GPU's memory, as train_gpt.py tells JAX
+
+
+@dataclass(frozen=True)
+class Options:
+    """Print the planned rows per pass and memory on GPUs and TPUs."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the tables; return the exit status."""
+    return run(Options, print_tables, arguments)
+
+
+def print_tables(_: Options) -> None:
+    """Both tables in Markdown; * means that layers are recomputed in the backward pass."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from benchmarks.compiled.for_tpu import CHIPS
+    from nanogpt.training.plan import Hardware
+
+    gpus = {f"{n} GB": Hardware("GPU", 1, 1, USABLE * n * 1e9) for n in GIGABYTES}
+    tpus = {
+        f"{count} x TPU {chip}": Hardware(f"TPU {chip}", count, 1, facts.memory)
+        for chip, facts in CHIPS.items()
+        for count in (1, 8)
+    }
+    for kernel, devices in (("pallas", gpus), ("splash", tpus)):
+        names = " | ".join(f"`{name}`" for name in PRESETS)
+        print(f"\n| device | usable GB | {names} |\n|---|---|{'---|' * len(PRESETS)}")
+        for name, hardware in devices.items():
+            cells = " | ".join(cell(preset, hardware, kernel) for preset in PRESETS)
+            print(f"| {name} | {hardware.memory / 1e9:.1f} | {cells} |")
+
+
+def cell(preset: str, hardware: "Hardware", kernel: "AttentionKernel") -> str:
+    """Rows per pass and device, and all that they take."""
+    import train_gpt
+    from benchmarks.compiled.for_tpu import NO_DATA
+    from nanogpt.training.plan import make_plan
+
+    plan = make_plan(train_gpt.PRESETS[preset], hardware, NO_DATA, kernel, "")
+    total = plan.device_state_bytes + plan.working_bytes + plan.activation_bytes
+    if total > hardware.memory:
+        return f"does not fit ({total / 1e9:.1f} GB)"
+    star = "\\*" if plan.kernels.rematerialize else ""
+    return f"{plan.batch_size}{star}, {total / 1e9:.1f} GB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
