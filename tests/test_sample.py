@@ -39,6 +39,12 @@ def text(capsys):
     return text
 
 
+def test_the_page_says_how_far_its_model_was_trained(base):
+    _, about = sample.load_writer(base.folder)
+    loss = base.metrics[-1]["val_loss"]
+    assert about.endswith(f"context 32 tokens, trained for 6 steps, val loss {loss:.4f}")
+
+
 def test_the_prompt_is_printed_with_its_continuation(run, text):
     printed = text(run, "--prompt", "def f(x):\n    é")
     assert printed.startswith("def f(x):\n    é")
