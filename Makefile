@@ -2,7 +2,7 @@
 # make test      set everything up and run the tests
 # make lint      set everything up and check style and types
 # make shapes    run the numeric tests with every shape annotation checked
-# make others    run the other tests that depend on JAX
+# make others    run the other tests that depend most on JAX
 # make help      print this
 #
 # ARGS go to train_gpt.py or pytest:    make train ARGS="--preset laptop --num-steps 100"
@@ -21,9 +21,11 @@ NUMERIC = tests/model/test_attention.py tests/model/test_gpt.py tests/model/test
 # Of slow files, a test that calls what is annotated.
 ANNOTATED = tests/model/kernels/test_flash_attention.py::test_it_computes_what_the_reference_does \
 	tests/inference/test_generate.py::test_in_bfloat16_the_probabilities_are_nearly_those_of_float32
-# What says the same with any JAX, and takes long.
-ANY_JAX = tests/benchmarks tests/data/text tests/report tests/devices/test_launchers.py \
-	tests/training/test_interruption.py tests/test_cached_fineweb10B.py tests/test_prepare_data.py
+# What else another JAX could break.
+DEPENDENT = tests/model tests/devices tests/training tests/inference tests/test_train_gpt.py
+# Of these, what is slow and not about JAX, or numeric.
+APART = $(NUMERIC) tests/devices/test_launchers.py tests/training/test_interruption.py \
+	tests/inference/test_playground.py
 
 .PHONY: train test lint shapes others help
 
@@ -44,7 +46,7 @@ shapes: $(VENV)/ready-dev
 
 others: $(VENV)/ready-dev
 	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
-		$(NUMERIC:%=--ignore %) $(ANY_JAX:%=--ignore %) $(ARGS)
+		$(DEPENDENT) $(APART:%=--ignore %) $(ARGS)
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
