@@ -7,7 +7,7 @@ needs no download and takes a few minutes. `--help` lists every setting.
 The file reads from top to bottom: the hyperparameters, the presets, then the training loop.
 """
 
-import nanogpt  # noqa: F401  (says what to do where packages are missing)
+import nanogpt  # noqa: F401  (explains what to do if packages are missing)
 
 # isort: split
 import os
@@ -56,11 +56,11 @@ Preset = Literal["auto", "speedrun", "baseline", "laptop", "gpt2-medium", "gpt2-
 
 
 def windows(short: int, long: int) -> tuple[int, ...]:
-    """The windows of 11 layers: long ones in the middle and at the end."""
+    """Return the windows of 11 layers: long in layers 3 and 10, short in all others."""
     return (short,) * 3 + (long,) + (short,) * 6 + (long,)
 
 
-# Model, stages and rates of this preset are those of modded-nanogpt's record of 2026-01-19; see
+# The model, stages and learning rates of modded-nanogpt's record of 2026-01-19; see
 # docs/recipe.md.
 SPEEDRUN_MODEL = GPTConfig(
     num_layers=11,
@@ -86,8 +86,8 @@ SPEEDRUN_STAGES = (
 )
 
 
-# JAX, and what imports it, is imported by the functions below that need it, after the arguments
-# were read: `--help` and mistakes answer at once.
+# JAX, and modules that use it, are imported inside the functions below that need them, after the
+# arguments are parsed, so that `--help` and errors in the arguments appear at once.
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,11 @@ class Hyperparameters:
     """Cautious weight decay of the layers' matrices: each step shrinks weights by rate^2 times
     this, only where the update already moves them towards zero."""
     momentum: Decay = 0.95
-    """Muon's momentum after its warmup from 0.85."""
+    """Muon's momentum after its warm-up from 0.85."""
     momentum_warmup_steps: Count = 300
     """Number of steps over which Muon's momentum warms up."""
     momentum_cooldown_steps: Count = 50
-    """Number of final steps over which it falls back to 0.85."""
+    """Number of final steps over which Muon's momentum falls back to 0.85."""
     neuron_decay: Decay | None = 0.95
     """NorMuon's decay rate for the second moment of each neuron; None for plain Muon."""
     adam_every: Positive = 2
@@ -157,7 +157,7 @@ class Hyperparameters:
     hold_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.025
     """Fraction of the steps, at the end, for which learning rates stay at their minimum."""
     cooldown_fraction: Share = 0.55
-    """Fraction of the remaining steps, before those, over which they decay linearly."""
+    """Fraction of the steps before those over which learning rates decay linearly."""
     final_learning_rate_factor: Share = 0.1
     """Factor on all learning rates at the end of the cooldown."""
 
@@ -243,7 +243,7 @@ class Hyperparameters:
             raise ConfigError("Give both train_files and val_files, or neither (None).")
         if self.train_files is None and not self.data and self.tokenizer != "bytes":
             raise ConfigError(
-                f"The embedded corpus consists of bytes, not of {self.tokenizer} tokens: set "
+                f"The embedded corpus consists of bytes, not {self.tokenizer} tokens: set "
                 "--tokenizer bytes, or give your own text with --data."
             )
         if self.model.vocab_size < TOKENIZERS[self.tokenizer].vocab_size:
@@ -254,8 +254,8 @@ class Hyperparameters:
         separator = TOKENIZERS[self.tokenizer].separator
         if self.model.document_separator not in (None, separator):
             raise ConfigError(
-                f"model.document_separator must be {separator}, with which documents of tokenizer "
-                f"{self.tokenizer} begin, or None, not {self.model.document_separator}."
+                f"model.document_separator must be {separator}, the separator of tokenizer "
+                f"{self.tokenizer}, or None, not {self.model.document_separator}."
             )
         self.model.check()
         mesh_axes(self.mesh)
@@ -264,12 +264,12 @@ class Hyperparameters:
         if self.model.windows and self.stages[0].windows is not None:
             raise ConfigError(
                 f"model.windows cannot be {self.model.windows}: the stages of the {self.preset} "
-                "preset have windows of their own."
+                "preset set the windows."
             )
         if self.model.tied_head and self.adam.embedding != self.adam.head:
             raise ConfigError(
-                f"adam.embedding must be as adam.head, {self.adam.head}, while model.tied_head is "
-                "True: they learn as one."
+                f"adam.embedding must equal adam.head, {self.adam.head}, when model.tied_head is "
+                "True."
             )
         for stage in range(len(self.stages)):
             self.schedule.model(self.model, stage).check()
@@ -277,14 +277,14 @@ class Hyperparameters:
 
     @property
     def schedule(self) -> Schedule:
-        """What holds at each step."""
+        """The run's stages and rates."""
         return Schedule(**{each.name: getattr(self, each.name) for each in fields(Schedule)})
 
 
 PRESETS = {
     # GPT-2 small's size with the recipe of modded-nanogpt's record of 2026-01-19.
     "speedrun": Hyperparameters(preset="speedrun"),
-    # The same without most of it: modded-nanogpt's plain recipe of 2024-11-10.
+    # The same size with few of those tricks: modded-nanogpt's plain recipe of 2024-11-10.
     "baseline": Hyperparameters(
         preset="baseline",
         max_document_length=None,
@@ -314,7 +314,7 @@ PRESETS = {
             softcap=30.0,
         ),
     ),
-    # A small model of Python code for two CPU cores, sized in benchmarks/README.md.
+    # A small model of Python code for two CPU cores; benchmarks/README.md explains its size.
     "laptop": Hyperparameters(
         preset="laptop",
         train_files=None,
@@ -358,8 +358,8 @@ PRESETS = {
 }
 
 
-# The larger sizes of GPT-2, as `baseline` trains the smallest, for once through FineWeb10B: 10
-# billion tokens, as many as llm.c trains its GPT-2s on.
+# The larger sizes of GPT-2 with `baseline`'s recipe, for one epoch of FineWeb10B: 10 billion
+# tokens, as many as llm.c trains its GPT-2s on.
 GPT2_SIZES: dict[Preset, tuple[int, int, int]] = {
     "gpt2-medium": (24, 16, 1024),
     "gpt2-large": (36, 20, 1280),
@@ -424,13 +424,13 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         Checkpoints(run.folder, hp.keep_checkpoints, run.say, hp.keep_best) as checkpoints,
         Trace(run.folder / "profile", steps_of(hp.profile, 1, hp.num_steps), run.say) as trace,
     ):
-        # Open the run, at its first step or after its newest good checkpoint.
+        # Open the run, at its first step or after its newest intact checkpoint.
         start = where_to_begin(plan, run.folder, run.say)
         if start.first_record > hp.num_steps:
             return session.nothing_left(run, plan, start)
         progress = session.begin(run, plan, start)
 
-        # Compile and try everything, before the clock starts.
+        # Compile and try every program before the clock starts.
         programs = prepare_programs(plan, mesh, inputs, start, run.console, run.say)
         plan, state = programs.plan, programs.first_state(start)
         if hp.init_from and not start.checkpoint:
@@ -477,7 +477,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
 
 
 def show_result(run: Run, plan: "Plan", params: "Params", mesh: "Mesh") -> None:
-    """Plot the loss and let the model write a sample."""
+    """Plot the loss, generate a sample and print what to do next."""
     import jax
 
     from nanogpt.inference.text import sample
@@ -486,9 +486,9 @@ def show_result(run: Run, plan: "Plan", params: "Params", mesh: "Mesh") -> None:
 
     if jax.process_index() == 0:
         try:
-            run.say(f"the loss is plotted in {loss_png(run.folder)}")
-        except Exception as error:  # of a broken Matplotlib, which must not cost the sample
-            run.say(f"WARNING: the loss is not plotted: {error}")
+            run.say(f"loss curve: {loss_png(run.folder)}")
+        except Exception as error:  # a broken Matplotlib must not prevent the sample
+            run.say(f"WARNING: could not plot the loss: {error}")
     if plan.hp.sample_tokens:
         run.say(sample(plan, params, mesh))
     run.say(what_next(run))

@@ -3,38 +3,38 @@
     tokens -> embed -> norm -> x0 -> L layers -> norm -> head -> softcap -> logits
 
 A layer is attention, then an MLP; each reads the residual stream through a norm and adds to it.
-Around that stand the tricks of the speedrun, each one small function or a few lines below:
+The tricks of the speedrun are added to that, each a small function or a few lines below:
 
     norm                  RMSNorm without gains            (Zhang and Sennrich, arXiv:1910.07467)
     query-key norm        bounds the attention scores      (Henry et al., arXiv:2010.04245)
     rotary                positions by rotation            (Su et al., arXiv:2104.09864), of half of
                           each head only                   (modded-nanogpt, 2024-12-17)
-    relu²                 the nonlinearity of the MLP      (So et al., arXiv:2109.08668)
-    zero projections      all that adds starts at zero     (Yang et al., arXiv:2203.03466)
-    tied head             embedding and head begin as one  (Press and Wolf, arXiv:1608.05859; until
+    relu²                 the MLP's activation function    (So et al., arXiv:2109.08668)
+    zero projections      output matrices start at zero    (Yang et al., arXiv:2203.03466)
+    tied head             embedding and head share weights (Press and Wolf, arXiv:1608.05859; until
                           late in the run: modded-nanogpt, 2025-12-19)
     embedding shortcut    x <- a x + b x0 before a layer   (modded-nanogpt, 2024-11-06)
-    skips                 outputs of early layers return late   (modded-nanogpt, 2024-11-10; one,
+    skips                 early outputs added to late layers   (modded-nanogpt, 2024-11-10; one,
                           gated: 2025-11-18 and 12-29)
-    value residual        the first values are mixed into all   (Zhou et al., arXiv:2410.17897), or
-    value embeddings      token tables are, instead        (modded-nanogpt, 2024-12-04 and 12-17;
+    value residual        first layer's values added to later ones   (Zhou et al., arXiv:2410.17897)
+    value embeddings      token tables added instead       (modded-nanogpt, 2024-12-04 and 12-17;
                           gated: 2025-12-29)
     attention gate        each head's output is scaled     (Qiu et al., arXiv:2505.06708; from few
                           inputs: modded-nanogpt, 2025-08)
     YaRN                  rotations adapt to wider windows (Peng et al., arXiv:2309.00071; per stage
                           of a run: modded-nanogpt, 2025-09-10)
     smear                 x_t <- x_t + gate x_(t-1)        (modded-nanogpt, 2025-09)
-    MLP-only layers       attention is left out            (modded-nanogpt, 2024-12-17, 2025-09-21)
+    MLP-only layers       no attention                     (modded-nanogpt, 2024-12-17, 2025-09-21)
     backout               x <- x - a x_l before the head   (modded-nanogpt, 2025-10-04)
-    key offset            part of a key is the last token's, so that one layer can tell what came
-                          after a token                    (modded-nanogpt, 2025-12-14)
+    key offset            part of a key comes from the previous token, so that one layer can find
+                          what followed a token            (modded-nanogpt, 2025-12-14)
     paired heads          two heads attend to the keys of both   (modded-nanogpt, 2026-01-07)
     bigram embedding      hashed token pairs, in each layer   (modded-nanogpt, 2026-01-19)
     softcap               bounds the logits                (Gemma 2, arXiv:2408.00118)
-    several targets       the tokens after the next are scored, too (Gloeckle et al.,
-                          arXiv:2404.19737; on the same logits: modded-nanogpt, 2025-12)
+    several targets       later tokens are predicted, too  (Gloeckle et al., arXiv:2404.19737; from
+                          the same logits: modded-nanogpt, 2025-12)
 
-A model computes in the dtype of its matrices, with layers stacked or apart: see parameters.py.
+A model computes in the dtype of its matrices, with layers stacked or separate: see parameters.py.
 
 Shapes, here and everywhere: B batch, T sequence, D model width, N heads, H head size, F MLP width,
 V vocabulary (padded), L layers. Arrays of attentions and MLPs have a leading axis of layers.
@@ -59,26 +59,26 @@ from nanogpt.model.parameters import matrix, stack, unstack
 from nanogpt.model.rotary import rotary, rotation
 from nanogpt.model.softcap import Softcap, softcap
 
-Attend = Callable[[Array, Array, Array], Array]  # (q, k, v) to what each query takes from them
-XLA = Kernels()  # what runs everywhere
+Attend = Callable[[Array, Array, Array], Array]  # (q, k, v) -> attention output
+XLA = Kernels()  # runs on any device
 
 
 def norm(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-    """x over its root mean square, in float32 up to the result."""
+    """Divide x by its root mean square, computed in float32."""
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     return (x32 * jax.lax.rsqrt(mean_square + np.finfo(np.float32).eps)).astype(x.dtype)
 
 
 def project(x: Float[Array, "*B I"], weight: Float[Array, "I O"]) -> Float[Array, "*B O"]:
-    """x @ weight as one product of two matrices, which XLA's CPU backend runs fastest."""
+    """Return x @ weight as one product of two matrices, the fastest form on XLA's CPU backend."""
     return (x.reshape(-1, weight.shape[0]) @ weight).reshape(*x.shape[:-1], weight.shape[1])
 
 
 def bigram_bucket(
     tokens: Int[Array, "B T"], before: Int[Array, "B T"], buckets: int
 ) -> Int[Array, "B T"]:
-    """A bucket for each pair of a token and the one before it."""
+    """Hash each pair of a token and the one before it to a bucket."""
     # Two odd constants (2³² over the golden ratio, a prime of xxHash) spread the pairs mod 2³².
     mixed = tokens.astype(jnp.uint32) * np.uint32(0x9E3779B1)
     mixed ^= before.astype(jnp.uint32) * np.uint32(0x85EBCA77)
@@ -86,7 +86,7 @@ def bigram_bucket(
 
 
 def opened(x: Float[Array, "B T D"], gate: Float[Array, "inputs N"]) -> Float[Array, "B T N 1"]:
-    """How far a token opens each of N gates, from 0 to 1."""
+    """Return the values of N gates for each token, from 0 to 1."""
     return jax.nn.sigmoid(project(x[:, :, : len(gate)], gate))[..., None]
 
 
@@ -113,7 +113,7 @@ class Attention(nnx.Module):
         value_gate: Float[Array, "inputs N"] | None,
         attend: Attend,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T NH"]]:
-        """What to add to the stream, and the values, to which `mixed_in` is added by its gate."""
+        """Return what to add to the stream, and the values with `mixed_in` added by its gate."""
         B, T, _ = x.shape
         weight = self.joined() if self.qkv.ndim == 3 else self.qkv[...]
         q, k, v = jnp.unstack(project(x, weight).reshape(B, T, 3, -1, self.head_size), axis=2)
@@ -127,9 +127,9 @@ class Attention(nnx.Module):
         return project(y.reshape(B, T, -1), out), v.reshape(B, T, -1)
 
     def joined(self) -> Float[Array, "D O"]:
-        """The matrices side by side, [D, 3 N H], for one product of all three.
+        """Concatenate the three matrices to [D, 3 N H], for a single product.
 
-        Values are scaled by way of their matrix: far fewer numbers.
+        Values are scaled through their matrix, which has far fewer elements.
         """
         share = self.own_share[...]
         scaled = jnp.stack([jnp.ones_like(share)] * 2 + [share])[:, None, None] * self.qkv[...]
@@ -137,7 +137,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Two matrices with relu² between them."""
+    """An MLP with one hidden layer and relu²."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         self.up = nnx.Param(matrix(rngs.params(), (config.width, config.mlp_width)))
@@ -148,7 +148,7 @@ class MLP(nnx.Module):
 
 
 class Smear(nnx.Module):
-    """x_t + a gate(x_t) x_(t-1): most pairs of tokens mean something that neither does alone."""
+    """x_t + a gate(x_t) x_(t-1): a pair of tokens often means what neither of them does alone."""
 
     def __init__(self):
         self.gate = nnx.Param(jnp.zeros((GATE_INPUTS, 1)))
@@ -164,7 +164,7 @@ class Smear(nnx.Module):
 class GPT(nnx.Module):
     """A decoder-only transformer language model.
 
-    `kernels` names the implementations of attention and loss; the parameters do not depend on it.
+    `kernels` selects the implementations of attention and loss; parameters do not depend on it.
     """
 
     def __init__(self, config: GPTConfig, kernels: Kernels = XLA, *, rngs: nnx.Rngs):
@@ -182,7 +182,7 @@ class GPT(nnx.Module):
             self.smear = Smear()
         self.attention = stack(Attention, config.num_attentions, config, rngs.params())
         self.mlp = stack(MLP, L, config, rngs.params())
-        # Before each layer, the stream is made of these shares of itself, x0, and the bigrams.
+        # Weights of the stream, x0 and the bigrams in the input of each layer.
         self.residual_shares = nnx.Param(jnp.full(L, config.residual_init))
         self.embedding_shares = nnx.Param(jnp.zeros(L))
         if config.bigram_buckets:
@@ -196,7 +196,7 @@ class GPT(nnx.Module):
             self.backout = nnx.Param(jnp.array(0.5))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Logits, float32 and soft-capped, of the token after each token."""
+        """Return the soft-capped logits of the token after each token, float32."""
         return self.logits(self.features(tokens))
 
     def loss(
@@ -205,11 +205,11 @@ class GPT(nnx.Module):
         targets: Int[Array, "B T"],
         weights: Sequence[float | Float[Array, ""]] = (1.0,),
     ) -> tuple[Float[Array, "B part"], Float[Array, "B part"]]:
-        """What to minimize, and the cross-entropy of each target in nats, both float32.
+        """Return the objective and the cross-entropy of each target in nats, both float32.
 
-        The first is the cross-entropies of the next targets after each token, by these weights.
-        Negative targets count zero, as do those after the end of a row. Devices that share the
-        model each have the losses of their part of each row.
+        The objective of a token is the sum of its next targets' cross-entropies with `weights`.
+        Negative targets, and those beyond the end of a row, count as zero. With tensor
+        parallelism, each device returns the losses of its part of each row.
         """
         after = [
             jnp.pad(targets[:, k:], ((0, 0), (0, k)), constant_values=-1)
@@ -229,21 +229,21 @@ class GPT(nnx.Module):
         )
 
     def logits(self, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Soft-capped logits, float32, from what `features` returned, or a part of it."""
+        """Return soft-capped logits, float32, for all or some of the results of `features`."""
         return softcap(project(features, self.head[...]), self.softcap)
 
     @property
     def softcap(self) -> Softcap:
-        """How the logits are bounded."""
+        """The soft cap of the logits."""
         c = self.config
         return Softcap(c.softcap, c.softcap / c.logit_scale, c.logit_shift)
 
     def features(
         self, tokens: Int[Array, "B T"], past: Rows | Next | None = None
     ) -> Float[Array, "B T D"]:
-        """What the head reads: the normalized residual stream after the last layer.
+        """Return the head's input: the normalized residual stream after the last layer.
 
-        `past` is what the tokens see of those before them; None takes them for whole rows.
+        `past` gives access to the tokens before these; None if `tokens` are whole rows.
         """
         c, L = self.config, self.config.num_layers
         past = past or Rows(c, tokens, self.kernels.attention)
@@ -253,8 +253,8 @@ class GPT(nnx.Module):
             buckets = bigram_bucket(tokens, past.before("token", tokens), c.bigram_buckets)
             bigrams = self.bigram_embed[buckets].astype(x0.dtype)
 
-        # What of a layer is computed in parts, if devices share it, and again in the backward pass,
-        # if that saves the memory needed.
+        # `read` and `add` enclose what devices share (tensor parallelism); `again` recomputes in
+        # the backward pass instead of storing activations (rematerialization).
         read, add = (to_parts, from_parts) if self.kernels.tensor_parallel else (lambda x: x,) * 2
         again = jax.checkpoint if self.kernels.rematerialize else lambda function: function
 
@@ -287,21 +287,21 @@ class GPT(nnx.Module):
         return norm(x)
 
     def skip_share(self, number: int, x0: Float[Array, "B T D"]) -> Float[Array, "..."]:
-        """How much of an earlier layer's output returns by a skip."""
+        """Return the weight of an earlier layer's output in a skip connection."""
         if self.config.skips is None:
             return self.skips[number]
         gate = opened(x0, self.skip_gate[number])[..., 0]
         return 2 * jax.nn.sigmoid(self.skips[number]) * gate
 
     def embedded(self, tokens: Int[Array, "B T"], past: Rows | Next) -> Float[Array, "B T D"]:
-        """What the first layer reads: the tokens, each with a smear of the one before."""
+        """Return x0: the normalized embeddings of the tokens, each with a smear of the previous."""
         x = self.embed[tokens]
         if self.config.smear:
             x = self.smear(x, past.before("embedding", x))
         return norm(x).astype(self.head.dtype)
 
     def attend(self, past: Rows | Next, layer: int, q: Array, k: Array, v: Array) -> Array:
-        """What a layer does with its queries, keys and values [B, T, N, H]."""
+        """Return the attention output of a layer for q, k and v [B, T, N, H]."""
         speed, scale = rotation(self.config)
         paired = layer in self.config.layers(self.config.paired_heads)
         q, k = norm(q), norm(k)
@@ -316,7 +316,7 @@ class GPT(nnx.Module):
     def value_embeddings(
         self, tokens: Int[Array, "B T"]
     ) -> tuple[dict[int, Float[Array, "B T D"]], dict[int, Float[Array, "inputs N"]]]:
-        """What each layer mixes into its values, if anything, and the gates by which it does."""
+        """Return, by layer, what is mixed into the attention values, and its gates."""
         c = self.config
         tables = jnp.split(self.value_embed[...], c.value_embeddings) if c.value_embeddings else []
         looked_up = [table[0][tokens].astype(self.head.dtype) for table in tables]

@@ -1,14 +1,14 @@
-"""Muon: momentum whose every matrix is orthogonalized before it is applied.
+"""Muon: momentum, with the update of each matrix orthogonalized.
 
-An update of a hidden matrix by plain momentum has a few large singular values and many small ones;
+The plain momentum update of a hidden matrix has a few large singular values and many small ones;
 Muon sets them all to about one, so that every direction learns at the same rate
-(Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024). The
-polynomials that do so are those of Polar Express (Amsel et al., arXiv:2505.16932). What comes out
-still moves some neurons much more than others; dividing each neuron by its usual size evens that
-out (NorMuon: Li et al., arXiv:2510.05491).
+(Keller Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024). It uses the
+polynomials of Polar Express (Amsel et al., arXiv:2505.16932). The orthogonalized update still moves
+some neurons much more than others; dividing each neuron's update by its usual size evens that out
+(NorMuon: Li et al., arXiv:2510.05491).
 
-Here it is an Optax transformation for parameters whose last two axes are matrices [I, O] (inputs,
-outputs) and whose other axes stack them. The devices of a mesh share the work: see sharing.py.
+This is an Optax transformation for parameters that are matrices or stacks of them, [*stack, I, O]
+(I inputs, O outputs). The devices of a mesh share the work: see sharing.py.
 """
 
 from collections import defaultdict
@@ -25,10 +25,10 @@ from jaxtyping import Array, Float
 
 from nanogpt.optim.sharing import map_matrices
 
-# a s + b s³ + c s⁵, with one (a, b, c) after another, takes singular values s from 0.001 ... 1 to
-# 0.84 ... 1.15. Each polynomial brings nearest to one whatever the one before it may leave. (They
+# Applying a s + b s³ + c s⁵ for each (a, b, c) in turn maps singular values s in [0.001, 1] to
+# [0.84, 1.15]. Each polynomial is optimal for the range of values that those before it leave. (They
 # are the paper's with a cushion of 0.02 and a safety factor of 1.02 in all but the last.)
-SAFETY = 1.02  # rounding may lift a singular value of one as far as this
+SAFETY = 1.02  # rounding can raise a singular value of 1 to at most this
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -39,7 +39,7 @@ POLAR_EXPRESS = (
 
 
 class MuonState(NamedTuple):
-    """Of every parameter, float32: its momentum, and the mean square that each neuron moves by."""
+    """For each parameter, float32: momentum, and the mean square of each neuron's updates."""
 
     momentum: optax.Updates
     neuron_mean_square: optax.Updates
@@ -48,16 +48,16 @@ class MuonState(NamedTuple):
 def orthogonalize(
     matrices: Float[Array, "*stack I O"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "*stack I O"]:
-    """About U Vᵀ for each matrix U S Vᵀ, by the polynomials of Polar Express in `dtype`.
+    """Approximate U Vᵀ for each matrix U S Vᵀ, with the polynomials of Polar Express in `dtype`.
 
-    The singular values of the result lie between 0.84 and 1.15, except that those which were below
-    a thousandth of the matrix's Frobenius norm are still on their way up.
+    The singular values of the result lie in [0.84, 1.15], or below if they were less than a
+    thousandth of the matrix's Frobenius norm.
     """
     x = matrices.astype(jnp.float32)
     norm = jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
     x = (x / (SAFETY * norm + 8e-6)).astype(dtype)
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x  # the products below are then of the smaller size
+    x = x.mT if tall else x  # so that gram has the smaller size
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -65,9 +65,9 @@ def orthogonalize(
 
 
 def neuron_mean_square(matrices: Float[Array, "*stack I O"]) -> Float[Array, "..."]:
-    """The mean square of each neuron: each column (output), or if I > O each row (input).
+    """Return the mean square of each neuron: each column (output), or if I > O each row (input).
 
-    The axis over which the mean is taken stays: [*stack, 1, O], or [*stack, I, 1].
+    The axis of the mean is kept: [*stack, 1, O] or [*stack, I, 1].
     """
     I, O = matrices.shape[-2:]  # noqa: E741
     return jnp.mean(jnp.square(matrices), axis=-2 if I <= O else -1, keepdims=True)
@@ -76,13 +76,13 @@ def neuron_mean_square(matrices: Float[Array, "*stack I O"]) -> Float[Array, "..
 def normalize_neurons(
     update: Float[Array, "*stack I O"], usual: Float[Array, "..."]
 ) -> Float[Array, "*stack I O"]:
-    """Each neuron over the root of its `usual` mean square; each matrix keeps its Frobenius norm.
+    """Divide each neuron by the root of `usual`, then rescale to keep each matrix's Frobenius norm.
 
-    So a factor that `usual` has in all neurons cancels, and a running mean which started at zero
-    needs no correction for that.
+    A common factor in `usual` thus cancels, so a running mean that started at zero needs no bias
+    correction.
     """
     now = neuron_mean_square(update)
-    # Zero updates stay zero: both floors keep them from 0 / 0.
+    # Both floors avoid 0 / 0, so that zero updates stay zero.
     inverse = 1 / jnp.maximum(usual, 1e-10)
     before, after = (jnp.sum(x, axis=(-2, -1), keepdims=True) for x in (now, now * inverse))
     return update * jnp.sqrt(inverse * before / jnp.maximum(after, 1e-10))
@@ -94,18 +94,18 @@ def scale_by_muon(
     mesh: Mesh | None = None,
     shard_params: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Nesterov momentum, orthogonalized, each neuron normalized.
+    """Build the transformation: Nesterov momentum, orthogonalized, each neuron normalized.
 
-    `update(gradients, state, momentum=...)` takes the decay of the running mean of gradients, a
-    number or a scalar array.
+    In `update(gradients, state, momentum=...)`, momentum is the decay of the running mean of
+    gradients, a number or a scalar array.
 
     Args:
-        neuron_decay: the decay of the running mean square of each neuron's updates; None leaves
-            the neurons as they are, which is plain Muon.
-        dtype: in which matrices are orthogonalized; bfloat16 is accurate enough, and fast where
-            there are matrix units for it.
-        mesh, shard_params: see `map_matrices` in sharing.py; the results are the same to the bit
-            as when one device does it all.
+        neuron_decay: decay of the running mean square of each neuron's updates; None does not
+            normalize neurons, which is plain Muon.
+        dtype: dtype of the orthogonalization; bfloat16 is accurate enough, and fast on hardware
+            with matrix units for it.
+        mesh, shard_params: see `map_matrices` in sharing.py; the results are bit for bit those of
+            a single device.
     """
 
     def orthogonalize_stack(matrices: Float[Array, "S I O"]) -> Float[Array, "S I O"]:
@@ -130,21 +130,21 @@ def scale_by_muon(
         )
         return jax.tree.map(normalize_neurons, updates, usual), MuonState(mean, usual)
 
-    # pyrefly: ignore[bad-argument-type]  (Optax has no type for arguments by name)
+    # pyrefly: ignore[bad-argument-type]  (Optax has no type for keyword arguments)
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _by_shape(
     orthogonalize_stack: Callable[[Array], Array], leaves: list[Array]
 ) -> list[Float[Array, "*stack I O"]]:
-    """The leaves, orthogonalized, all matrices of one shape together."""
+    """Orthogonalize the leaves, all matrices of one shape together."""
     members = defaultdict(list)
     for index, leaf in enumerate(leaves):
         members[tuple(sorted(leaf.shape[-2:]))].append(index)
 
     updates = list(leaves)
     for shape, indices in members.items():
-        # Tall matrices lie down beside the wide ones: UVᵀ of a transpose is the transpose of UVᵀ.
+        # Tall matrices are transposed to join wide ones; UVᵀ of the transpose is (UVᵀ)ᵀ.
         lying = [leaves[i] if leaves[i].shape[-2:] == shape else leaves[i].mT for i in indices]
         stacks = [leaf.reshape(-1, *shape) for leaf in lying]
         stack = orthogonalize_stack(jnp.concatenate(stacks))

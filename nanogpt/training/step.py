@@ -1,19 +1,18 @@
 """One optimizer step, and one evaluation step, over all devices of a mesh.
 
-    batch [Ng, R, T1]      Ng micro-batches of R rows, divided over the devices; T1 = T + 1 tokens
-      each device:   for every micro-batch: gradients of its own rows, added up in float32
+    batch [Ng, R, T1]      Ng micro-batches of R rows, sharded over the devices; T1 = T + 1 tokens
+      each device:   gradients of its own rows, accumulated over micro-batches in float32
       all devices:   one mean over the devices
-      each device:   the same optimizer update, or that of its part of the parameters
+      each device:   the same optimizer update, or the update of its shard of the parameters
 
-Gradients are reduced once per optimizer step, however many micro-batches it has. Left to itself,
-the compiler would reduce those of every micro-batch; inside `jax.shard_map` the program says when.
-This is what `jax.pmap` did for a single list of devices, in the form that also serves many hosts
-and sharded parameters. `check_vma=False` leaves gradients to each device until they are reduced by
-name; it also admits kernels that do not declare what varies over devices (TPU's do not).
+Gradients are reduced once per optimizer step, however many micro-batches it has. By default the
+compiler would reduce them for every micro-batch; inside `jax.shard_map` the program decides when.
+This is what `jax.pmap` did for a flat list of devices, in a form that also supports many hosts and
+sharded parameters. With `check_vma=False` gradients stay local until they are reduced explicitly;
+it also allows kernels that do not declare which values vary over devices (TPU kernels do not).
 
-Layers stand apart in the forward and backward pass, so that each is gathered, where devices hold
-parts of it, by itself; and so that its gradient is on its way to the other devices while those of
-the layers before it are still computed.
+Layers are kept separate in the forward and backward pass, so that each sharded layer is gathered on
+its own, and the reduction of its gradient overlaps with the backward pass of earlier layers.
 """
 
 from dataclasses import dataclass
@@ -39,22 +38,22 @@ from nanogpt.training.spikes import spike_and_moments
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that training changes."""
+    """Everything that a training step changes."""
 
-    step: Int[Array, ""]  # batches seen
+    step: Int[Array, ""]  # number of batches seen
     params: Params  # float32, a nested dict
     opt_state: optax.OptState
-    loss_mean: Float[Array, ""]  # of the latest losses: see spikes.py
+    loss_mean: Float[Array, ""]  # of recent losses: see spikes.py
     loss_variance: Float[Array, ""]
 
 
 def graph_of(config: GPTConfig, kernels: Kernels = XLA) -> nnx.GraphDef:
-    """The model without its arrays: `nnx.merge(graph, params)` is the model with them."""
+    """Return the model without its arrays; `nnx.merge(graph, params)` is the whole model."""
     return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, kernels, rngs=nnx.Rngs(0))))
 
 
 def init_params(config: GPTConfig, key: Key[Array, ""]) -> Params:
-    """The arrays of a new model, float32, as a nested dict."""
+    """Return the initial parameters of a model, float32, as a nested dict."""
     return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key))))
 
 
@@ -64,9 +63,9 @@ def make_init(
     mesh: Mesh,
     shard_params: bool = False,
 ) -> Wrapped:
-    """Build `init(key) -> state`, jitted: before the first step, on the devices of the mesh.
+    """Build `init(key) -> state`, jitted: the state before the first step, placed on the mesh.
 
-    Raises ConfigError when the mesh cannot divide it.
+    Raises ConfigError if the mesh cannot shard it.
     """
 
     def init(key: Key[Array, ""]) -> TrainState:
@@ -86,21 +85,21 @@ def make_train_step(
     shard_params: bool = False,
     tied_head: bool = False,
 ) -> Wrapped:
-    """Build `train_step(state, batch, rates) -> (state, metrics)`, jitted; it consumes its state.
+    """Build `train_step(state, batch, rates) -> (state, metrics)`, jitted; it donates its state.
 
-    It minimizes the cross-entropies of the next tokens by the rates' target weights. The rates are
-    numbers of its input, so that one program serves schedules of any kind and length.
+    It minimizes the cross-entropies of the next tokens, with the target weights in `rates`. Rates
+    are inputs of the program, so that it serves schedules of any kind and length.
 
-    With `tied_head` embedding and head, which began as the same numbers, get the same gradient, the
-    sum of theirs; so they remain the same, and so does what Adam keeps of them.
+    With `tied_head`, embedding and head start with equal values and both get the sum of their
+    gradients, so they stay equal, as do their states in Adam.
 
-    A batch whose loss or gradient is not finite changes neither parameters nor optimizer; nor does
-    one whose loss lies more than `skip_spikes` standard deviations above the latest, if that is
-    not 0. `dtype` is that of the forward and backward pass.
+    A batch with a loss or gradient that is not finite changes neither parameters nor optimizer
+    state. Nor does one with a loss more than `skip_spikes` standard deviations above recent ones,
+    unless `skip_spikes` is 0. `dtype` is that of the forward and backward pass.
 
     Metrics are scalars: `loss`, the mean over the batch in nats per token before the update,
-    `grad_norm`, `spike`, how many standard deviations the loss lies above the latest ones (0 in
-    the first steps), and `applied`, whether the update was made.
+    `grad_norm`, `spike`, how many standard deviations the loss is above recent ones (0 in the
+    first steps), and `applied`, whether the update was made.
     """
 
     def train_step(
@@ -126,7 +125,7 @@ def make_train_step(
         )
         applied = finite & (spike <= skip_spikes) if skip_spikes else finite
 
-        # Of sums, not of means: more tokens count for more beside the steps before.
+        # Gradients of sums, not means, so that larger batches weigh more in the running means.
         tokens = batch.size // batch.shape[-1] * (batch.shape[-1] - 1)
         updates, opt_state = optimizer.update(
             jax.tree.map(lambda g: tokens * g, gradients),
@@ -153,11 +152,11 @@ def _loss_and_gradients(
     batch: Int[Array, "Ng R T1"],
     target_weights: tuple[float | Float[Array, ""], ...],
 ) -> tuple[Float[Array, ""], Params]:
-    """Their means over all devices, of which each keeps its part; in `jax.shard_map`."""
+    """Return their means over all devices, each keeping its shard; in `jax.shard_map`."""
     params = gathered(parts, placed)
 
     def losses_of(params: Params, rows: Int[Array, "R T1"]) -> tuple[Array, Array]:
-        """Means over the rows, as sums over this device's share of each."""
+        """Return the means over the rows, or this device's terms of them (tensor parallelism)."""
         inputs, targets = rows[:, :-1], rows[:, 1:]
         objective, losses = nnx.merge(graph, params).loss(inputs, targets, target_weights)
         return objective.sum() / targets.size, losses.sum() / targets.size
@@ -178,7 +177,7 @@ def make_eval_step(
 ) -> Wrapped:
     """Build `eval_step(params, rows)`, jitted: the sum of the losses of all targets, in nats.
 
-    A negative token, ~t, is read as t, but is no target.
+    A negative token, ~t, is read as t, but is not a target.
     """
 
     def summed_loss(
