@@ -1,14 +1,14 @@
 """Download the tokenized FineWeb10B: the validation shard, then N training shards.
 
-    python cached_fineweb10B.py 9      # 900 million tokens to train on, 2.0 GB in all
-    python cached_fineweb10B.py        # all 103 training shards, 20.7 GB in all
+    python3 cached_fineweb10B.py 9     # 900 million training tokens, 2.0 GB in all
+    python3 cached_fineweb10B.py       # all 103 training shards, 20.7 GB in all
 
-A shard gets its name only once its size and SHA-256 agree with the hub's and its header is right,
-so whatever matches fineweb10B/fineweb_*.bin is whole. After an interruption run it again: it goes
-on where it stopped.
+A shard gets its final name only when its size and SHA-256 match the hub's and its header is valid,
+so every file that matches fineweb10B/fineweb_*.bin is complete. If it is interrupted, run it again:
+it continues where it stopped.
 """
 
-import nanogpt  # noqa: F401  (says what to do where packages are missing)
+import nanogpt  # noqa: F401  (explains what to do if packages are missing)
 
 # isort: split
 import argparse
@@ -31,25 +31,25 @@ REPOSITORY = "kjj0/fineweb10B-gpt2"
 TRAINING_SHARDS = 103
 
 
-SLOW = 60  # seconds after which a download that is slow ends ...
-LEAST = 1000  # ... which is one of fewer bytes per second
+SLOW = 60  # give up on a download that for this many seconds ...
+LEAST = 1000  # ... receives fewer bytes per second than this
 
 
 class Published(NamedTuple):
-    """What the hub says a shard is."""
+    """The size and hash of a shard according to the hub."""
 
     size: int  # bytes
     sha256: str  # 64 hexadecimal digits
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Download what the command line asks for; return the exit status."""
+    """Download the shards that the command line asks for; return the exit status."""
     options = parse(argv)
     training = [f"fineweb_train_{i:06d}.bin" for i in range(1, options.shards + 1)]
     try:
         download(["fineweb_val_000000.bin", *training], options.folder)
     except KeyboardInterrupt:
-        print("\nInterrupted; run this again to go on where it stopped.", file=sys.stderr)
+        print("\nInterrupted; run this again to continue where it stopped.", file=sys.stderr)
         return 130
     except UserError as error:
         print(error, file=sys.stderr)
@@ -81,20 +81,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         nargs="?",
         type=shard_count,
         default=TRAINING_SHARDS,
-        help="training shards, of 100 million tokens and 200 MB each (default: all %(default)s)",
+        help="training shards of 100 million tokens, 200 MB each (default: all %(default)s)",
     )
     parser.add_argument(
         "--folder",
         metavar="PATH",
         type=Path,
         default=Path("fineweb10B"),
-        help="where the shards go (default: %(default)s)",
+        help="folder for the shards (default: %(default)s)",
     )
     return parser.parse_args(argv)
 
 
 def download(names: list[str], folder: Path) -> None:
-    """Bring the shards `names` into `folder`; print a line for each."""
+    """Download the shards `names` into `folder`, printing a line for each."""
     published = {name: look_up(name) for name in names if not is_whole(folder / name)}
     folder.mkdir(parents=True, exist_ok=True)
     check_space(published, folder)
@@ -107,7 +107,7 @@ def download(names: list[str], folder: Path) -> None:
 
 
 def is_whole(path: Path) -> bool:
-    """Whether the shard `path` is there, as long as its header says."""
+    """Return whether the shard exists and has the length that its header states."""
     try:
         read_shard(path)
     except ShardError:
@@ -121,17 +121,17 @@ def look_up(name: str) -> Published:
 
     url = hf_hub_url(REPOSITORY, name, repo_type="dataset")
     file = patiently(name, lambda: get_hf_file_metadata(url))
-    # The entity tag of a large file is its SHA-256; any other tag is not the hub's answer.
+    # The ETag of a large file is its SHA-256; an answer with any other tag is not the hub's.
     if file.size is None or file.etag is None or not re.fullmatch("[0-9a-f]{64}", file.etag):
         raise DownloadError(
             f"The answer about {name} has no size and SHA-256: check that HF_ENDPOINT, if set, "
-            "names a hub and that no proxy or login page stands before it."
+            "is a hub and that no proxy or login page intercepts the connection."
         )
     return Published(file.size, file.etag)
 
 
 def check_space(published: dict[str, Published], folder: Path) -> None:
-    """Raise DownloadError unless all that is still to come fits on the disk of `folder`."""
+    """Raise DownloadError unless the remaining bytes fit on the disk of `folder`."""
     partials = [path for name in published if (path := partial_path(folder, name)).exists()]
     here = sum(path.stat().st_size for path in partials)
     needed = sum(shard.size for shard in published.values()) - here
@@ -144,17 +144,17 @@ def check_space(published: dict[str, Published], folder: Path) -> None:
 
 
 def partial_path(folder: Path, name: str) -> Path:
-    """Where a shard is while it is on its way: a hidden file that no shard pattern matches."""
+    """Return the file of an unfinished download: hidden, so that no shard pattern matches it."""
     return folder / f".{name}.partial"
 
 
 def fetch(name: str, published: Published, folder: Path) -> None:
-    """Download the shard `name` or the rest of it, verify it, and only then give it its name."""
+    """Download the shard `name` or the rest of it, verify it, and only then rename it."""
     from huggingface_hub.utils import WeakFileLock
 
     partial = partial_path(folder, name)
-    with WeakFileLock(folder / ".lock"):  # waits while another download is at it in this folder
-        if is_whole(folder / name):  # the other one brought it
+    with WeakFileLock(folder / ".lock"):  # waits for other downloads into this folder
+        if is_whole(folder / name):  # another download completed it
             return
         if partial.exists() and partial.stat().st_size > published.size:
             partial.unlink()
@@ -167,32 +167,32 @@ def fetch(name: str, published: Published, folder: Path) -> None:
         if sha256 != published.sha256:
             partial.unlink()
             raise DownloadError(
-                f"{name} came damaged (its SHA-256 is {sha256}, the hub's {published.sha256}) and "
-                "was deleted: run this again to download it anew."
+                f"{name} arrived damaged (its SHA-256 is {sha256}, the hub's {published.sha256}) "
+                "and was deleted: run this again to download it again."
             )
         if not is_whole(partial):
             partial.unlink()
             raise DownloadError(
-                f"{name} is not a shard although it came as the hub has it: check that "
-                "HF_ENDPOINT, if set, names a hub that carries the real dataset."
+                f"{name} is not a shard although it matches the hub's SHA-256: check that "
+                "HF_ENDPOINT, if set, is a hub that has the real dataset."
             )
         note_sha256(folder / name, sha256)
         os.replace(partial, folder / name)
 
 
 class Download:
-    """A shard on its way into a file, of which every byte that came is kept.
+    """The download of a shard into a file, which keeps every byte received.
 
-    The hub's library keeps no more than it has whole pieces of 10 MiB, and takes whatever comes.
+    The hub's library keeps only complete pieces of 10 MiB, and does not limit the size.
     """
 
     def __init__(self, name: str, size: int, file: BinaryIO, show: Callable[[int], None]):
-        """Go on behind what is in the file; `show` is told how many bytes are there."""
+        """Continue after the bytes in `file`; `show` is called with the number of bytes so far."""
         self.name, self.size, self.file, self.show = name, size, file, show
         self.since, self.had = time.monotonic(), file.tell()
 
     def rest(self) -> None:
-        """Receive what is missing. Raises DownloadError, or what the hub's library does."""
+        """Download the missing bytes. Raises DownloadError, or the errors of the hub's library."""
         from huggingface_hub import constants, hf_hub_url
         from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
@@ -205,7 +205,7 @@ class Download:
         wait = constants.HF_HUB_DOWNLOAD_TIMEOUT
         with get_session().stream("GET", url, headers=headers, timeout=wait) as answer:
             hf_raise_for_status(answer)
-            if answer.status_code == 200:  # all of it, not the rest
+            if answer.status_code == 200:  # the whole file, not only the rest
                 self.file.seek(0)
                 self.file.truncate()
                 self.had = 0
@@ -214,30 +214,30 @@ class Download:
                 self.show(self.file.tell())
                 self.check()
         if self.file.tell() < self.size:
-            raise ConnectionError(f"it ended short of its size, {self.size:,} bytes")
+            raise ConnectionError(f"it ended before its size, {self.size:,} bytes")
 
     def check(self) -> None:
-        """Raise DownloadError if more came than was promised, or next to nothing for a while."""
+        """Raise DownloadError if the download is longer than published, or too slow."""
         if self.file.tell() > self.size:
             self.file.truncate(0)
             raise DownloadError(
-                f"{self.name} goes on beyond its size, {self.size:,} bytes: check that "
-                "HF_ENDPOINT, if set, names a hub, then run this again to download it anew."
+                f"{self.name} is longer than its size, {self.size:,} bytes: check that "
+                "HF_ENDPOINT, if set, is a hub, then run this again to download it again."
             )
         seconds = time.monotonic() - self.since
         if seconds > SLOW:
             speed = (self.file.tell() - self.had) / seconds
             if speed < LEAST:
                 raise DownloadError(
-                    f"{self.name} comes at {speed:.0f} bytes per second, too slow to wait for: run "
-                    "this again later to go on where it stopped."
+                    f"{self.name} arrives at {speed:.0f} bytes per second, which is too slow: run "
+                    "this again later to continue where it stopped."
                 )
             self.since, self.had = time.monotonic(), self.file.tell()
 
 
 @contextmanager
 def progress_bar(name: str, size: int) -> Generator[Callable[[int], None], None, None]:
-    """A bar on the terminal, if there is one, and a function that tells it how much is here."""
+    """Show a progress bar if there is a terminal; yields a function to set its number of bytes."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

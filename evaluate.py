@@ -1,10 +1,10 @@
-"""How good is a trained run? `python3 evaluate.py runs/<name>` tells, and keeps it there.
+"""Evaluate a trained run: `python3 evaluate.py runs/<name>`.
 
-The loss on all its validation tokens, the same in bits per byte of text, and with `--hellaswag`
-the share of HellaSwag's items that it gets right. docs/evaluation.md says what each figure means.
+Prints the loss on its validation tokens, the same in bits per byte of text, and with `--hellaswag`
+its accuracy on HellaSwag, and saves them in the run's folder. docs/evaluation.md explains each.
 """
 
-import nanogpt  # noqa: F401  (says what to do where packages are missing)
+import nanogpt  # noqa: F401  (explains what to do if packages are missing)
 
 # isort: split
 import json
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
 Step = TypeVar("Step")
 
-SPEEDRUN_TOKENS = 10_485_760  # that the speedrun's records are validated on
-TOKENS_PER_PASS = 8192  # of each device: work enough for a GPU, and room beside a trainer
+SPEEDRUN_TOKENS = 10_485_760  # the number that the speedrun's records are validated on
+TOKENS_PER_PASS = 8192  # per device: enough to keep a GPU busy, and fits beside a training run
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,14 @@ class Options:
     """Rows per device and pass; None: 8,192 tokens' worth. Does not change the results."""
 
     def check(self) -> None:
-        """Raise ConfigError, in a sentence for the user, for options that make no sense."""
+        """Raise ConfigError, with a sentence for the user, if the options are invalid."""
         checked(asdict(self), Options)
         if self.hellaswag_items is not None and not self.hellaswag:
             raise ConfigError("--hellaswag-items needs --hellaswag.")
 
 
 class Results(TypedDict, total=False):
-    """What evaluation.json keeps of the step whose weights were evaluated last."""
+    """The contents of evaluation.json: results for the step that was evaluated last."""
 
     step: Required[Count]
     val_files: str
@@ -87,7 +87,7 @@ class Results(TypedDict, total=False):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Evaluate what the command line asks for; return the exit status."""
+    """Evaluate a model as the command line says; return the exit status."""
     options = parse(Options, arguments)
     try:
         options.check()
@@ -102,8 +102,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def evaluate(options: Options) -> None:
-    """Print the figures, and write each to the run's folder as soon as it is known."""
-    # So that this takes no more of a GPU that trains at the same time than it needs.
+    """Print the results, and write each to the run's folder as soon as it is known."""
+    # Allocate GPU memory only as needed: a training run may be using the same GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from nanogpt.data.validation import ValidationRows
     from nanogpt.devices.accelerator import use_device
@@ -115,7 +115,7 @@ def evaluate(options: Options) -> None:
     use_compilation_cache()
     run = load(options.model, make_mesh())
 
-    # What may be missing is looked for before the long work begins.
+    # Check for everything that may be missing before the long work begins.
     if (options.val_files or run.val_files) is None and run.hp.tokenizer != "bytes":
         raise ConfigError(
             f"{options.model} does not say what it was validated on: give a glob of shards with "
@@ -142,14 +142,14 @@ def evaluate(options: Options) -> None:
         try:
             items = retokenized(read_items(hellaswag_file())[: options.hellaswag_items], tokenizer)
         except DownloadError as error:
-            failure = error  # the loss can be told without it
+            failure = error  # the loss can be measured without it
 
     def fitting(measure: Callable[[int], Any]) -> Any:
-        """What `measure` tells with so many rows per device, or fewer where memory runs out."""
+        """Return measure(rows per device), with fewer rows if memory runs out."""
 
         def smaller(rows: int) -> int | None:
             if less := rows // 2:
-                print(f"out of memory with {rows} rows per device: now {less}", file=sys.stderr)
+                print(f"out of memory with {rows} rows per device: trying {less}", file=sys.stderr)
             return less or None
 
         batch_size = options.batch_size or max(1, TOKENS_PER_PASS // run.row_length)
@@ -158,7 +158,7 @@ def evaluate(options: Options) -> None:
     def tell(line: str) -> None:
         try:
             print(f"step {run.step} | {line}", flush=True)
-        except OSError:  # a console that is closed or full ends no work: the figures are kept
+        except OSError:  # a closed or full console does not stop the work: results are saved
             discard_output()
 
     nats = fitting(partial(validation_nats, run, rows))
@@ -183,22 +183,22 @@ def evaluate(options: Options) -> None:
 class Trained(NamedTuple):
     """The weights of a run or an exported model, and what is needed to use them."""
 
-    folder: Path  # of the run, or the exported one
-    step: int  # after which they were saved
-    hp: "ModelSettings"  # those in config.json
-    row_length: int  # tokens per row, T, of the stage that the step belongs to
-    model: "GPTConfig"  # as it is used after that stage
+    folder: Path  # of the run, or of the export
+    step: int  # the step after which the weights were saved
+    hp: "ModelSettings"  # from config.json
+    row_length: int  # tokens per row, T, in the stage of that step
+    model: "GPTConfig"  # as used after that stage
     graph: "nnx.GraphDef"
-    params: "Params"  # whole on every device
+    params: "Params"  # replicated
     mesh: "Mesh"
-    # What the run was validated on, and the shards of both kinds, as far as it tells.
+    # The run's validation data, and its training and validation shards, if known.
     val_files: str | None = None
     val_tokens: int | None = None
     shards: dict[str, Any] | None = None
 
 
 def load(folder: Path, mesh: "Mesh") -> Trained:
-    """The weights in a folder; ConfigError where there are none."""
+    """Load the weights in a folder; raises ConfigError if there are none."""
     from nanogpt.inference.export import is_exported
     from nanogpt.inference.weights import load_model, load_run, schedule_in
     from nanogpt.training.checkpoint import run_of
@@ -217,12 +217,12 @@ def load(folder: Path, mesh: "Mesh") -> Trained:
 
 
 def most_tokens(files: list[Path]) -> int:
-    """How many tokens to validate on where nothing says so: all, or as many as the speedrun."""
+    """Return the default number of validation tokens: all, but at most the speedrun's."""
     return max(1, min(SPEEDRUN_TOKENS, sum(len(read_shard(file)) for file in files) - 1))
 
 
 def validation_files(pattern: str | None) -> tuple[list[Path], str]:
-    """The validation shards that match a glob, or those of the embedded corpus; and their name."""
+    """Return the validation shards matching a glob, or the embedded corpus's, and their name."""
     if pattern is not None:
         return find_shards(pattern), shown(pattern)
     corpus = embedded_corpus()
@@ -230,7 +230,7 @@ def validation_files(pattern: str | None) -> tuple[list[Path], str]:
 
 
 def bytes_per_token(tokenizer: Tokenizer) -> Int64[np.ndarray, "65536"]:
-    """UTF-8 bytes of the text of each token; separators, and ids that mean nothing, have none."""
+    """Return the number of UTF-8 bytes of each token; 0 for separators and unused ids."""
     lengths = np.zeros(2**16, np.int64)
     texts = map(tokenizer.token_bytes, range(tokenizer.separator))
     lengths[: tokenizer.separator] = [*map(len, texts)]
@@ -238,7 +238,7 @@ def bytes_per_token(tokenizer: Tokenizer) -> Int64[np.ndarray, "65536"]:
 
 
 def validation_nats(run: Trained, rows: "ValidationRows", batch_size: int) -> float:
-    """The loss of all targets in the rows, added up, in the run's own dtype."""
+    """Return the summed loss of all targets in the rows, in nats, computed in the run's dtype."""
     from nanogpt.config import Kernels
     from nanogpt.devices.mesh import ROWS, put
     from nanogpt.model.attention import choose_attention
@@ -256,29 +256,29 @@ def validation_nats(run: Trained, rows: "ValidationRows", batch_size: int) -> fl
 
 
 def hellaswag_file() -> Path:
-    """Where HellaSwag lies in the hub's cache, after a download if need be.
+    """Return the path of HellaSwag in the hub's cache, downloading it if necessary.
 
-    Raises DownloadError when it cannot be had.
+    Raises DownloadError if that fails.
     """
     from huggingface_hub import hf_hub_download, logging
 
     from nanogpt.inference.hellaswag import FILE, REPOSITORY, REVISION
 
-    logging.set_verbosity_error()  # of its attempts; what fails is told below
+    logging.set_verbosity_error()  # hide the library's retries; failures are reported below
     get = partial(hf_hub_download, REPOSITORY, FILE, repo_type="dataset", revision=REVISION)
     try:
         return Path(patiently(FILE, get))
     except OSError as error:
         raise DownloadError(
-            f"{FILE} cannot be kept in the cache of the Hugging Face hub ({error.strerror}): make "
-            "room there, or set HF_HOME to a folder that can be written."
+            f"{FILE} cannot be saved in the cache of the Hugging Face hub ({error.strerror}): make "
+            "room there, or set HF_HOME to a writable folder."
         ) from error
 
 
 def hellaswag(
     run: Trained, items: "Sequence[Item]", separator: int, batch_size: int
 ) -> dict[str, float | int]:
-    """How many items of HellaSwag the run gets right, for JSON."""
+    """Return the run's accuracy on HellaSwag, for JSON."""
     from nanogpt.inference.hellaswag import losses_of, make_row_losses, row_of, scores
 
     T = run.row_length
@@ -295,18 +295,18 @@ def hellaswag(
 
 
 def progress(passes: Sequence[Step], description: str) -> Iterable[Step]:
-    """The passes one by one, with a bar on the terminal if there is one."""
+    """Iterate over the passes, with a progress bar if there is a terminal."""
     console = Console(stderr=True)
     return track(passes, description, console=console, disable=not console.is_terminal)
 
 
 def write_results(folder: Path, step: int, results: dict[str, Any]) -> None:
-    """Add results to evaluation.json, whole or not at all; those of another step are dropped."""
+    """Add results to evaluation.json, atomically; results of another step are dropped."""
     from nanogpt.runs.environment import environment
 
     path = folder / "evaluation.json"
     earlier = {}
-    with suppress(ConfigError):  # there is none, or none that can be read
+    with suppress(ConfigError):  # missing or unreadable
         earlier = read_json(path, Results, "")
         earlier = earlier if earlier["step"] == step else {}
     everything = {"step": step, **earlier, **results, "environment": environment()}
@@ -314,8 +314,8 @@ def write_results(folder: Path, step: int, results: dict[str, Any]) -> None:
         write_whole(path, json.dumps(everything, indent=2) + "\n")
     except OSError as error:
         raise ConfigError(
-            f"{path} cannot be written ({error.strerror}): make room there, or copy the run to "
-            "where you may write."
+            f"{path} cannot be written ({error.strerror}): make room there, or copy the run to a "
+            "writable folder."
         ) from error
 
 

@@ -1,15 +1,15 @@
-"""Text into shards, ahead of training: `python3 prepare_data.py corpus/ --out shards`.
+"""Tokenize text into shards before training: `python3 prepare_data.py corpus/ --out shards`.
 
     python3 prepare_data.py corpus/ "more/*.jsonl.zst" --out shards
     python3 prepare_data.py --hub HuggingFaceFW/fineweb --subset sample-10BT --out fineweb
 
-All processors work at it, and memory stays small whatever the size of the input. After an
-interruption, kill -9 among them, run the same command again: it goes on where it stopped, to the
-same bytes. Then: python3 train_gpt.py --train-files "shards/text_train_*.bin" --val-files
-"shards/text_val_*.bin". For what is read and how it is split see docs/own-text.md.
+It uses all processors, and little memory whatever the size of the input. If it is interrupted, even
+by kill -9, run the same command again: it continues where it stopped and writes the same bytes.
+Then: python3 train_gpt.py --train-files "shards/text_train_*.bin" --val-files
+"shards/text_val_*.bin". See docs/own-text.md for the formats it reads and the validation split.
 """
 
-import nanogpt  # noqa: F401  (says what to do where packages are missing)
+import nanogpt  # noqa: F401  (explains what to do if packages are missing)
 
 # isort: split
 import os
@@ -63,10 +63,10 @@ class Options:
     shard_tokens: Positive = SHARD_TOKENS
     """Tokens per shard."""
     processes: Positive = CPUS
-    """How many encode at the same time; it changes no byte of the shards."""
+    """Number of encoding processes; does not change the shards."""
 
     def check(self) -> None:
-        """Raise UserError, in a sentence for the user, for options that make no sense."""
+        """Raise UserError, with a sentence for the user, if the options are invalid."""
         checked(asdict(self), Options)
         if bool(self.inputs) == bool(self.hub):
             raise DataError("Give either inputs, or a dataset with --hub.")
@@ -79,27 +79,27 @@ class Options:
 
 
 class DataFiles(TypedDict):
-    """Files of a subset, as a data set's card names them."""
+    """Files of a subset, as a dataset card lists them."""
 
     split: NotRequired[str]
     path: str | list[str]
 
 
 class Subset(TypedDict):
-    """A subset, as a data set's card declares it."""
+    """A subset, as a dataset card declares it."""
 
     config_name: str
     data_files: NotRequired[str | DataFiles | list[str | DataFiles]]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make the shards that the command line asks for; return the exit status."""
+    """Write shards as the command line says; return the exit status."""
     options = parse(Options, arguments, description=__doc__)
     out = Path(os.path.abspath(options.out.expanduser()))
     name = options.name or (options.hub or "text").rpartition("/")[2]
     recipe = Recipe(options.tokenizer, options.field, name, options.shard_tokens)
     try:
-        # A signal ends this at once: what is in the folder is good for another process to go on.
+        # A signal ends this at once: another process can continue from what is in the folder.
         with Interruption(), progress_line() as show:
             options.check()
             if options.hub:
@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class HubFiles:
-    """The Parquet files of a data set, downloaded one by one, the next while one is encoded."""
+    """The Parquet files of a dataset, downloaded one by one, each while the last is encoded."""
 
     def __init__(self, repository: str, revision: str, names: list[str], out: Path, keep: bool):
         self.repository, self.revision, self.names = repository, revision, names
@@ -130,7 +130,7 @@ class HubFiles:
         self.folder, self.keep = out / ".downloads", keep
 
     def get(self, name: str) -> Path:
-        """Where the file lies, after it was downloaded; DownloadError if that cannot be."""
+        """Download a file and return its path; raises DownloadError if that fails."""
         from huggingface_hub import hf_hub_download
 
         def download() -> str:
@@ -142,21 +142,21 @@ class HubFiles:
                 local_dir=self.folder,
             )
 
-        return Path(patiently(name, download, came=lambda: 0))  # a lost connection may come back
+        return Path(patiently(name, download, came=lambda: 0))  # retries lost connections
 
     def release(self, names: Sequence[str]) -> None:
-        """Delete these files."""
+        """Delete these files, unless they are to be kept."""
         for name in names if not self.keep else ():
             (self.folder / name).unlink(missing_ok=True)
 
 
 def hub_files(hub: str, subset: str | None, out: Path, keep_downloads: bool) -> Inputs:
-    """The Parquet files of a data set, or of a subset of it; DataError if there are none.
+    """Return the Parquet files of a dataset or a subset of it; raises DataError if there are none.
 
-    Where an interrupted process began with a revision of the data set, it is that one again.
+    After an interruption it uses the same revision of the dataset as before.
     """
     if find_spec("pyarrow") is None:
-        raise DataError("To read a data set of the hub, run `pip install pyarrow`.")
+        raise DataError("To read a dataset from the hub, run `pip install pyarrow`.")
     from huggingface_hub import HfApi
     from huggingface_hub.utils import disable_progress_bars
 
@@ -164,29 +164,29 @@ def hub_files(hub: str, subset: str | None, out: Path, keep_downloads: bool) -> 
     note = out / f"{hub.replace('/', '--')}.revision"
     known = note.read_bytes().strip().decode(errors="replace") if note.exists() else None
     if known is not None and not re.fullmatch("[0-9a-f]{40}", known):
-        raise DataError(f"{note} names no revision of {hub}: delete {out}.")
+        raise DataError(f"{note} does not contain a revision of {hub}: delete {out}.")
     info = patiently(hub, lambda: HfApi().dataset_info(hub, revision=known))
     parquet = sorted(x.rfilename for x in info.siblings or () if x.rfilename.endswith(".parquet"))
     configs = (info.card_data or {}).get("configs") or []
     card = f"The card of {hub}"
-    configs = checked(configs, list[Subset], card, "choose another data set")
+    configs = checked(configs, list[Subset], card, "choose another dataset")
     patterns = patterns_of(configs, subset)
     names = [name for name in parquet if any(fnmatch(name, pattern) for pattern in patterns)]
     if not names:
         subsets = ", ".join(config["config_name"] for config in configs) or "none"
         where = f" in subset {subset}" if subset else ""
         raise DataError(
-            f"{hub} has no Parquet file{where}: its subsets are {subsets}; a folder in it "
-            "may be named, too."
+            f"{hub} has no Parquet file{where}: its subsets are {subsets}; --subset can also "
+            "be a folder in it."
         )
     out.mkdir(parents=True, exist_ok=True)
-    assert info.sha is not None  # the hub leaves it out of listings only
+    assert info.sha is not None  # None only in listings of datasets
     note.write_text(info.sha + "\n")
     return HubFiles(hub, info.sha, names, out, keep_downloads)
 
 
 def patterns_of(configs: list[Subset], subset: str | None) -> list[str]:
-    """Globs of a subset's training files: as the data set's card has it, or else a folder's."""
+    """Return globs of a subset's training files: those in the dataset card, else a folder's."""
     if subset is None:
         return ["*"]
     for config in configs:

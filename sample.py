@@ -1,6 +1,6 @@
 """Continue a prompt with a trained model: `python3 sample.py runs/<name> --prompt "def "`."""
 
-import nanogpt  # noqa: F401  (says what to do where packages are missing)
+import nanogpt  # noqa: F401  (explains what to do if packages are missing)
 
 # isort: split
 import os
@@ -19,7 +19,7 @@ from nanogpt.command_line import discard_output, parse
 from nanogpt.data.tokenizer import load_tokenizer
 from nanogpt.inference.sampling import Sampling, Token
 
-MOST_SAMPLES = 1024  # a slip of the keyboard must not take all memory of a machine
+MOST_SAMPLES = 1024  # so that a typo cannot use up the machine's memory
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Options:
             raise ConfigError("stop must not be empty.")
 
 
-Write = Callable[..., Iterator[tuple[int, Token]]]  # nanogpt.inference.text.write, of one model
+Write = Callable[..., Iterator[tuple[int, Token]]]  # nanogpt.inference.text.write for one model
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except OSError as error:
         discard_output()
-        if not isinstance(error, BrokenPipeError):  # then whoever read the text has seen enough
+        if not isinstance(error, BrokenPipeError):  # a reader such as `head` may stop early
             print(f"The text cannot be written ({error.strerror}).", file=sys.stderr)
             return 2
     except KeyboardInterrupt:
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read_prompt(options: Options) -> str:
-    """The prompt, wherever it is given; ConfigError if it cannot be read."""
+    """Return the prompt, however it is given; raises ConfigError if it cannot be read."""
     path = options.prompt_file
     try:
         if path is None:
@@ -98,7 +98,7 @@ def read_prompt(options: Options) -> str:
 
 
 def print_samples(options: Options, prompt: str) -> None:
-    """Write all samples at once: the first as it comes, then the others."""
+    """Print the samples, generated as one batch: the first token by token, then the others."""
     write, _ = load_writer(options.model)
     later = [""] * options.num_samples
 
@@ -126,7 +126,7 @@ def print_samples(options: Options, prompt: str) -> None:
 
 @contextmanager
 def enough_memory(num_samples: int) -> Generator[None, None, None]:
-    """Make a ConfigError of memory that runs out."""
+    """Turn an out-of-memory error of the device into a ConfigError."""
     try:
         yield
     except RuntimeError as error:
@@ -135,8 +135,8 @@ def enough_memory(num_samples: int) -> Generator[None, None, None]:
         if not is_out_of_memory(error):
             raise
         raise ConfigError(
-            f"The device has too little memory to write {num_samples:,} texts at once: ask for a "
-            "smaller num_samples, or let JAX_PLATFORMS=cpu write them."
+            f"The device has too little memory for {num_samples:,} texts at once: use a smaller "
+            "num_samples, or generate on the CPU with JAX_PLATFORMS=cpu."
         ) from error
 
 
@@ -159,11 +159,11 @@ def serve_page(options: Options) -> None:
 
 
 def load_writer(folder: Path) -> tuple[Write, str]:
-    """The model in a folder as a function that writes, and a line about it.
+    """Load the model in a folder: a function that generates text, and a line about the model.
 
     Raises ConfigError if there is none.
     """
-    # The memory of a GPU is taken as it is needed: a trainer may be running there.
+    # Allocate GPU memory only as needed: a training run may be using the same GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from functools import partial
 

@@ -405,7 +405,7 @@ def test_a_hub_that_sends_next_to_nothing_is_given_up_and_what_came_is_kept(run,
     hub.pause = 0.2
     status, _, err = run("1")
     assert status == 1
-    assert_one_sentence(err, VAL, "bytes per second", "go on where it stopped")
+    assert_one_sentence(err, VAL, "bytes per second", "continue where it stopped")
     assert (folder / f".{VAL}.partial").read_bytes() in (hub.files[VAL][:n] for n in range(3, 20))
 
 

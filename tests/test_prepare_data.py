@@ -598,7 +598,7 @@ def test_a_card_that_declares_no_subsets_is_one_sentence(tmp_path, hub, capsys, 
     hub.configs = configs
     assert run("--hub", "o/d", "--subset", "small", "--out", tmp_path / "out") == 2
     sentence = one_sentence(capsys)
-    assert sentence.startswith(f"The card of o/d{told}: choose another data set.")
+    assert sentence.startswith(f"The card of o/d{told}: choose another dataset.")
     assert not (tmp_path / "out").exists()
 
 

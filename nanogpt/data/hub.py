@@ -72,7 +72,7 @@ def hub_errors(name: str, lost: type[DownloadError]) -> Generator[None, None, No
             reason += f" and asks to wait {seconds:,} s"
         told = (HubBusy if busy else DownloadError if status else lost)(
             f"Cannot download {name} ({reason}): check the network connection and HF_ENDPOINT, "
-            "then run this again to go on where it stopped."
+            "then run this again to continue where it stopped."
         )
         if isinstance(told, HubBusy):
             told.seconds = seconds

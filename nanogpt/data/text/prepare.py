@@ -150,12 +150,12 @@ def make_shards(
     except BrokenProcessPool as error:
         raise DataError(
             "A worker was killed, as happens where memory runs out: run this again with fewer "
-            "processes to go on where it stopped."
+            "processes to continue where it stopped."
         ) from error
     except OSError as error:
         raise DataError(
             f"Cannot write in {folder} ({error.strerror or error}): make room there or choose "
-            "another folder, then run this again to go on where it stopped."
+            "another folder, then run this again to continue where it stopped."
         ) from error
 
 
