@@ -1,4 +1,4 @@
-"""JAX/Flax NanoGPT. The scripts import this first: it says what to do if packages are missing."""
+"""JAX/Flax NanoGPT. Scripts import this first: it explains what to do if packages are missing."""
 
 import sys
 from importlib.util import find_spec

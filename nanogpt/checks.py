@@ -1,8 +1,8 @@
-"""The check of every setting: values against the types that are declared for them.
+"""Validation of settings against their declared types.
 
-The range of a field stands in its type, such as Positive. `checked` holds values against it,
-whether they come from the command line or from a file. No JAX here, so that `--help` and mistakes
-answer at once.
+The range of a field is part of its type, such as Positive. `checked` validates values against it,
+whether they come from the command line or from a file. JAX is not imported here, so that `--help`
+and errors in the arguments appear at once.
 """
 
 import json
@@ -17,11 +17,11 @@ from msgspec import Meta
 
 Kind = TypeVar("Kind")
 
-Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]  # within int32, as devices count
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]  # within int32, as used on devices
 Positive = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Total = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Seed = Annotated[int, Meta(ge=0, le=2**32 - 1)]
-MOST = sys.float_info.max  # what is beyond it is infinite; NaN lies within no bounds
+MOST = sys.float_info.max  # excludes infinities; NaN fails any bound
 Finite = Annotated[float, Meta(ge=-MOST, le=MOST)]
 NotNegative = Annotated[float, Meta(ge=0, le=MOST)]
 AboveZero = Annotated[float, Meta(gt=0, le=MOST)]
@@ -37,40 +37,40 @@ KINDS = {
     "object": "an object",
 }
 BOUNDS = {">=": "at least", "<=": "at most", ">": "above", "<": "below"}
-DEEPEST = 100  # levels of lists and objects within each other
+DEEPEST = 100  # most levels of nested lists and objects
 
 
 def shown(name: object) -> str:
-    """A name for messages: on one line, and such as can be encoded, whatever characters it has."""
+    """Return a name for messages, on one line and encodable whatever characters it has."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
 
 
 class UserError(Exception):
-    """A mistake that the user can correct; the message is one sentence that says how."""
+    """A mistake that the user can correct; the message says how in one sentence."""
 
     def __str__(self) -> str:
         return shown(super().__str__())
 
 
 class ConfigError(UserError):
-    """Settings that make no sense, alone or together."""
+    """Settings that are invalid, by themselves or together."""
 
 
 def checked(
     values: Any, kind: type[Kind], where: object = "", remedy: str = "", others: bool = False
 ) -> Kind:
-    """The values of settings (`asdict`) or of a file (JSON) as what `kind` declares.
+    """Convert the values of settings (`asdict`) or of a file (JSON) to `kind`.
 
-    Every field of a dataclass must be there, and no other; what a TypedDict does not declare is
-    left out.
+    Every field of a dataclass must be present, and no other; fields that a TypedDict does not
+    declare are dropped.
 
     Args:
-        kind: a dataclass, or whatever else msgspec converts to.
-        where: the file that has the values, for the message; nothing for the command line.
+        kind: a dataclass, or any other type msgspec converts to.
+        where: the file with the values, for the message; empty for the command line.
         remedy: what the user can do, for the message.
         others: whether the values may have more fields than `kind`.
 
-    Raises ConfigError, which names the first field that is not as declared.
+    Raises ConfigError, which names the first invalid field.
     """
     before, after = (f"{where}: " if where else "", f": {remedy}." if remedy else ".")
     try:
@@ -87,11 +87,11 @@ def checked(
 
 
 class _Flaw(Exception):
-    """What msgspec accepts and we do not; the message begins a sentence."""
+    """A value that msgspec accepts but we do not; the message starts a sentence."""
 
 
 def can_be_utf8(text: str) -> bool:
-    """Whether a text can be encoded; from a command line that was not UTF-8 it cannot."""
+    """Return whether a text can be encoded; text from a command line not in UTF-8 cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -100,9 +100,9 @@ def can_be_utf8(text: str) -> bool:
 
 
 def _compare(given: Any, made: Any, others: bool, path: Sequence[str | int] = ()) -> None:
-    """Raise _Flaw where a dataclass lacks fields, or has others than it declares.
+    """Raise _Flaw if a dataclass lacks fields or has undeclared ones.
 
-    A missing field would take its default, which may be that of another preset.
+    A missing field would get its default, which may be that of another preset.
     """
     if len(path) > DEEPEST:
         raise _Flaw(f"{_named(path[:1])} is nested more than {DEEPEST} levels deep")
@@ -122,18 +122,18 @@ def _compare(given: Any, made: Any, others: bool, path: Sequence[str | int] = ()
 
 
 def _named(path: Sequence[str | int]) -> str:
-    """A field as programs write it, such as stages[0].rate."""
+    """Return a field in code notation, such as stages[0].rate."""
     parts = (f"[{x}]" if isinstance(x, int) else f".{json.dumps(x)[1:-1]}" for x in path)
     return "".join(parts).removeprefix(".")
 
 
 def _flaw(message: str, values: Any, kind: Any, show: Callable[[Any], str]) -> str:
-    """What msgspec's message says, as the beginning of a sentence, with the value."""
+    """Turn msgspec's message into the start of a sentence, with the value."""
     what, _, place = message.rstrip("`").partition(" - at `$")
     if missing := re.search("missing required field `([^`]+)", what):
         return f"{place}.{missing[1]} is missing".removeprefix(".")
     field = place.removeprefix(".")
-    place, an_entry, _ = place.partition("[...]")  # of a dict, which one is not said
+    place, an_entry, _ = place.partition("[...]")  # an unknown entry of a dict
     path = [int(i) if i else name for i, name in re.findall(r"\[(\d+)\]|(\w+)", place)]
     for name in path:
         values = values[name]
@@ -142,14 +142,14 @@ def _flaw(message: str, values: Any, kind: Any, show: Callable[[Any], str]) -> s
 
 
 def _expected(what: str, kind: Any, path: Sequence[str | int]) -> str:
-    """What a value must be or have, from msgspec's words."""
+    """Return what a value must be or have, from msgspec's message."""
     if what.startswith("Invalid enum value"):
         for name in path:
             kind = get_args(kind)[0] if isinstance(name, int) else get_type_hints(kind)[name]
         return f"be {' or '.join(map(str, get_args(kind)))}"
     expected = re.fullmatch(r"Expected `([^`]+)`(.*)", what)
     if expected is None:
-        return "be a number"  # it is beyond those that a float can be
+        return "be a number"  # it is beyond the range of a float
     kinds, bound = expected.groups()
     if found := re.fullmatch(r"( of length)? ?([<>]=?|) (\d+)(?:\.0)?(?:, got .*)?", bound):
         length, relation, number = found.groups()

@@ -1,4 +1,4 @@
-"""The command line of every script: options from their declarations, read by tyro."""
+"""The command line of every script: tyro parses the options from their declarations."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ import tyro
 
 Options = TypeVar("Options")
 
-# What options of ours are called by nanoGPT, litgpt and modded-nanogpt.
+# Names of options in nanoGPT, litgpt and modded-nanogpt, and ours for them.
 ELSEWHERE = {
     "lr": "learning-rate",
     "max-lr": "learning-rate",
@@ -41,15 +41,15 @@ ELSEWHERE = {
 
 
 def parse(options: type[Options], arguments: Sequence[str] | None, **settings: Any) -> Options:
-    """What the arguments (None for those of this process) say; see `tyro.cli` for `settings`.
+    """Parse the arguments (None: those of this process); `settings` are passed to `tyro.cli`.
 
-    `--help` and a mistake end the process, with status 0 and 2.
+    `--help` and errors end the process, with status 0 and 2.
     """
     if sys.stdout is None:
         print("Standard output is closed: send it to a file, or to /dev/null.", file=sys.stderr)
         raise SystemExit(2)
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a console may lack characters of a text
+        sys.stdout.reconfigure(errors="replace")  # a console may not support all characters
     arguments = sys.argv[1:] if arguments is None else arguments
     names = {name.replace("_", "-") for name in options.__annotations__}
     for argument in arguments:
@@ -63,13 +63,13 @@ def parse(options: type[Options], arguments: Sequence[str] | None, **settings: A
             return tyro.cli(options, args=arguments, **settings)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError:  # whoever reads the help has seen enough, as `head` has
+    except BrokenPipeError:  # the reader of the help, such as `head`, has ended
         discard_output()
         raise SystemExit(0) from None
 
 
 def print_result(text: str) -> int:
-    """Print a result; return the exit status, 2 with a sentence if that is not possible."""
+    """Print a result; return the exit status, which is 2, with a sentence, if that fails."""
     try:
         print(text, flush=True)
     except OSError as error:
@@ -81,5 +81,5 @@ def print_result(text: str) -> int:
 
 
 def discard_output() -> None:
-    """Write no more to standard output; else Python would try once more, as it ends."""
+    """Discard all further output; otherwise Python would try to write it again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

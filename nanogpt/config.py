@@ -1,6 +1,6 @@
 """The shape of a model, and which kernels compute it.
 
-No JAX here, so that `--help` and wrong arguments answer at once.
+JAX is not imported here, so that `--help` and errors in the arguments appear at once.
 """
 
 import re
@@ -33,7 +33,7 @@ GATE_INPUTS = 12  # channels of the stream that gates read
 
 @dataclass(frozen=True)
 class Kernels:
-    """How a model is computed: affects speed and memory, and results only by rounding."""
+    """How a model is computed: affects speed and memory, but results only through rounding."""
 
     attention: AttentionKernel = "xla"
     """See nanogpt/model/attention.py."""
@@ -75,7 +75,7 @@ class GPTConfig:
 
     windows: tuple[Count, ...] = ()
     """Attention window of each layer: the number of keys a query sees, its own included; 0 or no
-    entry: all. In paired heads the keys of both count."""
+    entry: all. With paired heads, the keys of both heads count."""
 
     rotary_windows: tuple[Positive, ...] = ()
     """Longest windows of this and earlier stages, from which rotary frequencies are rescaled
@@ -143,7 +143,7 @@ class GPTConfig:
     """Added to the logits before logit_scale and the soft cap."""
 
     def check(self) -> None:
-        """Raise ConfigError, in a sentence for the user, for a shape that cannot be built."""
+        """Raise ConfigError, with a sentence for the user, if the configuration is invalid."""
         checked(asdict(self), GPTConfig)
         if self.width % (4 * self.num_heads):
             raise ConfigError(
@@ -162,8 +162,8 @@ class GPTConfig:
         for source, target in self.skips or ():
             if not source < target < self.num_layers:
                 raise ConfigError(
-                    f"skips has ({source}, {target}), but must lead from one of the layers 0 to "
-                    f"{self.num_layers - 1} to a later one."
+                    f"skips has ({source}, {target}), but a skip must go from one of the layers 0 "
+                    f"to {self.num_layers - 1} to a later one."
                 )
         for name, layers in {
             "mlp_only": self.mlp_only,
@@ -206,12 +206,12 @@ class GPTConfig:
         return self.width // self.num_heads
 
     def layers(self, named: tuple[int, ...]) -> set[int]:
-        """The layers that a setting names, counted from 0."""
+        """Return the layers in a setting, counted from 0."""
         return {layer % self.num_layers for layer in named}
 
     @property
     def skip_pairs(self) -> tuple[tuple[int, int], ...]:
-        """The layers that each skip leads from and to."""
+        """The source and target layer of each skip connection."""
         L = self.num_layers
         unet = tuple((L - 1 - layer, layer) for layer in range(L - L // 2, L))
         return unet if self.skips is None else self.skips
@@ -228,20 +228,20 @@ class GPTConfig:
 
     @property
     def num_attentions(self) -> int:
-        """How many layers have attention."""
+        """Number of layers with attention."""
         return self.num_layers - len(self.layers(self.mlp_only))
 
     @property
     def padded_vocab_size(self) -> int:
-        """V, the vocabulary rounded up to a multiple of 128 as matrix units like it (50304)."""
+        """V, the vocabulary size rounded up to a multiple of 128 for matrix units (50304)."""
         return -(-self.vocab_size // 128) * 128
 
     def reach(self, row_length: int) -> int:
-        """The most keys that a query of any layer sees in rows of this length, itself included."""
+        """Return the most keys that a query of any layer sees in rows of this length."""
         return max(self.window(layer) or row_length for layer in range(self.num_layers))
 
     def window(self, layer: int) -> int | None:
-        """How many keys a query of this layer sees, itself included; None for all before it."""
+        """Return how many keys a query of this layer sees, its own included; None for all."""
         return (self.windows[layer % len(self.windows)] or None) if self.windows else None
 
 
@@ -296,7 +296,7 @@ class AdamGroups:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """How a trained model is used; the config.json of its run, or of its export, has it."""
+    """The settings needed to use a trained model, in the config.json of its run or export."""
 
     tokenizer: TokenizerName
     sequence_length: Positive
@@ -305,7 +305,7 @@ class ModelSettings:
 
 
 def mesh_axes(text: str | None) -> dict[str, int]:
-    """The arguments of `make_mesh` that a text such as "data=4,model=2" stands for."""
+    """Parse a text such as "data=4,model=2" into arguments of `make_mesh`, or raise ConfigError."""
     if text is None:
         return {}
     found = re.fullmatch(r"(?:data=([1-9]\d*),)?model=([1-9]\d*)|data=([1-9]\d*)", text)

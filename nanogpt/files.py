@@ -1,5 +1,5 @@
-"""Files that programs write whole and read back, checked. No JAX here, so that `--help` and
-mistakes answer at once.
+"""Files that are written atomically and validated when read. JAX is not imported here, so that
+`--help` and errors in the arguments appear at once.
 """
 
 import json
@@ -18,16 +18,16 @@ from nanogpt.checks import ConfigError, Kind, checked
 
 
 def cache_folder() -> Path:
-    """The folder for files that can be made again: $XDG_CACHE_HOME or ~/.cache, / nanogpt-jax."""
+    """Return the folder for recreatable files: nanogpt-jax in $XDG_CACHE_HOME or ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanogpt-jax"
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it holds, whatever happens, either the old text or the new.
+    """Write a file atomically: whatever happens, it contains either the old text or the new.
 
-    For one writer at a time: what a killed one left is overwritten by the next.
+    For one writer at a time: the next one overwrites what a killed one left.
 
-    Raises OSError when it cannot be written.
+    Raises OSError if it cannot be written.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -42,16 +42,16 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a whole file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
 
 
 def lock_file(path: Path, timeout: float = 0) -> FileLock:
-    """The lock of a file, held; the system frees it when this process ends, however it ends.
+    """Acquire the lock of a file; the system releases it when this process ends, even if killed.
 
-    Raises filelock's Timeout if another process holds it for longer, ConfigError where files cannot
-    be locked, OSError where this one cannot be written.
+    Raises filelock's Timeout if another process holds it for longer, ConfigError if the file system
+    does not support locks, OSError if the file cannot be written.
     """
     lock = FileLock(path, timeout=timeout)
     try:
@@ -60,8 +60,8 @@ def lock_file(path: Path, timeout: float = 0) -> FileLock:
         if error.errno not in (EINVAL, ENOLCK, EOPNOTSUPP):
             raise
         raise ConfigError(
-            f"{path} cannot be locked ({error.strerror}): its file system does not lock files; use "
-            "a folder on another."
+            f"{path} cannot be locked ({error.strerror}): its file system does not support locks; "
+            "use a folder on another."
         ) from error
     return lock
 
@@ -72,14 +72,14 @@ def read_json(
     remedy: str,
     others: bool = False,
 ) -> Kind:
-    """What a JSON file holds, as a `kind`; see `nanogpt.checks.checked`.
+    """Read a JSON file as a `kind`; see `nanogpt.checks.checked`.
 
     Args:
-        remedy: what the user can do when the file is damaged, such as "restore it".
+        remedy: what the user can do if the file is damaged, such as "restore it".
         others: whether the file may have more fields than `kind`.
 
-    Raises ConfigError, in a sentence that names file, field, value and what was expected. Its
-    cause is the OSError if there is one.
+    Raises ConfigError, with a sentence that names file, field, value and what was expected. Its
+    cause is the OSError if there was one.
     """
     try:
         content = path.read_bytes()
@@ -96,7 +96,7 @@ def parsed(
     remedy: str,
     others: bool = False,
 ) -> Kind:
-    """What JSON in UTF-8 means as a `kind`; arguments and errors are those of `read_json`."""
+    """Parse JSON in UTF-8 as a `kind`; arguments and errors are those of `read_json`."""
     try:
         values = json.loads(content.decode("utf-8"), object_pairs_hook=_object)
         return checked(values, kind, where, remedy, others)
@@ -111,7 +111,7 @@ def parsed(
 
 @contextmanager
 def found_in(path: Path, remedy: str) -> Generator[None, None, None]:
-    """Make a ConfigError about settings that were read from a file name the file."""
+    """Add the file's name to a ConfigError about settings that were read from it."""
     try:
         yield
     except ConfigError as error:
@@ -119,7 +119,7 @@ def found_in(path: Path, remedy: str) -> Generator[None, None, None]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose names must differ."""
+    """Build a JSON object; raises ValueError if a name is given twice."""
     made = dict(pairs)
     if len(made) < len(pairs):
         [(twice, _)] = Counter(name for name, _ in pairs).most_common(1)

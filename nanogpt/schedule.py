@@ -1,12 +1,12 @@
-"""A run as data: a few stages, and what holds at each step.
+"""A run as data: its stages, and the rates of each step.
 
-A stage is a stretch of the run in which the shape of its batches, its windows and its targets stay
-the same: one compiled program. Early steps learn what is easy, from few tokens with short windows;
-later ones take larger batches, which are less noisy, and look further back (modded-nanogpt,
-2024-11-24 and 2025-11-29). Learning rates and momentum change from step to step, and are given to
-the program as numbers.
+A stage is a part of the run with a fixed batch shape, fixed windows and fixed targets: one compiled
+program. Early stages use small batches and short windows, which suffice for what is easy to learn;
+later ones use larger batches, with less gradient noise, and longer windows (modded-nanogpt,
+2024-11-24 and 2025-11-29). Learning rates and momentum change at every step and are inputs of the
+program.
 
-No JAX here, so that wrong settings answer at once.
+JAX is not imported here, so that errors in the settings appear at once.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +28,7 @@ from nanogpt.checks import (
 )
 from nanogpt.config import GPTConfig
 
-FIRST_MOMENTUM = 0.85  # the first gradients turn quickly and are best forgotten quickly
+FIRST_MOMENTUM = 0.85  # early gradients change quickly and should be forgotten quickly
 
 
 Windows = Annotated[tuple[Positive, ...], Meta(min_length=1)]
@@ -36,7 +36,7 @@ Windows = Annotated[tuple[Positive, ...], Meta(min_length=1)]
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of a run. What it does not set is as in the other settings."""
+    """One stage of a run. What it does not set comes from the run's other settings."""
 
     share: AboveZero = 1.0
     """Its share of the steps, relative to the shares of the other stages."""
@@ -68,7 +68,7 @@ Stages = Annotated[tuple[Stage, ...], Meta(min_length=1)]
 
 
 class Rates(NamedTuple):
-    """What the optimizer is given at each step."""
+    """Inputs of a training step that follow the schedule."""
 
     rate: float  # factor on all learning rates
     momentum: float  # Muon's
@@ -77,27 +77,27 @@ class Rates(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The stages of a run, and the rates of its steps, which count from 1."""
+    """The stages of a run, and the rates of its steps, counted from 1."""
 
     stages: Stages
     num_steps: Positive
     total_batch_size: Positive
     sequence_length: Positive
     hold_fraction: Annotated[float, Meta(ge=0, lt=1)]
-    """Share of the steps, the last ones, in which the rates stay at their final value."""
+    """Fraction of the steps, at the end, for which the rates stay at their minimum."""
     cooldown_fraction: Share
-    """Share of the steps before, the last ones, in which the rates fall to it linearly."""
+    """Fraction of the steps before those over which the rates decay linearly."""
     final_learning_rate_factor: Share
     momentum: Decay
     momentum_warmup_steps: Count
-    """First steps, in which the momentum rises from 0.85."""
+    """Number of steps over which the momentum warms up from 0.85."""
     momentum_cooldown_steps: Count
-    """Last steps, in which it falls back."""
+    """Number of final steps over which the momentum falls back to 0.85."""
     learning_rate_factor: NotNegative = 1.0
-    """Factor on the rates of all steps."""
+    """Factor on all learning rates."""
 
     def check(self) -> None:
-        """Raise ConfigError, in a sentence for the user, for a schedule that makes no sense."""
+        """Raise ConfigError, with a sentence for the user, if the schedule is invalid."""
         checked(asdict(self), Schedule)
         if len({stage.windows is None for stage in self.stages}) > 1:
             raise ConfigError("Either every stage has windows, or none.")
@@ -106,13 +106,13 @@ class Schedule:
                 part = whole * getattr(stage, name)
                 if round(part) < 1 or abs(part - round(part)) > 1e-6 * part:
                     raise ConfigError(
-                        f"{name} of stage {number}, {getattr(stage, name)} * {whole:,}, makes no "
+                        f"{name} of stage {number}, {getattr(stage, name)} * {whole:,}, is not a "
                         "whole number of tokens."
                     )
             if self.sequence_length % self.row_length(number - 1):
                 raise ConfigError(
-                    f"length of stage {number}, {stage.length}, must be one over a whole number: "
-                    "its rows take the place of long ones."
+                    f"length of stage {number}, {stage.length}, must be one over a whole number, "
+                    "such as 0.5 or 0.25."
                 )
             if stage.validation_windows and stage.windows is None:
                 raise ConfigError(f"stage {number} has validation_windows, but no windows.")
@@ -121,28 +121,28 @@ class Schedule:
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """The last step of each stage; a stage may have none, where they are few."""
+        """The last step of each stage; in short runs a stage may have no steps."""
         shares = list(accumulate(stage.share for stage in self.stages))
         return tuple(round(self.num_steps * share / shares[-1]) for share in shares)
 
     def stage(self, step: int) -> int:
-        """Which stage a step belongs to."""
+        """Return the stage of a step."""
         return next(stage for stage, end in enumerate(self.ends) if step <= end)
 
     def tokens_per_step(self, stage: int) -> int:
-        """Tokens of each batch of a stage."""
+        """Return the number of tokens in each batch of a stage."""
         return round(self.total_batch_size * self.stages[stage].batch)
 
     def row_length(self, stage: int) -> int:
-        """Tokens of each row of a stage, T."""
+        """Return the number of tokens in each row of a stage, T."""
         return round(self.sequence_length * self.stages[stage].length)
 
     def first_step(self, stage: int) -> int:
-        """The first step of a stage."""
+        """Return the first step of a stage."""
         return 1 + (self.ends[stage - 1] if stage else 0)
 
     def tokens(self, step: int) -> int:
-        """How many tokens were trained on when this step is done."""
+        """Return the number of tokens trained on up to and including this step."""
         steps = (
             max(0, min(step, end) - self.first_step(stage) + 1)
             for stage, end in enumerate(self.ends)
@@ -150,7 +150,7 @@ class Schedule:
         return sum(n * self.tokens_per_step(stage) for stage, n in enumerate(steps))
 
     def rates(self, step: int) -> Rates:
-        """What holds at a step: constant, then linearly down (Hägele et al., arXiv:2405.18392)."""
+        """Return a step's rates: constant, then linear decay (Hägele et al., arXiv:2405.18392)."""
         before, number = step - 1, self.stage(step)  # updates made before it; its stage
         N, stage = self.num_steps * (1 - self.hold_fraction), self.stages[number]
         left = min(1.0, max(0.0, N - before) / max(1.0, self.cooldown_fraction * N))
@@ -167,7 +167,7 @@ class Schedule:
         return Rates(rate, momentum, weights)
 
     def model(self, config: GPTConfig, stage: int) -> GPTConfig:
-        """The model as a stage trains it, with rotations that remember the windows before."""
+        """Return the model that a stage trains, with its and earlier stages' longest windows."""
         windows = [each.windows for each in self.stages[: stage + 1]]
         if windows[-1] is None:
             return config
@@ -175,11 +175,11 @@ class Schedule:
         return replace(config, windows=windows[-1], rotary_windows=longest)
 
     def ties_head(self, config: GPTConfig, stage: int) -> bool:
-        """Whether embedding and head learn as one in a stage."""
+        """Return whether embedding and head are tied in a stage."""
         return config.tied_head and not any(each.split_head for each in self.stages[: stage + 1])
 
     def used(self, config: GPTConfig, stage: int) -> GPTConfig:
-        """The model as it is used in and after a stage: to validate, to evaluate, to write."""
+        """Return the model used in and after a stage for validation, evaluation and sampling."""
         windows = self.stages[stage].validation_windows
         model = replace(self.model(config, stage), tied_head=self.ties_head(config, stage))
         return model if windows is None else replace(model, windows=windows)

@@ -1,4 +1,4 @@
-"""The settings for a model of another size. No JAX here, so that `--help` answers at once."""
+"""Settings for other model sizes. JAX is not imported here, so that `--help` appears at once."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,20 +10,19 @@ if TYPE_CHECKING:
 def at_width(
     base: "Hyperparameters", num_layers: int, num_heads: int, width: int
 ) -> "Hyperparameters":
-    """The settings for a model of another size, with learning rates that suit its width.
+    """Return the settings for a model of another size, with learning rates scaled to its width.
 
-    What a step does to the activations is to stay the same (Yang, Simon and Bernstein,
-    arXiv:2310.17813), for which only the rate of the head changes:
+    The rates are scaled so that a step changes activations by the same amount at any width (Yang,
+    Simon and Bernstein, arXiv:2310.17813); only that of the head changes:
 
         Muon            constant: its updates have a spectral norm of sqrt(max(1, O / I)) at any
                         width (Bernstein and Newhouse, arXiv:2410.21265)
-        Adam, head      by 1 / width: each logit adds up as many changes as the stream is wide
+        Adam, head      1 / width: each logit is a sum over the width of the stream
                         (Yang et al., arXiv:2203.03466, table 3, output weights)
-        Adam, others    constant: a token looks up one row, and scalars are no sums over the width
+        Adam, others    constant: a token looks up one row, and scalars are not summed over width
                         (the same table, input weights and biases)
 
-    These rules are about width. None of them tells how the rates change with depth, with the size
-    of a batch, or with how many tokens a run takes.
+    These rules cover width only, not depth, batch size or the number of training tokens.
     """
     model, head = base.model, base.adam.head
     rate = head.learning_rate * model.width / width

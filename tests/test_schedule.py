@@ -249,8 +249,8 @@ def test_a_stage_without_windows_trains_the_model_as_it_is():
         ({"stages": (Stage(rate=-1.0),)}, r"stages\[0\].rate must be above 0, not -1.0"),
         ({"stages": (Stage(batch=inf),)}, r"stages\[0\].batch must be a number, not inf"),
         ({"stages": (Stage(length=nan),)}, r"stages\[0\].length must be above 0, not nan"),
-        ({"stages": (Stage(batch=0.3),)}, r"batch of stage 1, 0.3 \* 1,024, makes no whole number"),
-        ({"stages": (Stage(length=1e-3),)}, r"length of stage 1, 0.001 \* 64, makes no whole"),
+        ({"stages": (Stage(batch=0.3),)}, r"batch of stage 1, 0.3 \* 1,024, is not a whole number"),
+        ({"stages": (Stage(length=1e-3),)}, r"length of stage 1, 0.001 \* 64, is not a whole"),
         ({"stages": (Stage(length=0.75),)}, "length of stage 1, 0.75, must be one over a whole"),
         ({"stages": (Stage(length=2.0),)}, "length of stage 1, 2.0, must be one over a whole"),
         (

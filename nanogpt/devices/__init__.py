@@ -1,1 +1,1 @@
-"""Devices: which there are, what each holds, compiling; skip when reading for the algorithm."""
+"""Devices, sharding and compilation; skip when reading for the algorithm."""

@@ -1,4 +1,4 @@
-"""What JAX computes on; and, in a sentence, why not on what was asked for or is there."""
+"""The choice of the device that JAX uses, with an explanation if the expected one is not used."""
 
 import logging
 import os
@@ -12,17 +12,17 @@ CUDA = 'pip install "jax[cuda12]"'
 
 
 def use_device(device: str = "auto") -> str:
-    """Have JAX use this kind of device, before it uses any; auto is the best that it finds.
+    """Make JAX use this kind of device, or for auto the best it finds. Call before using JAX.
 
-    Returns the kind it uses: cpu, gpu or tpu. Raises ConfigError if it finds none as asked for.
+    Returns the kind it uses: cpu, gpu or tpu. Raises ConfigError if there is no such device.
     """
     if device == "cpu":
         jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_x64", False)  # all arrays here have types of 32 bits or fewer
+    jax.config.update("jax_enable_x64", False)  # all arrays here have dtypes of at most 32 bits
     logging.getLogger("jax._src.xla_bridge").addFilter(_in_one_line)
     try:
         found = jax.default_backend()
-    except (RuntimeError, AssertionError) as error:  # an assertion where JAX finds no NVIDIA GPU
+    except (RuntimeError, AssertionError) as error:  # an assertion if JAX finds no NVIDIA GPU
         asked = jax.config.values["jax_platforms"]
         what = f"what JAX_PLATFORMS asks for, {asked}" if asked else "the devices of this machine"
         reason = str(error).partition(" (")[0].rstrip(".") or "there is no such device"
@@ -40,12 +40,12 @@ def use_device(device: str = "auto") -> str:
 
 
 def unused_gpu() -> str | None:
-    """Why JAX, which found a CPU only, does not use the NVIDIA GPU here; None if there is none."""
+    """Explain why JAX, on a CPU, does not use this machine's NVIDIA GPU; None if it has none."""
     if jax.config.values["jax_platforms"]:
         return None
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=30).stdout
-    except (OSError, subprocess.TimeoutExpired):  # it is not there, or its driver hangs
+    except (OSError, subprocess.TimeoutExpired):  # not installed, or the driver hangs
         return None
     if not listed.startswith(b"GPU "):
         return None
@@ -55,7 +55,7 @@ def unused_gpu() -> str | None:
 
 
 def _in_one_line(record: logging.LogRecord) -> bool:
-    """Without traceback, what JAX logs of a plugin that fails; nothing if only CPUs are used."""
+    """Log JAX's message about a failed plugin without traceback; drop it if only CPUs are used."""
     if record.exc_info and record.exc_info[1]:
         record.msg, record.args = f"{record.getMessage()}: {record.exc_info[1]}", ()
         record.exc_info = None

@@ -1,4 +1,4 @@
-"""Before the clock of a run starts: everything is compiled, and one step tried for its memory."""
+"""Compilation, its cache, and retries with less memory, before the clock of a run starts."""
 
 import platform
 import time
@@ -16,7 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from nanogpt.config import ConfigError
 from nanogpt.files import cache_folder
 
-CACHE_BYTES = 5_000_000_000  # of compiled programs that are kept
+CACHE_BYTES = 5_000_000_000  # most bytes of compiled programs to keep
 
 Name = TypeVar("Name", bound=str | tuple)
 Result = TypeVar("Result")
@@ -24,15 +24,15 @@ Plan = TypeVar("Plan")
 
 
 def use_compilation_cache() -> None:
-    """Keep what is compiled in the user's cache folder, so that the next run need not compile it.
+    """Cache compiled programs in the user's cache folder, for later runs.
 
-    JAX's own settings come first: JAX_COMPILATION_CACHE_DIR names another folder, and
-    JAX_ENABLE_COMPILATION_CACHE=0 does without. A folder that cannot be used costs a warning.
+    JAX's own settings take precedence: JAX_COMPILATION_CACHE_DIR sets another folder, and
+    JAX_ENABLE_COMPILATION_CACHE=0 disables the cache. An unusable folder only causes a warning.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         folder = cache_folder() / "compiled"
         prune(folder)
-        if jax.default_backend() == "cpu":  # code for one processor may not run on the next
+        if jax.default_backend() == "cpu":  # code for one processor may not run on another
             folder /= platform.node()
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
@@ -40,10 +40,10 @@ def use_compilation_cache() -> None:
 def prune(folder: Path, limit: int = CACHE_BYTES) -> None:
     """Delete the least recently used programs in a folder until `limit` bytes are left.
 
-    JAX has such a limit, too, but keeps the time of each program in a second file: if a process is
-    killed between writing the two, no later one can write to the cache.
+    JAX has such a limit, too, but stores the time of each program in a second file: if a process is
+    killed between writing the two, later processes cannot write to the cache.
     """
-    with suppress(OSError):  # another process deletes, too, or it is not ours to delete
+    with suppress(OSError):  # another process deletes files, too, or we lack permission
         files = [(path, path.stat()) for path in folder.rglob("*-cache")]
         for path, stat in sorted(files, key=lambda file: file[1].st_atime, reverse=True):
             limit -= stat.st_size
@@ -54,7 +54,7 @@ def prune(folder: Path, limit: int = CACHE_BYTES) -> None:
 def compile_all(
     functions: Mapping[Name, Lowered], console: Console
 ) -> tuple[dict[Name, Compiled], dict[Name, float]]:
-    """Compile functions by name, all at the same time, with a line of progress for each.
+    """Compile functions by name, in parallel, with a progress line for each.
 
     Returns the compiled functions, and how many seconds each took.
     """
@@ -78,29 +78,29 @@ def compile_all(
 
 
 def memory_of(compiled: Compiled) -> float:
-    """Bytes that a program needs on each device: its input, and what it keeps while it runs."""
+    """Return the bytes a program needs on each device: its inputs and its temporary buffers."""
     planned = compiled.memory_analysis()
-    if planned is None:  # the backend does not tell
+    if planned is None:  # not reported by this backend
         return 0.0
     return planned.argument_size_in_bytes + planned.temp_size_in_bytes
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether a program of JAX ended for want of memory; CPUs say it in words of their own."""
+    """Return whether a JAX program ran out of memory; CPUs have a message of their own."""
     return any(words in str(error) for words in ("RESOURCE_EXHAUSTED", "Out of memory"))
 
 
 def first_that_fits(
     prepare: Callable[[Plan], Result], plan: Plan, smaller: Callable[[Plan], Plan | None]
 ) -> Result:
-    """`prepare(plan)`, with a smaller plan as long as memory runs out.
+    """Return `prepare(plan)`, with smaller plans as long as memory runs out.
 
     Args:
-        prepare: what uses the memory; it must leave nothing behind when it fails.
-        plan: what to begin with.
-        smaller: what to try after a plan that did not fit; None where nothing is left.
+        prepare: allocates the memory; it must leave nothing behind when it fails.
+        plan: the first plan to try.
+        smaller: returns the plan to try after one that did not fit, or None if there is none.
 
-    Raises ConfigError when none fits.
+    Raises ConfigError if no plan fits.
     """
     while True:
         try:
@@ -109,7 +109,7 @@ def first_that_fits(
             if not is_out_of_memory(error):
                 raise
             told = str(error).splitlines()[0]
-        # Here the error is gone, and with its traceback what the attempt had allocated.
+        # The error is freed here, and with its traceback everything the attempt had allocated.
         less = smaller(plan)
         if less is None:
             raise ConfigError(

@@ -1,4 +1,4 @@
-"""What the hardware can do, what a token costs, and the ratio of the two."""
+"""Peak speeds of devices, FLOPs and memory of a model, and model FLOPs utilization."""
 
 import os
 from typing import TYPE_CHECKING
@@ -8,10 +8,10 @@ from nanogpt.config import ConfigError, GPTConfig
 if TYPE_CHECKING:
     import jax
 
-# What the makers promise: dense bfloat16 TFLOP/s, added up in float32, and TB/s of memory, by the
-# name that the device gives itself in JAX. Data sheets of Hopper and newer, and of the L4, print
-# FLOP/s with sparsity, which are twice these. A device that is not here has no known peak, and its
-# utilization is not shown rather than guessed; so have those without bfloat16 (V100, T4), and CPUs.
+# The makers' peaks: dense bfloat16 TFLOP/s with float32 accumulation, and TB/s of memory bandwidth,
+# by the device's name in JAX. Data sheets of Hopper and newer, and of the L4, state FLOP/s with
+# sparsity, which are twice these. For devices that are not listed, including CPUs and those without
+# bfloat16 (V100, T4), no utilization is shown rather than a guess.
 PEAKS = {
     # NVIDIA A100 Tensor Core GPU, data sheet.
     "NVIDIA A100-SXM4-40GB": (312.0, 1.555),
@@ -22,7 +22,7 @@ PEAKS = {
     "NVIDIA H100 80GB HBM3": (989.4, 3.35),
     "NVIDIA H100 PCIe": (756.0, 2.0),
     "NVIDIA H100 NVL": (835.5, 3.9),
-    # NVIDIA H200 Tensor Core GPU, data sheet; the same cores as those of the H100.
+    # NVIDIA H200 Tensor Core GPU, data sheet; the same cores as the H100.
     "NVIDIA H200": (989.4, 4.8),
     "NVIDIA H200 NVL": (835.5, 4.8),
     # NVIDIA GH200 Grace Hopper Superchip, data sheet; the memory of the GPU, HBM3 or HBM3e.
@@ -32,7 +32,7 @@ PEAKS = {
     "NVIDIA B200": (2250.0, 8.0),
     "NVIDIA B300": (2250.0, 8.0),
     "NVIDIA GB200": (2500.0, 8.0),
-    # NVIDIA A10, L4, L40 and L40S, data sheets; A10G: the data sheet that AWS has of it.
+    # NVIDIA A10, L4, L40 and L40S, data sheets; A10G: AWS's data sheet.
     "NVIDIA A10": (125.0, 0.6),
     "NVIDIA A10G": (70.0, 0.6),
     "NVIDIA L4": (121.0, 0.3),
@@ -46,7 +46,7 @@ PEAKS = {
     "NVIDIA RTX A6000": (154.8, 0.768),
     "NVIDIA RTX 6000 Ada Generation": (364.0, 0.96),
     # Google Cloud's documentation, docs.cloud.google.com/tpu/docs/v3, v4, v5e, v5p, v6e and tpu7x.
-    # Of v3 and TPU7x, JAX shows the two halves of a chip as a device each. v5p has two names.
+    # JAX shows each half of a v3 or TPU7x chip as a device. v5p has two names.
     "TPU v3": (123 / 2, 0.9 / 2),
     "TPU v4": (275.0, 1.228),
     "TPU v5 lite": (197.0, 0.819),
@@ -60,13 +60,13 @@ PEAK_BANDWIDTH = {kind: 1e12 * bandwidth for kind, (_, bandwidth) in PEAKS.items
 
 
 def flops_per_token(config: GPTConfig, sequence_length: int) -> float:
-    """FLOPs to train on one token, forward and backward: what the mathematics needs, no more.
+    """Return the FLOPs of one training token, forward and backward, without recomputation.
 
     Each weight of a matrix costs one multiplication and one addition forward and twice that
     backward; so does each pair of a query and a key it sees, per channel, for the scores and again
-    for the values. Embeddings are looked up, which costs none. The padding of V is counted: it is
-    multiplied. The gates are not: each reads a dozen channels. Paired heads are half as many, with
-    rows twice as long.
+    for the values. Embedding lookups cost nothing. The padding of V is counted, as it takes part in
+    the products. Gates are not counted, as each reads only a dozen channels. With paired heads
+    there are half as many heads, with rows twice as long.
     """
     c = config
     weights = c.num_attentions * 4 * c.width**2 + c.num_layers * 2 * c.width * c.mlp_width
@@ -80,10 +80,10 @@ def flops_per_token(config: GPTConfig, sequence_length: int) -> float:
 
 
 def check_size(config: GPTConfig, sequence_length: int, devices: int, memory: float | None) -> None:
-    """Raise ConfigError for a model that the memory of so many devices cannot hold in any way.
+    """Raise ConfigError if a model cannot fit on this number of devices in any way.
 
-    Each parameter has a number of the optimizer's beside it, at least, and a row the stream between
-    the layers. On CPUs, whose `memory` is not known, that of the machine counts.
+    The lower bound is 8 bytes per parameter, with one value of optimizer state, and one row's
+    stream between layers. On CPUs, whose `memory` is None, the machine's memory is used.
     """
     c, row = config, 2 * sequence_length * config.width * config.num_layers
     tables = (2 + c.value_embeddings) * c.padded_vocab_size + c.bigram_buckets
@@ -92,7 +92,7 @@ def check_size(config: GPTConfig, sequence_length: int, devices: int, memory: fl
     have = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > have:
         raise ConfigError(
-            f"Model and optimizer and one row need at least {need / 1e9:,.0f} GB of memory on each "
+            f"The model, its optimizer and one row need at least {need / 1e9:,.0f} GB on each "
             f"device, which has {have / 1e9:,.0f} GB: use a smaller model, a shorter "
             "sequence_length, or more devices with --shard-params."
         )
@@ -101,7 +101,7 @@ def check_size(config: GPTConfig, sequence_length: int, devices: int, memory: fl
 def utilization(
     tokens_per_second: float, flops_per_token: float, device_kind: str, num_devices: int
 ) -> float | None:
-    """Model FLOPs utilization (Chowdhery et al., arXiv:2204.02311), 0 to 1; None if unknown."""
+    """Return the MFU (Chowdhery et al., arXiv:2204.02311), from 0 to 1; None if unknown."""
     peak = PEAK_FLOPS.get(device_kind)
     return tokens_per_second * flops_per_token / (peak * num_devices) if peak else None
 
@@ -109,15 +109,15 @@ def utilization(
 def activation_bytes(
     config: GPTConfig, sequence_length: int, dtype: str, flash: bool, rematerialize: bool = False
 ) -> float:
-    """Bytes per token that a forward and backward pass needs beside the parameters, about.
+    """Estimate the bytes per token of a forward and backward pass, without the parameters.
 
     Per layer: 4 arrays of the stream's width and two of the MLP's; per attention 11 more of the
     stream's, and without flash attention the scores of all heads, in float32 and in `dtype`, twice
-    as many of paired ones. At the end: the logits and their gradient. XLA's program for an H200
-    needs 18 % less, as it writes that gradient over the logits, which not every product it may
-    choose when it runs can do. With `rematerialize`, all that is of one layer at a time, beside
-    what each attention and each MLP reads, and the stream between layers. (For GPUs and TPUs; XLA's
-    CPU backend keeps what it would else compute twice.)
+    as many for paired heads. At the end: the logits and their gradient. XLA's program for an H200
+    needs 18% less, because it writes that gradient over the logits, which not all matmul kernels
+    that it may choose at run time allow. With `rematerialize`: all that for only one layer, plus
+    the inputs of every attention and MLP and the stream between layers. (For GPUs and TPUs; XLA's
+    CPU backend stores what it should recompute.)
     """
     c = config
     itemsize = 4 if dtype == "float32" else 2
@@ -135,26 +135,26 @@ def activation_bytes(
 
 
 def device_memory(device: "jax.Device") -> float | None:
-    """Bytes of a device's memory that JAX may use; None where it does not say, as on CPUs."""
+    """Return the bytes of a device's memory that JAX may use; None if unknown, as on CPUs."""
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def peak_memory(device: "jax.Device") -> float | None:
-    """The most bytes of a device's memory that arrays and programs took at once, so far.
+    """Return the peak memory of arrays and programs on a device so far, in bytes.
 
-    None where JAX does not count, as on CPUs: the peak of the process would tell of the compiler
-    and of the data rather than of the model.
+    None if JAX does not count it, as on CPUs: the peak memory of the process would include the
+    compiler and the data.
     """
     return (device.memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def row_fits(bytes_per_row: float, room: float | None) -> bool:
-    """Whether the activations of one row fit; taken for granted where memory is unknown."""
+    """Return whether the activations of one row fit; assumed if memory is unknown."""
     return room is None or bytes_per_row <= room
 
 
 def largest_batch(rows: int, bytes_per_row: float, room: float | None) -> int:
-    """The largest divisor of `rows` whose activations fit; 1 where memory is unknown."""
+    """Return the largest divisor of `rows` with activations that fit; 1 if memory is unknown."""
     return max(
         b
         for b in range(1, rows + 1)
@@ -163,5 +163,5 @@ def largest_batch(rows: int, bytes_per_row: float, room: float | None) -> int:
 
 
 def fewer(rows: int) -> int:
-    """Half of the rows, or the next divisor of them below that."""
+    """Return the largest divisor of `rows` up to half of them."""
     return max(b for b in range(1, rows // 2 + 1) if rows % b == 0)

@@ -1,6 +1,6 @@
-"""What the launcher of a process tells it: Slurm, Open MPI, Kubernetes, or a TPU pod.
+"""What the launcher provides: Slurm, Open MPI, Kubernetes or a TPU pod.
 
-No JAX here: a process that trains alone answers mistakes without loading it.
+JAX is not imported here, so that errors in the arguments of a single process appear at once.
 """
 
 import os
@@ -14,9 +14,9 @@ from nanogpt.checks import ConfigError
 TPU_DEVICES = "/dev/accel0", "/dev/vfio/0"
 
 
-# By the variable that tells how many processes there are, what else JAX needs. In the order in
-# which JAX asks: mpirun may run within a job of Slurm. srun sets the number of its own tasks; a
-# script that is not run by it may see the job's other names.
+# By the variable with the number of processes, the others that JAX needs. They are in JAX's order,
+# as mpirun may run within a Slurm job. srun sets the number of its tasks; a script without srun may
+# still see the job's other variables.
 LAUNCHERS = {
     "OMPI_COMM_WORLD_SIZE": (
         *("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -25,14 +25,14 @@ LAUNCHERS = {
         *("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"),
     ),
 }
-UNKNOWN = "PMI_SIZE", "WORLD_SIZE"  # of MPICH and Intel MPI, of torchrun: JAX does not ask these
+UNKNOWN = "PMI_SIZE", "WORLD_SIZE"  # MPICH and Intel MPI; torchrun: unsupported by JAX
 GIVE = "give each process --coordinator-address, --num-processes and --process-id"
 
 
 def launched_with_others() -> bool:
-    """Whether a launcher started this process as one of several.
+    """Return whether a launcher started this process as one of several.
 
-    Raises ConfigError where it tells JAX too little to join the others.
+    Raises ConfigError if it does not provide what JAX needs to join the others.
     """
     env = os.environ
     for name, needed in LAUNCHERS.items():
@@ -50,14 +50,14 @@ def launched_with_others() -> bool:
     for name in UNKNOWN:
         if (count := _number(name) or 1) > 1:
             raise ConfigError(
-                f"{name} says that there are {count} processes, of a launcher that JAX does not "
-                f"know: {GIVE}, or unset {name}."
+                f"{name} says that there are {count} processes, but JAX does not support that "
+                f"launcher: {GIVE}, or unset {name}."
             )
     return False
 
 
 def _number(name: str) -> int | None:
-    """The number in a variable; None if that is empty or not set."""
+    """Return the number in a variable, None if it is not set; raises ConfigError for other text."""
     text = os.environ.get(name, "").strip()
     if text and not text.isdecimal():
         raise ConfigError(f"{name} must be a number, not {text!r}: correct or unset it.")
@@ -65,23 +65,23 @@ def _number(name: str) -> int | None:
 
 
 def has_its_gpus_alone() -> bool:
-    """Whether a launcher started no other process that is to use the GPUs which this one sees.
+    """Return whether no other process of the launcher shares the GPUs visible to this one.
 
-    Otherwise JAX has each task of Slurm or Open MPI use the one with the task's local number.
+    If others do, JAX makes each task of Slurm or Open MPI use the GPU with its local number.
     """
     env = os.environ
     tasks, machines = env.get("SLURM_STEP_NUM_TASKS"), env.get("SLURM_STEP_NUM_NODES")
     alone = env.get("OMPI_COMM_WORLD_LOCAL_SIZE", "1" if tasks == machines else "") == "1"
-    return alone or env.get("CUDA_VISIBLE_DEVICES", "").isdecimal()  # it was given a single one
+    return alone or env.get("CUDA_VISIBLE_DEVICES", "").isdecimal()  # it sees a single GPU
 
 
 def has_tpu() -> bool:
-    """Whether JAX will find TPU chips here."""
+    """Return whether JAX will find TPU chips here."""
     return find_spec("libtpu") is not None and any(map(os.path.exists, TPU_DEVICES))
 
 
 def _tpu_hosts() -> int:
-    """How many hosts the TPU slices of this one have, as variables tell it or Google's cloud."""
+    """Return the number of hosts of the TPU slices, from variables or Google's metadata server."""
     env = os.environ
     hosts = env.get("TPU_PROCESS_ADDRESSES", env.get("TPU_WORKER_HOSTNAMES"))
     if path := env.get("TPU_PROCESS_ADDRESSES_PATH"):  # JAX 0.12 prefers it
@@ -95,11 +95,11 @@ def _tpu_hosts() -> int:
 
 
 def _metadata(name: str) -> str:
-    """What Google's cloud tells its machines of themselves; empty where it tells nothing."""
+    """Return an attribute from Google Cloud's metadata server; empty if there is none."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{name}"
     try:
         with urlopen(Request(url, headers={"Metadata-Flavor": "Google"}), timeout=5) as answer:
             return answer.read().decode()
-    except OSError:  # no such server, or it knows no such name
+    except OSError:  # no such server or attribute
         return ""

@@ -1,7 +1,7 @@
 """The devices of a run, as a mesh with two axes, "data" and "model".
 
-Devices along "data" train on different rows; those along "model" share the work on the same rows
-(see nanogpt/devices/sharding.py), and there is one of them unless asked otherwise.
+Devices along "data" train on different rows; devices along "model" share the work on the same rows
+(see nanogpt/devices/sharding.py). By default the "model" axis has size 1.
 """
 
 from collections.abc import Callable
@@ -15,16 +15,16 @@ from jaxtyping import Array, Int, PyTree
 from nanogpt.config import ConfigError
 
 REPLICATED = P()
-BATCH = P(None, "data")  # [micro-batch, row, token]: rows are divided over the devices
+BATCH = P(None, "data")  # [micro-batch, row, token], sharded over rows
 ROWS = P("data")  # [row, token]
-DEVICES = P(("data", "model"))  # a part for each device
+DEVICES = P(("data", "model"))  # sharded over all devices
 
 
 def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
-    """A mesh of the first `data * model` devices; without `data`, of as many as there are.
+    """Make a mesh of the first `data * model` devices; by default `data` uses all of them.
 
     Raises:
-        ConfigError: there are fewer devices.
+        ConfigError: if there are fewer devices.
     """
     devices = jax.devices()
     data = data or len(devices) // model or 1
@@ -39,7 +39,7 @@ def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
 
 
 def shapes_on(mesh: Mesh, spec: P, arrays: PyTree) -> PyTree:
-    """The shapes and dtypes of arrays that will be on the mesh, to compile for or to load into."""
+    """Return shapes and dtypes of arrays as placed on the mesh, for compiling or loading."""
     sharding = NamedSharding(mesh, spec)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arrays)
 
@@ -50,9 +50,9 @@ def put(
     shape: tuple[int, ...],
     read: Callable[[tuple[slice, ...]], Int[np.ndarray, "..."]],
 ) -> Int[Array, "..."]:
-    """An array of `shape` over the mesh; `read` gives the part at an index, for each device here.
+    """Make an array of `shape` on the mesh; `read(index)` returns the part of a local device.
 
-    No process reads, or holds, the rows of another's devices.
+    A process reads only the rows of its own devices.
     """
-    # JAX's type has None as an index, too, which it never gives.
+    # In JAX's type an index can be None, which it never is.
     return jax.make_array_from_callback(shape, NamedSharding(mesh, spec), read)  # pyrefly: ignore

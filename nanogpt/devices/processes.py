@@ -1,7 +1,7 @@
-"""Several processes that train together, on one machine or many.
+"""Training with several processes, on one machine or many.
 
-Each runs this same program and owns some of the devices; JAX's distributed runtime joins them. The
-first of them, process 0, prints and writes.
+Each runs the same program and owns some of the devices; JAX's distributed runtime connects them.
+Process 0 prints and writes files.
 """
 
 import os
@@ -28,7 +28,7 @@ from nanogpt.config import ConfigError
 from nanogpt.devices.launchers import has_its_gpus_alone
 
 LOST_AFTER = 30  # seconds without a sign of life after which a process counts as lost
-SEEN_WITHIN = 70  # seconds after which a file system shows all what one wrote; NFS takes up to 60
+SEEN_WITHIN = 70  # seconds within which all processes see a written file; NFS takes up to 60
 
 
 def join_processes(
@@ -37,25 +37,25 @@ def join_processes(
     process_id: int | None = None,
     patience: int = 300,
 ) -> None:
-    """Join the other processes of this run, before JAX is used for anything else.
+    """Join the other processes of this run. Call it before using JAX for anything else.
 
-    Without arguments the launcher is asked: Slurm, Open MPI, Kubernetes, or a TPU pod.
+    Without arguments, the launcher provides them: Slurm, Open MPI, Kubernetes or a TPU pod.
 
     Args:
-        coordinator_address: host:port of process 0, where no launcher tells it.
-        patience: seconds that the others have to come.
+        coordinator_address: host:port of process 0, if no launcher provides it.
+        patience: seconds to wait for the other processes.
 
-    If they do not, the process tells so and ends with exit status 2. When one is lost later, JAX
-    ends the others within LOST_AFTER seconds, and tells why.
+    If they do not join, the process says so and ends with exit status 2. If one is lost later, JAX
+    ends the others within LOST_AFTER seconds, and says why.
 
     Raises:
-        ConfigError: arguments are missing or make no sense, or JAX cannot join the others.
+        ConfigError: if arguments are missing or invalid, or JAX cannot join the others.
     """
     given = coordinator_address, num_processes, process_id
     if given != (None,) * 3 and None in given:
         raise ConfigError(
             "coordinator_address, num_processes and process_id belong together: give all three, or "
-            "none where a launcher tells them."
+            "none if a launcher provides them."
         )
     if coordinator_address is not None and num_processes is not None and process_id is not None:
         _check_place(coordinator_address, num_processes, process_id)
@@ -65,27 +65,27 @@ def join_processes(
         os.write(
             2,
             f"The processes of this run did not find each other{where} within {patience} s: check "
-            "that all were started, that they agree on the coordinator's address and on how many "
-            "they are, and that its port can be reached.\n".encode(),
+            "that all were started with the same coordinator address and number of processes, and "
+            "that the coordinator's port can be reached.\n".encode(),
         )
         os._exit(2)
 
     # Until there is something to save, SIGTERM ends each process at once.
     jax.config.update("jax_enable_preemption_service", False)
-    # JAX would end the process with a stack trace.
+    # JAX's own timeout would end the process with a stack trace.
     timer = Timer(patience, give_up)
     timer.daemon = True
     timer.start()
     try:
         jax.distributed.initialize(
             *given,
-            local_device_ids=[] if has_its_gpus_alone() else None,  # none named: all
+            local_device_ids=[] if has_its_gpus_alone() else None,  # an empty list means all
             cluster_detection_method=None if None in given else "deactivate",
             initialization_timeout=2 * patience,
             heartbeat_timeout_seconds=LOST_AFTER,
             shutdown_timeout_seconds=LOST_AFTER,
         )
-    except Exception as error:  # JAX's own, or of what it asks a launcher with
+    except Exception as error:  # of JAX, or of the libraries it uses to query a launcher
         reason = " ".join(str(error).split()).rstrip(".")
         raise ConfigError(
             f"JAX could not join the processes of this run ({reason}): see docs/many-machines.md, "
@@ -96,7 +96,7 @@ def join_processes(
 
 
 def _check_place(coordinator_address: str, num_processes: int, process_id: int) -> None:
-    """Raise ConfigError where the arguments make no sense, or process 0 cannot listen there."""
+    """Raise ConfigError if the arguments are invalid, or process 0 cannot listen at its port."""
     host, _, port = coordinator_address.rpartition(":")
     address_is_whole = host and port.isdecimal() and int(port) < 2**16
     if not (0 <= process_id < num_processes and address_is_whole):
@@ -106,35 +106,35 @@ def _check_place(coordinator_address: str, num_processes: int, process_id: int) 
         )
     if process_id == 0:
         try:
-            socket.create_server(("", int(port))).close()  # where JAX cannot, it may crash
+            socket.create_server(("", int(port))).close()  # JAX may crash if it cannot listen
         except OSError as error:
             raise ConfigError(
-                f"Process 0 cannot listen at port {port} ({os.strerror(error.errno or 0)}): name "
+                f"Process 0 cannot listen at port {port} ({os.strerror(error.errno or 0)}): choose "
                 "another in coordinator_address."
             ) from error
 
 
 def tell_all_of_sigterm() -> None:
-    """From now on SIGTERM to one process ends none, but is told to all, at a step to end after."""
-    sync_global_devices("SIGTERM is told")  # none may end any more at a SIGTERM that others outlive
+    """From now on, report a SIGTERM to one process to all, with the step after which to end."""
+    sync_global_devices("SIGTERM is told")  # from here on SIGTERM must not end a single process
     jax.config.update("jax_enable_preemption_service", True)
     global_state.initialize_preemption_sync_manager()
 
 
 def wait_for_others() -> None:
-    """Return when all processes have come this far.
+    """Wait until all processes have reached this point.
 
-    A reduction cannot serve for this: whoever leaves first closes the connections on which another
-    may still be receiving its result. Nor can JAX's shutdown, which waits LOST_AFTER seconds only.
+    A reduction does not work here: the first process to exit closes connections on which another
+    may still be receiving its result. Nor does JAX's shutdown, which waits only LOST_AFTER seconds.
     """
     if (client := global_state.client) is not None:
         client.wait_at_barrier("end", timeout_in_ms=24 * 3600 * 1000)
 
 
 def leave(status: int) -> int:
-    """The exit status of a process that failed; one of several ends here.
+    """Return the exit status of a process that failed; one of several processes exits here.
 
-    Python would wait for its threads, and one of them may wait for a save that failed elsewhere.
+    Python would wait for its threads, one of which may be waiting for a save that failed elsewhere.
     """
     if jax.distributed.is_initialized():
         jax.distributed.shutdown()
@@ -145,9 +145,9 @@ def leave(status: int) -> int:
 
 
 def check_same(what: str, here: Sequence[tuple[str, str]]) -> None:
-    """Raise ConfigError in all processes if `here`, texts with their names, differs in any.
+    """Raise ConfigError in all processes if `here`, a list of (name, text), differs in any.
 
-    It names the first text that differs, where there are as many.
+    The message names the first text that differs if all lists have the same length.
     """
     if jax.process_count() == 1:
         return
@@ -162,8 +162,8 @@ def check_same(what: str, here: Sequence[tuple[str, str]]) -> None:
         each = process_allgather(np.array([*map(_digest, items)]))
         name = f" ({here[int((each[process] != each[0]).any(axis=1).argmax())][0]})"
     raise ConfigError(
-        f"Process {process} has other {what} than process 0{name}: give all the same "
-        "arguments and files, in a folder that all see."
+        f"Process {process} has other {what} than process 0{name}: give all processes the same "
+        "arguments and files, in a shared folder."
     )
 
 
@@ -172,7 +172,7 @@ def _digest(text: str) -> np.ndarray:
 
 
 def check_all_see(file: Path, text: str) -> None:
-    """Raise ConfigError in all processes unless each finds in a file what process 0 wrote there."""
+    """Raise ConfigError in all processes unless all see the text that process 0 wrote to a file."""
     if jax.process_count() == 1:
         return
     end, seen = time.monotonic() + SEEN_WITHIN, False
@@ -189,8 +189,8 @@ def check_all_see(file: Path, text: str) -> None:
 
 
 def processes_line() -> str:
-    """Who trains together, such as "2 processes, 4 devices in each, coordinator 10.0.0.1:1234"."""
-    # JAX has no public name for the address that a launcher told it.
+    """Return a summary: "2 processes, 4 devices in each, coordinator 10.0.0.1:1234"."""
+    # JAX has no public name for the address that it got from a launcher.
     address = getattr(global_state, "coordinator_address", None)
     return (
         f"{jax.process_count()} processes, {jax.local_device_count()} devices in each, "
@@ -199,9 +199,9 @@ def processes_line() -> str:
 
 
 def told_by_first(make: Callable[[], str]) -> str:
-    """make() of process 0, for all; where it raises, all raise.
+    """Return process 0's make() in all processes; if it raises, all raise.
 
-    The others raise ConfigError, in whose words nothing is to be told again.
+    The other processes raise a ConfigError that refers to process 0's message.
     """
     if jax.process_count() == 1:
         return make()
@@ -211,23 +211,23 @@ def told_by_first(make: Callable[[], str]) -> str:
             text = make()
         except Exception as error:
             failure = error
-    text = _text(broadcast_one_to_all(_letters(text)))  # an empty one stands for a failure
+    text = _text(broadcast_one_to_all(_letters(text)))  # an empty text means failure
     if failure is not None:
         raise failure
     if not text:
-        raise ConfigError("Process 0 could not begin; it says why.")
+        raise ConfigError("Process 0 could not start: see its error message.")
     return text
 
 
 def told_by_all(text: str) -> list[str]:
-    """What each process tells, in their order."""
+    """Return the texts of all processes, in order."""
     if jax.process_count() == 1:
         return [text]
     return [_text(letters) for letters in process_allgather(_letters(text))]
 
 
 def _letters(text: str) -> UInt8[np.ndarray, "4096"]:
-    """A text as an array: those that processes exchange must be of one shape."""
+    """Encode a text as an array of fixed shape, as required for exchange between processes."""
     return np.frombuffer(text.encode()[:4096].ljust(4096, b"\0"), np.uint8)
 
 

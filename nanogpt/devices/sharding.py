@@ -1,19 +1,19 @@
-"""What part of each parameter a device holds, and what devices exchange to compute with parts.
+"""How parameters are sharded, and what devices communicate to compute with the shards.
 
 A mesh has two axes. Devices along "data" train on different rows. Devices along "model" share the
 heads and MLPs of the same rows (tensor parallelism: Megatron-LM, arXiv:1909.08053):
 
-    qkv, up, gate        each device has its heads, or its part of F, and what is computed from them
-    out, down            each device adds up over its heads, or its part of F; then all are summed
-    value embeddings     each device looks up what its heads mix in
-    head                 whole: devices divide the tokens to score between them
-    all others           whole, and all devices compute the same with them
+    qkv, up, gate        sharded by output: each device computes its heads, or its part of F
+    out, down            sharded by input: each device's product is a term of an all-reduce
+    value embeddings     sharded by output: each device looks up the channels of its heads
+    head                 replicated: each device computes the loss of its part of the tokens
+    all others           replicated, and all devices compute the same with them
 
-With `shard_params` the devices along "data" divide the parameters, too, and with them gradients and
-the state of the optimizer (ZeRO-3: arXiv:1910.02054, FSDP: arXiv:2304.11277), 16 bytes or more of
-each weight. What a device gathers of the others, layer by layer, are 2 bytes of each in bfloat16.
-It keeps them from the first forward pass of a step to the last backward pass, so that they are sent
-once, however many micro-batches there are; to let go of a layer in between would send them again.
+With `shard_params` the devices along "data" also shard the parameters, and with them gradients and
+optimizer state (ZeRO-3: arXiv:1910.02054, FSDP: arXiv:2304.11277), 16 bytes or more per weight.
+Layers are all-gathered one by one, 2 bytes per weight in bfloat16, and kept from the first forward
+pass of a step to its last backward pass: they are sent once, however many micro-batches there are,
+while freeing a layer in between would mean sending it again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, PyTree, Shaped
 
 from nanogpt.config import ConfigError, GPTConfig
 
-# Which axis of the mesh divides the last two axes of a parameter: its inputs, its outputs.
+# The mesh axes over which the last two axes of a parameter, inputs and outputs, are sharded.
 LAYOUT = {
     "attention.qkv": P("data", "model"),  # [3, D, N H]
     "attention.out": P(("model", "data"), None),  # [N H, D]
@@ -39,21 +39,21 @@ LAYOUT = {
     "embed": P("data", None),
     "head": P("data", None),
 }
-# What devices along "model" have whole, and use each for its own heads or tokens.
+# Parameters that are replicated along "model", but used by each device for its own heads or tokens.
 USED_IN_PARTS = ("head", "own_share", "mixed_share", "out_share")
 
 Path = tuple[jax.tree_util.KeyEntry, ...]
 
 
 def _names(path: Path) -> list[str]:
-    """The names in a path, without the numbers of layers that stand apart."""
+    """Return the names in a path, without the numbers of separate layers."""
     return [key.key for key in path if isinstance(getattr(key, "key", None), str)]
 
 
 def spec_of(path: Path, array: Array | jax.ShapeDtypeStruct, shard_params: bool) -> P:
-    """How a mesh divides a parameter, or what the optimizer keeps of it: their paths end alike.
+    """Return how a parameter, or its optimizer state, is sharded; their paths end the same way.
 
-    An axis of one, as a mean has it, is not divided, nor are the axes of stacks.
+    Axes of size 1, as in means, are not sharded, nor are the axes of stacks.
     """
     names = _names(path)
     layout = LAYOUT.get(".".join(names[-2:])) or LAYOUT.get("".join(names[-1:]))
@@ -68,17 +68,17 @@ def spec_of(path: Path, array: Array | jax.ShapeDtypeStruct, shard_params: bool)
 
 
 def specs(arrays: PyTree, shard_params: bool) -> PyTree:
-    """The `spec_of` each array of a tree of parameters, or of a state that holds such."""
+    """Return the `spec_of` each array in a tree of parameters or of training state."""
     return jax.tree_util.tree_map_with_path(
         lambda path, array: spec_of(path, array, shard_params), arrays
     )
 
 
 def shardings(arrays: PyTree, mesh: Mesh, shard_params: bool) -> PyTree:
-    """Where each array of a tree of parameters lies, or of a state that holds such.
+    """Return the sharding of each array in a tree of parameters or of training state.
 
     Raises:
-        ConfigError: the mesh cannot divide an array; names it.
+        ConfigError: if an array cannot be sharded evenly; the message names it.
     """
 
     def sharding(path: Path, array: Array | jax.ShapeDtypeStruct) -> NamedSharding:
@@ -94,10 +94,10 @@ def num_parts(
     devices: Mapping[str, int],
     shard_params: bool,
 ) -> int:
-    """Into how many parts so many devices along each axis of a mesh divide an array.
+    """Return the number of shards of an array, for the number of devices along each mesh axis.
 
     Raises:
-        ConfigError: they cannot divide it evenly; names it.
+        ConfigError: if it cannot be sharded evenly; the message names it.
     """
     parts = 1
     for size, axes in zip(array.shape, spec_of(path, array, shard_params), strict=False):
@@ -107,15 +107,14 @@ def num_parts(
             by = " * ".join(f"{axis}={devices[axis]}" for axis in axes)
             raise ConfigError(
                 f"The {size:,} rows or columns of {'.'.join(_names(path))} cannot be divided "
-                f"by {by}: choose another mesh, another size of the model, or leave out "
-                "shard_params."
+                f"by {by}: choose another mesh or model size, or leave out shard_params."
             )
         parts *= among
     return parts
 
 
 def check_shared(config: GPTConfig, row_lengths: Sequence[int], devices: int) -> None:
-    """Raise ConfigError if that many devices along "model" cannot share a model and its rows."""
+    """Raise ConfigError if a model and its rows cannot be split over devices along "model"."""
     heads, pairs = config.num_heads, config.num_heads // 2
     for what, count in (
         ("Pairs of heads (num_heads / 2)", pairs) if config.paired_heads else ("num_heads", heads),
@@ -130,13 +129,13 @@ def check_shared(config: GPTConfig, row_lengths: Sequence[int], devices: int) ->
 
 
 def _data_axis(spec: P) -> int | None:
-    """The axis of an array that devices along "data" divide."""
+    """Return the axis of an array that is sharded along "data", or None."""
     dividing = (i for i, axes in enumerate(spec) if axes and "data" in axes)
     return next(dividing, None)
 
 
 def gathered(parts: PyTree, placed: PyTree) -> PyTree:
-    """The arrays whole, of which each device along "data" has a part; in `jax.shard_map`."""
+    """All-gather the arrays that are sharded along "data"; in `jax.shard_map`."""
 
     def gather(part: Float[Array, "..."], spec: P) -> Float[Array, "..."]:
         if (axis := _data_axis(spec)) is None:
@@ -147,9 +146,9 @@ def gathered(parts: PyTree, placed: PyTree) -> PyTree:
 
 
 def reduced(gradients: PyTree, placed: PyTree) -> PyTree:
-    """The mean over "data" of the devices' gradients, of which each keeps its part by the specs.
+    """Average the devices' gradients over "data", each device keeping its shard.
 
-    The other half of `gathered`, in `jax.shard_map`.
+    The counterpart of `gathered`, in `jax.shard_map`.
     """
 
     def reduce(path: Path, gradient: Float[Array, "..."], spec: P) -> Float[Array, "..."]:
@@ -164,19 +163,19 @@ def reduced(gradients: PyTree, placed: PyTree) -> PyTree:
 
 
 def sum_over_model(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The sum over the devices along "model", each of which has a term; in `jax.shard_map`."""
+    """Sum x over the devices along "model"; in `jax.shard_map`."""
     return jax.lax.psum(x, "model") if jax.lax.axis_size("model") > 1 else x
 
 
 @jax.custom_vjp
 def to_parts(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """x, which devices along "model" go on to use each for its part: its gradient is their sum."""
+    """Return x for use by each device along "model" in its part: gradients are summed over them."""
     return x
 
 
 @jax.custom_vjp
 def from_parts(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The sum of what devices along "model" have found, which they all go on with."""
+    """Sum the results of devices along "model"; the gradient is passed to each unchanged."""
     return sum_over_model(x)
 
 
@@ -185,6 +184,6 @@ from_parts.defvjp(lambda x: (from_parts(x), None), lambda _, g: (g,))
 
 
 def share_of_row(x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B part ..."]:
-    """The tokens of each row that are this device's, of those along "model"."""
+    """Return this device's part of the tokens of each row, which are split along "model"."""
     T = x.shape[1] // jax.lax.axis_size("model")
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index("model") * T, T, axis=1)

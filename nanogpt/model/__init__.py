@@ -1,1 +1,1 @@
-"""What is trained. Read gpt.py, then loss.py; the other files make them fast or serve sampling."""
+"""The model. Read gpt.py, then loss.py; the other files make them fast or serve sampling."""

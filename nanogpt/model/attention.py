@@ -1,4 +1,4 @@
-"""Causal self-attention: one readable reference, and the fast kernels held against it.
+"""Causal self-attention: a readable reference, and fast kernels that are tested against it.
 
 `attention` is what the model calls. Its `kernel` is one of
 
@@ -7,8 +7,8 @@
     "pallas"  this project's flash attention: NVIDIA, bfloat16
     "splash"  JAX's splash attention: TPU, bfloat16
 
-and `choose_attention` picks one for the hardware at hand: it compiles each candidate on a small
-input, compares it with the reference, and goes on to the next, saying why, if either step fails.
+and `choose_attention` picks one for the hardware: it compiles each candidate on a small input and
+compares it with the reference; if either fails, it reports why and tries the next.
 
 Shapes: B batch, T sequence, N heads, H head size.
 """
@@ -26,7 +26,7 @@ from nanogpt.config import AttentionKernel, GPTConfig
 from nanogpt.model.kernels.cudnn_attention import cudnn_attention
 from nanogpt.model.kernels.splash_attention import splash_attention
 
-# By platform, the fastest first.
+# By platform, fastest first.
 CANDIDATES: dict[str, tuple[AttentionKernel, ...]] = {
     "gpu": ("cudnn", "pallas"),
     "tpu": ("splash",),
@@ -40,9 +40,9 @@ NAMES = {
 
 
 def visible(T: int, window: int | Int[Array, ""] | None) -> Bool[Array, "T T"]:
-    """Which keys (columns) each query (row) sees: itself and the `window - 1` tokens before it.
+    """Return which keys (columns) each query (row) sees: its own and the `window - 1` before it.
 
-    `window=None` shows every earlier token.
+    With `window=None` it sees all earlier ones.
     """
     distance = jnp.arange(T)[:, None] - jnp.arange(T)[None, :]
     causal = distance >= 0
@@ -58,9 +58,9 @@ def reference_attention(
     scale: float,
     window: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(scale * q kᵀ) v over the visible keys.
+    """Return softmax(scale * q kᵀ) v over the visible keys.
 
-    Heads go before the sequence while the matrices are multiplied, which suits XLA on CPUs.
+    The head axis precedes the sequence axis in the products, which is faster with XLA on CPUs.
     """
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     mask = visible(q.shape[2], window)
@@ -76,7 +76,7 @@ def softmax_attention(
     mask: Bool[Array, "*#heads Q K"],
     scale: float,
 ) -> Float[Array, "*heads Q H"]:
-    """softmax(scale * q kᵀ) v where the mask is true; the softmax is taken in float32."""
+    """Return softmax(scale * q kᵀ) v where the mask is true, with the softmax in float32."""
     scores = jnp.einsum("...qh,...kh->...qk", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask, scale * scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -84,19 +84,19 @@ def softmax_attention(
 
 
 def pair(x: Float[Array, "B T N H"]) -> Float[Array, "B 2*T N//2 H"]:
-    """Two heads as one whose sequence is twice as long: a token of one, then of the other."""
+    """Merge pairs of heads into one of twice the sequence length, with their tokens alternating."""
     B, T, N, H = x.shape
     return x.reshape(B, T, N // 2, 2, H).swapaxes(2, 3).reshape(B, 2 * T, N // 2, H)
 
 
 def part(x: Float[Array, "B T2 pairs H"]) -> Float[Array, "B T2//2 2*pairs H"]:
-    """The opposite of `pair`."""
+    """Undo `pair`."""
     B, T2, pairs, H = x.shape
     return x.reshape(B, T2 // 2, 2, pairs, H).swapaxes(2, 3).reshape(B, T2 // 2, 2 * pairs, H)
 
 
 def pallas_attention(*arrays: Any, **how: Any) -> Float[Array, "B T N H"]:
-    """This project's flash attention; loaded on use, for the day JAX goes without its compiler."""
+    """Call this project's flash attention, imported here in case JAX drops its compiler."""
     from nanogpt.model.kernels.flash_attention import flash_attention
 
     return flash_attention(*arrays, **how)
@@ -124,11 +124,11 @@ def attention(
 
     Args:
         q, k, v: queries, keys and values, bfloat16, or for "xla" float32.
-        documents: the number of each token's document, which rises along a row; a query sees the
-            keys of its own document only. None shows all documents.
-        scale: what the products q·k are multiplied with before the softmax.
-        window: how many keys a query sees, itself included; None for all earlier ones.
-        kernel: which implementation runs; see the head of this file.
+        documents: the number of each token's document, increasing along a row; a query sees only
+            the keys of its own document. None: no document mask.
+        scale: factor on the products q·k before the softmax.
+        window: number of keys that a query sees, its own included; None for all earlier ones.
+        kernel: the implementation; see the top of this file.
     """
     return KERNELS[kernel](q, k, v, documents, scale=scale, window=window)
 
@@ -136,9 +136,9 @@ def attention(
 def choose_attention(
     configs: Sequence[GPTConfig], sequence_length: int, dtype: str
 ) -> tuple[AttentionKernel, str]:
-    """The fastest kernel that works here, and one line that says which and why.
+    """Return the fastest kernel that works here, and one line that says which and why.
 
-    `configs` is the model as each stage of the run trains it: they differ in their windows.
+    `configs` is the model of each stage of the run; they differ in their windows.
     """
     platform = jax.default_backend()
     if platform not in CANDIDATES:
@@ -149,10 +149,10 @@ def choose_attention(
     for kernel in CANDIDATES[platform]:
         try:
             error = _error_against_reference(kernel, configs, sequence_length)
-        except Exception as failure:  # whatever the driver, the library or the compiler says
+        except Exception as failure:  # any failure of the driver, the library or the compiler
             complaints.append(f"{NAMES[kernel]} failed its probe ({_first_line(failure)})")
             continue
-        if error < 0.05:  # NaN, too, is no agreement
+        if error < 0.05:  # false for NaN
             return kernel, ", because ".join([NAMES[kernel], *complaints[:1]])
         complaints.append(f"{NAMES[kernel]} differs from the reference by {error:.1%}")
     return "xla", f"{NAMES['xla']}, SLOW: {'; '.join(complaints)}"
@@ -161,9 +161,9 @@ def choose_attention(
 def _error_against_reference(
     kernel: AttentionKernel, configs: Sequence[GPTConfig], sequence_length: int
 ) -> float:
-    """The largest relative error of output and gradients, added up, over the models' windows.
+    """Return the largest of all windows' summed relative errors of output and gradients.
 
-    One row is attended to, of the run's length where the reference's T x T scores fit any memory.
+    The input is a row of the run's length, cut so that the reference's T x T scores fit in memory.
     """
     config = configs[0]
     shape = (3, 1, min(sequence_length, 2048), config.num_heads, config.head_size)
@@ -183,7 +183,7 @@ def _error_against_reference(
         return [output_and_gradients(attend, qkv, window) for window in windows]
 
     @jax.jit
-    def of_reference(*qkv):  # the windows are data, so that this compiles once for all
+    def of_reference(*qkv):  # windows are inputs, so that this compiles once for all of them
         every = jnp.array([window or shape[2] for window in windows])
         qkv = [x.astype(jnp.float32) for x in qkv]
         return jax.lax.map(partial(output_and_gradients, reference_attention, qkv), every)
@@ -194,7 +194,7 @@ def _error_against_reference(
 
     windows = list({c.window(layer) for c in configs for layer in range(c.num_layers)})
     expected = zip(*of_reference(q, k, v), strict=True)  # by window
-    return float(np.max([*map(error, of_kernel(q, k, v), expected)]))  # NaN where one is
+    return float(np.max([*map(error, of_kernel(q, k, v), expected)]))  # NaN if any is
 
 
 def _first_line(failure: Exception) -> str:

@@ -1,18 +1,18 @@
-"""What a token sees of those before it: in whole rows, or one token at a time.
+"""How tokens access earlier tokens: in whole rows, or one token at a time with a KV cache.
 
-The model looks back in three ways only. It attends to keys and values, it mixes in what stood one
-token before, and it turns queries and keys by their position. Each is a method of
+A token's output depends on earlier tokens in three ways only: attention to keys and values,
+features of the previous token, and rotary positions. Each is a method of
 
-    Rows      rows that begin with their first token: training and evaluation
-    Prompts   the same, which keeps what later tokens will look back to
-    Next      one token after those kept in a cache: decoding
+    Rows      whole rows without anything before them: training and evaluation
+    Prompts   the same, but records what a cache needs: prefill
+    Next      one token after those in a cache: decoding
 
-so that one forward pass, that of nanogpt/model/gpt.py, serves all three.
+so that the single forward pass in nanogpt/model/gpt.py serves all three.
 
-A cache holds the keys and values of each layer in a ring: a new token takes the place of the
-oldest. A layer with a window keeps no more than that; any other keeps `context` tokens, and has
-them as its window once a text is longer. Rotations depend on distances alone, and none grows beyond
-what the model was trained with: a text may go on for as long as one likes.
+A cache holds the keys and values of each layer in a ring buffer: a new token replaces the oldest. A
+layer with a window keeps only its window; any other keeps `context` tokens, which become its window
+in longer texts. Attention depends only on distances between tokens, and none exceeds those seen in
+training, so a text can be of any length.
 
 Shapes: B batch, T sequence, N heads, H head size, S slots of a ring.
 """
@@ -31,7 +31,7 @@ from nanogpt.model.rotary import turned
 
 
 class Rows:
-    """Rows of tokens, before which there is nothing."""
+    """Whole rows of tokens, with nothing before them."""
 
     def __init__(self, config: GPTConfig, tokens: Int[Array, "B T"], kernel: AttentionKernel):
         self.config, self.kernel, self.length = config, kernel, tokens.shape[1]
@@ -41,12 +41,12 @@ class Rows:
             self.documents = jnp.cumsum(self.begins, axis=1, dtype=np.int32)
 
     def before(self, name: str, x: Shaped[Array, "B T ..."]) -> Shaped[Array, "B T ..."]:
-        """What stood one token before in its document, or else zero; `name` tells x from others."""
+        """Return x of the previous token in the document, or zero; `name` identifies x."""
         shifted = jnp.pad(x, ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)))[:, :-1]
         return shifted if self.begins is None else zero_where(self.begins, shifted)
 
     def angles(self, speed: Float[np.ndarray, "pairs"], T: int) -> Float[Array, "1 T pairs"]:
-        """How far the pairs of a head are turned in each of T places, in radians."""
+        """Return the rotary angles of a head's pairs at each of T positions, in radians."""
         return turned(jnp.arange(T)[None], T, speed)
 
     def attention(
@@ -57,7 +57,7 @@ class Rows:
         v: Float[Array, "B T N H"],
         scale: float,
     ) -> Float[Array, "B T N H"]:
-        """What each query takes from the values that it sees; several places may form a token."""
+        """Return the attention output; with paired heads, a token takes two positions of q."""
         places, documents = q.shape[1] // self.length, self.documents
         if places > 1 and documents is not None:
             documents = jnp.repeat(documents, places, axis=1)
@@ -68,18 +68,18 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """What the next token of each of B texts looks back to."""
+    """The KV cache of B texts, and what else their next tokens need."""
 
-    position: Int[Array, "B"]  # of the next token
-    reach: Int[Array, "B"]  # how many of the tokens before it are of its document
-    count: Int[Array, ""]  # of the tokens that were added since the prompts
-    before: dict[str, Shaped[Array, "B 1 ..."]]  # what stood one token before, by its name
+    position: Int[Array, "B"]  # position of the next token
+    reach: Int[Array, "B"]  # number of tokens before it in its document
+    count: Int[Array, ""]  # number of tokens added since the prompts
+    before: dict[str, Shaped[Array, "B 1 ..."]]  # features of the previous token, by name
     keys: dict[int, Float[Array, "BN S H"]]  # by layer; rotated
     values: dict[int, Float[Array, "BN S H"]]
 
 
 class Prompts(Rows):
-    """Rows of tokens that later tokens will look back to."""
+    """Rows of prompts, whose keys, values and last features are recorded for a cache."""
 
     def __init__(self, config: GPTConfig, tokens: Int[Array, "B T"]):
         super().__init__(config, tokens, "xla")
@@ -94,10 +94,10 @@ class Prompts(Rows):
         return super().attention(layer, q, k, v, scale)
 
     def cache(self, lengths: Int[Array, "B"], context: int) -> Cache:
-        """To go on after the first `lengths` tokens of each row, with `context` tokens in view."""
+        """Return a cache of the first `lengths` tokens of each row, to see `context` of them."""
 
         def latest(x: Shaped[Array, "B P ..."], size: int) -> Shaped[Array, "B {size} ..."]:
-            """The latest `size` places before each row's end; what is missing there is anything."""
+            """Return the last `size` positions before each row's end; missing ones arbitrary."""
             end = lengths * (x.shape[1] // self.length)
             index = jnp.maximum(end[:, None] - size + jnp.arange(size), 0)
             return jnp.take_along_axis(x, jnp.expand_dims(index, range(2, x.ndim)), axis=1)
@@ -117,11 +117,11 @@ class Prompts(Rows):
 
 
 class Next:
-    """One token of each text, after those in a cache; `cache` is then that with it."""
+    """One token of each text after those in a cache; `self.cache` becomes the new cache."""
 
     def __init__(self, config: GPTConfig, cache: Cache, tokens: Int[Array, "B"], context: int):
         self.config, self.context = config, context
-        self.reach, self.begins = cache.reach, None  # how many tokens before this one it sees
+        self.reach, self.begins = cache.reach, None  # number of tokens it sees before itself
         if config.document_separator is not None:
             self.begins = (tokens == config.document_separator)[:, None]
             self.reach = jnp.where(self.begins[:, 0], 0, cache.reach)
@@ -129,13 +129,13 @@ class Next:
         self.cache = Cache(cache.position + 1, self.reach + 1, cache.count + 1, {}, {}, {})
 
     def before(self, name: str, x: Shaped[Array, "B 1 ..."]) -> Shaped[Array, "B 1 ..."]:
-        """What stood one token before in its document, or else zero."""
+        """Return x of the previous token in the document, or zero."""
         self.cache.before[name] = x
         before = self.old.before[name]
         return before if self.begins is None else zero_where(self.begins, before)
 
     def angles(self, speed: Float[np.ndarray, "pairs"], T: int) -> Float[Array, "B T pairs"]:
-        """How far the pairs of a head are turned in this token's T places, in radians."""
+        """Return the rotary angles of a head's pairs at this token's T positions, in radians."""
         return turned(T * self.old.position[:, None] + jnp.arange(T), 2**31, speed)
 
     def attention(
@@ -146,14 +146,14 @@ class Next:
         v: Float[Array, "B T N H"],
         scale: float,
     ) -> Float[Array, "B T N H"]:
-        """What the queries of this token's T places take from the values that they see."""
+        """Return the attention output for the queries at this token's T positions."""
         (B, T, N, H), S = q.shape, self.old.keys[layer].shape[1]
-        new = T * self.old.count % S  # the first of its slots
+        new = T * self.old.count % S  # the token's first slot
         write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=new, axis=1)
         self.cache.keys[layer] = write(self.old.keys[layer], by_head(k))
         self.cache.values[layer] = write(self.old.values[layer], by_head(v))
         own = jnp.arange(T)[:, None]
-        age = (new + T - 1 - jnp.arange(S)) % S  # how many places ago each slot was filled
+        age = (new + T - 1 - jnp.arange(S)) % S  # how many positions ago each slot was filled
         distance = age - (T - 1 - own)
         seen = (distance >= 0) & (distance < window(self.config, layer, self.context, T))
         seen = seen & (distance <= T * self.reach[:, None, None] + own)  # [B, T, S]
@@ -168,7 +168,7 @@ class Next:
 
 
 def by_head(x: Float[Array, "B T N H"]) -> Float[Array, "BN T H"]:
-    """All heads of all texts in one axis: with two, XLA's CPU backend copies a ring to write it."""
+    """Merge texts and heads into one axis, to which XLA's CPU backend writes without copying."""
     B, T, N, H = x.shape
     return x.swapaxes(1, 2).reshape(B * N, T, H)
 
@@ -176,19 +176,19 @@ def by_head(x: Float[Array, "B T N H"]) -> Float[Array, "BN T H"]:
 def zero_where(
     begins: Bool[Array, "B T"], before: Shaped[Array, "B T ..."]
 ) -> Shaped[Array, "B T ..."]:
-    """What stood before each token, without what is of another document."""
+    """Return features of previous tokens, with zeros where a document begins."""
     begins = begins.reshape(*begins.shape, *[1] * (before.ndim - 2))
     return jnp.where(begins, jnp.zeros_like(before), before)
 
 
 def window(config: GPTConfig, layer: int, context: int, places: int) -> int:
-    """How many keys a query of a layer sees when texts may be endless and tokens take `places`."""
+    """Return how many keys a query of a layer sees with a cache; a token has `places` positions."""
     return min(config.window(layer) or places * context, places * context)
 
 
 def slots(config: GPTConfig, layer: int, context: int, places: int) -> int:
-    """How many places the ring of a layer has, S: of whole tokens, enough for all their queries.
+    """Return the size of a layer's ring buffer, S: whole tokens, enough for all their queries.
 
-    The first place of a token sees one place further back than its last.
+    The first position of a token sees further back than its last.
     """
     return places * -(-(window(config, layer, context, places) + places - 1) // places)

@@ -1,8 +1,8 @@
-"""How a model's parameters are kept, and how they are computed with.
+"""A model's parameters, as they are stored and as they are used in computation.
 
-They are kept in float32, with the layers stacked: each array of the attentions, or of the MLPs, has
-a leading axis of layers, so that a model has few arrays however deep it is. They are computed with
-in the dtype of a run, and layer by layer, each an array of its own.
+They are stored in float32, with the layers stacked: each array of the attentions, or of the MLPs,
+has a leading axis of layers, so that even a deep model has few arrays. The computation uses a copy
+in the dtype of the run, with separate arrays for each layer.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,21 +21,21 @@ Params = PyTree[Float[Array, "..."]]
 def matrix(
     key: Key[Array, ""], shape: tuple[int, ...], spread: float = 0.5
 ) -> Float[Array, "*stack I O"]:
-    """Matrices of uniform numbers with a standard deviation of spread / sqrt(I)."""
+    """Sample uniform matrices with a standard deviation of spread / sqrt(I)."""
     bound = spread * (3 / shape[-2]) ** 0.5
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
 def is_table(path: tuple[jax.tree_util.DictKey, ...]) -> bool:
-    """Whether the parameter at this path of the nested dict is a table that tokens index."""
+    """Return whether the parameter at this path is an embedding table, indexed by tokens."""
     return path[-1].key.endswith("embed")
 
 
 def compute_copy(params: Params, dtype: str) -> Params:
-    """The parameters of a GPT, to compute with in `dtype`.
+    """Return a copy of a GPT's parameters in `dtype`, for the forward and backward pass.
 
-    Tables stay float32: the gradient of a row is the sum over all tokens that share it, thousands
-    for a frequent one, and in bfloat16 such a sum stops growing after some hundreds.
+    Tables stay float32: the gradient of a row is summed over all tokens that use it, thousands for
+    a frequent one, and in bfloat16 such a sum stops growing after some hundreds.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, p: p if is_table(path) else p.astype(dtype), params
@@ -45,18 +45,18 @@ def compute_copy(params: Params, dtype: str) -> Params:
 def stack(
     kind: Callable[..., nnx.Module], count: int, config: GPTConfig, key: Key[Array, ""]
 ) -> nnx.Module:
-    """`count` modules of a kind as one, whose arrays have a leading axis."""
+    """Create `count` modules of a kind as one, with a leading axis in each array."""
     make = nnx.vmap(lambda key: kind(config, rngs=nnx.Rngs(key)))
     return make(jax.random.split(key, count))
 
 
 def unstack(stacked: nnx.Module, count: int) -> Iterator[nnx.Module]:
-    """The modules one by one: loops over them are unrolled, so each may differ from the next.
+    """Yield the modules one by one, for unrolled loops in which layers may differ.
 
-    One split of each stacked array, rather than a slice per layer, has one concatenation as its
-    gradient instead of a sum of zero-padded arrays.
+    It splits each stacked array once instead of slicing it per layer: the gradient is then one
+    concatenation instead of a sum of zero-padded arrays.
     """
-    if isinstance(stacked, nnx.List):  # they are apart already
+    if isinstance(stacked, nnx.List):  # already separate
         yield from stacked
         return
     graphdef, arrays = nnx.split(stacked)
@@ -67,20 +67,20 @@ def unstack(stacked: nnx.Module, count: int) -> Iterator[nnx.Module]:
 
 
 def unrolled(model: Any) -> Any:
-    """The GPT with its layers apart, as whoever treats them one by one wants them."""
+    """Replace the stacked layers of a GPT with lists of separate layers; return the model."""
     model.attention = nnx.List(unstack(model.attention, model.config.num_attentions))
     model.mlp = nnx.List(unstack(model.mlp, model.config.num_layers))
     return model
 
 
 def layers_apart(graph: nnx.GraphDef, params: Params, dtype: str) -> tuple[nnx.GraphDef, Params]:
-    """The model with its layers apart, and its parameters, to compute with in `dtype`."""
+    """Return the model and its parameters in `dtype`, with separate layers."""
     graph, layers = nnx.split(unrolled(nnx.merge(graph, compute_copy(params, dtype))))
     return graph, nnx.to_pure_dict(layers)
 
 
 def stacked(params: Params) -> Params:
-    """The nested dict of a model from that of an `unrolled` one, whose layers have numbers."""
+    """Stack the numbered layers of an `unrolled` model's nested dict: undo `layers_apart`."""
     together = {
         name: jax.tree.map(lambda *layers: jnp.stack(layers), *params[name].values())
         for name in ("attention", "mlp")

@@ -1,7 +1,7 @@
 """Rotary positions (Su et al., arXiv:2104.09864), and their adaptation to wider windows.
 
-Queries and keys are turned by angles that grow with their position, so that the product of two
-depends on how far apart they stand. Shapes: B batch, T sequence, N heads, H head size.
+Queries and keys are rotated by angles proportional to their position, so that their product depends
+on the distance between them. Shapes: B batch, T sequence, N heads, H head size.
 """
 
 from itertools import pairwise
@@ -14,15 +14,15 @@ from nanogpt.config import GPTConfig
 
 
 def rotation(config: GPTConfig) -> tuple[Float[np.ndarray, "pairs"], float]:
-    """How far the pairs of a head turn per token, in radians, and the scale of q·k.
+    """Return the rotation of each pair of a head per token, in radians, and the scale of q·k.
 
-    The first `rope_fraction` of the pairs turn by base^0 ... base^-1; the others stand still and
-    carry what has no position (modded-nanogpt, 2024-12-17).
+    The first `rope_fraction` of the pairs rotate by base^0 ... base^-1; the others do not rotate
+    and carry position-independent features (modded-nanogpt, 2024-12-17).
 
-    When the longest window grew from one stage of the run to the next, YaRN (Peng et al.,
-    arXiv:2309.00071) slowed those pairs that turned less than 32 times in the old one, and those
-    that turned less than once by the ratio of the windows, so that they meet no new angles; and
-    the scale grew, as there are more keys to choose from (modded-nanogpt, 2025-09-10).
+    Whenever the longest window grows from one stage to the next, YaRN (Peng et al.,
+    arXiv:2309.00071) slows the pairs that turn less than 32 times within the old window, those that
+    turn less than once by the ratio of the windows, so that they never reach new angles. The scale
+    also grows, because there are more keys to choose from (modded-nanogpt, 2025-09-10).
     """
     pairs = config.head_size // 2
     turning = round(config.rope_fraction * pairs)
@@ -39,10 +39,10 @@ def rotation(config: GPTConfig) -> tuple[Float[np.ndarray, "pairs"], float]:
 def turned(
     places: Int[Array, "B T"], count: int, speed: Float[np.ndarray, "pairs"]
 ) -> Float[Array, "B T pairs"]:
-    """How far the pairs of a head are turned in places 0 to count - 1, in radians.
+    """Return the rotary angles of a head's pairs at positions from 0 to count - 1, in radians.
 
-    A place is a number of a few digits, and the angle of each is looked up: a product in float32
-    would be off by more the farther the place is, and a table of all places would be large.
+    Each base-256 digit of a position has its angle in a small table, and the angles are summed: the
+    error of a float32 product would grow with the position, and a table of all would be large.
     """
     base, digit = 256, 1
     angles = jnp.zeros((*places.shape, len(speed)), jnp.float32)
@@ -54,7 +54,7 @@ def turned(
 
 
 def rotary(x: Float[Array, "B T N H"], angle: Float[Array, "#B T H//2"]) -> Float[Array, "B T N H"]:
-    """Turn the pairs (i, i + H/2) of each head by these angles, in radians."""
+    """Rotate the pairs (i, i + H/2) of each head by these angles, in radians."""
     angle = angle[:, :, None, None]
     cos = jnp.cos(angle).astype(x.dtype)
     sin = jnp.concatenate([jnp.sin(angle), -jnp.sin(angle)], axis=3).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""The soft cap that bounds logits, for the loss and for sampling."""
+"""The soft cap on logits, for the loss and for sampling."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 class Softcap(NamedTuple):
     """bound * tanh((logit + shift) / width), which keeps logits within ±bound.
 
-    Gemma 2 (arXiv:2408.00118) has bound = width and no shift. (11.5, 15.0, 5.0) is the
-    23 * sigmoid((logit + 5) / 7.5) of modded-nanogpt (2026-01), less 11.5, which no softmax sees.
+    Gemma 2 (arXiv:2408.00118) has bound = width and no shift. (11.5, 15.0, 5.0) is
+    modded-nanogpt's 23 * sigmoid((logit + 5) / 7.5) (2026-01) minus 11.5, with the same softmax.
     """
 
     bound: float
@@ -20,14 +20,14 @@ class Softcap(NamedTuple):
 
 
 def softcap(logits: Float[Array, "..."], cap: Softcap) -> Float[Array, "..."]:
-    """The capped logits, float32."""
+    """Return the capped logits, float32."""
     return cap.bound * softcap_tanh(logits, cap)
 
 
 def softcap_tanh(
     logits: Float[Array, "..."], cap: Softcap, tanh: Callable[[Array], Array] = jnp.tanh
 ) -> Float[Array, "..."]:
-    """The capped logits over their bound, float32."""
+    """Return the capped logits divided by their bound, float32."""
     x = logits.astype(jnp.float32) * (1 / cap.width)
-    # Triton would not leave out the addition of a zero.
+    # Triton would not optimize away the addition of zero.
     return tanh(x + cap.shift / cap.width if cap.shift else x)

@@ -1,13 +1,14 @@
-"""Which rule and rate each parameter learns by.
+"""The optimizer: which update rule and learning rate each parameter gets.
 
     matrices of the layers      Muon (see nanogpt/optim/muon.py)
     all others, by group        Adam (Kingma and Ba, arXiv:1412.6980)
 
-both with cautious weight decay. Adam may act on the gradients of several steps at once: tables and
-gates, whose gradients are noisier than those of matrices, gain by it (modded-nanogpt, 2025-09-30).
+both with cautious weight decay. Adam may update only every few steps, with their mean gradient,
+which helps tables and gates: their gradients are noisier than those of matrices (modded-nanogpt,
+2025-09-30).
 
-Whoever calls the optimizer gives each step's rate and momentum along with the gradients, so that
-one compiled program serves every schedule.
+The rate and momentum of each step are passed along with the gradients, so that one compiled program
+serves every schedule.
 """
 
 from collections.abc import Hashable
@@ -22,15 +23,15 @@ from jaxtyping import Array, Float, PyTree
 from nanogpt.config import Adam, AdamGroups
 from nanogpt.optim.muon import scale_by_muon
 
-# Of Adam, beside gradients of losses that are summed over the tokens of a step. (modded-nanogpt has
-# 1e-10, beside an eighth of such a sum.)
+# Adam's epsilon, for gradients of losses that are summed over the tokens of a step. (modded-nanogpt
+# uses 1e-10 for an eighth of such a sum.)
 EPSILON = 8e-10
 
 Path = tuple[jax.tree_util.DictKey, ...]
 
 
 def group(path: Path, parameter: Array | jax.ShapeDtypeStruct) -> str:
-    """The group of a parameter by its name and shape: muon, or one of Adam's."""
+    """Return the group of a parameter, by its name and shape: muon, or one of Adam's groups."""
     name = path[-1].key
     if name in ("head", "skip_gate"):
         return name
@@ -40,17 +41,17 @@ def group(path: Path, parameter: Array | jax.ShapeDtypeStruct) -> str:
         return "tables"
     if name == "embedding_shares":
         return "shortcuts"
-    if name.endswith("gate"):  # a few numbers per head: stacked like matrices, but no such
+    if name.endswith("gate"):  # stacked like matrices, but only a few numbers per head
         return "smear_gate" if path[-2:-1] == (jax.tree_util.DictKey("smear"),) else "gates"
     return "muon" if parameter.ndim >= 3 else "scalars"  # matrices are stacked over the layers
 
 
 def cautious_decay(strength: float) -> optax.GradientTransformationExtraArgs:
-    """Weight decay where the update shrinks the weight anyway (Chen et al., arXiv:2510.12402).
+    """Decay weights only where the update shrinks them anyway (Chen et al., arXiv:2510.12402).
 
-    `update(updates, state, params, rate=...)` adds `strength * rate * w` to the update of each
-    weight w that has the sign of w. Updates are to be subtracted, after scaling with `rate`. The
-    decay is thus in proportion to the square of the rate (modded-nanogpt, 2025-11-10).
+    `update(updates, state, params, rate=...)` adds `strength * rate * w` to those updates that have
+    the sign of their weight w. The caller scales updates by `rate` and subtracts them, so the decay
+    is proportional to the square of the rate (modded-nanogpt, 2025-11-10).
     """
 
     def update(updates, state, params, *, rate, **extra_args):
@@ -61,12 +62,12 @@ def cautious_decay(strength: float) -> optax.GradientTransformationExtraArgs:
 
         return jax.tree.map(decayed, updates, params), state
 
-    # pyrefly: ignore[bad-argument-type]  (Optax has no type for arguments by name)
+    # pyrefly: ignore[bad-argument-type]  (Optax has no type for keyword arguments)
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
 
 
 def scale_by_shape(mlp_out: float) -> optax.GradientTransformation:
-    """Updates of matrices [I, O] times sqrt(max(1, O / I)), of those out of the MLPs `mlp_out`."""
+    """Scale updates of matrices [I, O] by sqrt(max(1, O / I)), MLP output matrices by `mlp_out`."""
 
     def scaled(path: Path, update: Float[Array, "*stack I O"]) -> Float[Array, "*stack I O"]:
         inputs, outputs = update.shape[-2:]
@@ -87,18 +88,18 @@ def make_optimizer(
     mesh: Mesh | None = None,
     shard_params: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of the whole model.
+    """Build the optimizer of the whole model.
 
     `update(gradients, state, params, rate=..., momentum=...)` takes two numbers or scalar arrays:
-    what all rates are multiplied with in this step, and Muon's momentum.
+    the factor on all learning rates in this step, and Muon's momentum.
 
     Args:
-        learning_rate: Muon's.
-        weight_decay: of the matrices, in proportion to the current rate: with r for
-            `learning_rate * rate`, a step takes the part r² * weight_decay off every weight which
-            it brings nearer to zero.
-        adam: by group, how Adam moves it.
-        adam_every: on the mean gradient of how many steps Adam acts, at the last of them.
+        learning_rate: Muon's learning rate.
+        weight_decay: cautious decay of the matrices: with r = `learning_rate * rate`, a step
+            shrinks each weight that it moves towards zero by the fraction r² * weight_decay, times
+            the factor of `scale_by_shape`.
+        adam: Adam's settings for each group.
+        adam_every: number of steps per Adam update, which uses their mean gradient.
         mlp_out_factor: see `scale_by_shape`.
         neuron_decay, newton_schulz_dtype, mesh, shard_params: see `scale_by_muon` in muon.py.
     """
@@ -119,7 +120,7 @@ def make_optimizer(
     all_adam = optax.partition({name: by_adam(how) for name, how in vars(adam).items()}, labels)
     if adam_every > 1:
         several = optax.MultiSteps(all_adam, adam_every)
-        # pyrefly: ignore[bad-argument-type]  (Optax has no type for arguments by name)
+        # pyrefly: ignore[bad-argument-type]  (Optax has no type for keyword arguments)
         all_adam = optax.GradientTransformationExtraArgs(several.init, several.update)
     rules: dict[Hashable, optax.GradientTransformation] = {
         "muon": optax.chain(
@@ -136,5 +137,5 @@ def make_optimizer(
         updates, state = by_rule.update(gradients, state, params, rate=rate, momentum=momentum)
         return jax.tree.map(lambda u: -rate * u, updates), state
 
-    # pyrefly: ignore[bad-argument-type]  (Optax has no type for arguments by name)
+    # pyrefly: ignore[bad-argument-type]  (Optax has no type for keyword arguments)
     return optax.GradientTransformationExtraArgs(by_rule.init, update)

@@ -1,6 +1,6 @@
-"""How the devices of a mesh share work on a stack of matrices.
+"""How the devices of a mesh share the work on a stack of matrices.
 
-Muon's work is the same on every device; here each does its part of it, and all get the results.
+Instead of every device doing all of Muon's work, each does a part of it, and all get the results.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from nanogpt.devices.mesh import DEVICES, REPLICATED
 
-GROUP = 8  # matrices in one batched product, which fill a GPU if they are 768 x 768
+GROUP = 8  # matrices in one batched product, enough to fill a GPU if they are 768 x 768
 
 
 def map_matrices(
@@ -23,21 +23,21 @@ def map_matrices(
     mesh: Mesh | None,
     shard_params: bool,
 ) -> Float[Array, "S I O"]:
-    """`function` of all matrices: group by group, each device its share of groups.
+    """Apply `function` to all matrices, group by group, each device to its share of the groups.
 
-    A group is one batched product wherever it is computed. That is why the devices' results are
-    those of one device to the bit, which products of differently large batches would not be.
+    A group is one batched product on whichever device it is computed. The results are therefore
+    bit for bit those of a single device, unlike products with other batch sizes.
 
     Args:
-        mesh: devices that share the work; None for one that does it all.
-        shard_params: whether devices along "data" hold parts of the matrices, which they then
-            exchange for whole ones, and back.
+        mesh: devices that share the work; None for a single device.
+        shard_params: whether the matrices are sharded along "data"; devices then exchange their
+            shards for whole matrices, and back.
     """
     S, devices = len(matrices), 1
     if mesh:
         devices = mesh.size if shard_params else mesh.shape["data"]
-    # Devices without a group of their own would only lengthen what all gather: they do the work of
-    # another instead. Parts of matrices that lie divided must reach every device anyway.
+    # A device without a group would only make the gathered array longer, so it repeats another's
+    # work instead. Sharded matrices must be exchanged with every device anyway.
     fewest = devices if shard_params else min(devices, -(-S // GROUP))
     sharers = min(n for n in range(fewest, devices + 1) if devices % n == 0)
     groups = -(-S // (GROUP * sharers)) * sharers
@@ -57,7 +57,7 @@ def map_matrices(
 
 
 def _gathered(map_groups: Callable, grouped: Array, mesh: Mesh, sharers: int) -> Array:
-    """All devices have all groups: so many work on different ones, and gather the results."""
+    """Map replicated groups: `sharers` devices compute different groups and gather the results."""
 
     def share_of_whole(grouped: Float[Array, "groups group I O"]) -> Float[Array, "..."]:
         each = len(grouped) // sharers
@@ -72,11 +72,11 @@ def _gathered(map_groups: Callable, grouped: Array, mesh: Mesh, sharers: int) ->
 
 
 def _exchanged(map_groups: Callable, grouped: Array, mesh: Mesh) -> Array:
-    """Devices have a part of every matrix: they exchange it for whole matrices, and back."""
+    """Map sharded groups: devices exchange their shards for whole matrices, and back."""
     each_its_share = jax.shard_map(
         map_groups, mesh=mesh, in_specs=DEVICES, out_specs=DEVICES, check_vma=False
     )
-    # One axis of the mesh at a time: that is what the compiler can do without gathering them all.
+    # One mesh axis at a time, which the compiler can do without gathering whole arrays.
     lying = P(None, None, "data", "model")
     way = [NamedSharding(mesh, each) for each in (lying, P("data", None, None, "model"))]
     for step in way:

@@ -1,8 +1,8 @@
 """Losses and the gradient of the logits in one pass over them: a Pallas kernel for NVIDIA GPUs.
 
-Each row is fetched from memory once, and its gradient is written over it while it is in the cache,
-as Liger Kernel (arXiv:2410.10989) and modded-nanogpt (2026-01-24) do. The plain form stands in
-nanogpt/model/loss.py: `_two_passes`.
+Each row is loaded from memory once, and overwritten by its gradient while it is in the cache, as in
+Liger Kernel (arXiv:2410.10989) and modded-nanogpt (2026-01-24). The plain form is `_two_passes` in
+nanogpt/model/loss.py.
 """
 
 from collections.abc import Callable
@@ -17,17 +17,17 @@ from jaxtyping import Array, Float, Int
 from nanogpt.model.kernels.fp8 import E5M2, to_e5m2
 from nanogpt.model.softcap import Softcap, softcap_tanh
 
-# A program is one row: 512 threads take CHUNK ids at a time, 32 each, which is four loads of 16
-# bytes. Their registers let two programs onto a multiprocessor. That is enough to hide the wait
-# for memory, and so few rows (264 of 100 kB on an H100) that the cache keeps them all until they
-# are read again.
+# One program per row: 512 threads process CHUNK ids at a time, 32 each, which is four loads of 16
+# bytes. Registers suffice for two programs per multiprocessor. That is enough to hide the memory
+# latency, and so few rows (264 of 100 kB on an H100) that all stay in the cache until they are read
+# again.
 CHUNK, WARPS = 16384, 16
-# Pallas addresses arrays of up to 4 GiB by signed 32-bit numbers: too few for more 8-bit elements.
+# Pallas addresses arrays of up to 4 GiB with signed 32-bit integers, too small for more elements.
 MAX_8BIT_ELEMENTS = 2**31
 
 
 def in_parts(run: Callable[..., tuple[Array, Array]]) -> Callable[..., tuple[Array, Array]]:
-    """`run(features, head, targets, ...)` on as many rows at a time as 8-bit dlogits may have."""
+    """Split the rows of `run(features, head, targets, ...)` to respect MAX_8BIT_ELEMENTS."""
 
     def run_in_parts(features, head, targets, *how):
         parts = 1 + len(targets) * head.shape[1] // MAX_8BIT_ELEMENTS
@@ -47,14 +47,14 @@ def one_pass(
     fp8: bool,
     interpret: bool = False,
 ) -> tuple[Float[Array, "BT K"], Float[Array, "BT V"]]:
-    """Losses, float32, and dlogits: over the logits, or beside them if 8 bits wide."""
-    from jax.experimental.pallas import triton as plgpu  # on use, should JAX drop it one day
+    """Return losses, float32, and dlogits, which overwrite the logits unless they are FP8."""
+    from jax.experimental.pallas import triton as plgpu  # imported here in case JAX drops it
 
     (BT, V), K = logits.shape, targets.shape[1]
-    # Inside jax.shard_map a result says over which devices it varies.
+    # Inside jax.shard_map, results must declare over which mesh axes they vary.
     array = partial(jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(logits).manual_axis_type)
-    # The tanh instruction of the GPU errs by 2^-11, a quarter of what bfloat16 logits are rounded
-    # by, and replaces about twenty. With those, arithmetic would take longer than memory does.
+    # The GPU's tanh instruction has an error of 2^-11, a quarter of the rounding of bfloat16
+    # logits, and replaces about twenty instructions, with which the kernel would be compute-bound.
     fast = logits.dtype == jnp.bfloat16 and not interpret
     tanh = plgpu.approx_tanh if fast else jnp.tanh
     of_targets, of_ids = (pl.BlockSpec((None, size), lambda i: (i, 0)) for size in (K, V))
@@ -76,25 +76,25 @@ def one_pass(
 def _kernel(
     logits_ref, targets_ref, weights_ref, losses_ref, dlogits_ref, *, cap, fp8, chunk, tanh
 ):
-    """One row: logits [V] and targets [K] to losses [K] and dlogits [V]."""
+    """Compute losses [K] and dlogits [V] of one row from logits [V] and targets [K]."""
 
-    def exp(x):  # half the instructions of jnp.exp, which also mends the last bit
+    def exp(x):  # half the instructions of jnp.exp, which also corrects the last bit
         return jnp.exp2(x * 1.4426950408889634)
 
     def tanh_at(span):
         return softcap_tanh(logits_ref[span], cap, tanh)
 
-    spans, start = [], 0  # which make up V; the size of what Triton reads is a power of two
+    spans, start = [], 0  # spans cover V; Triton loads need sizes that are powers of two
     while rest := logits_ref.shape[0] - start:
         spans.append(pl.ds(start, min(chunk, 1 << (rest.bit_length() - 1))))
         start += spans[-1].size
 
-    # Read before the threads meet, after which one of them may overwrite it.
+    # Read before the threads synchronize; after that, another may already overwrite them.
     K = targets_ref.shape[0]
     targets, weights = ([ref[k] for k in range(K)] for ref in (targets_ref, weights_ref))
     first = [pl.ds(jnp.maximum(target, 0), 1) for target in targets]
-    target_logits = [jnp.sum(cap.bound * tanh_at(span)) for span in first]  # of one number each
-    # By size: adding vectors first, the threads meet once per size, not once per span.
+    target_logits = [jnp.sum(cap.bound * tanh_at(span)) for span in first]  # one element each
+    # Add vectors of equal size first: threads then synchronize once per size, not per span.
     sums: dict[int, Any] = {}
     for span in spans:
         sums[span.size] = sums.get(span.size, 0.0) + exp(cap.bound * tanh_at(span) - cap.bound)
@@ -104,7 +104,7 @@ def _kernel(
 
     weighted = zip(targets, weights, strict=True)
     offset = log_normalizer - jnp.log(sum(weight * (target >= 0) for target, weight in weighted))
-    for span in reversed(spans):  # what was read last is the surest to be in the cache
+    for span in reversed(spans):  # the last ones read are the most likely to be in the cache
         ids, t = span.start + jnp.arange(span.size), tanh_at(span)
         gradient = exp(cap.bound * t - offset)
         for target, weight in zip(targets, weights, strict=True):

@@ -1,4 +1,4 @@
-"""cuDNN's flash attention, by way of JAX."""
+"""cuDNN's flash attention, through JAX."""
 
 import jax
 from jaxtyping import Array, Float, Int
@@ -13,10 +13,10 @@ def cudnn_attention(
     scale: float,
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """Flash attention by cuDNN. ValueError if documents are given.
+    """Compute attention with cuDNN. Raises ValueError if documents are given.
 
-    As a dense mask they would cost more than they save, and what cuDNN has for packed documents
-    reserves memory for a fixed number of them in every row, which no data promises to keep.
+    A dense document mask would cost more than it saves, and cuDNN's packed layout reserves memory
+    for a fixed number of documents per row, which data can exceed.
     """
     if documents is not None:
         raise ValueError("cuDNN attention has no document mask: use another kernel.")

@@ -1,26 +1,25 @@
 """Causal flash attention as Pallas kernels, for NVIDIA GPUs through Pallas's Triton backend.
 
-FlashAttention (arXiv:2205.14135) walks over blocks of keys and keeps the softmax's maximum and
-sum of each query, so that no [T, T] matrix is stored. The backward pass computes the scores again
-from q, k and the softmax's log-sum-exp (FlashAttention-2, arXiv:2307.08691).
+FlashAttention (arXiv:2205.14135) loops over blocks of keys with a running maximum and sum of each
+query's softmax, so that no [T, T] matrix is stored. The backward pass recomputes the scores from q,
+k and the softmax's log-sum-exp (FlashAttention-2, arXiv:2307.08691).
 
-Causal, window and document masks all let a query see one interval of keys:
+With causal, window and document masks, each query sees one interval of keys:
 
     query t sees the keys       first(t) .. t
     key t is seen by queries    t .. last(t)
 
-Both ends grow with t. So the intervals of a block's first and last row tell which blocks are seen
-by none of its rows (skipped), by all (computed without a mask) or by some (masked).
+Both ends grow with t, so the intervals of a block's first and last row determine which blocks are
+seen by none of its rows (skipped), by all (computed without a mask) or by some (masked).
 
-There are three kernels. A program of each holds one block of rows, of one head, and loops over
-blocks of columns:
+In each of the three kernels, a program has a block of rows of one head and loops over columns:
 
     forward    rows are queries, columns keys    output and log-sum-exp
     dq         rows are queries, columns keys    gradient of the queries
     dkv        rows are keys, columns queries    gradients of keys and values
 
-On a CPU they are interpreted: slowly, for tests. JAX 0.12 deprecates Pallas's Triton backend with
-a warning; should it go, the probe of `nanogpt.model.attention.choose_attention` falls back.
+On a CPU they are interpreted, slowly, for tests. JAX 0.12 deprecates Pallas's Triton backend with a
+warning; if it is removed, `nanogpt.model.attention.choose_attention` falls back to XLA.
 
 Shapes: B batch, T sequence, N heads, H head size, R rows or columns of a block.
 """
@@ -35,17 +34,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
-LOG2_E = log2(e)  # exp(x) = exp2(LOG2_E * x), and exp2 is what the hardware has
+LOG2_E = log2(e)  # exp(x) = exp2(LOG2_E * x), and the hardware has an exp2 instruction
 
-# Hopper multiplies matrices by groups of four warps, of at least 64 rows. Larger blocks waste more
-# of the diagonal, and at a head size of 128 they spill registers or leave a multiprocessor with
-# one program. With these sizes it runs two (H 128) or up to four (H 64), and none spills.
+# Hopper multiplies matrices with groups of four warps and at least 64 rows. Larger blocks waste
+# more of the diagonal, and at a head size of 128 they spill registers or leave room for only one
+# program per multiprocessor. With these sizes it runs two (H 128) or up to four (H 64), unspilled.
 BLOCK = 64
 WARPS = 4
 
 
 class Static(NamedTuple):
-    """What is known when the kernels are compiled."""
+    """Compile-time constants of the kernels."""
 
     scale: float
     window: int
@@ -63,15 +62,17 @@ def flash_attention(
     window: int | None = None,
     block: int = BLOCK,
 ) -> Float[Array, "B T N H"]:
-    """softmax(scale * q kᵀ) v over the keys each query sees; the softmax is taken in float32.
+    """Return softmax(scale * q kᵀ) v over the keys each query sees, with the softmax in float32.
 
     Args:
         q, k, v: queries, keys and values, bfloat16 or float32; H is a power of two.
-        documents: an id for each token; a query sees the keys of its own document only, which is
-            the run of equal ids around it. None: a row is one document.
-        scale: what the products q·k are multiplied with before the softmax; positive.
-        window: how many keys a query sees, itself included; None for all earlier ones.
+        documents: an id for each token; a query sees only the keys of its own document, the
+            adjacent tokens with the same id. None: a row is one document.
+        scale: factor on the products q·k before the softmax; positive.
+        window: number of keys that a query sees, its own included; None for all earlier ones.
         block: rows and columns of a block, a power of two.
+
+    Raises ValueError for other head sizes or scales.
     """
     T, H = q.shape[1], q.shape[3]
     if H < 16 or H & (H - 1):
@@ -79,7 +80,7 @@ def flash_attention(
     if not scale > 0:
         raise ValueError(f"flash attention needs a positive scale, not {scale}")
     missing = -T % block
-    if missing:  # Tokens added at the end are seen by no other.
+    if missing:  # no token sees the padding at the end
         q, k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k, v))
         if documents is not None:
             documents = jnp.pad(documents, ((0, 0), (0, missing)))
@@ -117,9 +118,9 @@ _attend.defvjp(_forward, _backward)
 
 
 def _first_and_last(documents, window):
-    """The first key each query sees and the last query that sees each key, int32[B, T]."""
+    """Return the first key each query sees and the last query that sees each key, int32[B, T]."""
     if documents is None:
-        return None, None  # the kernels know
+        return None, None  # the kernels compute them
     t = jnp.arange(documents.shape[1], dtype=jnp.int32)
     change = documents[:, 1:] != documents[:, :-1]
     begins, ends = jnp.pad(change, ((0, 0), (1, 0))), jnp.pad(change, ((0, 0), (0, 1)))
@@ -128,8 +129,8 @@ def _first_and_last(documents, window):
     return jnp.maximum(first, t - window + 1), jnp.minimum(last, t + window - 1)
 
 
-# The kernels. A reference to rows or to results is one block of them, [R, H] or [R]; a reference
-# to columns is the whole sequence, [T, H] or [T].
+# The kernels. References to rows and results are one block of them, [R, H] or [R]; references to
+# columns are the whole sequence, [T, H] or [T].
 
 
 def _flash_forward(i, q_ref, first_ref, k_ref, v_ref, out_ref, lse_ref, *, static):
@@ -150,7 +151,7 @@ def _flash_forward(i, q_ref, first_ref, k_ref, v_ref, out_ref, lse_ref, *, stati
     last = _bound(i, None, lambda t: t, R)
     out, top, total = _over_seen_columns(step, carry, first, last)
     out_ref[...] = (out / total[:, None]).astype(out_ref.dtype)
-    lse_ref[...] = top + jnp.log2(total)  # to base 2
+    lse_ref[...] = top + jnp.log2(total)  # in base 2
 
 
 def _flash_dq(i, q_ref, dout_ref, lse_ref, delta_ref, first_ref, k_ref, v_ref, dq_ref, *, static):
@@ -178,7 +179,7 @@ def _flash_dkv(
     def step(columns, hide, carry):
         dk, dv = carry
         q, dout = q_ref[columns, :], dout_ref[columns, :]
-        # Numbers per query are read where they are needed: earlier they would occupy registers.
+        # Load per-query values only where they are needed, to save registers.
         scores = hide(_dot(k, q.T))
         weights = _exp2(scores, static.scale * LOG2_E, lse_ref[columns][None, :], static)
         dv = dv + _dot(weights.astype(dout.dtype), dout)
@@ -195,9 +196,9 @@ def _flash_dkv(
 
 
 def _bound(i, ref, formula, R):
-    """An end of what is seen by the first row of this block, by its last and by each, [R, 1].
+    """Return one bound of the interval seen by this block's first row, last row and each, [R, 1].
 
-    Where documents matter, `ref` has it, else it is a formula of the row's place in the sequence.
+    It is read from `ref` if documents matter, else computed by `formula` from the row's position.
     """
     if ref is not None:
         return ref[0], ref[R - 1], ref[...][:, None]
@@ -206,12 +207,11 @@ def _bound(i, ref, formula, R):
 
 
 def _over_seen_columns(step, carry, first, last):
-    """Calls step(columns, hide, carry) on every block of columns that some row sees.
+    """Call step(columns, hide, carry) for every block of columns that some row sees.
 
-    `first` and `last` are the bounds of what rows see, `columns` slices a block, and `hide` puts
-    -inf into those scores [R, R] that are not seen. Of the masked blocks the one on the diagonal
-    comes first, so that each row of queries sees something in the first block it meets: the
-    maximum of a softmax is never -inf.
+    `first` and `last` are the bounds of the rows' intervals, `columns` slices a block, and `hide`
+    sets unseen scores [R, R] to -inf. Unmasked blocks come first, then masked ones from the
+    diagonal on, so that a query sees a key in its first block: its running maximum is never -inf.
     """
     (first_0, first_R, firsts), (last_0, last_R, lasts) = first, last
     R = firsts.shape[0]
@@ -236,10 +236,10 @@ def _over_seen_columns(step, carry, first, last):
 
 
 def _repeat(n, body, carry):
-    """`fori_loop` in a branch of its own.
+    """Run `fori_loop` in its own branch.
 
-    Matrix products are still under way when the loop ends. Were the carry of a loop of no rounds
-    merged with theirs, the assembler would wait for each product before it starts the next.
+    Matrix products are still in flight when the loop ends. If their results were merged with the
+    carry of an empty loop, the assembler would wait for each product before starting the next.
     """
     return jax.lax.cond(n > 0, lambda c: jax.lax.fori_loop(0, n, body, c), lambda c: c, carry)
 
@@ -253,10 +253,10 @@ def _dot(a, b):
 
 
 def _exp2(x, scale, y, static):
-    """exp2(scale * x - y), elementwise in float32.
+    """Return exp2(scale * x - y), elementwise in float32.
 
-    These are two instructions. The compiler would take nine, because it neither fuses product and
-    difference nor may it round to zero what lies below the normal numbers.
+    This takes two instructions. The compiler would use nine, because it does not fuse the product
+    and the difference and must not flush subnormal results to zero.
     """
     if static.interpret:
         return jnp.exp2(scale * x - y)
@@ -271,11 +271,11 @@ def _exp2(x, scale, y, static):
 
 
 def _call(kernel, static, stages, *, rows, whole, results):
-    """Runs a kernel on a grid of (blocks of rows, B, N).
+    """Run a kernel on a grid of (blocks of rows, B, N).
 
-    Of `rows` and `results` a program gets its block i of rows, of `whole` all T rows. All are
-    [B, T, N, H], [B, N, T] or [B, T], or None. `stages` is how many blocks of columns, the one in
-    use included, are on their way from memory.
+    A program gets block i of `rows` and `results`, and all T rows of `whole`. Each array is
+    [B, T, N, H], [B, N, T] or [B, T], or None. `stages` is the number of pipeline stages: blocks of
+    columns in flight from memory, including the one in use.
     """
     B, T, N, _ = rows[0].shape
 
@@ -293,11 +293,11 @@ def _call(kernel, static, stages, *, rows, whole, results):
         def run(*refs):
             i = pl.program_id(0)
             body = partial(kernel, i, *refs, static=static)
-            # Inside `jax.shard_map` the interpreter asks the outermost operations of a kernel what
-            # they vary over, which a kernel does not know. It spares those in a branch.
+            # Inside `jax.shard_map`, the interpreter checks over which mesh axes the outermost
+            # operations of a kernel vary, which a kernel does not declare; branches are exempt.
             pl.when(i >= 0)(body) if static.interpret else body()
 
-        # The results vary over the same axes of a `jax.shard_map` as the arguments.
+        # The results vary over the same mesh axes of `jax.shard_map` as the arguments.
         varying = jax.typeof(rows[0]).manual_axis_type
         shape = partial(jax.ShapeDtypeStruct, manual_axis_type=varying)
         return pl.pallas_call(

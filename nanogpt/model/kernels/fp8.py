@@ -1,8 +1,8 @@
-"""The three products with the head in 8-bit floats (arXiv:2209.05433), fast on GPUs from Hopper on.
+"""The three products with the head in FP8 (arXiv:2209.05433), fast on GPUs from Hopper on.
 
-The plain products that they stand in for are in nanogpt/model/loss.py. Scales are fixed, as in
-modded-nanogpt (2025-01-13), and powers of two, which are exact to undo. Formats are e4m3, up to
-448, for features and weights, and e5m2, up to 57344, for gradients.
+The plain products that they replace are in nanogpt/model/loss.py. Scales are fixed, as in
+modded-nanogpt (2025-01-13), and powers of two, so that undoing them is exact. Formats are e4m3, up
+to 448, for features and weights, and e5m2, up to 57344, for gradients.
 """
 
 from functools import partial
@@ -13,12 +13,12 @@ from jaxtyping import Array, Float
 
 E4M3, E5M2 = jnp.float8_e4m3fn, jnp.float8_e5m2
 FEATURE_SCALE = 2.0**4  # RMS-normalized, so within ±sqrt(D): 443 after scaling if D is 768
-HEAD_SCALE = 2.0**8  # weights saturate at 1.75, and have all their digits down to 6e-5
-GRADIENT_SCALE = 2.0**14  # dlogits lie within ±1, as weights add up to 1; all digits to 4e-9
+HEAD_SCALE = 2.0**8  # weights saturate at 1.75, and have full precision down to 6e-5
+GRADIENT_SCALE = 2.0**14  # dlogits lie within ±1, as weights sum to 1; full precision to 4e-9
 
 
 def fp8_logits(features: Float[Array, "BT D"], head: Float[Array, "D V"]) -> Float[Array, "BT V"]:
-    """features @ head, in the dtype of the features."""
+    """Return features @ head, in the dtype of the features."""
     product = jnp.einsum(
         "td,dv->tv",
         _e4m3(features, FEATURE_SCALE),
@@ -29,7 +29,7 @@ def fp8_logits(features: Float[Array, "BT D"], head: Float[Array, "D V"]) -> Flo
 
 
 def to_e5m2(dlogits: Float[Array, "..."]) -> Float[Array, "..."]:
-    """dlogits in 8 bits, GRADIENT_SCALE times as large."""
+    """Return GRADIENT_SCALE * dlogits in e5m2."""
     return (dlogits * GRADIENT_SCALE).astype(E5M2)
 
 
@@ -39,8 +39,8 @@ def fp8_gradients(
     dlogits: Float[Array, "BT V"],
     g: Float[Array, "BT 1"],
 ) -> tuple[Float[Array, "BT D"], Float[Array, "D V"]]:
-    """g (dlogits @ headᵀ) and (g features)ᵀ @ dlogits, float32, of what `to_e5m2` made."""
-    # HIGHEST, or Hopper adds up with 14 bits: enough for logits, not for sums over all tokens.
+    """Return g (dlogits @ headᵀ) and (g features)ᵀ @ dlogits, float32, for dlogits in e5m2."""
+    # Otherwise Hopper accumulates with 14 bits: enough for logits, not for sums over all tokens.
     product = partial(
         jnp.einsum, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
@@ -53,6 +53,6 @@ def fp8_gradients(
 
 
 def _e4m3(x: Float[Array, "..."], scale: float) -> Float[Array, "..."]:
-    """x * scale in 8 bits. What is too large saturates: without the clip it would become NaN."""
+    """Return x * scale in e4m3, clipped to its range: larger values would become NaN."""
     largest = float(jnp.finfo(E4M3).max)
     return jnp.clip(x.astype(jnp.float32) * scale, -largest, largest).astype(E4M3)

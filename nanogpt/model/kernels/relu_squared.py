@@ -1,4 +1,4 @@
-"""relu², which keeps only its result for the backward pass."""
+"""relu² that stores only its result for the backward pass."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 @jax.custom_vjp
 def relu_squared(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """max(x, 0)². Whoever reads the result keeps it, too; the input is not kept."""
+    """Return max(x, 0)²; the backward pass needs only the result, which the next product stores."""
     return jnp.square(jax.nn.relu(x))
 
 

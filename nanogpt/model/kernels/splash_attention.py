@@ -21,7 +21,7 @@ def splash_attention(
     scale: float,
     window: int | None = None,
 ) -> Float[Array, "B T N H"]:
-    """JAX's block-sparse flash attention for TPUs, interpreted on CPUs; T a multiple of 128."""
+    """Compute JAX's block-sparse attention, interpreted on CPUs; T must be a multiple of 128."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     T, N = q.shape[1:3]
@@ -44,10 +44,10 @@ def splash_attention(
 
 
 def blocks(T: int, size: int = 512) -> "splash.BlockSizes":
-    """Blocks of `size` queries and keys, or of the largest power of two below that divides T.
+    """Return blocks of `size` queries and keys, or of the largest smaller power of two dividing T.
 
-    JAX's own of 128 take up to three times as long, and its fused backward pass writes the queries'
-    gradient once for each block of keys: benchmarks/README.md has what was counted.
+    JAX's default of 128 takes up to three times as long, and its fused backward pass writes the
+    queries' gradient once for each block of keys: see the counts in benchmarks/README.md.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -59,7 +59,7 @@ def blocks(T: int, size: int = 512) -> "splash.BlockSizes":
 
 @cache
 def band(T: int, window: int | None) -> "splash.LocalMask":
-    """The mask of a window. Most blocks of a long row lie outside of it, and need no comparing."""
+    """Return the mask of a window; it skips the comparison for blocks outside of it."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     left = None if window is None else window - 1
