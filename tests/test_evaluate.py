@@ -155,8 +155,8 @@ def test_other_data_than_the_run_was_validated_on_are_told(base, shard, capsys, 
     assert evaluate.main([str(base), "--val-tokens", "807"]) == 2
     warning, _ = capsys.readouterr().err.splitlines()
     assert re.fullmatch(
-        r"WARNING: the run was validated on other data: of shard val_000000\.bin there was "
-        r"[\d,]+ tokens, now there is nothing\.",
+        r"WARNING: the run was validated on other data: shard val_000000\.bin had "
+        r"[\d,]+ tokens before and has nothing now\.",
         warning,
     )
 

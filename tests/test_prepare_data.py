@@ -292,7 +292,7 @@ def test_a_folder_of_other_shards_is_not_touched(tmp_path, capsys, change):
     more = {"input": [], "field": ["--field", "x"], "tokens": ["--shard-tokens", 99]}[change]
     assert run(*arguments, *more) == 2
     assert contents(tmp_path / "out") == before
-    assert "holds shards of other inputs" in one_sentence(capsys)
+    assert "has shards of other inputs" in one_sentence(capsys)
 
 
 def test_shards_that_something_else_made_are_not_overwritten(tmp_path, capsys):
@@ -301,7 +301,7 @@ def test_shards_that_something_else_made_are_not_overwritten(tmp_path, capsys):
     (tmp_path / "out" / "text_train_000001.bin").write_bytes(b"dear")
     assert run(path, "--out", tmp_path / "out", *bytes_of()) == 2
     assert contents(tmp_path / "out") == {"text_train_000001.bin": b"dear"}
-    assert "text_train_000001.bin was made by something else" in one_sentence(capsys)
+    assert "text_train_000001.bin was not written by this program" in one_sentence(capsys)
 
 
 def test_a_shard_that_was_deleted_is_named(tmp_path, capsys):
@@ -406,7 +406,7 @@ def test_a_worker_that_was_killed_is_one_sentence_and_it_goes_on(tmp_path, start
         (["x", "--shard-tokens", "0"], "shard_tokens must be at least 1, not 0"),
         (["x", "--processes", "0"], "processes must be at least 1, not 0"),
         (["x", "--name", "a/b"], "'a/b'"),
-        (["x"], "names no file"),
+        (["x"], "matches no file"),
     ],
 )
 def test_options_that_make_no_sense_are_one_sentence(tmp_path, capsys, arguments, mention):

@@ -1,1 +1,1 @@
-"""What is trained on. Read batches.py; the other files are about formats and tokenizers."""
+"""Training data. Read batches.py; the other files are about formats and tokenizers."""

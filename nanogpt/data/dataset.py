@@ -1,4 +1,4 @@
-"""The shards that a run trains and validates on: found, checked, and known by their content."""
+"""The training and validation shards of a run: found, checked and identified by their content."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -26,25 +26,25 @@ from nanogpt.data.shards import (
 from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.files import sha256_of
 
-SAMPLE = 1_000_000  # tokens of each shard that are looked at unless all are asked for
-TOO_COMMON = 0.5  # share of a shard's tokens that no token of a text has
+SAMPLE = 1_000_000  # tokens of each shard that are checked by default
+TOO_COMMON = 0.5  # share of a shard's tokens that no single token has in real text
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What tells a shard from another."""
+    """The identity of a shard."""
 
     name: str
     tokens: int
     sample: str
-    """Digest of a sample of its tokens, or of all if it has no more."""
+    """Digest of a sample of its tokens, or of all tokens of a small shard."""
     sha256: str | None
-    """Of the whole file: where every token was looked at, or whoever made the shard noted it."""
+    """SHA-256 of the whole file, if every token was checked or SHA256SUMS has it."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a run trains and validates on."""
+    """The data that a run trains and validates on."""
 
     name: str
     train_files: tuple[Path, ...]
@@ -52,20 +52,20 @@ class Dataset:
     train: tuple[Shard, ...]
     val: tuple[Shard, ...]
     warnings: tuple[str, ...] = ()
-    """What is odd about the data; the run may be meant all the same."""
+    """Suspicious properties of the data, which may still be intended."""
 
     @property
     def train_tokens(self) -> int:
-        """Tokens of all training shards."""
+        """Number of tokens in all training shards."""
         return sum(shard.tokens for shard in self.train)
 
     @property
     def val_tokens(self) -> int:
-        """Tokens of all validation shards."""
+        """Number of tokens in all validation shards."""
         return sum(shard.tokens for shard in self.val)
 
     def contents(self, whole: bool) -> list[tuple[str, str]]:
-        """A name and the content of each shard, as far as it can be compared between machines."""
+        """Return a name and the content of each shard, to compare between processes."""
         shards = [*self.train, *self.val]
         return [
             (f"shard {shown(x.name)}", f"{x.tokens} {x.sample} {whole and x.sha256}")
@@ -76,16 +76,16 @@ class Dataset:
         return f"{shown(self.name)}, {self.train_tokens:,} tokens"
 
 
-LookedAt = tuple[Shard, Int64[np.ndarray, "ids"]]  # with how often each token is in its sample
+LookedAt = tuple[Shard, Int64[np.ndarray, "ids"]]  # with the token counts in its sample
 
 
 def content_of(dataset: Dataset) -> dict[str, list[dict[str, Any]]]:
-    """Its shards as JSON has them."""
+    """Return the dataset's shards in JSON types."""
     return {side: [asdict(shard) for shard in getattr(dataset, side)] for side in ("train", "val")}
 
 
 def difference(before: list[dict[str, Any]], now: Sequence[Shard]) -> str | None:
-    """What first differs between shards as JSON has them and others; None if they are the same."""
+    """Describe the first difference between shards in JSON types and others; None if equal."""
     for had, has in zip_longest((Shard(**shard) for shard in before), now):
         name = shown((had or has).name)
         if had is None or has is None or (had.name, had.tokens) != (has.name, has.tokens):
@@ -93,7 +93,7 @@ def difference(before: list[dict[str, Any]], now: Sequence[Shard]) -> str | None
             told = [
                 f"{x.tokens:,} tokens" if x and shown(x.name) == name else "nothing" for x in both
             ]
-            return f"of shard {name} there was {told[0]}, now there is {told[1]}"
+            return f"shard {name} had {told[0]} before and has {told[1]} now"
         whole = None not in (had.sha256, has.sha256) and had.sha256 != has.sha256
         if had.sample != has.sample or whole:
             return f"the content of shard {name} changed"
@@ -108,9 +108,9 @@ def find_dataset(
     vocab_size: int,
     every_token: bool,
 ) -> Dataset:
-    """The shards that match two globs, or without them the embedded corpus, made where missing.
+    """Find the shards that match two globs, or without globs the embedded corpus, built if missing.
 
-    Every shard is opened, and a sample of its tokens, or each if `every_token`, is checked against
+    Every shard is opened, and a sample of its tokens, or all if `every_token`, is checked against
     the vocabulary. Raises ShardError or CorpusError.
     """
     if train_files is None or val_files is None:
@@ -136,7 +136,10 @@ def find_dataset(
 
 
 def look_into(file: Path, vocab_size: int, every_token: bool = False) -> LookedAt:
-    """What tells a shard from others, and how often each token is in its sample."""
+    """Check a shard; return its identity and the token counts in a sample.
+
+    Raises ShardError if it is damaged or has a token beyond the vocabulary.
+    """
     tokens = read_shard(file)
     sample = sample_of(tokens, SAMPLE)
     if every_token or (sample >= vocab_size).any():
@@ -153,7 +156,7 @@ def look_into(file: Path, vocab_size: int, every_token: bool = False) -> LookedA
 
 
 def copies(shards: Sequence[Shard]) -> Iterator[str]:
-    """What to say of shards that have the same content."""
+    """Yield warnings about shards with the same content."""
     alike = defaultdict(list)
     for shard in shards:
         alike[shard.tokens, shard.sample, shard.sha256].append(shard.name)
@@ -163,7 +166,7 @@ def copies(shards: Sequence[Shard]) -> Iterator[str]:
 
 
 def uniformity(looked_at: Sequence[LookedAt]) -> Iterator[str]:
-    """What to say of shards that are mostly one token."""
+    """Yield warnings about shards in which one token is too common."""
     for shard, counts in looked_at:
         share = counts.max() / max(1, counts.sum())
         if share > TOO_COMMON:
@@ -171,7 +174,7 @@ def uniformity(looked_at: Sequence[LookedAt]) -> Iterator[str]:
 
 
 def other_tokenizer(looked_at: Sequence[LookedAt], side: str, tokenizer: str) -> Iterator[str]:
-    """What to say of tokens that another tokenizer would make."""
+    """Yield a warning if the tokens look like those of another tokenizer."""
     seen = sum(int(counts.sum()) for _, counts in looked_at)
     greatest = max(len(counts) for _, counts in looked_at) - 1
     for name, other in TOKENIZERS.items():

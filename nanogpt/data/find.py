@@ -1,8 +1,8 @@
-"""Which files are meant: by a path, by a glob, by the folder that they lie in.
+"""Finding files by a path, a glob or the folder that contains them.
 
-What exists is meant as it is called, whatever the characters of its name: a path is no glob, and
-the folder that a glob begins with is none either. Links are followed, but no folder is entered
-twice, so that links which lead in a circle come to an end.
+Names of existing files and folders are taken literally, even with the characters of globs, also for
+the folder at the start of a glob. Links are followed, but no folder is entered twice, so circular
+links cause no loop.
 """
 
 import glob
@@ -13,9 +13,9 @@ from pathlib import Path
 
 
 def matches(pattern: str) -> list[str]:
-    """The files and folders that a path or glob means, sorted; `~` is the home folder.
+    """Return the files and folders that match a path or glob, sorted; `~` is the home folder.
 
-    `**` stands for any folders, as in Python's glob.
+    `**` matches any folders, as in Python's glob.
     """
     pattern = os.path.expanduser(pattern)
     if os.path.lexists(pattern):
@@ -32,21 +32,21 @@ def matches(pattern: str) -> list[str]:
 
 
 def why_no_file(path: Path) -> str | None:
-    """What is in the place of a file, to be said of the path; None where it is one, or nothing."""
+    """Explain what a path is instead of a readable file; None if it is one or does not exist."""
     if path.is_file() or not os.path.lexists(path):
         return None
     if path.is_dir():
         return "is a folder that cannot be read"
     if path.is_fifo():
         return "is a pipe, not a file"
-    return "is no file" if path.exists() else "is a link that leads nowhere"
+    return "is not a regular file" if path.exists() else "is a link that leads nowhere"
 
 
 def files_below(place: str, leave_out: Path | None = None) -> Iterator[Path]:
-    """The file `place`, or all that is in the folder `place`, by absolute paths.
+    """Yield the file `place`, or everything in the folder `place`, as absolute paths.
 
-    Names that begin with a dot stay out, as does the folder `leave_out`. Links that lead nowhere,
-    pipes and folders that cannot be read are among them.
+    Names that begin with a dot are skipped, as is the folder `leave_out`. Dangling links, pipes and
+    folders that cannot be read are included.
     """
     place = os.path.abspath(place)
     if not os.path.isdir(place):
@@ -56,9 +56,9 @@ def files_below(place: str, leave_out: Path | None = None) -> Iterator[Path]:
 
 
 def walk(place: str, leave_out: Path | None = None) -> Iterator[tuple[str, list[str]]]:
-    """The folder `place` and those below it, sorted, each with the names of what is no folder.
+    """Yield the folder `place` and those below it, sorted, each with the names of its files.
 
-    A folder that cannot be read is among those names.
+    Folders that cannot be read are included in those names.
     """
     entered, closed = {leave_out and os.path.realpath(leave_out)}, []
     for folder, folders, names in os.walk(place, followlinks=True, onerror=closed.append):

@@ -1,4 +1,4 @@
-"""Asking the Hugging Face hub, with patience, and what is said where it does not answer."""
+"""Requests to the Hugging Face hub, with retries and clear errors."""
 
 import time
 from collections.abc import Callable, Generator
@@ -9,27 +9,27 @@ from nanogpt.checks import UserError
 
 Answer = TypeVar("Answer")
 
-WAITS = (1, 2, 4, 8, 16)  # seconds before another attempt where the hub is overloaded or broken
-LONGEST_WAIT = 60  # seconds that it may ask for
+WAITS = (1, 2, 4, 8, 16)  # seconds before each retry when the hub is overloaded or fails
+LONGEST_WAIT = 60  # longest wait in seconds that the hub may ask for
 
 
 class DownloadError(UserError):
-    """A download that cannot go on; the message is one sentence for the user."""
+    """A download that failed; the message is one sentence for the user."""
 
 
 class HubBusy(DownloadError):
-    """The hub asks for patience (429), fails (5xx) or is lost: it may answer later."""
+    """The hub asks to wait (429), fails (5xx) or the connection is lost: a retry may succeed."""
 
-    seconds: int | None = None  # how much later, where it says so
+    seconds: int | None = None  # how long the hub asks to wait, if it does
 
 
 def patiently(
     name: str, ask: Callable[[], Answer], came: Callable[[], int] | None = None
 ) -> Answer:
-    """What `ask` gets from the hub, asked again after a while as long as the hub is busy.
+    """Return what `ask` gets from the hub, retried with growing waits while the hub is busy.
 
-    Where `came` tells how many bytes are here, also when the connection is lost, and from the
-    first short wait on whenever more came.
+    If `came` returns the number of bytes received, lost connections are also retried, and the waits
+    start again from the shortest whenever more bytes have arrived.
     """
     waits, had = [*WAITS], came() if came else 0
     while True:
@@ -49,18 +49,18 @@ def patiently(
 
 @contextmanager
 def hub_errors(name: str, lost: type[DownloadError]) -> Generator[None, None, None]:
-    """Make one DownloadError of whatever goes wrong between us and the hub.
+    """Turn any failure between us and the hub into a DownloadError, lost connections into `lost`.
 
-    `lost` is what a broken connection becomes.
+    Errors of the disk pass through.
     """
     try:
         yield
     except DownloadError:
         raise
-    except Exception as error:  # the hub's library and those under it share no base class
+    except Exception as error:  # the hub's library and its dependencies share no base class
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # not the hub but the disk
-        # Where it has no copy of a file, the library says that, and what the hub said is its cause.
+            raise  # an error of the disk, not of the hub
+        # Without a local copy of a file the library reports that; the hub's answer is its cause.
         response = getattr(error, "response", getattr(error.__cause__, "response", None))
         status = getattr(response, "status_code", None)
         lines = str(error).strip().splitlines() or [type(error).__name__]

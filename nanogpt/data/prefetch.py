@@ -1,4 +1,4 @@
-"""Results made ahead of time by a thread: batches while the device computes."""
+"""Prefetching in a thread: the next batches are read while the device computes."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -11,9 +11,9 @@ Result = TypeVar("Result")
 def prefetch(
     make: Callable[[int], Result], steps: Iterable[int], ahead: int = 2
 ) -> Iterator[Result]:
-    """`make(step)` for each step in order, made by a thread up to `ahead` steps early.
+    """Yield `make(step)` for each step in order, computed by a thread up to `ahead` steps early.
 
-    An exception in `make` is raised at the step it belongs to.
+    An exception in `make` is raised at its step.
     """
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as worker:
         waiting = deque()

@@ -5,7 +5,7 @@
     header[2] = n         number of tokens
     the rest is zero; the file is 1024 + 2n bytes long
 
-This is the format of llm.c and modded-nanogpt, so their shards are read as they are.
+This is the format of llm.c and modded-nanogpt, so their shards can be read directly.
 """
 
 import os
@@ -28,12 +28,12 @@ VERSION = 1
 HEADER_BYTES = 1024
 TOKEN_BYTES = 2
 MAX_TOKENS = 2**31 - 1  # the header counts in int32
-SUMS = "SHA256SUMS"  # beside shards: their digests, as `sha256sum -c` checks them
-SAMPLE_BLOCK = 4096  # tokens looked at in one place: 8 KB, two pages of the file
+SUMS = "SHA256SUMS"  # beside the shards: their hashes, in the format of `sha256sum -c`
+SAMPLE_BLOCK = 4096  # consecutive tokens in a sample: 8 KB, two pages of the file
 
 Tokens = UInt16[np.ndarray, "tokens"]
 
-REMAKE = "delete it, then download it or make it again"
+REMAKE = "delete it, then download or create it again"
 
 
 class ShardError(UserError):
@@ -43,8 +43,8 @@ class ShardError(UserError):
 def write_shard(path: str | os.PathLike, tokens: ArrayLike) -> None:
     """Write `tokens` (1-D, any integer type, values 0..65535) as the shard `path`.
 
-    The shard appears under its name whole or not at all. Raises ShardError when the tokens do not
-    fit the format or the file cannot be written.
+    The write is atomic. Raises ShardError if the tokens do not fit the format or the file cannot be
+    written.
     """
     path, tokens = Path(path), np.asarray(tokens)
     if tokens.ndim != 1 or not 0 < tokens.size <= MAX_TOKENS:
@@ -85,8 +85,8 @@ def write_shard(path: str | os.PathLike, tokens: ArrayLike) -> None:
 def read_shard(path: str | os.PathLike) -> Tokens:
     """Return the tokens of the shard `path` as a read-only uint16 memory map.
 
-    Nothing but the header is read here. Raises ShardError when the file is missing, is not a
-    shard, or has another length than its header says.
+    Only the header is read here. Raises ShardError if the file is missing, is not a shard, or does
+    not have the length that its header says.
     """
     path = Path(path)
     try:
@@ -104,13 +104,13 @@ def read_shard(path: str | os.PathLike) -> Tokens:
     magic, version, count = (int(number) for number in header[:3])
     if magic != MAGIC:
         raise ShardError(
-            f"{path} is not a shard: it starts with {magic} instead of {MAGIC}; raw uint16 tokens "
-            "without a header, like nanoGPT's train.bin, need one: nanogpt.data.shards.write_shard."
+            f"{path} is not a shard: it starts with {magic} instead of {MAGIC}; convert raw uint16 "
+            "tokens without a header, like nanoGPT's train.bin, with nanogpt.data.shards.write_shard."
         )
     if version != VERSION:
         raise ShardError(
             f"Shard {path} has version {version} but only version {VERSION} can be read; "
-            "make it again."
+            "create it again."
         )
     if size != HEADER_BYTES + TOKEN_BYTES * count:
         raise ShardError(
@@ -121,26 +121,26 @@ def read_shard(path: str | os.PathLike) -> Tokens:
 
 
 def sample_of(tokens: Tokens, size: int) -> Tokens:
-    """About `size` of the tokens of a shard, at least 1, or all if there are no more.
+    """Return about `size` of the tokens of a shard, at least 1, or all if there are no more.
 
-    They are blocks from the first token to the last, one in each of as many equal parts, at a
-    place drawn with a fixed seed: of as many tokens it is always the same ones.
+    The shard is divided into equal parts, with one block sampled from each, the first and last
+    token included. The seed is fixed: for a given length, the positions are always the same.
     """
     if size >= len(tokens):
         return tokens[:]
     blocks = -(-size // SAMPLE_BLOCK)
     width = -(-size // blocks)
     parts = np.linspace(0, len(tokens), blocks + 1, dtype=np.int64)
-    room = (np.diff(parts) - width + 1).astype(np.uint64)  # places for a block in each part
+    room = (np.diff(parts) - width + 1).astype(np.uint64)  # possible starts of a block in each part
     starts = parts[:-1] + (np.random.Philox(key=0).random_raw(blocks) % room).astype(np.int64)
     starts[0], starts[-1] = 0, len(tokens) - width
     return np.concatenate([tokens[start : start + width] for start in starts])
 
 
 def check_vocabulary(path: str | os.PathLike, tokens: Tokens, vocab_size: int) -> None:
-    """Raise ShardError at the first token of shard `path` that is not below `vocab_size`.
+    """Raise ShardError for the first token of shard `path` that is not below `vocab_size`.
 
-    It matters because JAX reads a table beyond its end without complaint.
+    This matters because JAX does not report indices beyond the end of a table.
     """
     for start in range(0, len(tokens), SAMPLE_BLOCK):
         beyond = tokens[start : start + SAMPLE_BLOCK] >= vocab_size
@@ -153,14 +153,14 @@ def check_vocabulary(path: str | os.PathLike, tokens: Tokens, vocab_size: int) -
 
 
 def note_sha256(path: Path, sha256: str) -> None:
-    """Note in SHA256SUMS, beside the shards, what `sha256sum` says of one."""
+    """Record the SHA-256 of a shard in SHA256SUMS, beside the shards."""
     sums = path.with_name(SUMS)
     known = _sums(sums) | {path.name: sha256}
     write_whole(sums, "".join(f"{digest}  {name}\n" for name, digest in sorted(known.items())))
 
 
 def noted_sha256(path: Path) -> str | None:
-    """What SHA256SUMS says of a shard, unless that has changed since."""
+    """Return a shard's SHA-256 from SHA256SUMS; None if it has none or is older than the shard."""
     sums = path.with_name(SUMS)
     try:
         written = sums.stat().st_mtime_ns
@@ -173,27 +173,27 @@ def noted_sha256(path: Path) -> str | None:
         return None
 
 
-@lru_cache(maxsize=1)  # not once for every shard beside it
+@lru_cache(maxsize=1)  # so that it is not read again for every shard
 def _sums_as_of(path: Path, written: int) -> dict[str, str]:
     return _sums(path)
 
 
 def _sums(path: Path) -> dict[str, str]:
-    """The names and digests in SHA256SUMS."""
+    """Return the hashes in SHA256SUMS by file name."""
     lines = path.read_text(errors="replace").splitlines() if path.exists() else []
     return {line[66:]: line[:64] for line in lines if re.match(r"[0-9a-f]{64}  .", line)}
 
 
 def find_shards(pattern: str) -> list[Path]:
-    """Return the files that a path or glob means, sorted by name; see nanogpt/data/find.py.
+    """Return the files that match a path or glob, sorted by name; see nanogpt/data/find.py.
 
-    Raises ShardError when there are none, and for what exists but is no file.
+    Raises ShardError if there are none, or if the path exists but is not a file.
     """
     found = sorted(map(Path, matches(pattern)))
     shards = [path for path in found if path.is_file()]
     if not shards and len(found) == 1:
         problem = "is a folder" if found[0].is_dir() else why_no_file(found[0])
-        raise ShardError(f"{pattern} {problem}: name shards, such as data/train_*.bin.")
+        raise ShardError(f"{pattern} {problem}: give shards, such as data/train_*.bin.")
     if not shards:
         raise ShardError(
             f"No shard matches {pattern} (seen from {Path.cwd()}): `python3 cached_fineweb10B.py` "

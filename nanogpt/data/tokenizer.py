@@ -16,26 +16,26 @@ DOWNLOAD_SECONDS = 60  # the longest wait for GPT-2's vocabulary, 1.5 MB
 
 
 class TokenizerError(UserError):
-    """A tokenizer that does not exist, or whose vocabulary cannot be had."""
+    """A tokenizer that does not exist, or a vocabulary that cannot be loaded."""
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer offers; all ids fit uint16, the type the shards store."""
+    """The interface of all tokenizers; ids fit uint16, the dtype of the shards."""
 
     name: str
     vocab_size: int  # ids run from 0 to vocab_size - 1
     separator: int  # the id written before each document
 
     def encode(self, text: str) -> UInt16[np.ndarray, "tokens"]:
-        """The ids of `text`; never a separator, whatever the text spells."""
+        """Encode `text` as ids; never as a separator, whatever the text contains."""
         ...
 
     def decode(self, tokens: Integer[np.ndarray, "tokens"] | Sequence[int]) -> str:
-        """The text of `tokens`; separators and padding show as nothing, broken UTF-8 as U+FFFD."""
+        """Decode `tokens`; separators and padding are dropped, invalid UTF-8 becomes U+FFFD."""
         ...
 
     def token_bytes(self, token: int) -> bytes:
-        """What a token stands for: the separator <|endoftext|>, one beyond `vocab_size` nothing."""
+        """Return a token's bytes: <|endoftext|> for the separator, none beyond `vocab_size`."""
         ...
 
 
@@ -61,9 +61,9 @@ class ByteTokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's byte-pair encoding, by tiktoken; <|endoftext|> separates documents.
+    """GPT-2's byte-pair encoding, from tiktoken; <|endoftext|> separates documents.
 
-    Raises TokenizerError when the vocabulary is neither cached nor downloadable.
+    Raises TokenizerError if the vocabulary is neither cached nor downloadable.
     """
 
     name = "gpt2"
@@ -90,14 +90,14 @@ TOKENIZERS = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
 
 
 def load_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`, "bytes" or "gpt2"; TokenizerError for any other name."""
+    """Load the tokenizer `name`, "bytes" or "gpt2"; raises TokenizerError for any other name."""
     if name not in TOKENIZERS:
         raise TokenizerError(f"There is no tokenizer {name!r}; there are {', '.join(TOKENIZERS)}.")
     return TOKENIZERS[name]()
 
 
 def gpt2_encoding() -> "tiktoken.Encoding":
-    """tiktoken's "gpt2" within DOWNLOAD_SECONDS; TokenizerError when that cannot be."""
+    """Load tiktoken's "gpt2" within DOWNLOAD_SECONDS; raises TokenizerError if that fails."""
     outcome: list[tiktoken.Encoding | Exception] = []
 
     def load() -> None:
@@ -108,7 +108,7 @@ def gpt2_encoding() -> "tiktoken.Encoding":
         except Exception as error:  # no network, no cache, not installed: the advice is the same
             outcome.append(error)
 
-    # tiktoken downloads without a timeout, and only a thread can be left waiting.
+    # tiktoken downloads without a timeout; only a thread can be abandoned.
     thread = Thread(target=load, daemon=True)
     thread.start()
     thread.join(DOWNLOAD_SECONDS)

@@ -1,13 +1,13 @@
-"""The tokens that a model is validated on, in rows.
+"""The validation tokens, in rows.
 
-Every token is scored once, and the loss does not depend on how many devices there are or how many
-rows each takes at a time. It does depend on what a token is predicted from:
+Every token is scored once, and the loss does not depend on the number of devices or of rows per
+pass. It does depend on the context of each token:
 
-- Where attention stays within documents, a row is whole documents, and a token is predicted from
-  all of its document, as a text by itself would be. A document that is longer than a row goes on
-  in the next one, which begins with the `context` tokens before, to be read but not scored.
-- Else rows are cut anywhere, as those that such a model is trained on are: the first tokens of a
-  row are predicted from few.
+- If attention stays within documents, a row consists of whole documents, and a token is predicted
+  from all its document so far. A document longer than a row continues in the next row, which begins
+  with the `context` tokens before it, as input only.
+- Otherwise rows are cut anywhere, like the training rows of such a model: the first tokens of a row
+  have little context.
 """
 
 from bisect import bisect_right
@@ -20,12 +20,12 @@ from nanogpt.data.shards import ShardError, check_vocabulary, read_shard
 
 
 class ValidationRows:
-    """The first `num_tokens` tokens of the shards after the very first, every one a target once.
+    """Rows in which each of the shards' tokens 1 to `num_tokens` (from 0) is a target once.
 
-    Rows have T + 1 tokens. What is read but is no target is ~t instead of the token t: what was
-    scored before, and -1, which is ~0, after the end of a row.
+    Rows have T + 1 tokens. A token t that is an input but not a target is stored as ~t: context
+    scored in an earlier row, and -1 = ~0 as padding.
 
-    Raises ShardError when the shards hold fewer tokens, or one beyond the vocabulary among them.
+    Raises ShardError if the shards have fewer tokens, or one of these is beyond the vocabulary.
     """
 
     def __init__(
@@ -38,21 +38,21 @@ class ValidationRows:
         separator: int | None = None,
         context: int = 0,
     ):
-        """Rows cut anywhere, or with a `separator`, which begins each document, whole documents.
+        """Build rows that are cut anywhere, or of whole documents if a `separator` begins each.
 
         Args:
-            context: how many tokens before it a row begins with where it goes on in a document;
-                at most half a row.
+            context: number of earlier tokens at the start of a row that continues a document;
+                at most half a row is used.
         """
         available = max(0, sum(len(read_shard(file)) for file in files) - 1)
         if num_tokens > available:
             raise ShardError(
                 f"val_tokens is {num_tokens:,}, but the validation shards ({files[0]}, ...) have "
-                f"{available:,} tokens to predict: ask for fewer or add shards."
+                f"{available:,} tokens to predict: use fewer or add shards."
             )
         parts, missing = [], num_tokens + 1
         for file in files:
-            parts.append(np.array(read_shard(file)[:missing]))  # a copy: the file is closed
+            parts.append(np.array(read_shard(file)[:missing]))  # a copy, so that the file is closed
             check_vocabulary(file, parts[-1], vocab_size)
             missing -= len(parts[-1])
             if not missing:
@@ -66,15 +66,15 @@ class ValidationRows:
             self._bounds = self._documents(separator, min(context, sequence_length // 2))
 
     def _documents(self, separator: int, context: int) -> list[tuple[int, int, int]]:
-        """Where each row begins, where it begins to be scored, and where it ends."""
+        """Return for each row where it begins, where its targets begin, and where it ends."""
         T, N = self.sequence_length, len(self.tokens) - 1
         begins = [0, *(np.flatnonzero(self.tokens[1:N] == separator) + 1).tolist(), N]
         bounds, scored = [], 0
         while scored < N:
             document = bisect_right(begins, scored) - 1
             start = max(begins[document], scored - context)
-            stop = begins[bisect_right(begins, start + T) - 1]  # of the last whole document
-            if stop <= scored:  # there is none
+            stop = begins[bisect_right(begins, start + T) - 1]  # end of the last whole document
+            if stop <= scored:  # no whole document fits
                 stop = start + T
             bounds.append((start, scored, stop))
             scored = stop
@@ -86,7 +86,7 @@ class ValidationRows:
     def __call__(
         self, first: int, count: int, index: tuple[slice, ...] = ()
     ) -> Int32[np.ndarray, "count T1"]:
-        """`count` rows from `first` on, or the part at `index`; after the end all is -1."""
+        """Return `count` rows from `first` on, or their part at `index`, padded with -1."""
         rows = np.full((count, self.sequence_length + 1), -1, np.int32)
         bounds = self._bounds[first : first + count]
         for row, (start, scored, stop) in zip(rows, bounds, strict=False):

@@ -247,7 +247,7 @@ def test_shards_of_several_folders_are_ordered_by_folder_and_name(folder):
 def test_what_is_no_file_is_told(folder):
     os.mkfifo("pipe.bin")
     for name, told in (
-        ("x_train_folder.bin", "is a folder: name shards"),
+        ("x_train_folder.bin", "is a folder: give shards"),
         ("pipe.bin", "is a pipe"),
     ):
         with pytest.raises(ShardError, match=f"^{name} {told}"):

@@ -1,1 +1,1 @@
-"""Your own text, encoded into shards; skip it when reading for the algorithm."""
+"""Encoding your own text into shards; skip it when reading for the algorithm."""

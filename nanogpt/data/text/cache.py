@@ -1,10 +1,10 @@
-"""Text of one's own for a run: its shards in the cache folder, made once and found again.
+"""Shards of the user's own text, in the cache folder, for later runs to use again.
 
-<cache>/text-<key>/        shards; the key tells the content of the files, in their order, and what
-                           was made of it
-        contents/<facts>   the digest of files with these names, sizes and times of modification
+<cache>/text-<key>/        shards; the key is a hash of the contents of the files, in order, and of
+                           the settings of the shards
+        contents/<facts>   hash of the contents of files with these names, sizes and mtimes
 
-So text is read again only where those facts changed, and encoded again only where it did itself.
+So text is read again only if those facts have changed, and encoded again only if its content has.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from nanogpt.data.text.prepare import Recipe, fingerprint_of, make_shards
 from nanogpt.data.text.unpacked import suffixes
 from nanogpt.files import cache_folder, write_whole
 
-BYTES_PER_PROCESS = 2**23  # below that a process takes longer to start than to encode
+BYTES_PER_PROCESS = 2**23  # for less text, a process takes longer to start than to encode
 
 
 class Prepared(NamedTuple):
@@ -39,10 +39,10 @@ class Prepared(NamedTuple):
 
 
 def prepare(inputs: Sequence[str], tokenizer: str, field: str = "text") -> Prepared:
-    """Files, folders and globs as shards in the cache folder, made now unless they are there.
+    """Return the shards of files, folders and globs in the cache folder, created if missing.
 
-    Progress, and what was left out, goes to standard error. Raises what `find_files` and
-    `make_shards` raise.
+    Progress, and what was left out, is printed to standard error. Raises the errors of `find_files`
+    and `make_shards`.
     """
     files, recipe = find_files(inputs), Recipe(tokenizer, field)
     processes = min(usable_cpus(), 1 + sum(files.weights) // BYTES_PER_PROCESS)
@@ -61,9 +61,9 @@ def prepare(inputs: Sequence[str], tokenizer: str, field: str = "text") -> Prepa
 
 
 def content_of(files: Files, show: Callable[[str], None]) -> str:
-    """A digest of what is in the files, in their order, and of the kinds that their names tell.
+    """Return a hash of the files' contents, in order, and of the formats in their names.
 
-    It is kept, so that it is read off next time, unless a file could not be read now.
+    It is cached for the next time, unless a file could not be read.
     """
     known = cache_folder() / "contents" / files.fingerprint
     with suppress(OSError):
@@ -74,7 +74,7 @@ def content_of(files: Files, show: Callable[[str], None]) -> str:
         show(f"reading {shown(name)}")
         digest = ""
         try:
-            if why_no_file(Path(name)) is None:  # else told when its documents are missed
+            if why_no_file(Path(name)) is None:  # other paths are reported when they are read
                 with open(name, "rb") as file:
                     digest = hashlib.file_digest(file, "blake2b").hexdigest()
         except OSError:
@@ -82,7 +82,7 @@ def content_of(files: Files, show: Callable[[str], None]) -> str:
         kinds_and_digests.append((sorted(suffixes(Path(name))), digest))
     content = hashlib.sha256(json.dumps(kinds_and_digests).encode()).hexdigest()
     if readable:
-        with suppress(OSError):  # told when the shards cannot be written there
+        with suppress(OSError):  # reported when the shards cannot be written there either
             known.parent.mkdir(parents=True, exist_ok=True)
             write_whole(known, content)
     return content

@@ -1,4 +1,4 @@
-"""Documents: where they come from, and which are for validation."""
+"""Documents: the files they come from, and the validation split."""
 
 import json
 import os
@@ -12,45 +12,45 @@ from nanogpt.checks import UserError
 from nanogpt.data.find import files_below, matches, why_no_file
 from nanogpt.data.text.unpacked import suffixes
 
-VALIDATION = 100  # one document in so many is for validation, by its hash ...
-FEW = 1000  # ... unless there are fewer than these ...
-LAST_SHARE = 10  # ... of which one character in so many is
+VALIDATION = 100  # one document in this many is for validation, by its hash ...
+FEW = 1000  # ... unless there are fewer than this many documents ...
+LAST_SHARE = 10  # ... in which case one character in this many is
 
 
 class DataError(UserError):
-    """Inputs that cannot be made into shards; the message is one sentence for the user."""
+    """Inputs that cannot be encoded into shards; the message is one sentence for the user."""
 
 
 class Files(NamedTuple):
-    """Files on this machine, in the order in which they are read."""
+    """Files on this machine, in reading order."""
 
     names: list[str]
-    weights: list[int]  # bytes: what each counts for in the progress shown
+    weights: list[int]  # bytes: the weight of each file in the progress
     fingerprint: str  # changes with any name, size or time of modification
 
     def get(self, name: str) -> Path:
-        """Where the file lies."""
+        """Return the path of a file."""
         return Path(name)
 
     def release(self, names: Sequence[str]) -> None:
-        """Called when the documents of these files are in the shards."""
+        """Release files when their documents are in the shards; here there is nothing to do."""
 
 
 def find_files(inputs: Sequence[str], leave_out: Path | None = None) -> Files:
-    """The files that `inputs` name: files, folders with all below them, and globs.
+    """Return the files given by `inputs`: files, folders with everything below them, and globs.
 
-    In the order of the inputs, within each by name, none twice. What a folder holds under a name
-    that begins with a dot stays out, as does the folder `leave_out`. Raises DataError for an input
-    that names no file, and for a file that needs a package which is not installed.
+    They are in the order of the inputs, sorted by name within each, without duplicates. Names in
+    folders that begin with a dot are skipped, as is the folder `leave_out`. Raises DataError if an
+    input matches no file, or if a file needs a package that is not installed.
     """
     found: dict[str, Path] = {}
     for given in inputs:
         places = matches(given)
         files = sorted({file for place in places for file in files_below(place, leave_out)})
         if len(places) == len(files) == 1 and (problem := why_no_file(files[0])):
-            raise DataError(f"{given} {problem}: name a file, which may be packed.")
+            raise DataError(f"{given} {problem}: give a file, which may be compressed.")
         if not files:
-            raise DataError(f"{given} (seen from {Path.cwd()}) names no file: check the path.")
+            raise DataError(f"{given} (seen from {Path.cwd()}) matches no file: check the path.")
         for file in files:
             found.setdefault(os.path.realpath(file), file)
     for file in found.values():
@@ -58,14 +58,14 @@ def find_files(inputs: Sequence[str], leave_out: Path | None = None) -> Files:
         if kinds & {".parquet", ".pq", ".zst"} and find_spec("pyarrow") is None:
             raise DataError(f"To read {file}, run `pip install pyarrow`.")
         if kinds & {".parquet", ".pq"} and len(kinds) > 1:
-            raise DataError(f"{file} is a packed Parquet file, which cannot be read: unpack it.")
+            raise DataError(f"{file} is a compressed Parquet file: unpack it first.")
     facts = [*map(_facts, found.values())]
     fingerprint = sha256(json.dumps(facts).encode()).hexdigest()
     return Files([name for name, _, _ in facts], [size for _, size, _ in facts], fingerprint)
 
 
 def _facts(file: Path) -> tuple[str, int, int]:
-    """Name, size and time of modification; zeros where there is nothing, which is told later."""
+    """Return name, size and mtime in ns; zeros if the file is missing, which is reported later."""
     try:
         status = file.stat()
     except OSError:
@@ -74,21 +74,21 @@ def _facts(file: Path) -> tuple[str, int, int]:
 
 
 class Split(NamedTuple):
-    """Which documents are for validation."""
+    """The validation split."""
 
-    below: int | None  # those whose digest is less; None: the last tenth of every document
+    below: int | None  # documents with smaller digests; None: the last tenth of every document
 
     def is_validation(self, digest: int) -> bool:
-        """Whether a document is, all of it."""
+        """Return whether a whole document is for validation."""
         return self.below is not None and digest < self.below
 
 
 def find_split(documents: Iterable[tuple[int, int]]) -> Split | None:
-    """The split of documents (digest, characters), of which it reads no more than it needs.
+    """Choose the split of documents (digest, characters), reading no more than needed.
 
-    By its digest one document in a hundred is for validation. Where there are few, it is those
-    with the least digests that have a tenth of the text, or, where they would have more than twice
-    as much, the last tenth of every document. None if there is no document.
+    One document in a hundred is for validation, by its digest. If there are few documents, those
+    with the smallest digests that make up a tenth of the text are, or, if that would be more than
+    twice as much, the last tenth of every document. Returns None if there is no document.
     """
     usual = 2**64 // VALIDATION
     few: dict[int, int] = {}  # characters of the documents with each digest
@@ -113,26 +113,26 @@ def find_split(documents: Iterable[tuple[int, int]]) -> Split | None:
 
 
 class Unit(NamedTuple):
-    """A document, a part of a long one, or why there is none here."""
+    """A document, a part of a long one, or the reason why there is none."""
 
-    where: str  # file, and line or row: for messages
-    raw: bytes = b""  # the text, or JSON with it
+    where: str  # file, and line or row, for messages
+    raw: bytes = b""  # the text, or JSON that contains it
     is_json: bool = False
-    problem: str = ""  # why there is no document here
-    digest: int | None = None  # of the whole document, where that is known already
-    begins: bool = True  # a document, as opposed to the rest of one
-    length: int = 0  # characters of the whole document, where they are known
-    is_last_share: bool = False  # the part of a document that is for validation
-    share_read: float = 0.0  # of the file, up to here
+    problem: str = ""  # why there is no document
+    digest: int | None = None  # of the whole document, if already known
+    begins: bool = True  # whether this is the start of a document
+    length: int = 0  # characters of the whole document, if known
+    is_last_share: bool = False  # whether this is the part of a document for validation
+    share_read: float = 0.0  # share of the file read so far
 
 
 def digest_of(text: str) -> int:
-    """64 bits that depend on the text alone."""
+    """Return a 64-bit hash of the text."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest())
 
 
 def text_of(unit: Unit, field: str) -> str:
-    """The text of a unit; ValueError with the reason where there is none."""
+    """Return the text of a unit; raises ValueError with the reason if there is none."""
     if unit.problem:
         raise ValueError(unit.problem)
     try:
@@ -145,7 +145,7 @@ def text_of(unit: Unit, field: str) -> str:
         except (ValueError, RecursionError) as error:
             raise ValueError("is not JSON") from error
         if not isinstance(value, dict):
-            raise ValueError("is JSON, but no object")
+            raise ValueError("is JSON but not an object")
         if field not in value:
             raise ValueError(f"has no {without(field, value)}")
         text = "" if value[field] is None else value[field]
@@ -154,22 +154,22 @@ def text_of(unit: Unit, field: str) -> str:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError("has half a surrogate pair, which is no character") from error
+            raise ValueError("has half a surrogate pair, which is not a character") from error
     return text
 
 
 def without(field: str, names: Iterable[str]) -> str:
-    """What is wrong where there is no such field, but these."""
+    """Describe a missing field and the fields that exist, for messages."""
     others = [repr(name[:40]) for name in names]
     told = ", ".join(others[:5] + ["..."] * (len(others) > 5))
     return repr(field) + (f", only {told}" if others else "")
 
 
 def first_share(length: int) -> int:
-    """How many characters of a document are for training where all are divided."""
+    """Return how many characters of a document are for training if every document is split."""
     return length - length // LAST_SHARE
 
 
 def not_utf8(error: UnicodeDecodeError, end: int) -> str:
-    """What is wrong with bytes of which the last that the decoder saw came before byte `end`."""
+    """Describe a decoding error in bytes of which the decoder has seen those before `end`."""
     return f"is not UTF-8 at byte {end - len(error.object) + error.start:,}"

@@ -1,7 +1,7 @@
-"""Documents into tokens, on all processors.
+"""Encoding documents into tokens, on all processors.
 
-One process reads the files and hands out batches of documents; workers decode, encode and split
-them. Their results come back in the order of the documents, whatever the number of workers.
+One process reads the files and distributes batches of documents; workers decode, encode and split
+them. Results are returned in the order of the documents, whatever the number of workers.
 """
 
 import os
@@ -35,16 +35,16 @@ from nanogpt.data.text.reading import units
 from nanogpt.data.tokenizer import load_tokenizer
 
 BATCH = 2**20  # bytes of text that a worker gets at a time
-UNIT_BYTES = 100  # what a document costs besides its bytes
-TOLD = 5  # documents left out that are named
+UNIT_BYTES = 100  # overhead of a document, in bytes
+TOLD = 5  # number of left-out documents to name
 
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container, by cgroup v2
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # quota of a container, in cgroup v2
 
 tokenizer_of = cache(load_tokenizer)
 
 
 def usable_cpus() -> int:
-    """How many CPUs this process may keep busy: by its affinity, and by its container's quota."""
+    """Return the number of CPUs this process may use, by its affinity and its container's quota."""
     affinity = getattr(os, "sched_getaffinity", None)  # only on Linux
     count = len(affinity(0)) if affinity else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # there is no quota, or it is "max"
@@ -54,7 +54,7 @@ def usable_cpus() -> int:
 
 
 class Inputs(Protocol):
-    """Files that are here, or that can be fetched (nanogpt.data.text.documents.Files, for one)."""
+    """Files on this machine or to be downloaded, such as nanogpt.data.text.documents.Files."""
 
     @property
     def names(self) -> list[str]: ...
@@ -71,7 +71,7 @@ class Inputs(Protocol):
 
 
 class Encoded(NamedTuple):
-    """What a worker made of a batch."""
+    """A worker's result for a batch."""
 
     train: Tokens
     val: Tokens
@@ -80,18 +80,18 @@ class Encoded(NamedTuple):
     empty: int
     bad: int
     problems: list[str]  # at most TOLD
-    longest: tuple[str, int]  # the document with most tokens in this batch, and how many
+    longest: tuple[str, int]  # the document with most tokens in this batch, and their number
 
 
 class Place(NamedTuple):
-    """How far the inputs were read."""
+    """A position in the inputs."""
 
-    next: tuple[int, int]  # file, and how many of its units
-    share: float  # of that file
+    next: tuple[int, int]  # file, and number of its units that were read
+    share: float  # share of that file that was read
 
 
 def split_of(inputs: Inputs, field: str) -> Split:
-    """How the inputs are split; DataError if they hold no document."""
+    """Choose the validation split of the inputs; raises DataError if they have no document."""
     told = []
 
     def digests() -> Iterator[tuple[int, int]]:
@@ -110,14 +110,14 @@ def split_of(inputs: Inputs, field: str) -> Split:
     split = find_split(digests())
     if split is None:
         reason = f" ({told[0]})" if told else ""
-        raise DataError(f"The inputs hold no document{reason}: check the paths and the field.")
+        raise DataError(f"The inputs have no document{reason}: check the paths and the field.")
     return split
 
 
 def read_batches(
     inputs: Inputs, field: str, split: Split, start: tuple[int, int]
 ) -> Iterator[tuple[list[Unit], Place]]:
-    """What is in the inputs from `start` on, in batches, each with the place where it ends."""
+    """Yield the inputs' units from `start` on, in batches, each with the position of its end."""
     first, skipped = start
     batch, size = [], 0
     paths = prefetch(
@@ -140,16 +140,16 @@ def in_order(
     batches: Iterable[tuple[list[Unit], Place]],
     processes: int,
 ) -> Iterator[tuple[Encoded, Place]]:
-    """work(batch) with the place of each batch, in order, by so many processes.
+    """Yield work(batch) with the position of each batch, in order, using `processes` processes.
 
-    At most two batches per process are on their way.
+    At most about two batches per process are in flight.
     """
     if processes == 1:
         yield from ((work(batch), place) for batch, place in batches)
         return
-    # A process that is ended at once leaves semaphores for Python to clean up, which then tells.
+    # If this process is killed, Python cleans up its semaphores with a warning; hide that.
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning:multiprocessing.resource_tracker")
-    # Not by fork: JAX has threads.
+    # Not by fork, as JAX uses threads.
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=become_worker) as pool:
         waiting = deque()
         for batch, place in batches:
@@ -162,7 +162,7 @@ def in_order(
 
 
 def become_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when it ends, were it by kill -9."""
+    """Leave Ctrl-C to the parent process, and exit when it ends, even by kill -9."""
 
     def follow() -> None:
         if (parent := parent_process()) is not None:
@@ -174,7 +174,7 @@ def become_worker() -> None:
 
 
 def encode_batch(tokenizer_name: str, field: str, split: Split, batch: list[Unit]) -> Encoded:
-    """The tokens of a batch of documents, each after a separator."""
+    """Encode a batch of documents, each after a separator."""
     tokenizer = tokenizer_of(tokenizer_name)
     separator = np.array([tokenizer.separator], np.uint16)
     train, val = [np.empty(0, np.uint16)], [np.empty(0, np.uint16)]

@@ -1,4 +1,4 @@
-"""How far a long job is, and the line on the console that tells it."""
+"""Progress of a long job, and its line on the console."""
 
 import sys
 import time
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class Pace:
-    """How far it is, how fast it goes, and how long it will take."""
+    """Progress, speed and remaining time of a job."""
 
     def __init__(self, weights: Sequence[int]):
         self.weights = [*weights, 0]
@@ -19,11 +19,11 @@ class Pace:
         self.first = None
 
     def line(self, file: int, share: float, num_bytes: int, tokens: int) -> str:
-        """A line that tells it, when this share of the file was read and these tokens were made."""
+        """Return a progress line for the share of the file read and the totals so far."""
         done = (self.before[file] + share * self.weights[file]) / max(1, self.before[-1])
         line = f"encoded {done:.1%} | {tokens:,} tokens"
         now = time.monotonic(), done, num_bytes
-        self.first = self.first or now  # what comes before, skipped or slow to start, tells nothing
+        self.first = self.first or now  # exclude the start and what was skipped from the speed
         seconds, share_done, new_bytes = np.subtract(now, self.first)
         if share_done <= 0:
             return line
@@ -33,7 +33,7 @@ class Pace:
 
 @contextmanager
 def progress_line() -> Generator[Callable[[str], None], None, None]:
-    """A function that shows a line: in place on a terminal, elsewhere one every ten seconds."""
+    """Yield a function that shows a line: in place on a terminal, otherwise every ten seconds."""
     terminal = sys.stderr.isatty()
     pause, start, end = (0.2, "\r", "\x1b[K") if terminal else (10.0, "", "\n")
     last = -inf

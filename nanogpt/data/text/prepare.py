@@ -1,11 +1,11 @@
-"""Shards from files of text, and again from where that was after an interruption.
+"""Encoding text files into shards, resuming after an interruption.
 
-The shards are the same to the last byte whatever the number of processes. A document goes on in the
-next shard where one is full.
+The shards are the same to the last byte whatever the number of processes. A document can span two
+shards.
 
-Until it is full a shard is a hidden file. Every few seconds what was written is flushed and a small
-file, prepared.json, tells up to which document that is; from there another process goes on after
-this one was killed. Only then do the shards that are full get their names.
+A shard is a hidden file until it is full. Every few seconds the written data is flushed, and a
+small file, prepared.json, records which documents it contains; if this process is killed, another
+continues from there. Only then are full shards renamed to their final names.
 """
 
 import json
@@ -41,36 +41,36 @@ from nanogpt.data.text.eta import Pace
 from nanogpt.data.text.writer import RECORD, Shards, partial_path, shard_name
 from nanogpt.files import lock_file, read_json, sha256_of, write_whole
 
-FORMAT = 2  # raise it when the same documents would be split, ordered or written differently
-SAVE_SECONDS = 5.0  # what an interruption costs at most
-SHARD_TOKENS = 100_000_000  # as FineWeb10B's shards have
+FORMAT = 2  # increase it if the same documents would be split, ordered or written differently
+SAVE_SECONDS = 5.0  # most work that an interruption loses
+SHARD_TOKENS = 100_000_000  # as in FineWeb10B's shards
 
 
 class Recipe(NamedTuple):
-    """All that determines the shards besides the inputs."""
+    """Everything besides the inputs that determines the shards."""
 
     tokenizer: str
     field: str = "text"
-    name: str = "text"  # what the names of the shards begin with
+    name: str = "text"  # prefix of the shards' names
     shard_tokens: int = SHARD_TOKENS
 
 
 @dataclass
 class Made:
-    """What is in the shards of a folder so far; kept there as prepared.json."""
+    """The contents of a folder's shards so far, saved there as prepared.json."""
 
     fingerprint: str  # of inputs and recipe
     shard_tokens: Positive
     below: int | None = None  # the Split
-    next: tuple[Total, Total] = (0, 0)  # file, and how many of its units are in the shards
-    train: tuple[Total, Total] = (1, 0)  # number of the last shard and its tokens
+    next: tuple[Total, Total] = (0, 0)  # file, and number of its units in the shards
+    train: tuple[Total, Total] = (1, 0)  # number of the last shard, and its tokens
     val: tuple[Total, Total] = (0, 0)
     input_bytes: Total = 0
     documents: Total = 0
-    empty: Total = 0  # documents left out
-    bad: Total = 0  # documents and rests of files left out
-    problems: list[str] = field(default_factory=list)  # where and why, of the first TOLD bad ones
-    latest: tuple[str, Total] = ("", 0)  # a document that may go on, and its tokens
+    empty: Total = 0  # number of empty documents, left out
+    bad: Total = 0  # number of unreadable documents and parts of files, left out
+    problems: list[str] = field(default_factory=list)  # where and why, for the first TOLD of them
+    latest: tuple[str, Total] = ("", 0)  # a document that may continue, and its tokens
     longest: tuple[str, Total] = ("", 0)  # the document with most tokens
     done: bool = False
 
@@ -83,7 +83,7 @@ class Made:
         return self.val[0] * self.shard_tokens + self.val[1]
 
     def add(self, encoded: Encoded, next: tuple[int, int]) -> None:
-        """Count what was written."""
+        """Count a batch that was written."""
         self.next = next
         self.input_bytes += encoded.input_bytes
         self.documents += encoded.documents
@@ -96,21 +96,21 @@ class Made:
 
     @property
     def dominant(self) -> str:
-        """The document that has more than half of all tokens, if one of several has."""
+        """The document with more than half of all tokens, if there are several; else empty."""
         where, tokens = self.longest
         most = 2 * tokens > self.train_tokens + self.val_tokens
         return where if self.documents > 1 and most else ""
 
     def summary(self) -> str:
-        """What is in the shards, and what was left out."""
+        """Return a summary of the shards and of what was left out."""
         documents = f"{self.documents:,} document{'s' * (self.documents != 1)}"
         text = (
-            f"{documents}: {self.train_tokens:,} tokens to train on and {self.val_tokens:,} to "
-            "validate on"
+            f"{documents}: {self.train_tokens:,} tokens for training and {self.val_tokens:,} for "
+            "validation"
         )
         text += ", the last tenth of each document." if self.below is None else "."
         if self.dominant:
-            text += f" More than half of all tokens are of one document, {self.dominant}."
+            text += f" More than half of all tokens are from one document, {self.dominant}."
         left_out = [f"{self.empty:,} empty"] if self.empty else []
         if self.bad:
             more = ["..."] if self.bad > len(self.problems) else []
@@ -128,13 +128,13 @@ def make_shards(
     processes: int,
     show: Callable[[str], None] = lambda line: None,
 ) -> Made:
-    """Make the shards of `inputs` in `folder`, or what an interrupted process left to be made.
+    """Write the shards of `inputs` to `folder`, continuing the work of an interrupted process.
 
-    They are called `name`_train_000001.bin, ... and `name`_val_000000.bin, ... Where several
-    processes do this in one folder, one does and the others find it done. `show` gets lines that
-    tell how far it is. Raises DataError if the inputs hold no document, if the folder holds other
+    They are called `name`_train_000001.bin, ... and `name`_val_000000.bin, ... If several
+    processes do this in one folder, one works and the others wait for it. `show` is called with
+    lines of progress. Raises DataError if the inputs have no document, or if the folder has other
     shards or cannot be written; ConfigError if its record is damaged; TokenizerError if the
-    vocabulary is missing; and what `inputs.get` raises.
+    vocabulary is missing; and the errors of `inputs.get`.
     """
     fingerprint = fingerprint_of(inputs, recipe)
     try:
@@ -149,7 +149,7 @@ def make_shards(
             return made
     except BrokenProcessPool as error:
         raise DataError(
-            "A worker was killed, as happens where memory runs out: run this again with fewer "
+            "A worker was killed, perhaps because memory ran out: run this again with fewer "
             "processes to continue where it stopped."
         ) from error
     except OSError as error:
@@ -160,7 +160,7 @@ def make_shards(
 
 
 def fingerprint_of(inputs: Inputs, recipe: Recipe) -> str:
-    """What changes with any input, and with what is made of it."""
+    """Return a hash that changes with any input and with the recipe."""
     return sha256(json.dumps([FORMAT, inputs.fingerprint, recipe]).encode()).hexdigest()
 
 
@@ -172,13 +172,13 @@ def encode_rest(
     processes: int,
     show: Callable[[str], None],
 ) -> None:
-    """Encode what is not in the shards yet, and update `made`."""
-    tokenizer_of(recipe.tokenizer)  # what is missing is told before the workers miss it
+    """Encode everything that is not in the shards yet, updating `made`."""
+    tokenizer_of(recipe.tokenizer)  # report a missing vocabulary before the workers start
     train = Shards(folder, f"{recipe.name}_train", *made.train, recipe.shard_tokens)
     val = Shards(folder, f"{recipe.name}_val", *made.val, recipe.shard_tokens)
 
     def save() -> None:
-        """From here another process goes on."""
+        """Save the state from which another process can continue."""
         train.sync()
         val.sync()
         write_whole(folder / RECORD, json.dumps(asdict(made), indent=2))
@@ -206,11 +206,11 @@ def encode_rest(
 
 @contextmanager
 def locked(folder: Path, show: Callable[[str], None]) -> Generator[None, None, None]:
-    """One process at a time in `folder`."""
+    """Lock `folder` for one process at a time."""
     try:
         lock = lock_file(folder / ".lock")
     except Timeout:
-        show(f"waiting for another process that writes in {folder}")
+        show(f"waiting for another process that is writing to {folder}")
         lock = lock_file(folder / ".lock", timeout=-1)
     try:
         yield
@@ -219,27 +219,27 @@ def locked(folder: Path, show: Callable[[str], None]) -> Generator[None, None, N
 
 
 def read_record(folder: Path, fingerprint: str, recipe: Recipe) -> Made | None:
-    """What an earlier process made of the same inputs; DataError if the folder holds other shards.
+    """Read an earlier process's record for the same inputs, if any, and name its full shards.
 
-    All shards that are full have their names then.
+    Raises DataError if the folder has other shards.
     """
     path = folder / RECORD
     if path.exists():
         made = read_json(path, Made, "choose another folder, or delete it")
         if made.fingerprint != fingerprint:
             raise DataError(
-                f"{folder} holds shards of other inputs, or made with other settings: choose "
-                "another folder, or delete it."
+                f"{folder} has shards of other inputs or other settings: choose another folder, "
+                "or delete it."
             )
         name_shards(folder, recipe, made)
         return made
     for shard in folder.glob(f"{escape(recipe.name)}_*.bin"):
-        raise DataError(f"{shard} was made by something else: choose another folder.")
+        raise DataError(f"{shard} was not written by this program: choose another folder.")
     return None
 
 
 def name_shards(folder: Path, recipe: Recipe, made: Made) -> None:
-    """Give the shards that are full, or all when it is done, their names."""
+    """Rename full shards, or all if the work is done, to their final names."""
     for split, first, last in (("train", 1, made.train[0]), ("val", 0, made.val[0])):
         for number in range(first, last + made.done):
             name = shard_name(f"{recipe.name}_{split}", number)

@@ -1,18 +1,17 @@
-"""What is in a file, by its kind.
+"""Reading the documents in a file, by its format.
 
-    x.parquet, x.pq    a document per row: its column `field`
+    x.parquet, x.pq    one document per row, from column `field`
     x.csv, x.tsv       the same, with the names of the columns in the first line
-    x.jsonl, x.ndjson  a document per line: the member `field` of the object there
-    x.json             the same of each object in an array, or of objects one after the other
+    x.jsonl, x.ndjson  one document per line, from member `field` of its object
+    x.json             the same for each object in an array or in a sequence of objects
     any other name     one document
 
-All but Parquet may be packed (x.txt.gz, x.jsonl.zst, x.csv.bz2, x.xz). All text is UTF-8. Whatever
-cannot be read as that, a line or a row or a file, is left out and reported; it never ends the
-reading.
+All but Parquet may be compressed (x.txt.gz, x.jsonl.zst, x.csv.bz2, x.xz). All text is UTF-8. Any
+line, row or file that cannot be read is left out and reported; reading always continues.
 
-Files are read in pieces, so that memory is bounded whatever their size: a text file of any length
-is cut where the tokenizers see a boundary anyway. What has to be held as a whole, a line or row or
-text without such a boundary, may have LONGEST characters.
+Files are read in pieces, so that memory is bounded whatever their size: long text files are cut
+only where tokenizers have a boundary anyway. What must be held in memory as a whole, a line, a row
+or text without such a boundary, can have at most LONGEST characters.
 """
 
 import codecs
@@ -30,25 +29,25 @@ from nanogpt.data.find import why_no_file
 from nanogpt.data.text.documents import Split, Unit, first_share, not_utf8, without
 from nanogpt.data.text.unpacked import suffixes, unpacked
 
-PIECE = 2**20  # bytes of a file, or characters of a long document, that are looked at in one go
-ROWS = 256  # of a Parquet file
+PIECE = 2**20  # bytes of a file, or characters of a long document, processed at a time
+ROWS = 256  # rows of a Parquet file read at a time
 LONGEST = 2**26
 TOO_LONG = f"is longer than {LONGEST:,} characters"
 
-# Before white space after something else no pattern of GPT-2's byte-pair encoding reads on, so the
-# tokens of two parts that meet there are the tokens of the whole.
+# No match of GPT-2's pattern for splitting text crosses from other characters into white space, so
+# encoding the parts before and after separately gives the tokens of the whole.
 CUT = re.compile(r"(?s).*\S(?=[ \n])")
 
-CONTROL = bytes([*range(9), *range(14, 28), 127])  # characters that no text has; white space is not
-MOST_CONTROL = 0.01  # of all bytes of a text
+CONTROL = bytes([*range(9), *range(14, 28), 127])  # control characters, white space excluded
+MOST_CONTROL = 0.01  # largest share of a text's bytes
 
 csv.field_size_limit(LONGEST)
 
 
 def units(path: Path, field: str, split: Split | None) -> Iterator[Unit]:
-    """What is in a file, in its order. Without a `split` long documents have a digest but no text.
+    """Yield the units of a file. Without a `split`, long documents have a digest but no text.
 
-    A file that cannot be read, or only in part, ends with a unit that says why.
+    If a file cannot be read, or only in part, the last unit says why.
     """
     kinds = suffixes(path)
     try:
@@ -78,7 +77,7 @@ def _rows(path: Path, field: str) -> Iterator[Unit]:
             raise ValueError(f"has no column {without(field, file.schema_arrow.names)}")
         row = 0
         for batch in file.iter_batches(batch_size=ROWS, columns=[field]):
-            # As bytes, for nothing guarantees that the strings in the file are UTF-8.
+            # As bytes, since the file's strings are not guaranteed to be UTF-8.
             for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
                 row += 1
                 unit = Unit(f"{shown(path)}, row {row:,}", raw or b"")
@@ -88,7 +87,7 @@ def _rows(path: Path, field: str) -> Iterator[Unit]:
 
 
 class UnquotedTable(csv.excel_tab):
-    """A line is a row: in .tsv a quotation mark is one, and often by itself."""
+    """A table in which each line is a row: in .tsv files, quotation marks are ordinary text."""
 
     quoting = csv.QUOTE_NONE
 
@@ -112,7 +111,7 @@ def _table(path: Path, field: str, dialect: str | type[csv.Dialect]) -> Iterator
 
 
 def _short_lines(file: IO[bytes]) -> Iterator[bytes]:
-    """The lines of a file; ValueError at one that is too long."""
+    """Yield the lines of a file; raises ValueError at one that is too long."""
     while line := file.readline(LONGEST + 1):
         if len(line) > LONGEST:
             raise ValueError(f"has a line that {TOO_LONG}")
@@ -144,7 +143,7 @@ def _values(path: Path) -> Iterator[Unit]:
             is_array = text.startswith("[")
             text = text[is_array:]
         end = _next(text, 0)
-        with suppress(ValueError, RecursionError):  # a value that goes on in the next piece
+        with suppress(ValueError, RecursionError):  # the value continues in the next piece
             while not (is_array and text.startswith("]", end)):
                 start, (_, end) = end, scan(text, end)
                 number += 1
@@ -153,7 +152,7 @@ def _values(path: Path) -> Iterator[Unit]:
                 end = _next(text, end)
             return
         text = text[end:]
-        enough = 2 * len(text)  # so that a long one is not scanned again for every piece
+        enough = 2 * len(text)  # avoids scanning a long value again for every piece
         if len(text) > LONGEST:
             raise ValueError(f"has an entry that {TOO_LONG}")
     if text or is_array:
@@ -161,7 +160,7 @@ def _values(path: Path) -> Iterator[Unit]:
 
 
 def _next(text: str, start: int) -> int:
-    """Where the next value of JSON begins."""
+    """Return where the next JSON value begins."""
     while text[start : start + 1] in (" ", "\t", "\n", "\r", ","):
         start += 1
     return start
@@ -174,7 +173,7 @@ def _text(path: Path, split: Split | None) -> Iterator[Unit]:
         _refuse_control(beginning.count(0), _controls(beginning), len(beginning))
         yield Unit(shown(path), beginning)
         return
-    # Only a whole document has a digest and is known to be text, so a long one is read twice.
+    # The digest and the check for text need the whole document, so a long one is read twice.
     digest, length, num_bytes, zeros, controls = blake2b(digest_size=8), 0, 0, 0, 0
     for text, _ in _parts(path):
         raw = text.encode()
@@ -193,16 +192,16 @@ def _controls(raw: bytes) -> int:
 
 
 def _refuse_control(zeros: int, controls: int, num_bytes: int) -> None:
-    """Raise ValueError for what is no text, by how many bytes of it are control characters."""
+    """Raise ValueError if bytes are not text, judged by the control characters among them."""
     if zeros:
-        raise ValueError("has zero bytes, so it is no text")
+        raise ValueError("has zero bytes, so it is not text")
     if controls > MOST_CONTROL * num_bytes:
         share = controls / num_bytes
-        raise ValueError(f"consists of control characters for {share:.0%}, so it is no text")
+        raise ValueError(f"has {share:.0%} control characters, so it is not text")
 
 
 def _divided(whole: Unit, path: Path, split: Split) -> Iterator[Unit]:
-    """The parts of a long document, of which the last tenth is apart where the split says so."""
+    """Yield the parts of a long document, with the last tenth separate if the split requires it."""
     left = first_share(whole.length) if split.below is None else whole.length
     unit = whole
     for text, share in _parts(path):
@@ -216,7 +215,7 @@ def _divided(whole: Unit, path: Path, split: Split) -> Iterator[Unit]:
 
 
 def _parts(path: Path) -> Iterator[tuple[str, float]]:
-    """The text of a file in parts that may be encoded by themselves, with the share read."""
+    """Yield a file's text in parts that can be encoded separately, with the share read."""
     held, size, last, share = [], 0, "", 0.0
     for text, share in _pieces(path):
         if cut := CUT.match(last + text):
@@ -233,7 +232,7 @@ def _parts(path: Path) -> Iterator[tuple[str, float]]:
 
 
 def _pieces(path: Path) -> Iterator[tuple[str, float]]:
-    """The text of a file, piece by piece, with the share of the file read; ValueError if not."""
+    """Yield a file's text in pieces, with the share read; raises ValueError if it is not UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     end = 0
     with unpacked(path) as (file, share_read):

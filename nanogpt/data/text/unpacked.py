@@ -1,4 +1,4 @@
-"""The bytes of a file, unpacked as its name says; what is no text by its first bytes is refused."""
+"""The decompressed bytes of a file. Files that are not text, by their first bytes, are refused."""
 
 import bz2
 import gzip
@@ -11,36 +11,36 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-BEGINNING = 512  # bytes in which a format shows
-STEP = 2**16  # bytes that are unpacked at a time
+BEGINNING = 512  # bytes that identify a format
+STEP = 2**16  # bytes to decompress at a time
 
-# How files begin that hold no text that can be read here, and what to say of them.
+# The first bytes of files that cannot be read as text, and the message for each.
 FORMATS = {
     rb"PK\x03\x04": "is a ZIP archive (as .docx, .xlsx and .epub are): unpack it, or save its text",
-    rb".{257}ustar": "is a tar archive, which is not read: unpack it",
-    rb"Rar!\x1a|7z\xbc\xaf\x27\x1c": "is an archive, which is not read: unpack it",
-    rb"%PDF-": "is a PDF, which is not read: save its text",
-    rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP": "is an image, which is not read",
-    rb"PAR1": "is Parquet: name it .parquet",
-    rb"\x1f\x8b": "is packed with gzip: name it .gz",
-    rb"BZh[1-9]1AY&SY": "is packed with bzip2: name it .bz2",
-    rb"\xfd7zXZ\0": "is packed with xz: name it .xz",
-    rb"\x28\xb5\x2f\xfd": "is packed with zstd: name it .zst",
+    rb".{257}ustar": "is a tar archive, which is not supported: unpack it",
+    rb"Rar!\x1a|7z\xbc\xaf\x27\x1c": "is an archive, which is not supported: unpack it",
+    rb"%PDF-": "is a PDF, which is not supported: save its text",
+    rb"\x89PNG|\xff\xd8\xff|GIF8[79]a|RIFF....WEBP": "is an image, not text",
+    rb"PAR1": "is a Parquet file: rename it to .parquet",
+    rb"\x1f\x8b": "is compressed with gzip: rename it to .gz",
+    rb"BZh[1-9]1AY&SY": "is compressed with bzip2: rename it to .bz2",
+    rb"\xfd7zXZ\0": "is compressed with xz: rename it to .xz",
+    rb"\x28\xb5\x2f\xfd": "is compressed with zstd: rename it to .zst",
     rb"\xff\xfe|\xfe\xff": "is UTF-16: save it as UTF-8",
 }
 
 
 def suffixes(file: Path) -> set[str]:
-    """The kinds of a file that its name tells: .jsonl and .gz, of x.jsonl.gz."""
+    """Return the formats in a file's name: .jsonl and .gz for x.jsonl.gz."""
     last = file.suffix.lower()
     return {last, Path(file.stem).suffix.lower()} if last in UNPACKED else {last}
 
 
 @contextmanager
 def unpacked(path: Path) -> Generator[tuple[IO[bytes], Callable[[], float]], None, None]:
-    """The bytes of a file, unpacked by its suffix, and a function that tells the share read.
+    """Open a file, decompressed by its suffix; also yield a function that returns the share read.
 
-    Raises ValueError, with what is wrong, if they begin like no text.
+    Raises ValueError, with a message about the file, if it does not begin like text.
     """
     with path.open("rb") as file:
         size = max(1, os.fstat(file.fileno()).st_size)
@@ -55,9 +55,9 @@ def unpacked(path: Path) -> Generator[tuple[IO[bytes], Callable[[], float]], Non
 
 
 class ZstdStream(io.RawIOBase):
-    """What a file packed with zstd holds, up to the damage if there is some.
+    """The decompressed bytes of a zstd file, up to the point of damage if there is any.
 
-    pyarrow tells a file that was cut short, but gives nothing of what it unpacked with the damage.
+    pyarrow reports damage, but discards what it decompressed in the same read.
     """
 
     def __init__(self, file: IO[bytes]):
@@ -86,11 +86,12 @@ class ZstdStream(io.RawIOBase):
         return len(data)
 
     def _before_damage(self, wanted: int) -> bytes:
-        """The last bytes before the damage, fewer than `wanted`, one by one."""
+        """Read the last bytes before the damage, fewer than `wanted`, one by one."""
         import pyarrow
 
         self._file.seek(0)
-        self._streams.append(pyarrow.input_stream(self._file, "zstd"))  # kept: it closes the file
+        # Kept referenced: a stream that is collected closes the file.
+        self._streams.append(pyarrow.input_stream(self._file, "zstd"))
         again, data = self._streams[1], bytearray()
         for start in range(0, self._given, STEP):
             again.read(min(STEP, self._given - start))

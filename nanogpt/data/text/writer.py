@@ -1,4 +1,4 @@
-"""Shards that are filled one after the other, each a hidden file until it is full."""
+"""Writing shards one after the other, each a hidden file until it is full."""
 
 import os
 from contextlib import suppress
@@ -9,7 +9,7 @@ import numpy as np
 from nanogpt.data.shards import HEADER_BYTES, MAGIC, TOKEN_BYTES, VERSION, Tokens
 from nanogpt.data.text.documents import DataError
 
-RECORD = "prepared.json"  # tells how far the shards of a folder are filled
+RECORD = "prepared.json"  # records how far the shards of a folder are filled
 
 
 def shard_name(stem: str, number: int) -> str:
@@ -17,20 +17,20 @@ def shard_name(stem: str, number: int) -> str:
 
 
 def partial_path(folder: Path, name: str) -> Path:
-    """Where a shard is until it is full: a hidden file that no shard pattern matches."""
+    """Return the path of an unfinished shard: hidden, so that no shard pattern matches it."""
     return folder / f".{name}.partial"
 
 
 class Shards:
-    """Shards of at most `limit` tokens, filled one after the other without holding them."""
+    """Shards of at most `limit` tokens, written one after the other without buffering them."""
 
     def __init__(self, folder: Path, stem: str, number: int, length: int, limit: int):
-        """Go on in shard `number`, behind its first `length` tokens."""
+        """Continue in shard `number` after its first `length` tokens."""
         self.folder, self.stem, self.limit = folder, stem, limit
         self._open(number, length)
 
     def write(self, tokens: Tokens) -> bool:
-        """Add tokens; tell whether a shard was full before all were in."""
+        """Write tokens; return whether a new shard was started."""
         first = self.number
         while len(tokens):
             if self.length == self.limit:
@@ -42,13 +42,13 @@ class Shards:
         return self.number > first
 
     def sync(self) -> None:
-        """Have all that was written on the disk."""
+        """Flush everything written so far to disk."""
         if not self._file.closed:
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def end(self) -> None:
-        """Complete the shard."""
+        """Write the shard's header and close it."""
         header = np.zeros(HEADER_BYTES // 4, "<i4")
         header[:3] = MAGIC, VERSION, self.length
         self._file.seek(0)
@@ -57,7 +57,7 @@ class Shards:
         self._file.close()
 
     def close(self) -> None:
-        """Write no more. What the disk does not take any more is made again by the next process."""
+        """Close the file. If that fails, the next process writes the missing tokens again."""
         with suppress(OSError):
             self._file.close()
 
@@ -69,5 +69,5 @@ class Shards:
                 f"{path} is shorter than {RECORD} says: delete {self.folder}, then run this again."
             )
         self._file = path.open("r+b" if length else "wb")
-        self._file.seek(end)  # what lies behind it are the same tokens that will be written there
+        self._file.seek(end)  # any bytes after it are the same ones that will be written there
         self.number, self.length = number, length

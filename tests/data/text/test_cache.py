@@ -131,7 +131,7 @@ def test_a_document_that_is_more_than_half_of_all_is_said(
     paths = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
     prepare(paths, "bytes")
     said = capsys.readouterr().err
-    assert f"More than half of all tokens are of one document, {paths[1]}." in said
+    assert f"More than half of all tokens are from one document, {paths[1]}." in said
     (tmp_path / "a.txt").write_text("word " * 200)
     prepare(paths, "bytes")
     assert "More than half" not in capsys.readouterr().err

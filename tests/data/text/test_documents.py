@@ -110,10 +110,10 @@ def test_a_few_documents_are_divided_so_that_both_sides_have_something(documents
 
 
 def test_an_input_that_names_nothing_is_one_sentence(tmp_path):
-    with pytest.raises(DataError, match=r"nowhere/\*\.txt .*names no file"):
+    with pytest.raises(DataError, match=r"nowhere/\*\.txt .*matches no file"):
         find_files([str(tmp_path / "nowhere/*.txt")])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"empty .*names no file"):
+    with pytest.raises(DataError, match=r"empty .*matches no file"):
         find_files([str(tmp_path / "empty")])
 
 
@@ -144,7 +144,7 @@ def test_a_file_that_is_linked_or_named_twice_is_read_once(tmp_path):
 def test_a_pipe_is_refused_at_once_and_in_a_folder_it_does_not_hold_up_the_others(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     with pytest.raises(
-        DataError, match=r"pipe\.txt is a pipe, not a file: name a file, which may be"
+        DataError, match=r"pipe\.txt is a pipe, not a file: give a file, which may be"
     ):
         find_files([f"{tmp_path}/pipe.txt"])
     (tmp_path / "x.txt").touch()

@@ -162,7 +162,7 @@ def test_a_character_that_the_end_of_a_long_file_cuts_is_an_error(tmp_path, monk
     [
         (b"nothing", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
-        (b'["text"]', "is JSON, but no object"),
+        (b'["text"]', "is JSON but not an object"),
         (b'{"body": "x"}', "has no 'text', only 'body'"),
         (b"{}", "has no 'text'"),
         (
@@ -170,7 +170,7 @@ def test_a_character_that_the_end_of_a_long_file_cuts_is_an_error(tmp_path, monk
             "has no 'text', only 'a', 'b', 'c', 'd', 'e', ...",
         ),
         (b'{"text": 5}', "has a 'text' that is not text"),
-        (b'{"text": "\\ud800"}', "has half a surrogate pair, which is no character"),
+        (b'{"text": "\\ud800"}', "has half a surrogate pair, which is not a character"),
         (b'{"text": "\xff"}', "is not UTF-8 at byte 10"),
     ],
 )
@@ -288,7 +288,7 @@ def test_json_holds_the_documents_of_an_array_or_of_its_lines(tmp_path, monkeypa
         ('[{"text": "a"}, nonsense]', ["a"], ": is not JSON after entry 1"),
         ("nonsense", [], ": is not JSON"),
         ('{"data": [{"text": "a"}]}', [], ", entry 1: has no 'text', only 'data'"),
-        ('["a"]', [], ", entry 1: is JSON, but no object"),
+        ('["a"]', [], ", entry 1: is JSON but not an object"),
     ],
 )
 def test_what_is_no_document_in_json_is_named(tmp_path, content, texts, problem):
@@ -345,17 +345,17 @@ def tarred():
     [
         ("x.zip", zipped(), "is a ZIP archive (as .docx, .xlsx and .epub are): unpack it"),
         ("x.docx", zipped(), "is a ZIP archive (as .docx"),
-        ("x.tar", tarred(), "is a tar archive, which is not read: unpack it"),
-        ("x.tar.gz", tarred(), "is a tar archive, which is not read: unpack it"),
-        ("x.pdf", b"%PDF-1.7 text", "is a PDF, which is not read: save its text"),
-        ("x.png", b"\x89PNG\r\n\x1a\n", "is an image, which is not read"),
-        ("x.txt", gzip.compress(b"hello", mtime=0), "is packed with gzip: name it .gz"),
-        ("x.txt", bz2.compress(b"hello"), "is packed with bzip2: name it .bz2"),
-        ("x.jsonl", lzma.compress(b"hello"), "is packed with xz: name it .xz"),
+        ("x.tar", tarred(), "is a tar archive, which is not supported: unpack it"),
+        ("x.tar.gz", tarred(), "is a tar archive, which is not supported: unpack it"),
+        ("x.pdf", b"%PDF-1.7 text", "is a PDF, which is not supported: save its text"),
+        ("x.png", b"\x89PNG\r\n\x1a\n", "is an image, not text"),
+        ("x.txt", gzip.compress(b"hello", mtime=0), "is compressed with gzip: rename it to .gz"),
+        ("x.txt", bz2.compress(b"hello"), "is compressed with bzip2: rename it to .bz2"),
+        ("x.jsonl", lzma.compress(b"hello"), "is compressed with xz: rename it to .xz"),
         ("x.txt", "hello".encode("utf-16"), "is UTF-16: save it as UTF-8"),
-        ("x.txt", b"abc\0def", "has zero bytes, so it is no text"),
-        ("x.txt", b"long \0" * 100, "has zero bytes, so it is no text"),
-        ("x.txt", b"\x1b[1m" * 30, "consists of control characters for 25%, so it is no text"),
+        ("x.txt", b"abc\0def", "has zero bytes, so it is not text"),
+        ("x.txt", b"long \0" * 100, "has zero bytes, so it is not text"),
+        ("x.txt", b"\x1b[1m" * 30, "has 25% control characters, so it is not text"),
     ],
 )
 def test_what_is_no_text_is_left_out_with_what_it_is(tmp_path, monkeypatch, name, content, told):
