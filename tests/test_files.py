@@ -158,7 +158,7 @@ def test_what_does_not_go_together_is_told_with_its_file(run, capsys):
     for path, value in {"stages.0.batch": 0.3, "model.num_heads": 3}.items():
         (run / "config.json").write_text(json.dumps(changed(RUN, path, value)))
         if path.startswith("stages"):
-            told = r"runs/a/config.json: batch of stage 1, 0.3 \* 2,048, makes no .*: restore it"
+            told = r"runs/a/config.json: batch of stage 1, 0.3 \* 2,048, is not .*: restore it"
             assert re.match(told, refusal(capsys, run, *PROGRAMS["sample"]))
         sentence = refusal(capsys, run, *PROGRAMS["repeat"])
         told = "batch of stage 1" if "batch" in path else "width (128) must be"
@@ -228,7 +228,7 @@ def test_a_run_of_a_version_with_other_parameters_is_refused_with_its_commit(
     if told is not None:
         (run / "run.json").write_text(told)
     assert refusal(capsys, run, *PROGRAMS[program]) == (
-        "runs/a/config.json is of an earlier version, whose models had other parameters: "
+        "runs/a/config.json is from an earlier version, whose models had other parameters: "
         f"{remedy}, or give another run."
     )
 
@@ -239,7 +239,7 @@ def test_an_exported_model_of_such_a_version_is_refused_with_its_commit_too(run,
     (run / "config.json").write_text(json.dumps(EXPORTED | old))
     for program in ("sample", "begin with its weights"):
         sentence = refusal(capsys, run, *PROGRAMS[program])
-        assert sentence.startswith("runs/a/config.json is of an earlier version, ")
+        assert sentence.startswith("runs/a/config.json is from an earlier version, ")
         assert ": check out its commit, 0123abc, to continue with it, or " in sentence
 
 

@@ -105,7 +105,7 @@ def read_shard(path: str | os.PathLike) -> Tokens:
     if magic != MAGIC:
         raise ShardError(
             f"{path} is not a shard: it starts with {magic} instead of {MAGIC}; convert raw uint16 "
-            "tokens without a header, like nanoGPT's train.bin, with nanogpt.data.shards.write_shard."
+            "tokens without a header (nanoGPT's train.bin) with nanogpt.data.shards.write_shard."
         )
     if version != VERSION:
         raise ShardError(

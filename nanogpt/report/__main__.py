@@ -1,7 +1,7 @@
 """`python3 -m nanogpt.report runs/a runs/b` plots runs on shared axes.
 
 report.png is a picture; report.html has the same curves as vector graphics, and a table of the runs
-and the settings in which they differ.
+and the settings that differ between them.
 """
 
 import sys
@@ -23,7 +23,7 @@ from nanogpt.runs.folder import RunError
 
 @dataclass(frozen=True)
 class Options:
-    """Plot runs on shared axes, and list how they differ."""
+    """Plot runs on shared axes, and list their differences."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Folders of the runs, runs/<name>."""
@@ -33,7 +33,7 @@ class Options:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draw what the command line asks for; return the exit status."""
+    """Write the report that the command line asks for; return the exit status."""
     options = parse(Options, arguments, prog="python3 -m nanogpt.report")
     try:
         files = report(options.runs, options.out, lambda line: print(line, file=sys.stderr))
@@ -48,11 +48,11 @@ def report(
     out: Path | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
-    """Write the picture, the page or both, as `Options` says, and return their paths.
+    """Write the picture, the page or both (see `Options`), and return their paths.
 
-    What has no numbers is left out and told with `say`, so that runs/* can be drawn. Raises
-    RunError, in a sentence for the user, where there is nothing to draw, a run that cannot be read
-    or a file that cannot be written.
+    Folders without metrics are skipped and reported with `say`, so that runs/* can be given. Raises
+    RunError, with a sentence for the user, if there is nothing to draw, or if a run cannot be read
+    or a file cannot be written.
     """
     if not folders:
         raise RunError("Nothing to draw. Give one or more run folders, e.g. runs/<name>.")

@@ -1,4 +1,4 @@
-"""What runs did, as curves read from their folders."""
+"""The curves and settings of runs, read from their folders."""
 
 import re
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from nanogpt.files import read_json
 from nanogpt.runs.folder import Circumstances, RunError
 from nanogpt.training.records import FILE, read_records
 
-LABELS = {  # of each metric's axis, and its units, each with the size from which on it is used
+LABELS = {  # each metric's axis label and units, with the smallest value for which each is used
     "tokens": ("tokens", {1e9: "billions", 1e6: "millions", 1e3: "thousands"}),
     "step": ("step", {}),
     "time_s": ("training time", {3600: "hours", 60: "minutes", 1: "seconds"}),
@@ -27,7 +27,7 @@ LABELS = {  # of each metric's axis, and its units, each with the size from whic
 
 
 class Settings(TypedDict, total=False):
-    """What the report reads of config.json by name."""
+    """The fields of config.json that the report uses by name."""
 
     preset: str
     tokenizer: str
@@ -37,39 +37,39 @@ class Settings(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class History:
-    """What a run was and did, as its folder tells."""
+    """A run's settings and metrics, from its folder."""
 
     name: str
-    metrics: dict[str, Float64[np.ndarray, "steps"]]  # each of LABELS, NaN where a step lacks it
+    metrics: dict[str, Float64[np.ndarray, "steps"]]  # by name in LABELS; NaN where missing
     config: dict[str, Any]
-    circumstances: dict[str, Any]  # as in run.json
+    circumstances: dict[str, Any]  # from run.json
     parameters: str
 
     def series(self, x: str, y: str) -> Float64[np.ndarray, "2 points"]:
-        """Two metrics, of the steps where both are finite."""
+        """Return two metrics at the steps where both are finite."""
         both = np.stack([self.metrics[x], self.metrics[y]])
         return both[:, np.isfinite(both).all(axis=0)]
 
 
 class NoNumbers(RunError):
-    """There is no run, or none yet, where one was looked for."""
+    """A folder that has no metrics, or none yet."""
 
 
 def read_run(folder: Path, name: str) -> History:
-    """What a run's folder tells, but for a last line of metrics that is not whole (yet).
+    """Read a run's folder, ignoring an incomplete last line of its metrics.
 
-    Raises NoNumbers if what is there has no numbers, RunError if there is nothing or something is
-    broken; both in a sentence for the user.
+    Raises NoNumbers if the folder has no metrics, RunError if it does not exist or something in it
+    is damaged; both with a sentence for the user.
     """
     path = folder / FILE
     if folder.exists() and not path.exists():
-        raise NoNumbers(f"{folder} is no run: name the folders of runs, runs/<name>.")
+        raise NoNumbers(f"{folder} is not a run folder: give run folders, e.g. runs/<name>.")
     try:
         records = [*read_records(folder)]
     except OSError as error:
         missing = path if folder.is_dir() else folder
         raise RunError(
-            f"{missing} cannot be read ({error.strerror}): name the folders of runs, runs/<name>."
+            f"{missing} cannot be read ({error.strerror}): give run folders, e.g. runs/<name>."
         ) from error
     rows = []
     for line, record in records:
@@ -92,7 +92,7 @@ def read_run(folder: Path, name: str) -> History:
 
 
 def _told_in(path: Path, kind: type) -> dict[str, Any]:
-    """All that a JSON file tells, of which `kind` declares a part; nothing if there is none."""
+    """Read a JSON file, empty if missing, and check the fields in `kind`; may raise RunError."""
     if not path.exists():
         return {}
     remedy = "restore it or remove it"

@@ -1,4 +1,4 @@
-"""The page on several runs: their curves, and a table of what they were and how they differ."""
+"""The page about runs: their curves, and a table of their settings, results and differences."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from nanogpt.report.picture import HOW_TO_READ, INK, LOOKS, PANELS, draw, new_fi
 
 
 def page(runs: Sequence[History]) -> str:
-    """The page: HTML that needs nothing else, in which everything from the runs is escaped."""
+    """Return the page, self-contained HTML in which all text from the runs is escaped."""
     looks = [
         f'<span class="look" style="--colour:{colour};--line:{line}">{sign}</span> '
         f"{escape(run.name)}"
@@ -41,7 +41,7 @@ def page(runs: Sequence[History]) -> str:
 
 
 def _svg(runs: Sequence[History], x: str, y: str) -> str:
-    """A panel, drawn in the page's colour of text, in whatever width there is."""
+    """Draw a panel as SVG, in the page's text colour, scaling to the available width."""
     file = StringIO()
     with own_style():
         figure = new_figure(4.4, 3)
@@ -50,14 +50,14 @@ def _svg(runs: Sequence[History], x: str, y: str) -> str:
         figure.savefig(file, format="svg", transparent=True, metadata=nothing)
     svg = file.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
-    svg = re.sub(r' (id="[\w.]+_\d+"|(width|height)="[\d.]+pt")', "", svg)  # ids: others' as well
+    svg = re.sub(r' (id="[\w.]+_\d+"|(width|height)="[\d.]+pt")', "", svg)  # ids would repeat
     svg = re.sub(r' d="[^"]+"', lambda path: re.sub(r"(\.\d)\d+|\n", r"\1", path[0]), svg)
     title = f"{LABELS[y][0]} against {LABELS[x][0]}"
     return svg.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
 
 
 def _rows(columns: Sequence[dict[str, Any]]) -> str:
-    """Rows of the table, from a column of each run."""
+    """Return the rows of the table, from one column per run."""
     return "".join(
         f'<tr><th scope="row">{escape(name).replace("_", "_<wbr>")}</th>'
         + "".join(f"<td>{escape(str(column.get(name, '—')))}</td>" for column in columns)
@@ -67,7 +67,7 @@ def _rows(columns: Sequence[dict[str, Any]]) -> str:
 
 
 def _facts(run: History) -> dict[str, str]:
-    """What the table tells of a run, whatever its settings."""
+    """Return the rows of the table that every run has."""
     last = {metric: values[-1] for metric, values in run.metrics.items()}
     known = {**run.config, **run.circumstances}
     steps = f"{last['step']:,.0f}"
@@ -92,9 +92,9 @@ def _facts(run: History) -> dict[str, str]:
 
 
 def _flat(settings: dict[str, Any] | list[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Settings by their full names, as in model.num_layers and stages.1.rate.
+    """Yield settings by their full names, such as model.num_layers and stages.1.rate.
 
-    But for those of the run itself, and for the shards that were made of its `data`.
+    Leaves out the names and sources of the run, and the shards made from its `data`.
     """
     items = settings.items() if isinstance(settings, dict) else enumerate(settings, start=1)
     made_of_own_text = isinstance(settings, dict) and not prefix and settings.get("data")

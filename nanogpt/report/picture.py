@@ -1,7 +1,7 @@
-"""Curves drawn over each other with Matplotlib.
+"""Curves of runs on shared axes, drawn with Matplotlib.
 
-`overview` is the picture of `python3 -m nanogpt.report`, `draw` one panel of it, and `loss_png` the
-small picture that a run leaves in its folder.
+`overview` draws the picture of `python3 -m nanogpt.report`, `draw` one panel of it, and `loss_png`
+the small picture in a run's folder.
 """
 
 from collections.abc import Sequence
@@ -26,13 +26,13 @@ PANELS = (
     *(("step", "learning_rate_factor"), ("step", "grad_norm"), ("step", "tokens_per_s")),
 )
 HOW_TO_READ = "Lines: running medians; every step is faint behind them. Marks: validation loss."
-TARGET = 3.28  # validation loss that a speedrun is to reach, of GPT-2's tokens on FineWeb
-MOST_POINTS = 800  # of a line: a panel is about half as many pixels wide
+TARGET = 3.28  # target validation loss of speedruns, for GPT-2 tokens of FineWeb
+MOST_POINTS = 800  # per line: a panel is about half as many pixels wide
 
-INK = "#2b2d33"  # of text and axes; on the page they take the page's
-# Okabe and Ito's colours, which the colour-blind tell apart, but those too pale for white paper.
+INK = "#2b2d33"  # colour of text and axes; replaced by the page's text colour there
+# Okabe and Ito's colours for colour-blind readers, without those too pale for white paper.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
-MARKS = ("o●", "s■", "^▲", "D◆", "v▼", "P✚")  # Matplotlib's name, and the page's sign
+MARKS = ("o●", "s■", "^▲", "D◆", "v▼", "P✚")  # Matplotlib's name, and the page's symbol
 LOOKS = [
     (colour, line, *mark)
     for line in ("solid", "dashed", "dotted")
@@ -47,7 +47,7 @@ STYLE = {
 
 
 def overview(runs: Sequence[History]) -> "Figure":
-    """All panels in one picture, with a legend."""
+    """Draw all panels in one picture, with a legend."""
     from matplotlib.lines import Line2D
 
     names = [name if len(name := run.name) <= 40 else f"{name[:39]}…" for run in runs]
@@ -85,19 +85,19 @@ def loss_png(folder: Path) -> Path:
 
 
 def draw(axes: "Axes", runs: Sequence[History], x: str, y: str) -> None:
-    """Draw one metric of the runs against another, and validation beside the training loss."""
+    """Draw one metric of the runs against another; the training loss with validation losses."""
     from matplotlib.ticker import LogLocator
 
     (x_unit, x_label), (y_unit, y_label) = _unit(runs, x), _unit(runs, y)
     axes.set(xlabel=x_label, ylabel=y_label)
-    axes.locator_params("x", nbins=4)  # more would run into each other
+    axes.locator_params("x", nbins=4)  # more labels would overlap
     axes.xaxis.set_major_formatter("{x:,g}")
     medians = []
     for run, (colour, line, mark, _) in zip(runs, cycle(LOOKS), strict=False):
         at, values = run.series(x, y) / [[x_unit], [y_unit]]
         if not len(values):
             continue
-        # A schedule has no noise, and a median would bend its end.
+        # A schedule has no noise, and a median would distort its end.
         width = 1 if y == "learning_rate_factor" else 2 * (len(values) // 60) + 1
         medians.append(median_filter(values, width))
         faint = {"alpha": 0.22, "lw": 0.7, "label": "training, every step"}
@@ -112,7 +112,7 @@ def draw(axes: "Axes", runs: Sequence[History], x: str, y: str) -> None:
     lowest = min((median[median > 0].min(initial=inf) for median in medians), default=inf)
     if y == "train_loss" and medians:
         _frame_losses(axes, runs, medians)
-    elif y == "grad_norm" and highest > 10 * lowest:  # less would leave such an axis without ticks
+    elif y == "grad_norm" and highest > 10 * lowest:  # smaller ranges would have no ticks
         axes.set_yscale("log", subs=[])
         axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
     else:
@@ -122,7 +122,7 @@ def draw(axes: "Axes", runs: Sequence[History], x: str, y: str) -> None:
 def _thinned(
     x: Float64[np.ndarray, "steps"], y: Float64[np.ndarray, "steps"]
 ) -> tuple[Float64[np.ndarray, "points"], Float64[np.ndarray, "points"]]:
-    """The ends, and the lowest and highest point of each stretch, so that what stands out stays."""
+    """Reduce a line to its ends and the extremes of each segment, so that outliers are kept."""
     if len(y) <= MOST_POINTS:
         return x, y
     kept = {0, len(y) - 1}
@@ -134,7 +134,7 @@ def _thinned(
 def _frame_losses(
     axes: "Axes", runs: Sequence[History], medians: Sequence[Float64[np.ndarray, "steps"]]
 ) -> None:
-    """Leave out the height that losses began at, or diverged to; show the speedrun's if near."""
+    """Crop initial and diverged losses; show the speedrun's target if it is near."""
     validation = (run.series("step", "val_loss")[1] for run in runs)
     low = min(values.min() for values in (*medians, *validation) if len(values))
     high = max(min(np.percentile(m, 95), 1.25 * m[len(m) // 20]) for m in medians)
@@ -149,7 +149,7 @@ def _frame_losses(
 
 
 def _unit(runs: Sequence[History], metric: str) -> tuple[float, str]:
-    """What to divide a metric by, and the label of its axis."""
+    """Return the divisor of a metric for display, and the label of its axis."""
     label, units = LABELS[metric]
     most = max(run.series(metric, metric)[0].max(initial=0) for run in runs)
     return next(
@@ -158,14 +158,14 @@ def _unit(runs: Sequence[History], metric: str) -> tuple[float, str]:
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """A figure of so many inches, without pyplot, which would keep it."""
+    """Create a figure of this size in inches, without pyplot, which would keep a reference."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def own_style() -> AbstractContextManager[None]:
-    """Matplotlib as STYLE says, whatever this machine's matplotlibrc does."""
+    """Use STYLE in Matplotlib, whatever is in this machine's matplotlibrc."""
     from matplotlib import style
 
     return style.context(["default", STYLE])

@@ -1,1 +1,1 @@
-"""What a run prints, records and leaves in its folder; skip it when reading for the algorithm."""
+"""A run's console, records and folder; skip it when reading for the algorithm."""

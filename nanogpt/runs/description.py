@@ -1,4 +1,4 @@
-"""What a run says of its plan, in words: the first lines, the table, and `--dry-run`."""
+"""A run's plan in words: the first lines, the table and `--dry-run`."""
 
 from math import lcm
 from pathlib import Path
@@ -7,11 +7,11 @@ from nanogpt.devices.accelerator import unused_gpu
 from nanogpt.devices.processes import processes_line
 from nanogpt.training.plan import Plan
 
-MANY_EPOCHS = 4  # repeating text up to so often is as good as new (Muennighoff, arXiv:2305.16264)
+MANY_EPOCHS = 4  # up to 4 epochs are as good as new text (Muennighoff et al., arXiv:2305.16264)
 
 
 def heading(plan: Plan, folder: Path) -> list[str]:
-    """The lines with which a run in this folder begins."""
+    """Return the first lines of a run in this folder."""
     hp, memory = plan.hp, plan.hardware.memory
     lines = [f"{hp.preset} preset | {plan.dataset} | {devices(plan)} | {accumulation(plan)}"]
     if (plan.hardware.kind, hp.device) == ("cpu", "auto") and (line := unused_gpu()):
@@ -21,7 +21,7 @@ def heading(plan: Plan, folder: Path) -> list[str]:
     lines.append(plan.attention)
     if hp.batch_size and plan.batch_size < hp.batch_size:
         lines.append(
-            f"micro-batch: {plan.batch_size} instead of batch_size {hp.batch_size} rows, since a "
+            f"micro-batch: {plan.batch_size} rows instead of batch_size {hp.batch_size}, since a "
             f"step has no more for each of {plan.readers} devices"
         )
     elif hp.batch_size is None:
@@ -37,23 +37,23 @@ def heading(plan: Plan, folder: Path) -> list[str]:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """What is odd about the data, and how often it is seen."""
+    """Return warnings about the data and the number of epochs."""
     found = list(plan.dataset.warnings)
     if epochs(plan) > MANY_EPOCHS:
         found.append(
-            f"{epochs(plan):.1f} epochs: the model will learn the text by heart; use more data, or "
-            "a smaller num_steps"
+            f"{epochs(plan):.1f} epochs: the model will memorize the text; use more data, or a "
+            "smaller num_steps"
         )
     return [f"WARNING: {warning}." for warning in found]
 
 
 def epochs(plan: Plan) -> float:
-    """How often the run sees each token of its data."""
+    """Return the number of epochs of the run."""
     return plan.hp.schedule.tokens(plan.hp.num_steps) / plan.dataset.train_tokens
 
 
 def table(plan: Plan) -> dict[str, str]:
-    """The rows of the table that describes a run."""
+    """Return the rows of the table that describes a run."""
     hp = plan.hp
     return {
         "preset": hp.preset,
@@ -71,7 +71,7 @@ def table(plan: Plan) -> dict[str, str]:
 
 
 def outlook(plan: Plan) -> dict[str, str]:
-    """What `--dry-run` adds to the table: estimates, because nothing was compiled."""
+    """Return the rows that `--dry-run` adds to the table: estimates, as nothing is compiled."""
     rows = {}
     for number, stage in enumerate(plan.stages):
         (Ng, R), longest = plan.shape(number), max(stage.model.windows, default=0)
@@ -93,7 +93,7 @@ def outlook(plan: Plan) -> dict[str, str]:
     )
     saved, (often, validated) = 1, (plan.hp.checkpoint_every, plan.hp.val_loss_every)
     every = [n for n in (often, plan.hp.keep_best and validated) if n]
-    if every:  # those due at one interval, at the other, but not twice, and after the last step
+    if every:  # at one interval or the other, counted once if both are due, and after the last step
         before = plan.hp.num_steps - 1
         saved += sum(before // n for n in every) - (len(every) == 2) * (before // lcm(*every))
     kept, best = min(saved, plan.hp.keep_checkpoints), ""
@@ -109,12 +109,12 @@ def outlook(plan: Plan) -> dict[str, str]:
 
 
 def size(num_bytes: float) -> str:
-    """A number of bytes to read: 12.3 GB, or below a gigabyte 45 MB."""
+    """Format a number of bytes: 12.3 GB, or below a gigabyte 45 MB."""
     return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
 
 
 def devices(plan: Plan) -> str:
-    """The devices and how they divide the work."""
+    """Describe the devices and how they share the work."""
     words = f"{plan.num_devices} x {plan.hardware.kind}"
     if plan.hardware.processes > 1:
         words += f" of {plan.hardware.processes} processes"
@@ -124,7 +124,7 @@ def devices(plan: Plan) -> str:
 
 
 def accumulation(plan: Plan) -> str:
-    """Accumulation steps Ng as a quotient, for every number of tokens per step in turn."""
+    """Show the accumulation steps Ng as a quotient, for each number of tokens per step."""
     per_step = dict.fromkeys(stage.tokens_per_step for stage in plan.stages)
     T = plan.hp.sequence_length
     per_pass = plan.batch_size * T * plan.readers

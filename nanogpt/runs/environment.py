@@ -1,4 +1,4 @@
-"""Where and how a process runs: what its figures depend on besides the settings."""
+"""The environment of a process, on which its results depend besides the settings."""
 
 import os
 import platform
@@ -12,18 +12,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-CPUINFO = Path("/proc/cpuinfo")  # Linux's; other systems have none
+CPUINFO = Path("/proc/cpuinfo")  # only on Linux
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def environment() -> dict[str, Any]:
-    """What is needed to repeat this process, for JSON.
+    """Return what is needed to repeat this process, for JSON.
 
-    command       as it was typed, but that absolute paths lose their folders
+    command       as typed, with absolute paths shortened to their last part
     date          ISO 8601, to the second, UTC
-    commit        abbreviated; "-dirty" if the code differs from it, "unknown" if it cannot be told
+    commit        abbreviated; "-dirty" if the code differs from it, "unknown" if not in git
     hardware      number and name of the processors
-    accelerators  number and name of each kind that JAX uses; empty where JAX is not loaded
+    accelerators  number and name of each kind that JAX uses; empty if JAX is not loaded
     python, jax, jaxlib, flax, optax, orbax-checkpoint, numpy     their versions
     """
     return {
@@ -38,12 +38,12 @@ def environment() -> dict[str, Any]:
 
 
 def _without_folders(word: str) -> str:
-    """/a/b as b and --option=/a/b as --option=b: folders tell of the machine, not of the run."""
+    """Shorten /a/b to b and --option=/a/b to --option=b: folders depend on the machine."""
     return re.sub(r"^(--[\w.-]+=)?/(.*/)?(?=[^/])", r"\1", word)
 
 
 def _commit() -> str:
-    """The commit of this code; only what was measured, which lies beside it, may differ from it."""
+    """Return the commit of this code; changes to measured results do not make it "-dirty"."""
 
     def git(*words: str) -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -51,18 +51,18 @@ def _commit() -> str:
         )
 
     try:
-        # A copy that was installed into somebody's repository is not that repository's code.
+        # A copy installed into another repository is not that repository's code.
         if git("ls-files", "--error-unmatch", Path(__file__).name).returncode:
             return "unknown"
         outcomes = ":!/benchmarks/results", ":!/records"
         same = git("diff", "--quiet", "HEAD", "--", ":/", *outcomes).returncode == 0
         return git("rev-parse", "--short", "HEAD").stdout.strip() + ("" if same else "-dirty")
-    except OSError:  # there is no git
+    except OSError:  # git is not installed
         return "unknown"
 
 
 def _processor() -> str:
-    """The processor's name, and whether it has AVX-512, which the name need not tell."""
+    """Return the processor's name, and whether it has AVX-512."""
     try:
         lines = CPUINFO.read_text().splitlines()
     except OSError:
@@ -73,7 +73,7 @@ def _processor() -> str:
 
 
 def _accelerators() -> list[str]:
-    """Such as ["8 x NVIDIA H200"]; a process that does without JAX need not load it for this."""
+    """Return the accelerators, e.g. ["8 x NVIDIA H200"], without loading JAX only for this."""
     if "jax" not in sys.modules:
         return []
     import jax

@@ -1,12 +1,12 @@
-"""What a run tells: lines on the console and in log.txt, one JSON object per step in metrics.jsonl.
+"""The output of a run: lines on the console and in log.txt, and metrics.jsonl.
 
 runs/<name>/config.json        every hyperparameter
-            run.json           all that is needed to repeat it, as last started: these, command,
-                               commit, data, hardware and versions
-            log.txt            what the console showed
-            metrics.jsonl      one object per step, as it happens
+            run.json           what is needed to repeat the last start: settings, command, commit,
+                               data, hardware and versions
+            log.txt            the console output
+            metrics.jsonl      one JSON object per step, written as it happens
             checkpoints/       see nanogpt/training/checkpoint.py
-            lock, holder       the process that trains it
+            lock, holder       the process that is training it
 """
 
 import json
@@ -41,7 +41,7 @@ class RunError(UserError):
 
 
 class Circumstances(TypedDict, total=False):
-    """What is read back of run.json; see nanogpt/runs/environment.py."""
+    """The fields of run.json that are read; see nanogpt/runs/environment.py."""
 
     commit: str
     date: str
@@ -50,10 +50,10 @@ class Circumstances(TypedDict, total=False):
 
 
 class Run:
-    """A run folder, held by this process alone, and the console."""
+    """A run folder, locked by this process, and the console."""
 
     def __init__(self, folder: Path):
-        """Hold the folder, which exists. Raises RunError when another process holds it."""
+        """Lock an existing folder. Raises RunError if another process has locked it."""
         self.console = Console(highlight=False)
         self._bar: rich.progress.Progress | None = None
         self.trackers = Trackers(self.say)
@@ -68,8 +68,8 @@ class Run:
                 f"{error.filename} cannot be written ({error.strerror}): move it away, or start "
                 "another run."
             ) from error
-        self._waiting: list[bytes] = []  # records that a full disk did not take yet
-        self._shown = float("-inf")  # when a line of many was shown last
+        self._waiting: list[bytes] = []  # records not written yet because the disk is full
+        self._shown = float("-inf")  # when `say_often` last showed a line
 
     def __enter__(self) -> "Run":
         return self
@@ -81,7 +81,7 @@ class Run:
         traceback: TracebackType | None,
     ) -> None:
         self.progress_ended()
-        if error is not None:  # the console will tell it; by then the log is closed
+        if error is not None:  # the console will show it, but by then the log is closed
             _append(self._log, f"ended by {error!r}\n".encode())
         self.trackers.close(1 if kind else 0)
         self._log.close()
@@ -89,24 +89,24 @@ class Run:
         self._lock.release()
 
     def configure(self, config: dict[str, Any], circumstances: dict[str, Any]) -> None:
-        """Write run.json, and config.json, which makes the folder a run's."""
+        """Write run.json, then config.json, which marks the folder as a run."""
         everything = circumstances | {"config": config}
         _write(self.folder / "run.json", json.dumps(everything, indent=2) + "\n")
         _write(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
     def say(self, text: str, style: str = "") -> None:
-        """A line on the console, with a style of rich's on a terminal, and in log.txt."""
+        """Print a line on the console, with a rich style on a terminal, and to log.txt."""
         try:
             if self.console.is_terminal:
                 self.console.print(text, style=style or None, markup=False, soft_wrap=True)
             else:
                 print(text, flush=True)
-        except OSError:  # the console is gone; log.txt is not
+        except OSError:  # the console is gone; log.txt remains
             discard_output()
         _append(self._log, f"{text}\n".encode())
 
     def say_often(self, text: str, short: str) -> None:
-        """A line of many: on a terminal one a second is shown, the short form if that is narrow."""
+        """Print a frequent line: at most one per second on a terminal, short if it is narrow."""
         if not self.console.is_terminal:
             self.say(text)
             return
@@ -117,7 +117,7 @@ class Run:
         _append(self._log, f"{text}\n".encode())
 
     def table(self, rows: Mapping[str, str]) -> None:
-        """A table of two columns; off a terminal, and in log.txt, its rows are lines."""
+        """Print a table of two columns on a terminal, and as lines elsewhere and to log.txt."""
         if not self.console.is_terminal:
             for name, value in rows.items():
                 self.say(f"{name}: {value}")
@@ -130,7 +130,7 @@ class Run:
             self.console.print(table)
 
     def progress(self, step: int, num_steps: int, told: str) -> None:
-        """On a terminal, a line below all others that shows how far the run is."""
+        """Show a progress bar at the bottom of a terminal."""
         if self._bar is None:
             self._bar = rich.progress.Progress(
                 rich.progress.TextColumn("{task.completed:,}/{task.total:,}"),
@@ -148,26 +148,26 @@ class Run:
         self._bar.update(self._bar.task_ids[0], completed=step, description=told)
 
     def progress_ended(self) -> None:
-        """Take that line away."""
+        """Remove the progress bar."""
         if self._bar is not None:
             with suppress(OSError):  # as in `say`
                 self._bar.stop()
             self._bar = None
 
     def record(self, metrics: dict[str, float]) -> None:
-        """A line of metrics.jsonl; while the disk is full it waits."""
+        """Append a line to metrics.jsonl; while the disk is full, lines are held back."""
         self._waiting.append(f"{json.dumps(metrics)}\n".encode())
         while self._waiting and _append(self._metrics, self._waiting[0]):
             del self._waiting[0]
         if len(self._waiting) == 1:
-            self.say(f"WARNING: {self._metrics.name} cannot be written; its lines wait for room.")
+            self.say(f"WARNING: {self._metrics.name} cannot be written; its lines wait for space.")
         self.trackers.log(metrics)
 
     def rewind(self, step: int) -> None:
-        """Drop the records of steps after `step`, which an earlier process made and lost.
+        """Drop the records of steps after `step`, which an earlier process lost.
 
-        A damaged line before them is dropped, too, and reported. What a dying process left of a
-        line stands behind them all.
+        Damaged lines before them are also dropped, and reported. A partial line left by a killed
+        process can only be at the end.
         """
         path = self.folder / FILE
         self._metrics.close()
@@ -185,13 +185,13 @@ class Run:
         self._metrics = path.open("ab", buffering=0)
 
     def sync(self) -> None:
-        """See to it that what was recorded so far survives even a power cut."""
-        with suppress(OSError):  # a disk that cannot fails the checkpoint, too, which is told
+        """Flush the records to disk, so that they survive even a power cut."""
+        with suppress(OSError):  # the checkpoint would fail, too, and report it
             os.fsync(self._metrics.fileno())
 
 
 class SilentRun(Run):
-    """The run in a process that leaves telling and writing to process 0."""
+    """A run in a process other than process 0, which does all printing and writing."""
 
     def __init__(self, folder: Path):
         self.folder, self.console = folder, Console(quiet=True)
@@ -229,26 +229,26 @@ class SilentRun(Run):
 
 
 def check_name(parent: Path, name: str) -> None:
-    """Raise RunError for a name that is taken or cannot be a folder's; none is always good."""
+    """Raise RunError for a name that is taken or not a valid folder name; "" is always valid."""
     if name and not re.fullmatch(r"[\w.+-]*\w[\w.+-]*", name):
         raise RunError(
-            f"run_name {name!r} cannot name a folder: use letters, digits, '.', '_', '+' and '-'."
+            f"run_name {name!r} is not valid: use letters, digits, '.', '_', '+' and '-'."
         )
     if name and (parent / name).exists():
         raise taken(parent / name)
 
 
 def taken(folder: Path) -> RunError:
-    """The error for a run's folder that exists."""
+    """Return the error for a run folder that exists already."""
     return RunError(
         f"{folder} exists already: choose another run_name, or resume that run (--resume {folder})."
     )
 
 
 def new_folder(parent: Path, name: str, fallback: str) -> Path:
-    """Make the folder `parent/name`; without a name, `parent/<fallback>-<date>-<time>`.
+    """Create the folder `parent/name`, or without a name `parent/<fallback>-<date>-<time>`.
 
-    Raises RunError when the name is taken, cannot be a folder's, or cannot be written.
+    Raises RunError if the name is taken or invalid, or the folder cannot be created.
     """
     check_name(parent, name)
     stamped = f"{fallback}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -262,32 +262,32 @@ def new_folder(parent: Path, name: str, fallback: str) -> Path:
             continue
         except OSError as error:
             raise RunError(
-                f"The run folder {folder} cannot be made ({error.strerror}): start the run where "
-                "you may write."
+                f"The run folder {folder} cannot be created ({error.strerror}): start the run in a "
+                "writable folder."
             ) from error
     raise taken(parent / candidates[0])
 
 
 def delete_if_no_run(folder: Path) -> None:
-    """Delete a folder that was made for a run, unless the run has begun and left its settings."""
+    """Delete a folder that was created for a run, unless the run has written its settings."""
     if not (folder / "config.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _hold(folder: Path) -> FileLock:
-    """A lock on the folder."""
+    """Lock the folder; raises RunError if another process has, or it cannot be written."""
     holder = folder / "holder"
     try:
         lock = lock_file(folder / "lock")
     except Timeout:
         who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
         raise RunError(
-            f"{folder} is being trained by {who}: wait for its end, or stop it."
+            f"{folder} is being trained by {who}: wait until it ends, or stop it."
         ) from None
     except OSError as error:
         raise RunError(
-            f"The run folder {folder} cannot be written ({error.strerror}): start the run where "
-            "you may write."
+            f"The run folder {folder} cannot be written ({error.strerror}): start the run in a "
+            "writable folder."
         ) from error
     since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
     _write(holder, f"process {os.getpid()} on {platform.node()} since {since}\n")
@@ -295,18 +295,18 @@ def _hold(folder: Path) -> FileLock:
 
 
 def _write(path: Path, text: str) -> None:
-    """Write a file whole; RunError when it cannot be written."""
+    """Write a file atomically; raises RunError if it cannot be written."""
     try:
         write_whole(path, text)
     except OSError as error:
         raise RunError(
-            f"{path} cannot be written ({error.strerror}): make room there, or start the run where "
-            "you may write."
+            f"{path} cannot be written ({error.strerror}): make room there, or start the run in a "
+            "writable folder."
         ) from error
 
 
 def _append(file: FileIO, line: bytes) -> bool:
-    """Write a line at the end of a file, whole or not at all; whether it could be."""
+    """Append a whole line to a file, or nothing; return whether it was written."""
     before = os.fstat(file.fileno()).st_size
     try:
         if file.write(line) == len(line):

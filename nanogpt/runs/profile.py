@@ -1,11 +1,11 @@
-"""A profile of a few steps: a trace to look at, and a table of the costliest operations.
+"""A profile of a few steps: a trace to view, and a table of the costliest operations.
 
 runs/<name>/profile/ops.txt                                the table
                     plugins/profile/<time>/                the trace, for
                         perfetto_trace.json.gz             https://ui.perfetto.dev
                         *.xplane.pb                        XProf: `tensorboard --logdir <profile>`
 
-No JAX here before it is needed, so that `--help` and wrong arguments answer at once.
+JAX is imported only where it is needed, so that errors in the arguments appear at once.
 """
 
 import re
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from nanogpt.training.step import TrainState
 
 COSTLIEST = 10  # operations in the table
-CONTROL_FLOW = re.compile(r"(while|conditional|call)(\.\d+)?")  # their time is that of others
+CONTROL_FLOW = re.compile(r"(while|conditional|call)(\.\d+)?")  # their time is counted elsewhere
 
 
 def steps_of(profile: str | None, first: int, last: int) -> range:
-    """The steps that a profile asks for: "10:13" for 10 to 13, None for none.
+    """Return the steps to profile: "10:13" for 10 to 13, None for none.
 
-    Raises ConfigError unless they are among `first` to `last`, those that are to be made.
+    Raises ConfigError unless they are among the steps `first` to `last` of this run.
     """
     if profile is None:
         return range(0)
@@ -49,15 +49,15 @@ def steps_of(profile: str | None, first: int, last: int) -> range:
 
 
 class Trace:
-    """Traces some steps of a run, and nothing of the others.
+    """Traces some steps of a run.
 
-    It waits for the steps before the first and for the last, so that it has whole steps; those
-    between follow each other as they always do. A run that ends early leaves what there is. A
-    trace that cannot be made costs a line and no more.
+    It waits for the device before the first step and after the last, so that the trace has whole
+    steps; between them nothing waits. If the run ends early, the steps so far are written. A trace
+    that fails only causes a warning.
     """
 
     def __init__(self, folder: Path, steps: range, say: Callable[[str], None]):
-        """`folder` takes the files; `say` is told of them."""
+        """Files are written to `folder`; `say` reports them."""
         self.folder, self.steps, self.say = folder, steps, say
         self._running = False
         self._traced: list[int] = []
@@ -78,7 +78,7 @@ class Trace:
     def begin(
         self, step: int, program: "Compiled", state: "TrainState", progress: "Progress"
     ) -> None:
-        """`program` is about to make this step, from `state`."""
+        """Start tracing this step, before `program` runs on `state`, if it is to be traced."""
         import jax
 
         if step not in self.steps:
@@ -95,7 +95,7 @@ class Trace:
             self._step.__enter__()
 
     def end(self, step: int, state: "TrainState", progress: "Progress") -> None:
-        """The step has been dispatched, and `state` will be what it makes."""
+        """End this dispatched step, which returns `state`; after the last, write the trace."""
         import jax
 
         if not self._running:
@@ -111,13 +111,13 @@ class Trace:
         import jax
 
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # every call of a Python function: slow, and in the way
+        options.python_tracer_level = 0  # tracing Python calls is slow and clutters the trace
         try:
             jax.profiler.start_trace(
                 self.folder, create_perfetto_trace=True, profiler_options=options
             )
             self._running = True
-        except Exception as error:  # whatever it is, training matters more
+        except Exception as error:  # no error here may stop training
             self.say(f"WARNING: no trace of step {self.steps[0]} and later: {error!r}")
 
     def _write(self) -> None:
@@ -132,7 +132,7 @@ class Trace:
             ops = ops_in(jax.profiler.ProfileData.from_file(str(newest)))
             table = f"{steps}: {table_of(ops, filter(None, (p.as_text() for p in self._programs)))}"
             (self.folder / "ops.txt").write_text(f"{table}\n", encoding="utf-8")
-        except Exception as error:  # likewise
+        except Exception as error:  # as above
             self.say(f"WARNING: the trace of {steps} cannot be written to {self.folder}: {error!r}")
             return
         self.say(table)
@@ -143,26 +143,26 @@ class Trace:
 
 
 class Op(NamedTuple):
-    """What an operation of a program cost, in all its runs on all devices."""
+    """The total cost of an operation of a program, over all its runs on all devices."""
 
-    module: str  # the program's name; "" if the device does not tell
+    module: str  # the program's name; "" if unknown
     name: str
     seconds: float
     count: int
 
 
 def ops_in(profile: "ProfileData") -> list[Op]:
-    """The operations that the devices made, the costliest first, without those that only hold them.
+    """Return the devices' operations, costliest first, without control flow.
 
-    Of a GPU the operations are kernels, and several may belong to one name.
+    On a GPU the operations are kernels, of which several may have one name.
     """
     nanoseconds: dict[tuple[str, str], float] = {}
     counts: Counter[tuple[str, str]] = Counter()
     with warnings.catch_warnings():
-        # Python 3.12 finds fault with the type of jaxlib's `stats`.
+        # Python 3.12 warns about the type of jaxlib's `stats`.
         warnings.simplefilter("ignore", DeprecationWarning)
         for name, stats, duration in _on_devices(profile) or _on_host(profile):
-            # TPUs give the whole instruction as a name: "%fusion.1 = f32[8]{0} fusion(...)".
+            # On TPUs the name is the whole instruction: "%fusion.1 = f32[8]{0} fusion(...)".
             op = stats.get("hlo_op") or name.partition(" = ")[0].removeprefix("%")
             if not CONTROL_FLOW.fullmatch(op):
                 place = stats.get("hlo_module", ""), op
@@ -176,7 +176,7 @@ Event = tuple[str, dict[str, Any], float]  # name, facts, nanoseconds
 
 
 def _on_devices(profile: "ProfileData") -> list[Event]:
-    """What accelerators did: TPUs have a line of operations, GPUs one of kernels per stream."""
+    """Return the events on accelerators: TPUs have a line of operations, GPUs one per stream."""
     events = []
     for plane in profile.planes:
         lines = list(plane.lines) if plane.name.startswith("/device:") else []
@@ -187,9 +187,9 @@ def _on_devices(profile: "ProfileData") -> list[Event]:
 
 
 def _on_host(profile: "ProfileData") -> list[Event]:
-    """What a CPU did. Most operations only begin in their event, and go on in other threads.
+    """Return the events on a CPU. Most operations only start in their event and use other threads.
 
-    Another event says when they end. Both have the same number, as producer and consumer.
+    Another event marks their end. Both have the same number, as producer and consumer.
     """
     begun, ends = [], {}
     for event in (
@@ -207,12 +207,12 @@ def _on_host(profile: "ProfileData") -> list[Event]:
 
 
 def table_of(ops: list[Op], programs: Iterable[str]) -> str:
-    """The costliest operations as lines of text; `programs` are the HLO that tells their origin."""
+    """Format the costliest operations as lines of text, with their origin in the HLO `programs`."""
     origin: dict[tuple[str, str], str] = {}
     for hlo in programs:
         (module,) = re.findall(r"\AHloModule ([\w.-]+)", hlo)
         for name, place in origins(hlo).items():
-            # The stages of a run have programs of one name, in which it may mean other things.
+            # Stages have programs of the same name, in which an operation's name may differ.
             same = origin.get((module, name), place) == place
             origin[module, name] = origin["", name] = place if same else ""
     total = sum(op.seconds for op in ops)
@@ -228,11 +228,11 @@ def table_of(ops: list[Op], programs: Iterable[str]) -> str:
 
 
 def origins(hlo: str) -> dict[str, str]:
-    """Where the operations of a compiled program come from, as far as its text tells, by name.
+    """Return the origin of the operations in a compiled program, by name, if its text has it.
 
-    Such as "gpt.py:74 project < gpt.py:180 MLP.__call__, jit(train_step)/jvp()/dot_general":
-    a line and what called it, and the path that JAX gives the operation, in which "transpose(jvp"
-    means the backward pass. Of an operation that is XLA's own idea, what it makes: "f32[8,8] copy".
+    E.g. "gpt.py:74 project < gpt.py:180 MLP.__call__, jit(train_step)/jvp()/dot_general":
+    a line and its caller, and JAX's path of the operation, in which "transpose(jvp" means the
+    backward pass. For an operation introduced by XLA, its result: "f32[8,8] copy".
     """
 
     def numbered(title: str, content: str) -> dict[int, list[str]]:
@@ -247,7 +247,7 @@ def origins(hlo: str) -> dict[str, str]:
 
     def line_of(frame: int) -> str:
         file, function, line = map(int, locations[int(frames[frame][0])])
-        name = re.sub(r"\.<locals>\.<\w+>", "", functions[function][0])  # of comprehensions
+        name = re.sub(r"\.<locals>\.<\w+>", "", functions[function][0])  # comprehensions
         return f"{Path(files[file][0]).name}:{line} {name.split('.<locals>.')[-1]}"
 
     def place(frame: int) -> str:

@@ -10,19 +10,19 @@ from typing import Any
 from nanogpt.runs.folder import Run
 from nanogpt.schedule import Schedule
 
-SPIKE = 6.0  # standard deviations above the latest losses at which a loss is remarked upon
+SPIKE = 6.0  # report losses more than this many standard deviations above recent ones
 
 
 class BadNumbers(Exception):
-    """A step whose loss or gradient is not finite; the message is for the user."""
+    """A step with a loss or gradient that is not finite; the message is for the user."""
 
 
 class Progress:
     """Turns the metrics of each step into a line and a record, one step late.
 
-    A step is only dispatched when `started` is told of it; asking for its loss would wait for the
-    device. So the step before is reported then, which is done or nearly, and the device always has
-    its next work. The time of a step is that between two such arrivals: validation is not in it.
+    When `started` is called, a step has only been dispatched; reading its loss would wait for the
+    device. So the step before it is reported, which is finished or nearly so, and the device always
+    has work queued. A step's time is that between two such reports, without validation.
     """
 
     def __init__(
@@ -34,41 +34,40 @@ class Progress:
         training_seconds: float = 0.0,
         unvalidated: dict[str, Any] | None = None,
     ):
-        """An epoch has `train_tokens`; `utilization` maps step and tokens/s to model FLOPs
-        utilization, or to None if unknown.
+        """An epoch has `train_tokens`; `utilization` maps step and tokens/s to MFU, or None.
 
-        Of earlier processes of this run: `training_seconds` is the time they spent, `unvalidated`
-        the record of the last step if it lacks its validation.
+        From earlier processes of this run: `training_seconds` is their training time, `unvalidated`
+        the record of the last step if it is still to be validated.
         """
         self.run, self.schedule, self.utilization = run, schedule, utilization
         self.train_tokens = train_tokens
         self.training_seconds, self._resumed = training_seconds, training_seconds > 0
-        self.seconds = defaultdict[str, float](float)  # what this process spent its time on
-        self._losses: dict[str, float] = {}  # the latest of training and of validation
-        self._trained = 0  # tokens, by this process
-        self._utilized: float | None = None  # seconds of training, times utilization
+        self.seconds = defaultdict[str, float](float)  # this process's time by activity
+        self._losses: dict[str, float] = {}  # the latest training and validation loss
+        self._trained = 0  # tokens trained on by this process
+        self._utilized: float | None = None  # seconds of training times utilization
         self.unvalidated = unvalidated
         self._waiting: tuple[int, Mapping[str, Any]] | None = None
         self._arrived = time.perf_counter()
 
     def started(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """The device works on `step`, whose `metrics` are still to come; report the one before."""
+        """Record that `step` was dispatched, with pending `metrics`; report the step before it."""
         self.report()
         self._waiting = step, metrics
 
     def paused(self, what: str) -> None:
-        """What was done since the last report is not training: its time is that of `what`."""
+        """Attribute the time since the last report to `what` instead of training."""
         self.spent(time.perf_counter() - self._arrived, what)
 
     def spent(self, seconds: float, what: str) -> None:
-        """So much of the time since the last report was not training, but `what`."""
+        """Attribute this part of the time since the last report to `what` instead of training."""
         self.seconds[what] += seconds
         self._arrived += seconds
 
     def report(self, validates: bool = False) -> None:
-        """Wait for the step that was started last and report it.
+        """Wait for the last dispatched step and report it.
 
-        If it `validates`, its record waits for that.
+        If it `validates`, its record is held back for the validation loss.
 
         Raises BadNumbers if the loss or the gradient is not finite.
         """
@@ -126,7 +125,7 @@ class Progress:
             self.run.record(record)
 
     def validate(self, validate: Callable[[], float | None]) -> None:
-        """Complete the record of the last step with its validation, unless that is broken off.
+        """Complete the record of the last step with its validation loss, unless interrupted.
 
         Raises BadNumbers if the loss is not finite.
         """
@@ -148,7 +147,7 @@ class Progress:
         self.run.record(record | {"val_loss": val_loss})
 
     def summary(self, step: int) -> dict[str, str]:
-        """The run up to this step, in words, and what this process spent its time on."""
+        """Return rows about the run up to this step and how this process spent its time."""
         spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in self.seconds.items())
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self._losses.items())
         tokens = f"{self.schedule.tokens(step):,}"

@@ -1,4 +1,4 @@
-"""How a run begins and ends: its folder, what is written there, its first and last lines."""
+"""The start and end of a run: its folder, the files there, its first and last lines."""
 
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -25,7 +25,7 @@ from nanogpt.training.saving import Checkpoints
 from nanogpt.training.start import Start, facts_to_save, where_to_begin
 from nanogpt.training.step import TrainState
 
-# What was asked of one process only, and is not part of the run.
+# Settings of a single process, which are not part of the run.
 OF_A_PROCESS = {
     "resume": None,
     "config": None,
@@ -38,9 +38,9 @@ OF_A_PROCESS = {
 
 
 def only_plan(plan: Plan) -> int:
-    """Print what a run would do, once for all processes; the exit status.
+    """Print the plan of a run, in process 0 only; return the exit status.
 
-    Raises RunError or ConfigError where the run could not begin.
+    Raises RunError or ConfigError if the run could not start.
     """
     rows = table(plan) | outlook(plan)
     if plan.hp.resume:
@@ -56,10 +56,10 @@ def only_plan(plan: Plan) -> int:
 
 @contextmanager
 def open_run(plan: Plan) -> Generator[Run, None, None]:
-    """The run of this plan, in a new folder under runs/ or that of the run to resume.
+    """Open the run of this plan, in a new folder under runs/ or that of the run to resume.
 
-    In all processes but the first it keeps silent. A new folder is deleted if the run ends before
-    it has its settings. Raises RunError when the folder cannot be used, ConfigError when not all
+    It is silent in all processes but the first. A new folder is deleted if the run ends before its
+    settings are written. Raises RunError if the folder cannot be used, ConfigError if not all
     processes see it.
     """
     hp = plan.hp
@@ -81,7 +81,7 @@ def open_run(plan: Plan) -> Generator[Run, None, None]:
 
 
 def nothing_left(run: Run, plan: Plan, start: Start) -> int:
-    """Say that the run is complete; the exit status."""
+    """Say that the run is complete; return the exit status."""
     made, asked = start.first_record - 1, plan.hp.num_steps
     run.say(
         f"{run.folder} has already finished its {made:,} steps"
@@ -96,7 +96,7 @@ def begin(run: Run, plan: Plan, start: Start) -> Progress:
 
     Returns the Progress that reports its steps.
 
-    Raises ConfigError for a profile of steps that were made before.
+    Raises ConfigError if the steps to profile are already done.
     """
     hp, data = plan.hp, plan.dataset
     steps_of(hp.profile, start.first_step, hp.num_steps)
@@ -123,7 +123,7 @@ def begin(run: Run, plan: Plan, start: Start) -> Progress:
 
 
 def compiled(run: Run, progress: Progress, programs: Programs, start: Start) -> None:
-    """Say what compiling took, and what the run is that now begins to train."""
+    """Print the compile times and the table that describes the run."""
     progress.paused("compile")
     seconds = programs.compile_seconds
     each = ", ".join(f"{what} {took:.1f} s" for (what, _), took in seconds.items())
@@ -146,7 +146,7 @@ def compiled(run: Run, progress: Progress, programs: Programs, start: Start) -> 
 def save(
     run: Run, progress: Progress, checkpoints: Checkpoints, plan: Plan, step: int, state: TrainState
 ) -> None:
-    """Begin a checkpoint, of what has been reported and found good; not twice after one step."""
+    """Report the step, which raises BadNumbers if it is bad, then start its checkpoint."""
     progress.report(plan.validates(step))
     run.sync()
     facts = facts_to_save(plan, step, progress.training_seconds, progress.unvalidated)
@@ -155,7 +155,7 @@ def save(
 
 
 def end(run: Run, progress: Progress, step: int) -> None:
-    """Say how training went, and where its results are."""
+    """Print the results of training, and where they are."""
     run.progress_ended()
     peak = peak_memory(jax.local_devices()[0])
     losses = validation_losses(run.folder)
@@ -171,7 +171,7 @@ def end(run: Run, progress: Progress, step: int) -> None:
 
 
 def what_next(run: Run) -> str:
-    """What to do with the model that was trained."""
+    """Return the next commands to try with the trained model."""
     return f"""\
 Next:
   python3 sample.py {run.folder} --prompt "Once upon a time"
@@ -180,6 +180,6 @@ Next:
 
 
 def interrupted(run: Run, interruption: Interruption) -> int:
-    """End the trackers of a run that goes on later; the exit status."""
+    """Close the trackers of an interrupted run; return the exit status."""
     run.trackers.close(interruption.exit_status)
     return interruption.exit_status

@@ -1,6 +1,6 @@
-"""Which settings a run has: those of a preset or of another run, changed on the command line.
+"""The settings of a run: those of a preset or another run, overridden on the command line.
 
-No JAX here before it is needed, so that `--help` and mistakes answer at once.
+JAX is imported only where needed, so that `--help` and errors in the arguments appear at once.
 """
 
 import sys
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 
 
 def join_others(given: "Hyperparameters") -> None:
-    """Join the other processes of the run, if there are any: before JAX is used."""
+    """Join the other processes of the run, if there are any. Call it before using JAX."""
     where = given.coordinator_address, given.num_processes, given.process_id
     if where == (None,) * 3 and not launched_with_others():
-        return  # known without loading JAX
+        return  # without loading JAX
     import jax
 
     from nanogpt.devices.processes import join_processes
 
-    if given.device == "cpu":  # before others would tell of the accelerators they have
+    if given.device == "cpu":  # before processes exchange their lists of accelerators
         jax.config.update("jax_platforms", "cpu")
     join_processes(*where)
 
 
 def leave(status: int) -> int:
-    """The exit status of a process that failed; if it is one of several, the process ends here."""
+    """Return the exit status of a process that failed; one of several processes exits here."""
     if "jax" in sys.modules:
         from nanogpt.devices import processes
 
@@ -49,7 +49,7 @@ def leave(status: int) -> int:
 def settings(
     given: "Hyperparameters", presets: Mapping[str, "Hyperparameters"], override: "Override"
 ) -> "Hyperparameters":
-    """The settings that the arguments ask for: `given`, and what `override` makes of others."""
+    """Return the settings of a run: defaults chosen by the options in `given`, then `override`."""
     kind = type(given)
     sources = [name for name in ("resume", "init_from", "config") if getattr(given, name)]
     if len(sources) > 1:
@@ -87,21 +87,21 @@ def settings(
 
 
 def suited_to_data(start: "Hyperparameters", asked: "Hyperparameters") -> "Hyperparameters":
-    """The defaults for the tokenizer in `asked`, and for your own text if it has some."""
+    """Adapt the defaults `start` to the tokenizer, and to own text if any, in `asked`."""
     if asked.data or asked.tokenizer != start.tokenizer:
         tokenizer, model = TOKENIZERS[asked.tokenizer], start.model
         separator = None if model.document_separator is None else tokenizer.separator
         model = replace(model, vocab_size=tokenizer.vocab_size, document_separator=separator)
         start = replace(start, model=model, sample_prompt=type(start).sample_prompt)
-    if asked.data:  # of any order and length
+    if asked.data:  # documents in any order and of any length
         start = replace(start, shuffle=True, max_document_length=None)
     return start
 
 
 def with_own_text(hp: "Hyperparameters") -> "Hyperparameters":
-    """The settings with the shards of `data`, which are made now unless they are there.
+    """Return the settings with the shards of `data`, which are created if missing.
 
-    Raises ConfigError if a run is resumed whose text was another.
+    Raises ConfigError if a resumed run was trained on other text.
     """
     if not hp.data or (hp.resume and glob(hp.train_files or "")):
         return hp
@@ -116,9 +116,9 @@ def with_own_text(hp: "Hyperparameters") -> "Hyperparameters":
 
 
 def preset_for_hardware(device: str) -> str:
-    """`speedrun` where JAX finds an accelerator that may be used, else `laptop`."""
+    """Return `speedrun` if JAX finds an accelerator that may be used, else `laptop`."""
     if device == "cpu" or not (find_spec("jax_plugins") or find_spec("libtpu")):
-        return "laptop"  # known without loading JAX: it was installed for CPUs only
+        return "laptop"  # without loading JAX, which is installed for CPUs only
     from nanogpt.devices.accelerator import use_device
 
     return "laptop" if use_device() == "cpu" else "speedrun"

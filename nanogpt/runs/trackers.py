@@ -1,11 +1,11 @@
-"""Curves of a run in TensorBoard and Weights & Biases, each imported only when asked for.
+"""Curves of a run in TensorBoard and Weights & Biases, each imported only if requested.
 
 runs/<name>/tensorboard/   event files: tensorboard --logdir runs
-            wandb/         what W&B keeps here; with WANDB_MODE=offline all of it, for `wandb sync`
-            wandb_id       as which W&B knows the run
+            wandb/         W&B's local files; with WANDB_MODE=offline everything, for `wandb sync`
+            wandb_id       W&B's id of the run
 
-metrics.jsonl is the record of a run, these are views of it: the same numbers, under names that
-group well. So whatever fails here after the start is told once and ends no run.
+metrics.jsonl is the record of a run; these are views of it, with the same numbers under grouped
+names. So a failure here after the start is reported once and does not stop the run.
 """
 
 import os
@@ -30,42 +30,42 @@ NAMES = {
     "step_time_s": "speed/step_time_s",
     "tokens_per_s": "speed/tokens_per_s",
 }
-"""What the numbers of metrics.jsonl are called in the trackers; others keep their names."""
+"""Names in the trackers for metrics in metrics.jsonl; others keep their names."""
 
-PATIENCE = 30  # seconds that W&B's server has to answer, at the start and at the end
+PATIENCE = 30  # seconds to wait for W&B's server, at the start and at the end
 
 
 class Tracker(Protocol):
-    """Something that shows the curves of a run. Its methods may raise any error."""
+    """The interface of a tracker, which shows curves of a run. Its methods may raise any error."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
-        """Take the metrics of a step; steps come in order, each once."""
+        """Log the metrics of a step; steps come in order, each once."""
 
     def close(self, status: int) -> None:
-        """The run has ended, with this exit status."""
+        """End tracking, with the exit status of the run."""
 
 
 class Trackers:
-    """The trackers of a run, none at first. One that fails is told of once, then left alone."""
+    """The trackers of a run, initially none. One that fails is reported once, then removed."""
 
     def __init__(self, say: Callable[[str], None]):
         self._say = say
         self._trackers: dict[str, Tracker] = {}
 
     def add(self, name: str, make: Callable[..., Tracker], *arguments: Any) -> None:
-        """Track with what `make` opens, too. Raises its ConfigError, which is the user's to see."""
+        """Add the tracker that `make` opens. Raises only its ConfigError, for the user."""
         tracker = self._attempt(name, make, *arguments)
         if tracker is not None:
             self._trackers[name] = tracker
 
     def log(self, record: dict[str, float]) -> None:
-        """Pass on a record of metrics.jsonl."""
+        """Log a record of metrics.jsonl."""
         metrics = {NAMES.get(name, name): value for name, value in record.items() if name != "step"}
         for name, tracker in list(self._trackers.items()):
             self._attempt(name, tracker.log, record["step"], metrics)
 
     def close(self, status: int) -> None:
-        """End tracking, with the exit status of the run; a second time does nothing."""
+        """End tracking, with the exit status of the run; a second call does nothing."""
         for name, tracker in list(self._trackers.items()):
             self._attempt(name, tracker.close, status)
         self._trackers.clear()
@@ -75,16 +75,16 @@ class Trackers:
             return function(*arguments)
         except ConfigError:
             raise
-        except Exception as error:  # whatever a network, a disk or a library may come up with
+        except Exception as error:  # any failure of a network, a disk or a library
             self._trackers.pop(name, None)
-            self._say(f"WARNING: {name} gets nothing more of this run: {error!r}")
+            self._say(f"WARNING: {name} logging stopped: {error!r}")
 
 
 def check_trackers(tensorboard: bool, wandb: bool) -> None:
-    """Import what the trackers asked for need. Raises ConfigError where it is not installed."""
+    """Import the libraries of the requested trackers. Raises ConfigError if one is missing."""
     for option, asked, module in (
         ("tensorboard", tensorboard, "tensorboard.summary.writer.record_writer"),
-        ("wandb", wandb, "wandb.sdk"),  # a mere folder wandb/, as W&B leaves them, has no sdk
+        ("wandb", wandb, "wandb.sdk"),  # which W&B's folders called wandb/ do not have
     ):
         try:
             if asked:
@@ -105,16 +105,16 @@ def open_trackers(
     tensorboard: bool,
     wandb: bool,
 ) -> Trackers:
-    """Begin to track the run in `folder`, or go on with it; it is shown under the folder's name.
+    """Start or resume tracking of the run in `folder`, under the folder's name.
 
     Args:
         config: its hyperparameters, for W&B.
-        first: the step that will be logged first. An earlier process may have logged it and later
-            ones: TensorBoard then shows the new numbers, W&B, which takes no step twice, the old.
-        say: tells the user a line.
+        first: the first step to be logged. An earlier process may have logged it and later ones:
+            TensorBoard then shows the new numbers, W&B, which accepts each step once, the old.
+        say: prints a line for the user.
 
     Raises:
-        ConfigError: a library is missing, or nobody is logged in to W&B.
+        ConfigError: if a library is missing, or the user is not logged in to W&B.
     """
     check_trackers(tensorboard, wandb)
     trackers = Trackers(say)
@@ -127,7 +127,7 @@ def open_trackers(
 
 
 class TensorBoard:
-    """Writes an event file per process. Values are float32 there: TensorBoard knows no other."""
+    """Writes an event file per process. Values are float32, TensorBoard's only type."""
 
     def __init__(self, folder: Path, first: int):
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -136,10 +136,10 @@ class TensorBoard:
 
         self._Event, self._Summary = Event, Summary
         (folder / "tensorboard").mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}"  # read in this order
+        name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}"  # read in order of name
         self._writer = RecordWriter((folder / "tensorboard" / name).open("xb"))
         self._write(file_version="brain.Event:2")
-        # What other files say of this step and later ones is void.
+        # This discards the events of earlier files from this step on.
         self._write(step=first, session_log=SessionLog(status=SessionLog.START))
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
@@ -150,15 +150,15 @@ class TensorBoard:
         self._writer.close()
 
     def _write(self, **fields: Any) -> None:
-        """Append an event, at once: kill -9 loses none, and a full disk is noticed."""
+        """Append and flush an event, so that kill -9 loses none and a full disk is noticed."""
         self._writer.write(self._Event(wall_time=time.time(), **fields).SerializeToString())
         self._writer.flush()
 
 
 class WeightsAndBiases:
-    """Logs to the project in WANDB_PROJECT; W&B's other variables, as WANDB_MODE, hold as well.
+    """Logs to the project in WANDB_PROJECT; W&B's other variables, like WANDB_MODE, also apply.
 
-    W&B sends from a process of its own, which also bridges gaps of the network.
+    W&B sends from a separate process, which also handles interruptions of the network.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any]):
@@ -179,11 +179,11 @@ class WeightsAndBiases:
             )
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise ConfigError(
-                f"--wandb cannot begin ({str(error).rstrip('.')}): run `wandb login`, set "
-                "WANDB_MODE=offline to keep the run on this disk, or leave out --wandb."
+                f"--wandb cannot start ({str(error).rstrip('.')}): run `wandb login`, set "
+                "WANDB_MODE=offline to log to disk only, or leave out --wandb."
             ) from error
         known.write_text(f"{self._run.id}\n", encoding="utf-8")
-        self._next = self._run.step  # of a resumed run, the one after the last it has
+        self._next = self._run.step  # for a resumed run, the step after its last
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         if step >= self._next:  # W&B would ignore it, with a warning each time

@@ -1,12 +1,12 @@
-"""Checkpoints that can be trusted after any fault: written whole by saving.py, checked before use.
+"""Checkpoints that are safe after any fault: written atomically by saving.py, checked before use.
 
     runs/<name>/checkpoints/00000500/    the state after step 500
         params/, rest/, ...              nested arrays, by Orbax: JSON and numbers, no code
         manifest.json                    size and SHA-256 of every file, written last
 
-A folder without a manifest is what an interrupted save left. Files are on disk before the manifest
-names them, so not even a power cut makes half a checkpoint look whole; and a file that changed
-later no longer has its SHA-256.
+A folder without a manifest is from an interrupted save. Files are on disk before the manifest is
+written, so that even after a power cut a partial checkpoint is recognized; a file that changes
+later no longer matches its SHA-256.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ FORMAT = 1
 RESTORE = "restore it"
 MANIFEST = "manifest.json"
 
-logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax prints what it also raises
+logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the errors that it also raises
 
 
 class CheckpointError(ConfigError):
@@ -39,24 +39,24 @@ class CheckpointError(ConfigError):
 
 
 class Facts(TypedDict, total=False):
-    """What a run notes beside its state."""
+    """What a checkpoint records besides the state."""
 
     tokens: Total  # trained on so far
     training_seconds: float
-    unvalidated: dict[str, float] | None  # metrics of a step that is validated afterwards
-    shards: dict[str, list[Shard]]  # those that it trains on, "train", and validates on, "val"
-    settings: dict[str, Any]  # those that decide what it learns
+    unvalidated: dict[str, float] | None  # metrics of the step, if it is still to be validated
+    shards: dict[str, list[Shard]]  # training shards, "train", and validation shards, "val"
+    settings: dict[str, Any]  # the settings that determine what the run learns
 
 
 class File(TypedDict):
-    """A file of a checkpoint as it was written."""
+    """Size and hash of a checkpoint file when it was written."""
 
     bytes: Total
     sha256: str
 
 
 class Manifest(TypedDict):
-    """What is read of manifest.json."""
+    """The fields of manifest.json that are read."""
 
     format: int
     step: Count
@@ -67,16 +67,16 @@ class Manifest(TypedDict):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every file was found as it was written."""
+    """A checkpoint of which every file is intact."""
 
     folder: Path
     step: int
-    facts: dict[str, Any]  # what `save` was given
-    arrays: dict[str, str]  # type and shape of each array, by name
+    facts: dict[str, Any]  # as given to `save`
+    arrays: dict[str, str]  # dtype and shape of each array, by name
 
 
 def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Checkpoint:
-    """The newest good checkpoint of a run; `say` is told why newer ones are passed over.
+    """Return the newest intact checkpoint of a run; `say` reports why newer ones are skipped.
 
     Raises CheckpointError if there is none.
     """
@@ -88,20 +88,20 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Checkpoint:
                 say(f"WARNING: checkpoint {flaw}: step {checkpoint.step} is used instead.")
             return checkpoint
         flaws.append(f"{folder.name} {checkpoint}")
-    found = f"none of {len(flaws)} is whole ({'; '.join(flaws)})" if flaws else "there is none"
+    found = f"none of {len(flaws)} is intact ({'; '.join(flaws)})" if flaws else "there is none"
     raise CheckpointError(
-        f"{run} has no checkpoint that can be used: {found}. Restore one, or start another run."
+        f"{run} has no usable checkpoint: {found}. Restore one, or start another run."
     )
 
 
 def run_of(folder: Path) -> Path:
-    """The run's folder: this one, or that of the checkpoint runs/<name>/checkpoints/<step>."""
+    """Return the run's folder: this one, or that of a checkpoint runs/<name>/checkpoints/<step>."""
     is_run = folder.parent.name != "checkpoints" or os.path.exists(folder / "config.json")
     return folder if is_run else folder.parent.parent
 
 
 def checkpoint_in(folder: Path, say: Callable[[str], None]) -> Checkpoint:
-    """The newest good checkpoint of a run, or the one that the folder is.
+    """Return the newest intact checkpoint of a run, or the checkpoint in this folder.
 
     Raises CheckpointError if there is none, or if it is damaged.
     """
@@ -116,24 +116,24 @@ def checkpoint_in(folder: Path, say: Callable[[str], None]) -> Checkpoint:
 
 
 def load_state(checkpoint: Checkpoint, shapes: TrainState) -> TrainState:
-    """The state that was saved, bit for bit, onto the devices that the `shapes` name."""
+    """Load a state, bit for bit as it was saved, onto the devices given by `shapes`."""
     loaded = _load(checkpoint, parts_of(shapes))
     return TrainState(params=loaded["params"], **loaded["rest"])
 
 
 def load_params(checkpoint: Checkpoint, shapes: Params) -> Params:
-    """Only the parameters of a state, onto the devices that the `shapes` name."""
+    """Load only the parameters of a state, onto the devices given by `shapes`."""
     return _load(checkpoint, {"params": shapes})["params"]
 
 
 def parts_of(state: TrainState) -> dict[str, Any]:
-    """What is written side by side: the parameters, which can be read alone, and the rest."""
+    """Split a state into parameters, which can be loaded separately, and the rest."""
     rest = dict(vars(state))
     return {"params": rest.pop("params"), "rest": rest}
 
 
 def kinds_of(parts: dict[str, Any]) -> dict[str, str]:
-    """Type and shape of each array, by name."""
+    """Return the dtype and shape of each array, by name."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): f"{a.dtype}{list(a.shape)}"
         for path, a in jax.tree.leaves_with_path(parts)
@@ -141,25 +141,25 @@ def kinds_of(parts: dict[str, Any]) -> dict[str, str]:
 
 
 def check_model(checkpoint: Checkpoint, params: Params) -> None:
-    """Raise CheckpointError unless a checkpoint has parameters of these shapes and dtypes."""
+    """Raise CheckpointError unless a checkpoint's parameters have these shapes and dtypes."""
     _check_kinds(checkpoint, {"params": params})
 
 
 def _check_kinds(checkpoint: Checkpoint, shapes: dict[str, Any]) -> None:
-    """Raise CheckpointError unless the parts of a state that are asked for are as in the shapes."""
+    """Raise CheckpointError unless the parts of the state in `shapes` match the checkpoint's."""
     wanted = kinds_of(shapes)
     saved = {name: k for name, k in checkpoint.arrays.items() if name.split(".")[0] in shapes}
     if different := saved.items() ^ wanted.items():
         name, _ = min(different)
         raise CheckpointError(
-            f"{checkpoint.folder} is not of the model in config.json, which has "
+            f"{checkpoint.folder} does not match the model in config.json, which has "
             f"{wanted.get(name, 'nothing')} as {name} where it has {saved.get(name, 'nothing')}: "
             "restore config.json, or give another run."
         )
 
 
 def _load(checkpoint: Checkpoint, shapes: dict[str, Any]) -> dict[str, Any]:
-    """The parts of a state that are asked for, if they are what the shapes say."""
+    """Load the parts of a state in `shapes`, after checking them."""
     folder = checkpoint.folder.resolve()
     _check_kinds(checkpoint, shapes)
     try:
@@ -173,14 +173,14 @@ def _load(checkpoint: Checkpoint, shapes: dict[str, Any]) -> dict[str, Any]:
 
 
 def saves_in(checkpoints: Path) -> list[Path]:
-    """The folders of all saves, finished or not, newest first."""
+    """Return the folders of all saves, finished or not, newest first."""
     name = re.compile(r"(\d{8,})(\.orbax-checkpoint-tmp.*)?")
     saves = [path for path in checkpoints.glob("*") if name.fullmatch(path.name)]
     return sorted(saves, key=lambda path: int(path.name.partition(".")[0]), reverse=True)
 
 
 def examined(folder: Path) -> Checkpoint | str:
-    """The checkpoint in a folder if all of it is as it was written, else what is wrong with it."""
+    """Return the checkpoint in a folder if it is intact, otherwise what is wrong with it."""
     try:
         found = read_json(folder / MANIFEST, dict[str, Any], RESTORE)
         if found.pop("sha256", None) != digest_of(found):

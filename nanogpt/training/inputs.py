@@ -1,4 +1,4 @@
-"""What each step of a run reads, on the devices."""
+"""The inputs of each step of a run, on the devices."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -14,16 +14,16 @@ from nanogpt.training.plan import Plan
 
 
 class Inputs:
-    """The batches of a run. They are the same rows for any number of devices and micro-batches.
+    """The batches of a run, with the same rows for any number of devices and micro-batches.
 
-    Raises ShardError where the shards hold no row of some stage, or too few to validate on.
+    Raises ShardError if the shards have no row for some stage, or too few validation tokens.
     """
 
     def __init__(self, plan: Plan, mesh: Mesh):
         hp = plan.hp
         self._mesh = mesh
         self._order = RowOrder(partial(_rows, plan), hp.schedule, hp.shuffle)
-        self._order(hp.num_steps)  # looks into the shards for rows of every stage
+        self._order(hp.num_steps)  # checks that the shards have rows for every stage
         self._validation = [
             ValidationRows(
                 [*plan.dataset.val_files],
@@ -37,7 +37,7 @@ class Inputs:
         ]
 
     def batch(self, plan: Plan, step: int) -> Int[Array, "Ng R T1"]:
-        """The batch of a step, in rows of T1 = T + 1 tokens; `plan` says how it is divided."""
+        """Return the batch of a step, in rows of T1 = T + 1 tokens and the plan's micro-batches."""
         stage = plan.hp.schedule.stage(step)
         rows, number = self._order(step)
         Ng, R = plan.shape(stage)
@@ -45,7 +45,7 @@ class Inputs:
         return put(self._mesh, BATCH, shape, partial(train_batch, rows, number, (Ng, R)))
 
     def validation(self, plan: Plan, stage: int) -> Iterator[Int[Array, "R T1"]]:
-        """The validation batches, in rows as long as those of a stage."""
+        """Yield the validation batches, in rows of a stage's length."""
         rows, (_, R) = self._validation[stage], plan.shape(stage)
         for first in range(0, len(rows), R):
             shape = R, plan.stages[stage].row_length + 1
@@ -53,7 +53,7 @@ class Inputs:
 
 
 def _rows(plan: Plan, T: int, start: int) -> Rows:
-    """The training rows of T + 1 tokens, from an offset of the data on."""
+    """Return the training rows of T + 1 tokens, starting at an offset in the data."""
     hp = plan.hp
     return Rows(
         [*plan.dataset.train_files],

@@ -1,12 +1,12 @@
-"""Signals that end a run: the first asks it to save before, the second ends it at once.
+"""Signals that end a run: on the first it saves before exiting, on the second it exits at once.
 
-A process that is told to go (SIGTERM by a scheduler, Ctrl-C by its user, SIGHUP by a terminal that
-closes) gets some seconds. While there is something to save, the first signal only leaves a request,
-which the training loop sees after the step under way. At other times, and at a second signal, the
-process ends at once.
+A process that is asked to end (SIGTERM from a scheduler, Ctrl-C from the user, SIGHUP from a closed
+terminal) has some seconds left. While there is something to save, the first signal only sets a
+request, which the training loop checks after the current step. At other times, and on a second
+signal, the process exits at once.
 
-A thread of its own acts on them: the main thread may be waiting in a compiler or for another
-process, where Python calls no handler.
+Signals are handled in a separate thread: the main thread may be waiting in a compiler or for
+another process, where Python does not call handlers.
 """
 
 import os
@@ -20,9 +20,9 @@ SIGNALS = [getattr(signal, x) for x in ("SIGINT", "SIGHUP", "SIGTERM") if hasatt
 
 
 class Interruption:
-    """Handles the signals while it is entered.
+    """Context manager that handles the signals.
 
-    `patient` says whether there is something to save; `signal` is the one that asked, or None.
+    `patient` is whether there is something to save; `signal` is the signal received, or None.
     """
 
     def __init__(self):
@@ -32,9 +32,9 @@ class Interruption:
 
     def __enter__(self) -> "Interruption":
         self._before = {}
-        if threading.current_thread() is not threading.main_thread():  # Python's rule for handlers
+        if threading.current_thread() is not threading.main_thread():  # Python allows no handlers
             return self
-        # What is ignored already, as by nohup, stays ignored.
+        # Signals that are already ignored, as with nohup, stay ignored.
         numbers = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         arrived, self._arriving = os.pipe()
         os.set_blocking(self._arriving, False)
@@ -56,7 +56,7 @@ class Interruption:
             os.close(self._arriving)
 
     def be_patient(self) -> None:
-        """From now on there is something to save."""
+        """Wait for a save on the first signal: from now on there is something to save."""
         if _distributed():
             from nanogpt.devices.processes import tell_all_of_sigterm
 
@@ -65,30 +65,30 @@ class Interruption:
 
     @property
     def exit_status(self) -> int:
-        """What a shell reports of a process that ended by this signal: 130 for Ctrl-C, ..."""
+        """The status that a shell reports for a process killed by this signal: 130 for Ctrl-C."""
         return 128 + (self.signal or signal.SIGTERM)
 
     def hurries(self) -> bool:
-        """Whether this process may leave out what only it would leave out."""
+        """Return whether to cut work short: on a signal, if there is only one process."""
         return self.signal is not None and not _distributed()
 
     def requested(self) -> bool:
-        """Whether to end after this step. To be asked once, at every step.
+        """Return whether to end after this step. Call exactly once per step.
 
-        Several processes agree on one, some steps after the signal; JAX says so at that step only.
+        Several processes agree on a step, a few after the signal; JAX reports only that step.
         """
         if _distributed():
             from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-            # Counted from the first step of this process: JAX takes one that was not yet asked
-            # to be at 0.
+            # Counted from this process's first step: JAX assumes that a process which has not
+            # asked yet is at step 0.
             self._asked += 1
             self._agreed = reached_preemption_sync_point(self._asked) or self._agreed
             return self._agreed
         return self.signal is not None
 
     def _watch(self, arrived: int) -> None:
-        """In a thread: act on each signal as soon as it arrives."""
+        """Handle each signal as soon as it arrives; runs in a thread."""
         with open(arrived, "rb", buffering=0) as pipe:
             while number := pipe.read(1):
                 if number[0] in SIGNALS:
@@ -106,13 +106,13 @@ class Interruption:
 
 
 def _distributed() -> bool:
-    """Whether several processes train together, so that JAX tells all what is told to one."""
+    """Return whether several processes train together; JAX then reports a signal to all."""
     import jax
 
     return jax.distributed.is_initialized()
 
 
 def _write(text: str) -> None:
-    """Not by print, which the main thread may be in the middle of."""
+    """Write to standard error, without print, which the main thread may be executing."""
     with suppress(OSError, ValueError):  # the console may be gone
         os.write(sys.stderr.fileno(), text.encode())

@@ -1,4 +1,4 @@
-"""What a run needs of a device's memory, reckoned from shapes before anything is compiled."""
+"""Estimates of a run's device memory, from shapes, before anything is compiled."""
 
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,34 +15,34 @@ if TYPE_CHECKING:
 
     from train_gpt import Hyperparameters
 
-USABLE = 15 / 16  # of the memory; the rest is for compiled programs and for gaps between arrays
+USABLE = 15 / 16  # share of the memory; the rest is for compiled programs and fragmentation
 
 
 def row_bytes(hp: "Hyperparameters", kernels: Kernels) -> float:
-    """Bytes of activations that a row of sequence_length tokens needs, about."""
+    """Estimate the bytes of activations for a row of sequence_length tokens."""
     T, flash = hp.sequence_length, kernels.attention != "xla"
     return T * activation_bytes(hp.model, T, hp.dtype, flash, kernels.rematerialize)
 
 
 class Sizes(NamedTuple):
-    """What stays in memory while a run computes its activations."""
+    """The memory a run needs besides activations."""
 
     num_parameters: int
     state: int
     """Bytes of parameters and optimizer state."""
     device_state: int
-    """What each device holds of them."""
+    """Bytes of these on each device."""
     working: int
-    """Bytes on each device of the gradients, added up in float32, and of what the parameters are
-    computed with: copies in the dtype of the run, or with shard_params all that was gathered."""
+    """Bytes on each device for gradients, accumulated in float32, and for the parameters used in
+    computation: copies in the run's dtype, or with shard_params the gathered parameters."""
 
 
 def sizes_of(
     hp: "Hyperparameters", optimizer: "GradientTransformation", readers: int, sharers: int
 ) -> Sizes:
-    """The sizes for so many devices that read different rows, and so many that share each.
+    """Return the sizes for `readers` devices along "data" and `sharers` along "model".
 
-    Raises ConfigError where the devices cannot divide an array evenly.
+    Raises ConfigError if an array cannot be sharded evenly.
     """
 
     def init(key: jax.Array) -> tuple:

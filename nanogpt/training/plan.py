@@ -1,8 +1,8 @@
-"""What a run will do, decided once, before anything is compiled.
+"""The plan of a run, decided once, before anything is compiled.
 
-`plan_here` looks at the devices, the data and the attention kernels of this machine; `make_plan`
-decides from that and the hyperparameters alone. A plan is data: it can be printed, compared and
-tested without compiling anything.
+`plan_here` inspects the devices, the data and the attention kernels of this machine; `make_plan`
+decides everything from these and the hyperparameters. A plan is data: it can be printed, compared
+and tested without compiling anything.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -44,7 +44,7 @@ class Hardware:
     count: int
     processes: int
     memory: float | None
-    """Bytes of each device that JAX may use; None where it does not say, as on CPUs."""
+    """Bytes that JAX may use on each device; None if unknown, as on CPUs."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class StagePlan:
 
     first_step: int
     last_step: int
-    """Below first_step for a stage without steps."""
+    """Less than first_step for a stage without steps."""
     model: GPTConfig
     used_model: GPTConfig
-    """The same with the windows that it validates with."""
+    """The same with the windows for validation."""
     tied_head: bool
-    """Whether embedding and head learn as one."""
+    """Whether embedding and head are tied."""
     row_length: int
     """Tokens per row, T."""
     tokens_per_step: int
@@ -67,42 +67,42 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will do."""
+    """Everything a run will do."""
 
     hp: "Hyperparameters"
     hardware: Hardware
     dataset: Dataset
     stages: tuple[StagePlan, ...]
     readers: int
-    """Devices along "data", which train on different rows."""
+    """Number of devices along "data", which train on different rows."""
     sharers: int
-    """Devices along "model", which share the same rows."""
+    """Number of devices along "model", which share the same rows."""
     kernels: Kernels
     attention: str
-    """Which attention kernel runs, and why."""
+    """The attention kernel and the reason for it, in words."""
     batch_size: int
     """Rows of sequence_length tokens per device in one forward and backward pass."""
     row_bytes: float
-    """Bytes of activations that such a row needs, about."""
+    """Approximate bytes of activations for such a row."""
     num_parameters: int
     state_bytes: int
-    """Of parameters and optimizer state."""
+    """Bytes of parameters and optimizer state."""
     device_state_bytes: int
-    """What each device holds of them."""
+    """Bytes of these on each device."""
     working_bytes: int
-    """Of gradients, and of parameters as they are computed with, on each device."""
+    """Bytes on each device for gradients and for the parameters used in computation."""
 
     def shape(self, stage: int) -> tuple[int, int]:
-        """Micro-batches per step, Ng, and rows of each over all devices, R."""
+        """Return Ng, the micro-batches per step, and R, the rows of each over all devices."""
         each = self.stages[stage]
         R = self.batch_size * self.hp.sequence_length // each.row_length * self.readers
         return each.tokens_per_step // (R * each.row_length), R
 
     def smaller(self) -> "Plan | None":
-        """The same run in less memory, None if nothing is left to try.
+        """Return a plan for the same run that needs less memory; None if there is none.
 
-        Its micro-batches are smaller; once they are single rows, its layers are recomputed, unless
-        the settings decide that.
+        It has smaller micro-batches, or if they are single rows already, it recomputes layers in
+        the backward pass, unless the settings decide that.
         """
         if self.batch_size > 1:
             return replace(self, batch_size=fewer(self.batch_size))
@@ -113,20 +113,20 @@ class Plan:
 
     @property
     def num_devices(self) -> int:
-        """All devices of the run."""
+        """Number of devices of the run."""
         return self.readers * self.sharers
 
     @property
     def activation_bytes(self) -> float:
-        """Bytes of activations on each device, about."""
+        """Approximate bytes of activations on each device."""
         return self.batch_size * self.row_bytes
 
     def validates(self, step: int) -> bool:
-        """Whether the loss on the validation tokens is measured after a step."""
+        """Return whether to validate after a step."""
         return due(step, self.hp.val_loss_every, self.hp.num_steps)
 
     def saves(self, step: int, minutes: float = 0.0) -> bool:
-        """Whether the state is saved after a step, so many minutes after the last save."""
+        """Return whether to save the state after a step, this many minutes after the last save."""
         hp = self.hp
         return (
             due(step, hp.checkpoint_every, hp.num_steps)
@@ -135,20 +135,20 @@ class Plan:
         )
 
     def utilization(self, step: int, tokens_per_s: float) -> float | None:
-        """Model FLOPs utilization of a step at this speed, 0 to 1; None on unknown devices."""
+        """Return the MFU of a step at this speed, from 0 to 1; None on unknown devices."""
         flops = self.stages[self.hp.schedule.stage(step)].flops_per_token
         return utilization(tokens_per_s, flops, self.hardware.kind, self.num_devices)
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something is due that is done every so many steps, and after the last."""
+    """Return whether something is due that happens every `every` steps and after the last."""
     return step == last or (every > 0 and step % every == 0)
 
 
 def plan_here(hp: "Hyperparameters") -> Plan:
-    """The plan of a run on this machine; with several processes it is the same in all of them.
+    """Plan a run on this machine; with several processes, the plan is the same in all of them.
 
-    Raises ConfigError, ShardError or CorpusError for what cannot be done here.
+    Raises ConfigError, ShardError or CorpusError if the run is impossible here.
     """
     shared = replace(hp, coordinator_address=None, num_processes=None, process_id=None)
     check_same("settings", [(name, repr(value)) for name, value in asdict(shared).items()])
@@ -170,7 +170,7 @@ def plan_here(hp: "Hyperparameters") -> Plan:
     )
     check_same("data", dataset.contents(hp.verify_data))
     if hp.val_tokens > (available := max(1, dataset.val_tokens - 1)):
-        warning = f"val_tokens is {available:,} instead of {hp.val_tokens:,}, all that there are"
+        warning = f"val_tokens is {available:,}, all there are, instead of {hp.val_tokens:,}"
         hp = replace(hp, val_tokens=available)
         dataset = replace(dataset, warnings=(*dataset.warnings, warning))
     models = [model for stage in stages for model in (stage.model, stage.used_model)]
@@ -185,9 +185,9 @@ def make_plan(
     attention: AttentionKernel,
     attention_line: str,
 ) -> Plan:
-    """The plan of a run on this hardware, with this data and attention kernel.
+    """Plan a run for this hardware, data and attention kernel.
 
-    Raises ConfigError for settings that do not go together there.
+    Raises ConfigError if the settings are not possible with them.
     """
     if hp.checkpoint_minutes is not None and hardware.processes > 1:
         raise ConfigError(
@@ -225,9 +225,9 @@ def make_plan(
 
 
 def division(mesh: str | None, num_devices: int) -> tuple[int, int]:
-    """How many devices read different rows, and how many share each row.
+    """Return the sizes of the mesh axes: devices with different rows, and devices sharing rows.
 
-    Raises ConfigError for a mesh that these devices cannot make, or that leaves some of them idle.
+    Raises ConfigError if the mesh needs more devices, or leaves some of them idle.
     """
     axes = mesh_axes(mesh)
     sharers = axes.get("model") or 1
@@ -246,7 +246,7 @@ def division(mesh: str | None, num_devices: int) -> tuple[int, int]:
 
 
 def stages_of(hp: "Hyperparameters", readers: int) -> tuple[StagePlan, ...]:
-    """The stages of the run; ConfigError if a step of one is not a whole number of passes."""
+    """Plan the stages; raises ConfigError if a step is not a whole number of micro-batches."""
     schedule, stages = hp.schedule, []
     for number, stage in enumerate(hp.stages):
         tokens = schedule.tokens_per_step(number)
@@ -279,7 +279,7 @@ def stages_of(hp: "Hyperparameters", readers: int) -> tuple[StagePlan, ...]:
 
 
 def rows_asked(hp: "Hyperparameters", readers: int) -> int | None:
-    """The batch_size of the settings; fewer rows where a step has fewer for each device."""
+    """Return the batch_size of the settings, or fewer rows if a step has fewer per device."""
     smallest = min(map(hp.schedule.tokens_per_step, range(len(hp.stages))))
     return hp.batch_size and min(hp.batch_size, max(1, smallest // (hp.sequence_length * readers)))
 
@@ -287,7 +287,7 @@ def rows_asked(hp: "Hyperparameters", readers: int) -> int | None:
 def optimizer_of(
     hp: "Hyperparameters", mesh: "Mesh | None" = None
 ) -> "GradientTransformationExtraArgs":
-    """The optimizer of the run; Muon computes in bfloat16 where there are matrix units for it."""
+    """Build the optimizer of the run; Muon computes in bfloat16 on accelerators."""
     on_accelerator = mesh is not None and mesh.devices.flat[0].platform != "cpu"
     return make_optimizer(
         learning_rate=hp.learning_rate,

@@ -1,4 +1,4 @@
-"""What a run executes: compiled, tried, and fitted into memory before its clock starts."""
+"""The programs of a run: compiled, tried and fitted into memory before its clock starts."""
 
 import time
 from collections.abc import Callable
@@ -35,34 +35,34 @@ Init = Callable[[Key[Array, ""]], TrainState]
 
 @dataclass(frozen=True)
 class Programs:
-    """The compiled programs of a run, and what is known of them."""
+    """The compiled programs of a run, with their compile and step times."""
 
     plan: Plan
-    """Its micro-batches fit into memory."""
+    """The plan, with micro-batches that fit into memory."""
     inputs: Inputs
     init: Init
-    """Makes the state before the first step."""
+    """Returns the state before the first step."""
     train: dict[int, Compiled]
-    """Training steps by stage: (state, batch, rates) to (state, metrics)."""
+    """Training steps by stage: (state, batch, rates) -> (state, metrics)."""
     validate: dict[int, Compiled]
-    """By stage: (params, rows) to the sum of the losses."""
+    """Evaluation steps by stage: (params, rows) -> sum of the losses."""
     compile_seconds: dict[tuple[str, int], float]
-    """By name and stage."""
+    """Compile times by name and stage."""
     step_seconds: dict[int, float]
-    """Of one training step of each stage."""
+    """Time of one training step, by stage."""
 
     def train_step(self, step: int) -> Compiled:
-        """The program of an optimizer step."""
+        """Return the program of an optimizer step."""
         return self.train[self.plan.hp.schedule.stage(step)]
 
     def batch(self, step: int) -> Int[Array, "Ng R T1"]:
-        """The batch of an optimizer step, on the devices."""
+        """Return the batch of an optimizer step, on the devices."""
         return self.inputs.batch(self.plan, step)
 
     def validation_loss(
         self, params: Params, step: int, broken_off: Callable[[], bool]
     ) -> float | None:
-        """The validation loss after a step; None as soon as `broken_off` says so."""
+        """Return the validation loss after a step, or None once `broken_off()` is true."""
         stage = self.plan.hp.schedule.stage(step)
         batches = self.inputs.validation(self.plan, stage)
         return validation_loss(
@@ -71,11 +71,11 @@ class Programs:
 
     @property
     def memory(self) -> float:
-        """Bytes that the largest of them needs on each device."""
+        """Bytes that the largest program needs on each device."""
         return max(map(memory_of, [*self.train.values(), *self.validate.values()]))
 
     def seconds_from(self, first_step: int) -> float:
-        """How long training takes from this step to the last, about."""
+        """Estimate the seconds of training from this step to the last."""
         stages = self.plan.stages
         return sum(
             seconds * (stages[number].last_step - max(first_step, stages[number].first_step) + 1)
@@ -83,7 +83,7 @@ class Programs:
         )
 
     def first_state(self, start: Start) -> TrainState:
-        """The state that training begins with: a new one, or that of a checkpoint."""
+        """Return the state to start from: a new one, or that of the checkpoint."""
         key = jax.random.key(self.plan.hp.seed)
         if start.checkpoint is None:
             return self.init(key)
@@ -98,7 +98,7 @@ def prepare_programs(
     console: Console,
     say: Callable[[str], None],
 ) -> Programs:
-    """Compile and try every program that the run still needs, with less memory if it is too little.
+    """Compile and try every program the run still needs, with smaller plans if memory runs out.
 
     Raises ConfigError if not even one row per device fits.
     """
@@ -135,7 +135,7 @@ def prepare_programs(
 
 
 def first_steps(plan: Plan, start: Start) -> dict[int, int]:
-    """The stages that are left, each with the first step that is left of it."""
+    """Return the remaining stages, each with its first remaining step."""
     first = [max(start.first_record, stage.first_step) for stage in plan.stages]
     return {n: step for n, step in enumerate(first) if step <= plan.stages[n].last_step}
 
@@ -147,7 +147,7 @@ def lowered(
     init: Init,
     stages: dict[int, int],
 ) -> dict[tuple[str, int], Lowered]:
-    """The training step and the validation of each stage, ready to be compiled."""
+    """Lower the training and evaluation step of each stage, ready to be compiled."""
     hp, programs = plan.hp, {}
     state = jax.eval_shape(init, jax.random.key(0))
     for stage, step in stages.items():
@@ -173,7 +173,7 @@ def lowered(
 def seconds_of(
     train_step: Compiled, fresh: Callable[[], TrainState], batch: jax.Array, rates: Rates
 ) -> float:
-    """How long a step takes, after a first one that may be slow or run out of memory."""
+    """Return the time of a step, after a first one that may be slow or run out of memory."""
     seconds = 0.0
     for _ in range(2):
         state = jax.block_until_ready(fresh())

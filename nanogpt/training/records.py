@@ -1,4 +1,4 @@
-"""metrics.jsonl, a JSON object for each step, as it is read back; lines of it may be damaged."""
+"""Reading metrics.jsonl, one JSON object per step; lines may be damaged."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -12,7 +12,7 @@ FILE = "metrics.jsonl"
 
 
 class Metrics(TypedDict, total=False):
-    """A line: what is known after an optimizer step."""
+    """A line of metrics.jsonl: the metrics of an optimizer step."""
 
     step: Required[Count]
     train_loss: float
@@ -28,21 +28,21 @@ class Metrics(TypedDict, total=False):
 
 
 def read_records(run: Path) -> Iterator[tuple[bytes, Metrics | ConfigError]]:
-    """Each line of a run's metrics, and what it means or what is wrong with it.
+    """Yield each line of a run's metrics, with its record or the error in it.
 
-    Raises OSError where there are none.
+    Raises OSError if the file cannot be read.
     """
     path = run / FILE
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         try:
             where = f"{path}, line {number:,}"
-            yield line, parsed(line.rstrip(), Metrics, where, "repair it or take it out")
+            yield line, parsed(line.rstrip(), Metrics, where, "repair or remove it")
         except ConfigError as error:
             yield line, error
 
 
 def validation_losses(run: Path) -> dict[int, float]:
-    """The validation losses in a run's metrics, by step; none if there are no metrics."""
+    """Return the validation losses in a run's metrics, by step; empty if there are no metrics."""
     with suppress(OSError):
         records = (record for _, record in read_records(run) if isinstance(record, dict))
         return {r["step"]: r["val_loss"] for r in records if "val_loss" in r}

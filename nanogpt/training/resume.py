@@ -1,6 +1,6 @@
-"""Going on with a run: which one, with which settings, and on the same data as before.
+"""Resuming a run: which run, with which settings, and on the same data as before.
 
-Or with its weights only: the settings of another run that begins with them.
+Also the settings of a new run that starts from another run's weights.
 """
 
 import os
@@ -21,8 +21,8 @@ Settings = TypeVar("Settings", bound="Hyperparameters")
 
 RESTORE = "restore it, or give another run"
 
-# What may change when a run is resumed: nothing of what it learns from its next batches, but for
-# num_steps, which says how far it goes, and what says how its work is divided.
+# Settings that may change when a run is resumed. Apart from num_steps, they do not affect what it
+# learns, only how its work is distributed and what it validates, saves and reports.
 CHANGEABLE = {
     "batch_size",
     "num_steps",
@@ -48,14 +48,14 @@ CHANGEABLE = {
     "tensorboard",
     "wandb",
 }
-# Where a run lies, what it reads, and where its settings came from. Of data, the content counts.
+# Names, paths and sources of settings. Data is identified by its content instead.
 PLACES = {"run_name", "preset", "config", "init_from", "train_files", "val_files", "data"}
-# Settings that older runs do not have, with the values that leave those runs as they were.
+# Settings that older runs do not have, with values that do not change those runs.
 ADDED = {"learning_rate_factor": 1.0, "checkpoint_minutes": None, "keep_best": False}
 
 
 def run_to_resume(resume: str) -> Path:
-    """The folder that `--resume` names, or for "auto" the run in runs/ that was started last.
+    """Return the folder given by `--resume`, or for "auto" the run in runs/ that started last.
 
     Raises ConfigError if there is no run.
     """
@@ -63,11 +63,11 @@ def run_to_resume(resume: str) -> Path:
         folder = Path(resume)
         if os.path.isfile(folder / "model.safetensors"):
             raise ConfigError(
-                f"{folder} is an exported model, not a run: name the run that it comes from, or "
-                "begin with its weights (--init-from)."
+                f"{folder} is an exported model, not a run: give the run that it comes from, or "
+                "start from its weights (--init-from)."
             )
-        if not os.path.isfile(folder / "config.json"):  # also where it can be no path at all
-            raise ConfigError(f"{folder} holds no run to resume: it has no config.json.")
+        if not os.path.isfile(folder / "config.json"):  # false also for invalid paths
+            raise ConfigError(f"{folder} is not a run that can resume: it has no config.json.")
         return folder
     runs = [config.parent for config in Path("runs").glob("*/config.json")]
     if not runs:
@@ -76,12 +76,12 @@ def run_to_resume(resume: str) -> Path:
 
 
 def refuse_earlier_version(path: Path) -> None:
-    """Raise ConfigError for the config.json of a version whose models had other parameters.
+    """Raise ConfigError for a config.json of an earlier version with other model parameters.
 
-    It says which commit can use it, where the run.json of the run, or an exported folder, tells.
+    The message names the commit that can use it, if run.json or the exported folder has it.
     """
     found: dict[str, Any] = {}
-    with suppress(ConfigError):  # whatever else is wrong with it is told when it is read
+    with suppress(ConfigError):  # anything else wrong with it is reported when it is read
         found = read_json(path, dict[str, Any], "")
     model, circumstances = found.get("model"), found.get("from")
     if not isinstance(model, dict) or "earlier_windows" not in model:
@@ -92,13 +92,13 @@ def refuse_earlier_version(path: Path) -> None:
     known = isinstance(commit, str) and commit != "unknown"
     use = f"check out its commit, {commit.removesuffix('-dirty')}," if known else "use that version"
     raise ConfigError(
-        f"{path} is of an earlier version, whose models had other parameters: {use} to continue "
+        f"{path} is from an earlier version, whose models had other parameters: {use} to continue "
         "with it, or give another run."
     )
 
 
 def saved_settings(kind: type[Settings], path: Path) -> Settings:
-    """The settings in a run's config.json; ConfigError if they cannot be read or make no sense."""
+    """Read the settings in a run's config.json; raises ConfigError if they are invalid."""
     refuse_earlier_version(path)
     saved = checked(ADDED | read_json(path, dict[str, Any], RESTORE), kind, path, RESTORE)
     with found_in(path, RESTORE):
@@ -109,9 +109,9 @@ def saved_settings(kind: type[Settings], path: Path) -> Settings:
 def resumed_settings(
     kind: type[Settings], run: Path, override: Callable[[Settings], Settings]
 ) -> Settings:
-    """The settings that the run was started with, overridden where that is allowed.
+    """Return the settings that the run was started with, overridden where allowed.
 
-    Raises ConfigError if they cannot be read, or if `override` changes what may not change.
+    Raises ConfigError if they cannot be read, or if `override` changes one that must not change.
     """
     before = saved_settings(kind, run / "config.json")
     after = override(before)
@@ -126,7 +126,7 @@ def resumed_settings(
 
 
 def check_same_data(run: Path, before: dict[str, Any], now: Dataset) -> None:
-    """Raise ConfigError if the shards are not those that the run began with."""
+    """Raise ConfigError if the shards are not those the run started with."""
     for side, verb in (("train", "trained"), ("val", "validated")):
         if what := difference(before[side], getattr(now, side)):
             raise ConfigError(

@@ -1,6 +1,6 @@
-"""Writing checkpoints, in the background, so that whatever fails the last good one remains.
+"""Writing checkpoints in the background; whatever fails, the last intact one remains.
 
-checkpoint.py says what a checkpoint is, and reads it.
+checkpoint.py defines what a checkpoint is, and reads it.
 """
 
 import json
@@ -38,9 +38,9 @@ from nanogpt.training.checkpoint import (
 from nanogpt.training.records import validation_losses
 from nanogpt.training.step import TrainState
 
-SPACE = 1.2  # disk space that must be free before a save, in sizes of the state
+SPACE = 1.2  # free disk space required for a save, as a multiple of the size of the state
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-UNDER_WAY = "under way"  # what a process tells the others of its part of a save
+UNDER_WAY = "under way"  # a process's status of its part of a save, for the others
 
 ORBAX = ocp.Context()
 ORBAX.array.saving.use_compression = False  # gains little on weights, for much work
@@ -48,34 +48,34 @@ ORBAX.array.saving.use_replica_parallel = False  # would compile a slice per sha
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run, in the background; leaving it as a context waits for that.
+    """Writes the checkpoints of a run in the background; leaving the context waits for them.
 
-    With several JAX processes all must call `save` at the same steps, onto one file system; the
-    first of them writes the manifest and deletes. A save that fails in one fails in all.
+    With several JAX processes, all must call `save` at the same steps, on a shared file system;
+    process 0 writes the manifest and deletes old ones. A save that fails in one fails in all.
     """
 
     def __init__(self, run: Path, keep: int, say: Callable[[str], None], keep_best: bool = False):
-        """Keep the newest `keep` good ones, at least 1; `say` is told of saves that fail.
+        """Keep the newest `keep` intact ones, at least 1; `say` reports saves that fail.
 
-        With `keep_best`, the one with the lowest validation loss in the run's metrics stays, too.
+        With `keep_best`, the one with the lowest validation loss in the run's metrics is also kept.
         """
         self._run, self._folder = run, run.resolve() / "checkpoints"
         self._keep, self._say, self._keep_best = max(1, keep), say, keep_best
-        # Of the last save:
+        # State of the last save:
         self._begun = time.monotonic()
         self._step, self._under_way = -1, False
-        self._thread: Thread | None = None  # finishes it
+        self._thread: Thread | None = None  # completes the save
         self._reason = ""  # why it failed, if it did
 
     @property
     def minutes(self) -> float:
-        """Since the last save began, or since this process began."""
+        """Minutes since the last save started, or since this process started."""
         return (time.monotonic() - self._begun) / 60
 
     def save(self, state: TrainState, facts: dict[str, Any]) -> None:
-        """Begin to write the state, with facts that JSON can hold; it may be donated on return.
+        """Start to write the state, with JSON-serializable facts; it may be donated on return.
 
-        Waits for the save before. One that fails is told of, and is no reason to end the training.
+        Waits for the previous save first. A save that fails is reported; training continues.
         """
         parts, step = parts_of(state), int(state.step)
         known = {"step": step, "facts": json.loads(json.dumps(facts)), "arrays": kinds_of(parts)}
@@ -84,35 +84,35 @@ class Checkpoints:
             return
         self._step, self._reason, self._begun = step, "", time.monotonic()
         folder = self._folder / f"{step:08}"
-        # What process 0 finds decides for all.
+        # Process 0 decides for all.
         if broadcast_one_to_all(isinstance(examined(folder), Checkpoint)):
-            return  # never in place of a good one, which may be the last
+            return  # never overwrite an intact one, which may be the last
         needed = int(SPACE * sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
         if reasons := failures(told_by_all(self._hindrance(needed))):
             self._failed(reasons[0])
             return
         self._under_way = True
         try:
-            # This copies the arrays into host memory. On CPUs, where they are there already, it
-            # looks at them as they are; JAX does not write into an array that is looked at so.
+            # This copies the arrays to host memory. On CPUs it uses views of the arrays instead;
+            # JAX does not overwrite an array that has such a view.
             with ORBAX:
                 writing = ocp.save_checkpointables_async(str(folder), parts, overwrite=True)
-        except Exception as error:  # a full disk, a forbidden folder, and what nobody thought of
+        except Exception as error:  # a full disk, missing permissions, or anything else
             self._failed(reason_of(error))
         else:
             self._thread = Thread(target=self._finish, args=(folder, known, writing), daemon=True)
             self._thread.start()
 
     def wait(self) -> None:
-        """Return when what was begun is on disk. Raises CheckpointError if the last save failed."""
+        """Wait until the last save is on disk. Raises CheckpointError if it failed."""
         self._join()
         if self._reason:
             raise self._failure
 
     def last_good(self, bad: int) -> str:
-        """A sentence that names the last good checkpoint, or says why there is none.
+        """Return a sentence that names the last good checkpoint, or says why there is none.
 
-        One of step `bad`, with which something is wrong, is deleted.
+        The checkpoint of step `bad`, if there is one, is deleted.
         """
         try:
             self.wait()
@@ -128,10 +128,10 @@ class Checkpoints:
         if kind is None:
             self.wait()
         elif self._thread is not None:
-            self._thread.join()  # the exception under way is the one to be seen
+            self._thread.join()  # the exception that ends the run takes precedence
 
     def _hindrance(self, needed: int) -> str:
-        """Why this process cannot begin to write so many bytes; empty if it can."""
+        """Return why this process cannot write `needed` bytes; empty if it can."""
         try:
             self._folder.mkdir(exist_ok=True)
             if jax.process_index() == 0:
@@ -148,18 +148,18 @@ class Checkpoints:
         return ""
 
     def _finish(self, folder: Path, known: dict[str, Any], writing: ocp.AsyncResponse) -> None:
-        """In the background: wait for the arrays, write the manifest, delete old checkpoints."""
+        """Wait for the arrays, write the manifest and delete old checkpoints; runs in a thread."""
         try:
             writing.result()
             if jax.process_index() == 0:
                 _write_manifest(folder, known)
                 self._delete_old(self._keep, folder)
         except Exception as error:
-            if self._thread is current_thread():  # else it was given up
+            if self._thread is current_thread():  # otherwise this save was abandoned
                 self._failed(reason_of(error))
 
     def _join(self) -> None:
-        """Wait for the last save: until it has ended in all processes, or failed in one."""
+        """Wait until the last save is complete in all processes, or has failed in one."""
         while self._under_way:
             if self._thread is not None:
                 self._thread.join(None if jax.process_count() == 1 else 0.05)
@@ -167,7 +167,7 @@ class Checkpoints:
             told = told_by_all(UNDER_WAY if waits else self._reason)
             reasons = failures(told)
             if reasons and not self._reason:
-                self._thread = None  # it waits for the others, in vain
+                self._thread = None  # it would wait for the others forever
                 self._failed(reasons[0])
             self._under_way = UNDER_WAY in told and not reasons
         self._thread = None
@@ -185,14 +185,14 @@ class Checkpoints:
         self._say(f"WARNING: {self._failure}")
 
     def _delete_unfinished(self) -> None:
-        """Delete what failed and interrupted saves left; none may be under way."""
+        """Delete the remains of failed and interrupted saves; no save may be under way."""
         with suppress(OSError):
             for folder in saves_in(self._folder):
                 if not (folder / MANIFEST).exists():
                     _delete(folder)
 
     def _delete_old(self, keep: int, new: Path | None = None) -> None:
-        """Delete all but the newest good ones and the best; `new` is known to be good."""
+        """Delete all but the newest intact ones and the best; `new` is known to be intact."""
         good, folders = 0, saves_in(self._folder)
         losses = validation_losses(self._run) if self._keep_best else {}
         validated = [x for x in folders if x.name.isdecimal() and int(x.name) in losses]
@@ -205,16 +205,16 @@ class Checkpoints:
 
 
 def failures(told: list[str]) -> list[str]:
-    """Why a save failed, from what each process tells of its part."""
+    """Return the reasons why a save failed, from the status of each process."""
     where = (f" (process {number})" if len(told) > 1 else "" for number in range(len(told)))
     return [f"{x}{y}" for x, y in zip(told, where, strict=True) if x not in ("", UNDER_WAY)]
 
 
 def reason_of(error: Exception) -> str:
-    """What an error says, in a few words."""
+    """Return an error's message, in a few words."""
     reason = (str(error) or type(error).__name__).splitlines()[0]
     reason = re.sub(r"^\[Errno \d+\] ", "", reason)
-    if code := re.search(r"os_error_code='(\d+)'", reason):  # a long message of TensorStore's
+    if code := re.search(r"os_error_code='(\d+)'", reason):  # TensorStore has long messages
         reason = os.strerror(int(code[1]))
     return reason
 
@@ -224,7 +224,7 @@ def _size(folder: Path) -> int:
 
 
 def _delete(folder: Path) -> None:
-    """Delete a save, its manifest first; what the system refuses is tried again at the next."""
+    """Delete a save, its manifest first; files that cannot be deleted are tried again later."""
     if jax.process_index() == 0:
         with suppress(OSError):
             (folder / MANIFEST).unlink(missing_ok=True)
@@ -232,7 +232,7 @@ def _delete(folder: Path) -> None:
 
 
 def _write_manifest(folder: Path, known: dict[str, Any]) -> None:
-    """Bring all files to disk, then the manifest that names them."""
+    """Flush all files to disk, then write the manifest of them."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         _sync(path)
@@ -248,7 +248,7 @@ def _write_manifest(folder: Path, known: dict[str, Any]) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Bring a file's bytes, or a folder's names, to disk."""
+    """Flush a file's bytes, or a folder's names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,9 @@
-"""How far a loss lies above the latest ones, in standard deviations of theirs."""
+"""Loss spikes: how many standard deviations a loss is above recent ones."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-RECENT = 0.05  # weight of a new loss in the running mean and variance: about 20 steps count
+RECENT = 0.05  # weight of a new loss in the running mean and variance, which cover about 20 steps
 
 
 def spike_and_moments(
@@ -13,10 +13,10 @@ def spike_and_moments(
     step: Int[Array, ""],
     finite: Bool[Array, ""],
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
-    """The spike, 0 in the first steps; and the running mean and variance with this loss.
+    """Return the spike, 0 in the first steps, and the running mean and variance with this loss.
 
-    The first loss, at step 0, is the mean; later ones move it (and the variance: West, 1979). A
-    step that is not finite moves nothing.
+    The first loss, at step 0, is the initial mean; later ones update mean and variance (West,
+    1979). A step that is not finite changes neither.
     """
     surprise = loss - mean
     spike = jnp.where(step >= 1 / RECENT, surprise / jnp.sqrt(variance + 1e-12), 0.0)

@@ -1,4 +1,4 @@
-"""Where a run begins: with its first step, or after its newest good checkpoint."""
+"""Where a run starts: at its first step, or after its newest intact checkpoint."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from nanogpt.training.step import init_params
 
 @dataclass(frozen=True)
 class Start:
-    """Where this process begins to train."""
+    """Where this process starts to train."""
 
     checkpoint: Checkpoint | None = None
     validated: bool = False
@@ -30,22 +30,22 @@ class Start:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What was saved beside the state."""
+        """The facts saved with the state."""
         return self.checkpoint.facts if self.checkpoint else {}
 
     @property
     def first_step(self) -> int:
-        """The first step to make."""
+        """The first step to train."""
         return self.checkpoint.step + 1 if self.checkpoint else 1
 
     @property
     def unvalidated(self) -> dict[str, Any] | None:
-        """The record of the step before, if its validation is still to do."""
+        """The record of the step before, if it is still to be validated."""
         return None if self.validated else self.facts.get("unvalidated")
 
     @property
     def training_seconds(self) -> float:
-        """What earlier processes spent on training this run."""
+        """Training time of earlier processes of this run."""
         return self.facts.get("training_seconds", 0.0)
 
     @property
@@ -57,9 +57,9 @@ class Start:
 def facts_to_save(
     plan: Plan, step: int, training_seconds: float, unvalidated: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """What a checkpoint says beside the state, so that a later process can start from it.
+    """Return the facts to save with the state, so that a later process can resume.
 
-    `unvalidated` is the record of the step if its validation is still to come.
+    `unvalidated` is the record of the step if it is still to be validated.
     """
     return {
         "tokens": plan.hp.schedule.tokens(step),
@@ -71,16 +71,16 @@ def facts_to_save(
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
-    """The settings that decide what a run learns, flat, by which its checkpoints are told apart."""
+    """Return the settings that determine what a run learns, flat, to identify its checkpoints."""
     settings = {k: v for k, v in asdict(plan.hp).items() if k not in CHANGEABLE | PLACES}
     return flatten_dict(json.loads(json.dumps(settings)), sep=".")
 
 
 def where_to_begin(plan: Plan, folder: Path, say: Callable[[str], None]) -> Start:
-    """Where the run in this folder begins; beyond its last step if it has made them all.
+    """Return where the run in this folder starts; beyond its last step if it is complete.
 
-    Raises ConfigError where it cannot go on as planned: there is no good checkpoint, the data are
-    others, or its stages would have had other numbers of tokens by now.
+    Raises ConfigError if it cannot resume as planned: there is no intact checkpoint, the data has
+    changed, or its stages would have had other numbers of tokens by now.
     """
     hp = plan.hp
     if not hp.resume:
@@ -104,7 +104,7 @@ def where_to_begin(plan: Plan, folder: Path, say: Callable[[str], None]) -> Star
     if "shards" in start.facts:
         check_same_data(folder, start.facts["shards"], plan.dataset)
     else:
-        say(f"WARNING: {checkpoint.folder} does not tell what its data were: they may be others.")
+        say(f"WARNING: {checkpoint.folder} does not record its data, which may have changed.")
     had, has = start.facts["tokens"], hp.schedule.tokens(checkpoint.step)
     if had != has:
         raise ConfigError(

@@ -9,7 +9,7 @@ from nanogpt.training.step import Params
 
 Summed = Callable[[Params, Int[Array, "R T1"]], Float[Array, ""]]
 
-IN_FLIGHT = 2  # batches that the devices may have before them
+IN_FLIGHT = 2  # most batches dispatched but not finished
 
 
 def validation_loss(
@@ -19,10 +19,10 @@ def validation_loss(
     num_tokens: int,
     broken_off: Callable[[], bool] = lambda: False,
 ) -> float | None:
-    """The mean loss over `num_tokens` targets, in nats; None as soon as `broken_off` says so.
+    """Return the mean loss over `num_tokens` targets, in nats, or None once `broken_off()` is true.
 
-    Only a few batches are in flight. With hundreds, the devices of a CPU wait for each other in
-    different programs, until XLA ends the process; and a GPU would hold them all in memory.
+    Only a few batches are in flight. With hundreds, virtual devices of a CPU wait for each other in
+    different programs until XLA ends the process, and a GPU would hold all of them in memory.
     """
     sums = []
     for batch in batches:

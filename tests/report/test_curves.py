@@ -62,8 +62,8 @@ def failure(capsys, *arguments):
 
 def test_a_folder_that_is_no_runs_is_named(tmp_path, capsys):
     said = failure(capsys, tmp_path / "none")
-    assert "none cannot be read (No such file or directory): name the folders of runs" in said
-    assert f"{tmp_path} is no run: name the folders of runs" in failure(capsys, tmp_path)
+    assert "none cannot be read (No such file or directory): give run folders" in said
+    assert f"{tmp_path} is not a run folder: give run folders" in failure(capsys, tmp_path)
     assert failure(capsys) == "Nothing to draw. Give one or more run folders, e.g. runs/<name>."
 
 

@@ -290,7 +290,7 @@ def test_a_full_disk_is_told_once_and_ends_only_what_it_hit(folder):
         [sys.executable, "-c", FULL_DISK, folder], capture_output=True, text=True, check=True
     )
     [warning] = [line for line in done.stdout.splitlines() if not line.isdecimal()]
-    assert warning.startswith("WARNING: TensorBoard gets nothing more of this run: OSError(27")
+    assert warning.startswith("WARNING: TensorBoard logging stopped: OSError(27")
     assert done.stdout.replace(warning + "\n", "").split() == ["1", "2", "3", "4", "5", "6", "0"]
     assert list(tensorboard_curves(folder)["val/loss"]) == [1, 2, 3]
     again = open_trackers(folder, {}, 3, never, tensorboard=True, wandb=False)
@@ -312,7 +312,5 @@ def test_an_error_of_wandb_is_told_once_and_does_not_reach_the_run(folder, monke
     for step in range(1, 4):
         trackers.log(record(step))
     trackers.close(0)
-    assert told == [
-        "WARNING: Weights & Biases gets nothing more of this run: CommError('no route to host')"
-    ]
+    assert told == ["WARNING: Weights & Biases logging stopped: CommError('no route to host')"]
     assert list(tensorboard_curves(folder)["val/loss"]) == [1, 2, 3]

@@ -480,7 +480,7 @@ def test_no_byte_of_a_manifest_can_change_unnoticed(run):
 def test_when_none_is_whole_the_error_names_them_all(run):
     for name, harm in zip(saves(run), HARMS[:3], strict=True):
         harm(run / "checkpoints" / name)
-    with pytest.raises(CheckpointError, match="none of 3 is whole") as error:
+    with pytest.raises(CheckpointError, match="none of 3 is intact") as error:
         newest_checkpoint(run, say_nothing_is_wrong)
     assert all(f"0000{step} " in str(error.value) for step in ("0010", "0020", "0030"))
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
@@ -857,14 +857,14 @@ def weights_of_another_program(run):
     [
         (no_folder, "no config.json"),
         (no_checkpoint, "no checkpoint that can be used: there is none"),
-        (no_good_checkpoint, "none of 3 is whole"),
+        (no_good_checkpoint, "none of 3 is intact"),
         (config_of_another_program, "config.json: tokenizer is missing: restore it"),
         (config_cut_short, "config.json is not valid JSON .*: restore it"),
         (config_without_stages, "config.json: stages is missing: restore it"),
-        (config_of_another_width, "00000030 is not of the model in config.json.* params.*"),
-        (config_of_another_depth, "00000030 is not of the model in config.json.* params.*"),
-        (config_with_other_arrays, "00000030 is not of the model in config.json.* params.*"),
-        (weights_of_another_program, "none of 1 is whole"),
+        (config_of_another_width, "00000030 does not match the model in config.json.* params.*"),
+        (config_of_another_depth, "00000030 does not match the model in config.json.* params.*"),
+        (config_with_other_arrays, "00000030 does not match the model in config.json.* params.*"),
+        (weights_of_another_program, "none of 1 is intact"),
     ],
 )
 def test_a_folder_that_is_not_a_runs_is_told_in_one_sentence(run, harm, what):
