@@ -1,7 +1,7 @@
-"""How every benchmark starts: it reads its options before anything slow is loaded.
+"""The start of every benchmark: options are parsed before anything slow is imported.
 
-A script has frozen dataclass Options, `main(arguments) -> status`, and imports what needs JAX in
-the functions that use it. So `--help` and mistakes answer at once.
+A script has a frozen dataclass Options and `main(arguments) -> status`, and imports JAX inside the
+functions that use it, so that `--help` and errors in the arguments appear at once.
 """
 
 import inspect
@@ -19,18 +19,18 @@ Options = TypeVar("Options")
 
 
 class Mistake(UserError):
-    """What the user can put right: one sentence, and below it the end of an output."""
+    """A mistake that the user can correct: one sentence, then the last lines of an output."""
 
     def __init__(self, sentence: str, output: str = ""):
         super().__init__("\n".join([sentence, *output.splitlines()[-10:]]))
 
-    __str__ = Exception.__str__  # which leaves the lines apart
+    __str__ = Exception.__str__  # keeps the line breaks
 
 
 def run(
     options: type[Options], work: Callable[[Options], int | None], arguments: list[str] | None
 ) -> int:
-    """Do the work that the arguments ask for, and return the exit status: 2 for a mistake."""
+    """Parse the arguments, do the work and return the exit status: 2 for a mistake."""
     script = Path(inspect.getfile(options)).resolve().relative_to(ROOT).with_suffix("")
     chosen = parse(options, arguments, prog=f"python3 -m {'.'.join(script.parts)}")
     try:
@@ -41,7 +41,7 @@ def run(
 
 
 def check_positive(options: Any, *names: str) -> None:
-    """Raise Mistake unless each of these options is above 0; None is no mistake."""
+    """Raise Mistake unless each of these options is above 0 or None."""
     for name in names:
         value = getattr(options, name)
         for number in value if isinstance(value, tuple) else (value,):
@@ -50,6 +50,6 @@ def check_positive(options: Any, *names: str) -> None:
 
 
 def require(what: str, extra: str, *modules: str) -> None:
-    """Raise Mistake unless one of these modules is installed; `extra` is the one that brings it."""
+    """Raise Mistake unless one of these modules is installed; `extra` is the extra to install."""
     if not any(map(find_spec, modules)):
         raise Mistake(f'This benchmark needs {what}: pip install -e ".[{extra}]"')

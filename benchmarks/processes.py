@@ -1,4 +1,4 @@
-"""Processes that a benchmark starts, and what a run of train_gpt.py leaves behind."""
+"""Running commands in benchmarks, and reading the metrics of train_gpt.py's runs."""
 
 import json
 import shlex
@@ -19,9 +19,9 @@ def output_of(
     *,
     shown: bool = True,
 ) -> str:
-    """What a command prints, shown as it comes; Mistake if it cannot be run or fails.
+    """Run a command and return its output, shown as it is printed; raises Mistake if it fails.
 
-    Without an `environment` it has that of this process.
+    The default `environment` is that of this process.
     """
     if shown:
         print("\n$", shlex.join(command), flush=True)
@@ -57,10 +57,10 @@ def train(
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
-    """The metrics of each step."""
+    """Return the metrics of each step of a run."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def median_step_s(run: Path, warm_up: int) -> float:
-    """Median seconds per step, without the first `warm_up` steps."""
+    """Return the median seconds per step, without the first `warm_up` steps."""
     return statistics.median(step["step_time_s"] for step in logged(run)[warm_up:])

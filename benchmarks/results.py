@@ -1,4 +1,4 @@
-"""Where a benchmark's figures go: `results/<name>.json`, with what is needed to repeat them."""
+"""Saving results in `results/<name>.json`, with what is needed to repeat them."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ FOLDER = Path(__file__).resolve().parent / "results"
 
 
 def save(name: str, figures: dict[str, Any], tiny: bool = False) -> None:
-    """Write the figures beside command, date, commit, hardware and versions, and say where.
+    """Save the results with command, date, commit, hardware and versions, and print the path.
 
-    Those of a script that was only tried with --tiny go to `<name>_tiny.json`.
+    Results of a test with --tiny are saved in `<name>_tiny.json`.
     """
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}{'_tiny' if tiny else ''}.json"

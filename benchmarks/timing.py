@@ -1,4 +1,4 @@
-"""How long something takes, beside other ways to do it."""
+"""Timing of alternatives."""
 
 import math
 import time
@@ -9,9 +9,9 @@ Side = TypeVar("Side", bound=Hashable)
 
 
 def best_in_turn(sides: Mapping[Side, Callable[[], float]], rounds: int) -> dict[Side, float]:
-    """The least time that each side returns.
+    """Return the shortest time of each side.
 
-    They take turns, so that whatever else the machine does slows all alike.
+    The sides alternate, so that other load on the machine slows all of them equally.
     """
     best = dict.fromkeys(sides, math.inf)
     for _ in range(rounds):
@@ -21,7 +21,7 @@ def best_in_turn(sides: Mapping[Side, Callable[[], float]], rounds: int) -> dict
 
 
 def seconds(function: Callable[..., Any], *arguments: Any) -> float:
-    """How long a call takes until its results are there."""
+    """Return the time of a call until its results are ready."""
     import jax
 
     start = time.perf_counter()

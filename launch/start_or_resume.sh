@@ -1,5 +1,5 @@
-# To be sourced with a name and arguments of train_gpt.py: sets `start` to those that begin the run,
-# or go on with it where a job of this name was ended before: the run's own folder has its settings.
+# Source this with a name and arguments of train_gpt.py. It sets `start` to arguments that start the
+# run, or resume it if a job of this name ended before; its folder then has the settings.
 tries=0
 for folder in runs/"$1".[0-9]*; do
     if compgen -G "$folder/checkpoints/*/manifest.json" >/dev/null; then

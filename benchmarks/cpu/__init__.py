@@ -1,1 +1,1 @@
-"""Measurements on a CPU: speed, and what each piece of the recipe is worth."""
+"""Measurements on a CPU: speed, and the value of each piece of the recipe."""

@@ -1,13 +1,13 @@
-"""What each piece of the recipe is worth: a small speedrun, with one piece left out at a time.
+"""Ablation of the recipe: a small speedrun, with one piece left out at a time.
 
     .venv/bin/python -m benchmarks.cpu.ablation          # on CPUs, one run per core at a time
-    .venv/bin/python -m benchmarks.cpu.ablation --gpu    # on Python's packages, as GPT-2's tokens
+    .venv/bin/python -m benchmarks.cpu.ablation --gpu    # on Python's packages, in GPT-2 tokens
 
-Every run trains on as many tokens as the one with all pieces, on the same data, and all are made
-with the same seeds. The table gives the loss that each piece saves: the mean over the seeds of the
-difference of validation losses, run without it minus run with it, and its standard deviation. A
-proxy cannot tell what a large run gains, but it shows which pieces do what they are meant to.
-(Without the document mask the same targets are validated in other rows, which are cut anywhere.)
+Every run uses the same data, number of tokens and seeds as the run with all pieces. The table gives
+the loss that each piece saves: the mean over the seeds of the difference of validation losses, run
+without it minus run with it, and its standard deviation. A proxy does not show the gain in a large
+run, but it shows which pieces work as intended. (Without the document mask, the same targets are
+validated in other rows, which are cut anywhere.)
 """
 
 import sys
@@ -27,13 +27,13 @@ class Options:
     """Train a small speedrun with one piece of its recipe left out at a time."""
 
     gpu: bool = False
-    """The larger proxy, on a GPU, rather than the small one on the CPU."""
+    """Use the larger proxy, on a GPU, instead of the small one on the CPU."""
     seeds: int = 3
-    """Runs of each kind."""
+    """Number of runs of each kind."""
     pieces: tuple[str, ...] = ()
-    """Only the pieces whose names contain one of these."""
+    """Only the pieces with names that contain one of these."""
     num_steps: int | None = None
-    """Steps of each run, in place of those of the proxy."""
+    """Steps of each run; None: those of the proxy."""
     tiny: bool = False
     """Runs of one step and one stage, and a single piece: a test of this script only."""
 
@@ -44,20 +44,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compare(options: Options) -> None:
-    """Train with each piece left out, with every seed; print the table, and save it."""
+    """Train with each piece left out, with every seed; print and save the table."""
     check_positive(options, "seeds", "num_steps")
     from benchmarks.cpu.pieces import BUILT_IN, PIECES
     from benchmarks.cpu.proxy_runs import final_losses
 
     proxy, seeds = proxy_of(options), range(1 if options.tiny else options.seeds)
     variants = {piece: leave_out(proxy) for piece, leave_out in PIECES.items()}
-    # Else the proxy has no such piece.
+    # Leave out pieces that the proxy does not have.
     variants = {piece: hp for piece, hp in variants.items() if hp != proxy}
     variants |= dict.fromkeys(BUILT_IN, proxy)
     wanted = ("YaRN",) if options.tiny else options.pieces
     pieces = [name for name in variants if not wanted or any(part in name for part in wanted)]
     if not pieces:
-        raise Mistake(f"No piece is named like that; there are {', '.join(variants)}.")
+        raise Mistake(f"No piece has such a name; the pieces are {', '.join(variants)}.")
     runs = {
         (piece, seed): (replace(variants.get(piece, proxy), seed=seed), BUILT_IN.get(piece))
         for seed in seeds
@@ -75,7 +75,7 @@ def compare(options: Options) -> None:
 
 
 def proxy_of(options: Options) -> "Hyperparameters":
-    """The run that has all pieces."""
+    """Return the settings of the run with all pieces."""
     from benchmarks.cpu.pieces import CPU, GPU
 
     proxy = GPU if options.gpu else CPU
@@ -93,7 +93,7 @@ def proxy_of(options: Options) -> "Hyperparameters":
 
 
 def print_table(losses: dict[str | None, list[float]]) -> None:
-    """What each piece saves, the most first; the losses with all pieces are those of None."""
+    """Print what each piece saves, largest first; losses[None] are those with all pieces."""
     print(f"with everything: {' '.join(f'{loss:.4f}' for loss in losses[None])}")
     print("| without | costs | sd |\n|---|---|---|")
     gains = {

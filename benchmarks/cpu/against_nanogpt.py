@@ -1,20 +1,20 @@
-"""Time to nanoGPT's loss on a CPU: this trainer against nanoGPT, same text, same machine, one run.
+"""Time to nanoGPT's loss on a CPU: this trainer and nanoGPT on the same text and machine.
 
     .venv/bin/python -m benchmarks.cpu.against_nanogpt
     .venv/bin/python -m benchmarks.cpu.against_nanogpt --nanogpt CHECKOUT --torch-python PYTHON
 
 nanoGPT's documented CPU configuration has 4 layers, 4 heads, width 128, context 64, batch 12, and
-takes 2,000 steps of AdamW. The first form trains that in plain JAX (nanogpt_in_jax.py); the second
-runs a checkout of nanoGPT, unchanged, in a Python that has PyTorch.
+2,000 steps of AdamW. The first command trains it in plain JAX (nanogpt_in_jax.py); the second runs
+a checkout of nanoGPT, unchanged, in a Python that has PyTorch.
 
-The loss to reach is what that run ends with, by a full pass over the first 262,144 tokens of the
-validation split of the embedded corpus. Then `train_gpt.py` trains with `OURS`, from nothing, with
-nothing cached, and validates on the same tokens at its end. Both run as processes of their own, one
+The target is that run's final loss, measured over the first 262,144 tokens of the embedded corpus's
+validation split. Then `train_gpt.py` trains with `our_arguments`, from scratch, without a
+compilation cache, and validates on the same tokens at the end. Both run in separate processes, one
 after the other, and the table gives two times for each:
 
-    whole process    what a user waits: imports, data, initialization, compilation, all validation
-    training         from the moment libraries and data are loaded to the end of the last step,
-                     initialization and compilation included, validation not
+    whole process    the time a user waits: imports, data, initialization, compilation, validation
+    training         from when libraries and data are loaded to the end of the last step, with
+                     initialization and compilation but without validation
 """
 
 import os
@@ -35,12 +35,12 @@ from nanogpt.config import AdamGroups
 from nanogpt.data.corpus import Corpus, embedded_corpus
 from nanogpt.data.shards import find_shards, read_shard
 
-CONTEXT, BATCH = 64, 12  # nanoGPT's
+CONTEXT, BATCH = 64, 12  # as in nanoGPT's configuration
 
 
 @dataclass(frozen=True)
 class Size:
-    """How long each side trains, and on how much both validate."""
+    """The number of training steps of each side, and of validation tokens."""
 
     their_steps: int
     our_steps: int
@@ -58,16 +58,16 @@ class Options:
     nanogpt: Path | None = None
     """A checkout of karpathy/nanoGPT; without one, its configuration is trained in plain JAX."""
     torch_python: Path = Path(sys.executable)
-    """The Python to run nanoGPT in; it must have PyTorch."""
+    """The Python for nanoGPT; it must have PyTorch."""
     repeats: int = 3
-    """Runs of this project's side; the table gives the median and the range."""
+    """Number of runs of this project; the table gives each, and the ratio for their median."""
     tiny: bool = False
-    """A few steps, once: a test of this script, not of the speed."""
+    """Run a few steps, once: a test of this script, not of the speed."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run."""
+    """The result of one run."""
 
     whole_process_s: float
     training_s: float
@@ -109,7 +109,7 @@ def compare(options: Options) -> None:
 
 
 def print_table(name: str, theirs: Result, ours: list[Result]) -> float:
-    """Both sides, ours sorted by time; returns their training time over our median one."""
+    """Print both sides, ours sorted by time; return the ratio of theirs to our median time."""
     median = ours[len(ours) // 2]
     print(f"\n{'':32}{'training':>10}{'process':>10}{'tokens':>11}{'val loss':>10}")
     for label, result in [(name, theirs)] + [("this project", result) for result in ours]:
@@ -128,7 +128,7 @@ def print_table(name: str, theirs: Result, ours: list[Result]) -> float:
 
 
 def our_arguments(size: Size) -> str:
-    """The laptop preset with half the layers and context, for a shorter run."""
+    """Return our arguments: the laptop preset with half the layers and context."""
     betas = " ".join(f"--adam.{each.name}.betas 0.5 0.95" for each in fields(AdamGroups))
     return (
         "--preset laptop --batch-size 12 --sequence-length 64 --total-batch-size 768 "
@@ -140,7 +140,7 @@ def our_arguments(size: Size) -> str:
 
 
 def run_ours(arguments: str, folder: Path) -> Result:
-    """train_gpt.py as a user runs it, nothing cached but the corpus."""
+    """Run train_gpt.py as a user would, with only the corpus cached."""
     folder.mkdir()
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     started = time.perf_counter()
@@ -152,7 +152,7 @@ def run_ours(arguments: str, folder: Path) -> Result:
 
 
 def run_in_jax(size: Size) -> Result:
-    """nanoGPT's configuration in plain JAX."""
+    """Train nanoGPT's configuration in plain JAX."""
     code = (
         "from benchmarks.cpu.nanogpt_in_jax import train; "
         f"train({size.their_steps}, {size.val_tokens})"
@@ -165,7 +165,7 @@ def run_in_jax(size: Size) -> Result:
 
 
 def last_pair(output: str) -> tuple[str, str]:
-    """The two numbers of the last line that has nothing else."""
+    """Return the two numbers of the last line that consists of two numbers."""
     return re.findall(r"^([\d.]+) ([\d.]+|nan)$", output, re.M)[-1]
 
 
@@ -185,7 +185,7 @@ print(saved["iter_num"], sum(losses) / len(losses))
 
 
 def run_nanogpt(checkout: Path, python: str, corpus: Corpus, scratch: Path, size: Size) -> Result:
-    """nanoGPT's train.py with its documented CPU arguments, in a copy that holds our text."""
+    """Run nanoGPT's train.py with its documented CPU arguments, in a copy with our text."""
     copy = scratch / "nanoGPT"
     shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns(".git", "data", "out-*"))
     data = copy / "data" / "corpus"
@@ -208,7 +208,7 @@ def run_nanogpt(checkout: Path, python: str, corpus: Corpus, scratch: Path, size
     output = output_of([python, *arguments], copy, shown=False)
     process = time.perf_counter() - started
     times = [float(ms) for ms in re.findall(r"^iter \d+: .* time ([\d.]+)ms", output, re.M)]
-    # Every 250th iteration also evaluates and saves; count it as its usual neighbours.
+    # Every 250th iteration also evaluates and saves: cap its time.
     training = float(np.minimum(times, 3 * np.median(times)).sum()) / 1e3
 
     evaluate = EVALUATE.format(val_tokens=size.val_tokens, context=CONTEXT)

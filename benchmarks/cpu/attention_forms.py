@@ -1,4 +1,4 @@
-"""One attention layer, written in several ways that compute the same numbers."""
+"""One attention layer in several forms that compute the same numbers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,30 +20,30 @@ ANGLE = jnp.float32(np.arange(T)[None, :, None] * SPEED)  # [1, T, H / 2], in ra
 
 
 def rotary_by_concatenation(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
-    """The textbook form: split each head in halves, turn, concatenate."""
+    """Rotate in the textbook form: split each head in halves, rotate, concatenate."""
     cos, sin = (f(ANGLE)[:, :, None].astype(np.float32) for f in (np.cos, np.sin))
     left, right = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([left * cos + right * sin, right * cos - left * sin], axis=-1)
 
 
 def attention_heads_last(q: Array, k: Array, v: Array, scale: float) -> Array:
-    """Attention without moving the heads before the sequence."""
+    """Compute attention with the head axis after the sequence axis."""
     scores = jnp.where(visible(T, None), scale * jnp.einsum("bqnh,bknh->bnqk", q, k), -jnp.inf)
     return jnp.einsum("bnqk,bknh->bqnh", jax.nn.softmax(scores), v)
 
 
 def qkv_flat(x: Array, w: Array) -> list[Array]:
-    """One product of two matrices for queries, keys and values."""
+    """Compute queries, keys and values as one product of two matrices."""
     return jnp.unstack(project(x, w.reshape(D, 3 * D)).reshape(B, T, 3, N, H), axis=2)
 
 
 def qkv_einsum(x: Array, w: Array) -> Array:
-    """One einsum over a batch of rows, heads named."""
+    """Compute queries, keys and values as one einsum over [B, T, D]."""
     return jnp.einsum("btd,dcnh->cbtnh", x, w.reshape(D, 3, N, H))
 
 
 def rotary_by_reversal(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
-    """The model's form: the two halves change places along an axis of their own."""
+    """Rotate in the model's form: the halves are swapped along a separate axis."""
     return rotary(x, ANGLE)
 
 
@@ -55,7 +55,7 @@ def layer(
     rotate: Callable = rotary_by_reversal,
     attend: Callable = reference_attention,
 ) -> Array:
-    """The layer; the defaults are the forms that the model uses."""
+    """Compute the layer; the defaults are the forms in the model."""
     q, k, v = qkv(x, w)
     y = attend(rotate(norm(q)), rotate(norm(k)), v, scale=SCALE)
     return project(y.reshape(B, T, D), out)

@@ -1,4 +1,4 @@
-"""How long a step of decoding takes, beside a pass over the whole text and a read of the memory."""
+"""Time of a decoding step, compared with a full forward pass and with memory bandwidth."""
 
 import time
 from dataclasses import replace
@@ -21,10 +21,10 @@ STEPS = 4 * CHUNK
 
 
 def new_model(hp: Hyperparameters) -> tuple[nnx.GraphDef, Any]:
-    """A model as it is used after the run, with new weights: its graph and its parameters."""
+    """Return graph and parameters of a preset's final model, with new weights."""
     config = hp.schedule.used(hp.model, len(hp.stages) - 1)
     params = jax.jit(lambda: init_params(config, jax.random.key(0)))()
-    # A new head finds all tokens alike; this one does not.
+    # A new head would give all tokens the same probability.
     params["head"] = 0.02 * jax.random.normal(jax.random.key(1), params["head"].shape)
     return graph_of(config), params
 
@@ -39,9 +39,10 @@ def measure(
     rounds: int,
     numbers_added: int = 2**28,
 ) -> dict[str, float]:
-    """The figures of `batch` texts that end with `context` tokens; what is compared takes turns.
+    """Measure decoding of `batch` texts up to `context` tokens, alternating with the comparisons.
 
-    The bandwidth is that of adding up an array of `numbers_added`, or of more if a step reads more.
+    The bandwidth is measured by summing an array of `numbers_added` elements, or more if a step
+    reads more.
     """
     vocabulary = params["head"].shape[1] // 2
     texts = np.random.default_rng(0).integers(0, vocabulary, (batch, context))
@@ -54,7 +55,7 @@ def measure(
     add_up = jax.jit(jnp.sum)
 
     def cached() -> float:
-        """Seconds per step, without the pass over the prompts."""
+        """Return seconds per step, without the prefill."""
         how = {"num_tokens": STEPS, "context": context, "sampling": sampling, "dtype": dtype}
         times = [time.perf_counter() for _ in generate(graph, params, prompts, **how)]
         return (times[-1] - times[0]) / (STEPS - CHUNK)
@@ -62,7 +63,7 @@ def measure(
     sides = {
         "step": cached,
         "whole": lambda: seconds(whole_pass, computed, texts),
-        # A sum is over so soon that whatever else runs may slow all of it: the best of ten.
+        # A sum is so short that other load may slow all of it: take the best of ten.
         "adding": lambda: min(seconds(add_up, large) for _ in range(10)),
     }
     best_in_turn(sides, 1)  # compiles
@@ -79,7 +80,7 @@ def measure(
 
 
 def last_logits(graph: nnx.GraphDef, params: Any, rows: jax.Array) -> jax.Array:
-    """The logits after each whole row."""
+    """Return the logits after each row."""
     model = nnx.merge(graph, params)
     return model.logits(model.features(rows)[:, -1])
 
@@ -87,7 +88,7 @@ def last_logits(graph: nnx.GraphDef, params: Any, rows: jax.Array) -> jax.Array:
 def bytes_per_step(
     graph: nnx.GraphDef, params: Any, rows: np.ndarray, context: int, dtype: str
 ) -> int:
-    """What a step reads: the matrices, and the keys and values in view."""
+    """Return the bytes that a step reads: the matrices, and the visible keys and values."""
 
     def cache(params: Any, rows: jax.Array) -> Any:
         model = nnx.merge(graph, compute_copy(params, dtype))

@@ -1,11 +1,11 @@
-"""The same attention layer, written in several ways, on this CPU: which does XLA run fastest?
+"""Which form of the same attention layer is fastest in XLA on this CPU?
 
     .venv/bin/python -m benchmarks.cpu.forms
 
 Every form computes one layer (queries, keys and values from the stream, norm, rotation, causal
-attention, projection back) and all its gradients, to the same numbers. Forms are timed in turn, so
-that another process slows all alike; the table gives the best of many rounds of each, in ms and as
-a ratio to the form that `nanogpt/model/gpt.py` uses.
+attention, projection back) and all its gradients, with the same results. The forms alternate, so
+that other processes slow all of them equally; the table gives the best of many rounds of each, in
+ms and as a ratio to the form in `nanogpt/model/gpt.py`.
 """
 
 import sys
@@ -21,7 +21,7 @@ from benchmarks.timing import best_in_turn, seconds
 
 @dataclass(frozen=True)
 class Options:
-    """Time an attention layer, written in several ways, on this CPU."""
+    """Time several forms of an attention layer on this CPU."""
 
     rounds: int = 300
     """Each figure is the best of this many."""
@@ -50,7 +50,7 @@ def compare(options: Options) -> None:
 
 
 def agreeing_steps() -> dict[str, Callable[[], float]]:
-    """What times one layer and its gradients in each form; AssertionError if one differs."""
+    """Return functions that time each form with its gradients; AssertionError if one differs."""
     import jax
     import jax.numpy as jnp
     import numpy as np

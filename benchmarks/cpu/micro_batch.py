@@ -1,9 +1,9 @@
-"""One optimizer step of the laptop preset, cut into micro-batches of different sizes.
+"""One optimizer step of the laptop preset, with micro-batches of different sizes.
 
     .venv/bin/python -m benchmarks.cpu.micro_batch
 
-The arithmetic is the same, only accumulated in more or fewer parts. The sizes take turns, three
-short runs of train_gpt.py each; the table gives the least of their median times per step.
+The arithmetic is the same, only accumulated over more or fewer micro-batches. The sizes alternate,
+with three short runs of train_gpt.py each; the table gives the smallest of their median step times.
 """
 
 import sys
@@ -17,7 +17,7 @@ from benchmarks.processes import median_step_s, train
 from benchmarks.results import save
 from benchmarks.timing import best_in_turn
 
-ROWS = 16  # of a step
+ROWS = 16  # rows per step
 SIZES = (16, 8, 4, 2)  # rows per micro-batch
 WARM_UP = 10  # steps
 TINY = "--sequence-length 32 --total-batch-size 512 --model.num-layers 2"
@@ -28,7 +28,7 @@ class Options:
     """Time the laptop preset's step with micro-batches of different sizes."""
 
     tiny: bool = False
-    """One short run of one size and a smaller model: a test of this script only."""
+    """One short run with one size and a smaller model: a test of this script only."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def compare(options: Options) -> None:
 
 
 def step_time(size: int, settings: str) -> float:
-    """Median seconds per step with `size` rows per micro-batch, after the warm-up."""
+    """Return the median seconds per step with `size` rows per micro-batch, after the warm-up."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (
             f"--preset laptop --batch-size {size} {settings} --val-loss-every 0 "

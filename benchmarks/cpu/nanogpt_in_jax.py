@@ -1,6 +1,6 @@
 """nanoGPT's documented CPU configuration in plain JAX.
 
-GPT-2's architecture as nanoGPT has it without biases and dropout (Radford et al., 2019): learned
+GPT-2's architecture (Radford et al., 2019) as in nanoGPT without biases and dropout: learned
 positions, LayerNorm, GELU, tied head; AdamW with weight decay 0.1 on matrices, betas 0.9 and 0.99,
 gradients clipped to norm 1, 100 steps of warm-up, cosine decay to a tenth.
 """
@@ -50,12 +50,12 @@ def train(steps: int, val_tokens: int) -> None:
 
 
 def rows_at(tokens: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Rows of T + 1 tokens that start at these places."""
+    """Return rows of T + 1 tokens that start at these positions."""
     return np.stack([tokens[s : s + T + 1] for s in starts]).astype(np.int32)
 
 
 def adamw(steps: int) -> optax.GradientTransformation:
-    """The optimizer."""
+    """Build the optimizer."""
     rate = optax.warmup_cosine_decay_schedule(0.0, 1e-3, min(100, steps // 2), steps, 1e-4)
 
     def is_matrix(params: Params) -> Params:
@@ -68,7 +68,7 @@ def adamw(steps: int) -> optax.GradientTransformation:
 
 
 def init(key: Array) -> Params:
-    """New parameters."""
+    """Return new parameters."""
     keys = iter(jax.random.split(key, 2 + 4 * L))
     small = 0.02 / (2 * L) ** 0.5
 
@@ -90,12 +90,12 @@ def init(key: Array) -> Params:
 
 
 def norm(x: Float[Array, "BT D"], gain: Float[Array, "D"]) -> Float[Array, "BT D"]:
-    """LayerNorm without a bias."""
+    """Apply LayerNorm without a bias."""
     return jax.nn.standardize(x, epsilon=1e-5) * gain
 
 
 def loss_of(params: Params, rows: Int[Array, "B T+1"]) -> Float[Array, ""]:
-    """Mean cross-entropy, in nats per token."""
+    """Return the mean cross-entropy, in nats per token."""
     inputs, targets = rows[:, :-1], rows[:, 1:]
     B = len(rows)
     x = (params["tokens"][inputs] + params["places"]).reshape(B * T, D)

@@ -1,4 +1,4 @@
-"""The pieces of the recipe, each as what takes it out, and the small runs that lose it."""
+"""The pieces of the recipe, with a function that removes each, and the small runs to test them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +10,7 @@ from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.schedule import Schedule, Stage
 from train_gpt import PRESETS, Hyperparameters
 
-# The speedrun on bytes, at a size of which a CPU core trains one in a minute or two.
+# The speedrun on bytes, at a size that a CPU core trains in a minute or two.
 CPU = on_bytes(
     "speedrun",
     {
@@ -27,7 +27,7 @@ CPU = on_bytes(
         "bigram_buckets": 16384,
         "document_separator": TOKENIZERS["bytes"].separator,
     },
-    max_document_length=None,  # most of its documents are longer than its rows
+    max_document_length=None,  # most documents are longer than the rows
     total_batch_size=3072,
     num_steps=300,
     stages=(
@@ -41,7 +41,7 @@ CPU = on_bytes(
     val_tokens=262_144,
 )
 
-# The same with GPT-2's vocabulary, for a GPU: the speedrun's depth, a ninth of its matrices.
+# The same with GPT-2's vocabulary, for a GPU: the speedrun's depth, matrices a ninth of the size.
 GPU = replace(
     PRESETS["speedrun"],
     num_steps=500,
@@ -60,33 +60,33 @@ GPU = replace(
     ),
 )
 
-JORDAN = (3.4445, -4.7750, 2.0315)  # the fixed Newton-Schulz step that Muon had at first
+JORDAN = (3.4445, -4.7750, 2.0315)  # the Newton-Schulz coefficients of the original Muon
 
 
 def each_stage(hp: Hyperparameters, **changes: Any) -> Hyperparameters:
-    """The settings with the same change in each stage."""
+    """Return the settings with the same change in each stage."""
     return replace(hp, stages=tuple(replace(stage, **changes) for stage in hp.stages))
 
 
 def model(**changes: Any) -> Callable[[Hyperparameters], Hyperparameters]:
-    """A piece that is a setting of the model, left out by these values."""
+    """Return a function that removes a piece by changing settings of the model."""
     return lambda hp: replace(hp, model=replace(hp.model, **changes))
 
 
 def untied(hp: Hyperparameters) -> Hyperparameters:
-    """Embedding and head begin and learn apart, the embedding as the other tables do."""
+    """Untie embedding and head, with the embedding trained like the other tables."""
     adam = replace(hp.adam, embedding=hp.adam.tables)
     return replace(hp, adam=adam, model=replace(hp.model, tied_head=False))
 
 
 def without_adam_decay(hp: Hyperparameters) -> Hyperparameters:
-    """No group of Adam's has weight decay."""
+    """Remove weight decay from all of Adam's groups."""
     groups = {name: replace(how, weight_decay=0.0) for name, how in vars(hp.adam).items()}
     return replace(hp, adam=AdamGroups(**groups))
 
 
 def middle_batch(hp: Hyperparameters) -> Hyperparameters:
-    """Batch and rate of the second stage at all times, for as many tokens."""
+    """Use batch and rate of the second stage throughout, for the same number of tokens."""
     second = hp.stages[:2][-1]
     batch, rate = second.batch, second.rate
     steps = round(hp.schedule.tokens(hp.num_steps) / (batch * hp.total_batch_size))
@@ -94,7 +94,7 @@ def middle_batch(hp: Hyperparameters) -> Hyperparameters:
 
 
 def without_yarn() -> None:
-    """Rotations stay as they are when windows grow."""
+    """Do not adapt rotations when windows grow."""
 
     def windows_only(self: Schedule, config: GPTConfig, stage: int) -> GPTConfig:
         return replace(config, windows=self.stages[stage].windows)
@@ -103,14 +103,14 @@ def without_yarn() -> None:
 
 
 def without_polar_express() -> None:
-    """Five of Jordan's steps."""
+    """Use five of the original Newton-Schulz steps instead of Polar Express."""
     import nanogpt.optim.muon
 
     nanogpt.optim.muon.POLAR_EXPRESS = (JORDAN,) * 5
 
 
 def without_out_share() -> None:
-    """What an attention adds to the stream is scaled by its matrix alone."""
+    """Remove the learned scale on the output of each attention."""
     from nanogpt.model.gpt import Attention
 
     whole = Attention.__init__
@@ -158,7 +158,7 @@ PIECES: dict[str, Callable[[Hyperparameters], Hyperparameters]] = {
     "fall of the momentum": lambda hp: replace(hp, momentum_cooldown_steps=0),
 }
 
-# Pieces that are no settings: what takes them out of the process that calls it.
+# Pieces that are not settings, with functions that remove them from the current process.
 BUILT_IN: dict[str, Change] = {
     "YaRN": without_yarn,
     "Polar Express": without_polar_express,

@@ -1,4 +1,4 @@
-"""Small runs whose final losses are compared, each in a process of its own."""
+"""Small runs to compare their final losses, each in a separate process."""
 
 import multiprocessing
 import os
@@ -18,11 +18,11 @@ from nanogpt.training.interruption import Interruption
 from train_gpt import PRESETS, Hyperparameters, train
 
 Name = TypeVar("Name")
-Change = Callable[[], None]  # of the process that calls it
+Change = Callable[[], None]  # changes the current process
 
 
 def on_bytes(preset: str, model: Mapping[str, Any], **changes: Any) -> Hyperparameters:
-    """A preset on the bytes of the embedded corpus, in rows of 128, for a core of a CPU."""
+    """Return a preset for the bytes of the embedded corpus, in rows of 128, for a CPU core."""
     start = PRESETS[preset]
     model = {"vocab_size": 256, "document_separator": None} | dict(model)
     return replace(
@@ -45,7 +45,7 @@ def on_bytes(preset: str, model: Mapping[str, Any], **changes: Any) -> Hyperpara
 
 
 def final_loss(hp: Hyperparameters, change: Change | None, cores: Queue | None) -> float:
-    """Train after `change`, on one core of `cores` if they are given; the last validation loss."""
+    """Train after `change`, on one of `cores` if given; return the last validation loss."""
     if cores is not None:
         core = cores.get()
         os.sched_setaffinity(0, {core})
@@ -67,7 +67,7 @@ def final_loss(hp: Hyperparameters, change: Change | None, cores: Queue | None) 
 def final_losses(
     runs: Mapping[Name, tuple[Hyperparameters, Change | None]], own_core: bool
 ) -> dict[Name, float]:
-    """The final loss of each: on every CPU core one at a time, or one after the other."""
+    """Return the final loss of each run; one per CPU core runs at a time, or one in all."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         cores = manager.Queue() if own_core else None

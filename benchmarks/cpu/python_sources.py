@@ -1,4 +1,4 @@
-"""The source of this Python and of its packages, as GPT-2's tokens."""
+"""The source of this Python and its packages, in GPT-2 tokens."""
 
 import sysconfig
 from pathlib import Path
@@ -12,7 +12,7 @@ from nanogpt.files import cache_folder
 
 
 def python_sources() -> tuple[str, str]:
-    """Globs of the training and the validation shard, which are made the first time."""
+    """Return globs of the training and the validation shard, which are created if missing."""
     folder = cache_folder() / "ablation"
     if not (folder / "val.bin").exists():
         roots = {Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")}

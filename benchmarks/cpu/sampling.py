@@ -1,11 +1,11 @@
-"""Tokens per second when a model writes, and what the memory's bandwidth would allow.
+"""Tokens per second in sampling, and the limit given by memory bandwidth.
 
     .venv/bin/python -m benchmarks.cpu.sampling
 
 A new model of a preset's size continues texts that nearly fill its context, one and 32 at a time.
-Beside that stands one pass over the whole text per token, as decoding would be without a cache,
-and the floor: each step has to read every matrix once, and the keys and values that it looks back
-to, at the rate at which the same machine adds up the numbers of one large array.
+For comparison, it makes one pass over the whole text per token, as in decoding without a cache. The
+floor is the time to read every matrix and the visible keys and values once per step, at the rate at
+which the same machine sums one large array.
 """
 
 import sys
@@ -18,16 +18,16 @@ from benchmarks.results import save
 
 @dataclass(frozen=True)
 class Options:
-    """Measure how fast a model writes."""
+    """Measure how fast a model generates text."""
 
     preset: str = "baseline"
-    """Whose model, of the presets of train_gpt.py."""
+    """Preset of train_gpt.py with the model to use."""
     context: int = 1024
-    """Tokens of each text at its end."""
+    """Final number of tokens of each text."""
     batches: tuple[int, ...] = (1, 32)
-    """Texts at a time."""
+    """Numbers of texts at a time."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the model computes in."""
+    """Data type of the computation."""
     rounds: int = 3
     """Each figure is the best of this many."""
     tiny: bool = False
@@ -60,7 +60,7 @@ def compare(options: Options) -> None:
     print(f"{jax.devices()[0].device_kind}, {options.preset}, {options.dtype}")
     how |= {"context": options.context, "dtype": options.dtype, "rounds": options.rounds}
     rows = [measure(graph, params, batch, **how) for batch in options.batches]
-    # The best there was: what else the machine does must not make a floor of a lower rate.
+    # The best of all: other load on the machine must not raise the floor.
     bandwidth = max(row["bandwidth_gb_per_s"] for row in rows)
     print("batch  ms a step  tokens/s  whole passes  faster  floor ms  of the floor's speed")
     for row in rows:

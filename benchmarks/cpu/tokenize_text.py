@@ -1,11 +1,11 @@
-"""How fast prepare_data.py encodes, beside tiktoken alone.
+"""Encoding speed of prepare_data.py, compared with tiktoken alone.
 
     .venv/bin/python -m benchmarks.cpu.tokenize_text
 
-On one side text goes from a file of JSON lines into shards on the disk; on the other, already in
-memory, through `tiktoken.Encoding.encode_ordinary_batch` into lists. Both take turns, on one core
-and then on all; the figures are megabytes of text per second and core, each the best of its turns.
-The text is the embedded corpus, repeated. Workers are counted from a cold start.
+On one side, text goes from a file of JSON lines into shards on disk; on the other, from memory
+through `tiktoken.Encoding.encode_ordinary_batch` into lists. They alternate, on one core and then
+on all; the results are megabytes of text per second and core, each the best of its turns. The text
+is the embedded corpus, repeated. The start of the workers is included.
 """
 
 import json
@@ -30,17 +30,17 @@ from nanogpt.data.text.documents import find_files
 from nanogpt.data.text.prepare import Recipe, make_shards
 from nanogpt.data.tokenizer import ByteTokenizer, gpt2_encoding
 
-SLICE = 1000  # documents per core that tiktoken gets at a time: its lists take much memory
+SLICE = 1000  # documents per core given to tiktoken at a time, as its lists take much memory
 
 
 @dataclass(frozen=True)
 class Options:
-    """Measure how fast text becomes GPT-2 tokens."""
+    """Measure how fast text is encoded into GPT-2 tokens."""
 
     megabytes: float = 100.0
     """Megabytes of text for each core."""
     rounds: int = 3
-    """How many turns each side gets."""
+    """Number of turns of each side."""
     tiny: bool = False
     """One turn and little text: a test of this script, not of the speed."""
 
@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
 def compare(options: Options) -> None:
     """Time both sides, print a table, and save the figures."""
     check_positive(options, "megabytes", "rounds")
-    gpt2_encoding()  # TokenizerError at once if it is not at hand
+    gpt2_encoding()  # raises TokenizerError at once if it is not available
     size, rounds = (0.01, 1) if options.tiny else (options.megabytes, options.rounds)
     figures = {}
     for cores in sorted({1, os.cpu_count() or 1}):
@@ -71,7 +71,7 @@ def compare(options: Options) -> None:
 
 
 def times(texts: list[str], cores: int, rounds: int) -> dict[str, float]:
-    """Seconds of each side; AssertionError if one makes more tokens of the texts than the other."""
+    """Return the seconds of each side; AssertionError if their numbers of tokens differ."""
     encoding = gpt2_encoding()
     made = tokens = None
     with tempfile.TemporaryDirectory() as scratch:
@@ -88,7 +88,7 @@ def times(texts: list[str], cores: int, rounds: int) -> dict[str, float]:
 
         def tiktoken() -> float:
             nonlocal tokens
-            start, tokens = time.perf_counter(), len(texts)  # the separators, and then its own
+            start, tokens = time.perf_counter(), len(texts)  # start with the number of separators
             for first in range(0, len(texts), SLICE * cores):
                 part = texts[first : first + SLICE * cores]
                 lists = encoding.encode_ordinary_batch(part, num_threads=cores)
@@ -102,7 +102,7 @@ def times(texts: list[str], cores: int, rounds: int) -> dict[str, float]:
 
 
 def documents(num_bytes: int) -> Iterator[str]:
-    """The documents of the embedded corpus, again and again, until there is so much text."""
+    """Yield the documents of the embedded corpus, repeated up to about `num_bytes` of text."""
     corpus = embedded_corpus()
     shards = sorted(glob(corpus.train_files) + glob(corpus.val_files))
     text = b"".join(read_shard(shard).astype(np.uint8).tobytes() for shard in shards)

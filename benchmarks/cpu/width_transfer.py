@@ -1,11 +1,11 @@
-"""Whether learning rates carry over to another width, by the rule of the larger presets.
+"""Do learning rates transfer to another width, by the rule of the larger presets?
 
     .venv/bin/python -m benchmarks.cpu.width_transfer
 
-Small models of two widths, all else equal, are trained with the rates that `at_width` gives
-them, and with a multiple of Muon's or of the head's. If the rule holds, the multiple that is best
-at one width is best at the other, too. A rate of the head that stayed constant would be a quarter
-of the rule's at a quarter of the base's width. One run per core at a time.
+Small models of two widths, otherwise equal, are trained with the rates from `at_width`, and with
+multiples of Muon's or the head's rate. If the rule holds, the best multiple is the same at both
+widths. A constant rate of the head would be a quarter of the rule's rate at a quarter of the base
+width. One run per core at a time.
 """
 
 import sys
@@ -32,7 +32,7 @@ class Options:
     """Train small models of two widths with multiples of the learning rates."""
 
     tiny: bool = False
-    """Runs of one step, without multiples: a test of this script only."""
+    """Train for one step, without multiples: a test of this script only."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compare(options: Options) -> None:
-    """Train at each width with each rate; print the table, and save it."""
+    """Train at each width with each rate; print and save the table."""
     from benchmarks.cpu.proxy_runs import final_losses
 
     num_steps, val_tokens, times = (1, 1024, TINY_TIMES) if options.tiny else (150, 65_536, TIMES)
@@ -66,7 +66,7 @@ def compare(options: Options) -> None:
 
 
 def base_of(num_steps: int, val_tokens: int) -> "Hyperparameters":
-    """The run whose rates are multiplied, at the larger width."""
+    """Return the base run, at the larger width."""
     from benchmarks.cpu.proxy_runs import on_bytes
 
     return on_bytes(
@@ -80,7 +80,7 @@ def base_of(num_steps: int, val_tokens: int) -> "Hyperparameters":
 
 
 def with_rate(base: "Hyperparameters", width: int, name: str, times: float) -> "Hyperparameters":
-    """The settings of a run: one rate is multiplied, all others are the rule's."""
+    """Return the settings of a run with one rate multiplied, all others given by the rule."""
     from train_gpt import at_width
 
     hp = at_width(base, base.model.num_layers, width // HEAD_SIZE, width)

@@ -1,1 +1,1 @@
-"""Records on FineWeb: testing whether runs make one, and making its folder."""
+"""Records on FineWeb: testing whether runs are one, and creating its folder."""

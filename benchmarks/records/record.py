@@ -1,10 +1,10 @@
-"""Make a record of runs that reach a validation loss of 3.28 on FineWeb.
+"""Create a record from runs that reach a validation loss of 3.28 on FineWeb.
 
     python3 -m benchmarks.records.record records/<date>-<name> runs/record-* \
         --description "What is new, in one sentence."
 
-The runs must follow the rules of records/README.md, as far as their files tell, and differ in their
-seeds only. The folder then holds what each of them logged, and a README.md of what they show.
+The runs must follow the rules of records/README.md, as far as their files show, and differ only in
+their seeds. The folder then contains the logs of each, and a README.md with their results.
 """
 
 import shutil
@@ -32,25 +32,25 @@ from benchmarks.records.check import (
 )
 from nanogpt.runs.environment import PACKAGES
 
-VAL_TOKENS = 10_485_760  # the first ones of FineWeb's validation shard
+VAL_TOKENS = 10_485_760  # from the start of FineWeb's validation shard
 FILES = ("config.json", "run.json", "log.txt", "metrics.jsonl")
 MAY_DIFFER = {"seed", "run_name", "resume", "command", "date"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """Make a record of runs that reach a validation loss of 3.28 on FineWeb."""
+    """Create a record from runs that reach a validation loss of 3.28 on FineWeb."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """Folder to make, records/<date>-<name>."""
+    """Folder to create, records/<date>-<name>."""
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of the runs, runs/<name>."""
+    """Run folders, runs/<name>."""
     description: str
     """What is new, in one sentence."""
 
 
 class Settings(TypedDict):
-    """What is read of config.json by name."""
+    """The fields that are read from config.json by name."""
 
     model: dict[str, Any]
     num_steps: int
@@ -69,47 +69,47 @@ Circumstances = TypedDict(
 
 
 class Run(NamedTuple):
-    """What a run left in its folder."""
+    """The contents of a run's folder."""
 
     folder: Path
     config: dict[str, Any]
-    environment: dict[str, Any]  # as nanogpt/runs/environment.py makes it
+    environment: dict[str, Any]  # from nanogpt/runs/environment.py
     end: End
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Make the record; return the exit status."""
+    """Create the record; return the exit status."""
     return command.run(Options, make, arguments)
 
 
 def make(options: Options) -> None:
-    """Make the folder, and print the line for the history."""
+    """Create the folder, and print the line for the history."""
     runs = [read_run(folder) for folder in options.runs]
     check(runs)
     found = statistics([run.end for run in runs], TARGET)
     if not found.p < SIGNIFICANT:
-        raise RecordError(f"These runs make no record: {sentence(found, TARGET)}")
+        raise RecordError(f"These runs are not a record: {sentence(found, TARGET)}")
     runs.sort(key=lambda run: run.config["seed"])
     write(options.folder, runs, page(options.folder.name, options.description, runs, found))
     print(sentence(found, TARGET))
-    print(f"{options.folder} is made. For the table in README.md:")
+    print(f"Created {options.folder}. For the table in README.md:")
     print(history_line(options.folder.name, options.description, runs))
 
 
 def read_run(folder: Path) -> Run:
-    """The run in a folder; RecordError if something of it is missing or it was not finished."""
+    """Read the run in a folder; raises RecordError if a file is missing or it is not finished."""
     for name in FILES:
         if not (folder / name).is_file():
-            raise RecordError(f"{folder} has no {name}: give the folder of a run, runs/<name>.")
+            raise RecordError(f"{folder} has no {name}: give a run folder, runs/<name>.")
     config = read_object(folder / "config.json", Settings)
     environment = read_object(folder / "run.json", Circumstances)
     return Run(folder, config, environment, end(folder / "metrics.jsonl"))
 
 
 def check(runs: Sequence[Run]) -> None:
-    """Raise RecordError unless each run follows the rules and all are alike but for the seed."""
+    """Raise RecordError unless each run follows the rules and they differ only in the seed."""
     if not runs:
-        raise RecordError("A record needs runs: name their folders after the record's.")
+        raise RecordError("A record needs runs: give their folders after the record's.")
     for run in runs:
         check_rules(run)
     first, before = runs[0], {}
@@ -119,23 +119,23 @@ def check(runs: Sequence[Run]) -> None:
             if settings.get(name) != others.get(name):
                 raise RecordError(
                     f"{first.folder} and {run.folder} differ in {name}, {settings.get(name)} and "
-                    f"{others.get(name)}: the runs of a record differ in their seeds only."
+                    f"{others.get(name)}: the runs of a record may differ only in their seeds."
                 )
         seed = run.config["seed"]
         if seed in before:
             raise RecordError(
-                f"{before[seed]} and {run.folder} have the same seed, {seed}: give every run a "
-                "seed of its own."
+                f"{before[seed]} and {run.folder} have the same seed, {seed}: give every run its "
+                "own seed."
             )
         before[seed] = run.folder
 
 
 def check_rules(run: Run) -> None:
-    """Raise RecordError unless the run has FineWeb's data, in order, and its code is committed."""
+    """Raise RecordError unless the run used FineWeb, in order, and its code is committed."""
     if run.config["val_tokens"] != VAL_TOKENS:
         raise RecordError(
             f"{run.folder} validates on {run.config['val_tokens']} tokens (val_tokens): a record "
-            f"does on {VAL_TOKENS}."
+            f"must use {VAL_TOKENS}."
         )
     for name, prefix in {"train_files": "fineweb_train_", "val_files": "fineweb_val_"}.items():
         if not Path(str(run.config[name])).name.startswith(prefix):
@@ -145,28 +145,28 @@ def check_rules(run: Run) -> None:
             )
     if run.config["shuffle"]:
         raise RecordError(
-            f"{run.folder} shuffles its data (shuffle): a record takes it in its order."
+            f"{run.folder} shuffles its data (shuffle): a record must use it in its order."
         )
     commit = run.environment["commit"]
     if commit == "unknown" or commit.endswith("-dirty"):
         raise RecordError(
-            f"{run.folder} was made with code that no commit holds (commit {commit}): commit the "
-            "code and make the run again."
+            f"{run.folder} used code that is not committed (commit {commit}): commit the code and "
+            "repeat the run."
         )
 
 
 def flat(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings with those of the model named as on the command line, model.<name>."""
+    """Return the settings, with those of the model named as on the command line, model.<name>."""
     model = {f"model.{name}": value for name, value in config["model"].items()}
     return {name: value for name, value in config.items() if name != "model"} | model
 
 
 def write(folder: Path, runs: Sequence[Run], page: str) -> None:
-    """Make the folder, whole or not at all; RecordError if it exists or cannot be written."""
+    """Create the folder atomically; raises RecordError if it exists or cannot be written."""
     if folder.exists():
         raise RecordError(f"{folder} exists already: choose another name, or remove it.")
     try:
-        # It is made beside its place, where a rename puts it there in one go.
+        # It is written beside its final place, then renamed.
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:
             record = Path(scratch) / "record"
             for run in runs:
@@ -178,13 +178,13 @@ def write(folder: Path, runs: Sequence[Run], page: str) -> None:
             record.rename(folder)
     except OSError as error:
         raise RecordError(
-            f"{folder} cannot be made ({error.strerror}): make room there, or choose a place where "
-            "you may write."
+            f"{folder} cannot be created ({error.strerror}): make room there, or choose a writable "
+            "place."
         ) from error
 
 
 def page(name: str, description: str, runs: Sequence[Run], found: Statistics) -> str:
-    """The README.md of a record, in Markdown."""
+    """Return the README.md of a record, in Markdown."""
     rows = [
         f"| {run.config['seed']} | {run.end.val_loss:.4f} | {run.end.time_s:.1f} s | "
         f"{run.end.step:,} | {run.end.tokens:,} |"
@@ -222,19 +222,19 @@ def page(name: str, description: str, runs: Sequence[Run], found: Statistics) ->
 
 
 def history_line(name: str, description: str, runs: Sequence[Run]) -> str:
-    """The record's line for the table of README.md: hardware, time, description, date."""
+    """Return the record's line for the README's table: hardware, time, description, date."""
     date = max(run.environment["date"][:10] for run in runs)
     link = f"[{description}](records/{name}/README.md)"
     return f"| {hardware(runs[0])} | {mean_time(runs):.1f} s | {link} | {date} |"
 
 
 def mean_time(runs: Sequence[Run]) -> float:
-    """Seconds of training, on average."""
+    """Return the mean seconds of training."""
     return float(np.mean([run.end.time_s for run in runs]))
 
 
 def hardware(run: Run) -> str:
-    """What computed: the accelerators, or the processors where there are none."""
+    """Return the accelerators, or the processors if there are none."""
     return ", ".join(run.environment["accelerators"]) or run.environment["hardware"]
 
 

@@ -1,1 +1,1 @@
-"""Whether a run survives what may happen to it."""
+"""Whether a run survives being killed."""

@@ -1,4 +1,4 @@
-"""The processes of a run, and killing them at a chosen moment."""
+"""Starting the processes of a run, and killing them at a chosen moment."""
 
 import os
 import random
@@ -15,29 +15,29 @@ from threading import Event, Thread
 from benchmarks.command import ROOT
 from benchmarks.reliability.left_behind import checkpoints, metrics, unfinished
 
-PATIENCE = 300.0  # seconds without any sign after which a process hangs
+PATIENCE = 300.0  # seconds without any output after which a process counts as hanging
 VALIDATE = 20  # steps between validations
 
 
 class Different(Exception):
-    """What the soak is there to find."""
+    """A difference between the runs, which the soak test is meant to find."""
 
 
 @dataclass(frozen=True)
 class Death:
-    """One kill, and what was lost by it."""
+    """One kill, and the steps lost by it."""
 
     signal: str
-    phase: str  # what the process was at
-    reached: int  # last step that metrics.jsonl has
-    saved: int  # step of the newest whole checkpoint, 0 for none
+    phase: str  # what the process was doing
+    reached: int  # last step in metrics.jsonl
+    saved: int  # step of the newest complete checkpoint, 0 for none
 
     def __str__(self) -> str:
         return f"{self.signal} at {self.phase}: step {self.saved} saved, {self.reached} reached"
 
 
 class Incarnation:
-    """A run between two deaths, of one process or several; the console of the first is read."""
+    """A run between two kills, with one process or several; reads the output of the first."""
 
     def __init__(self, arguments: list[str], place: Path, processes: int = 1):
         cache = place / "cache"
@@ -65,7 +65,7 @@ class Incarnation:
             for number, place_in_run in enumerate(joined)
         )
         self.lines: list[str] = []
-        self.more = Event()  # set with every line
+        self.more = Event()  # set for every new line
         self.reader = Thread(target=self._read)
         self.reader.start()
 
@@ -76,7 +76,7 @@ class Incarnation:
         self.more.set()
 
     def wait(self) -> int:
-        """The exit status of the first process, when all have ended."""
+        """Wait for all processes to end; return the exit status of the first."""
         try:
             status = self.process.wait(PATIENCE)
             for other in self.others:
@@ -95,11 +95,11 @@ class Incarnation:
 
     @property
     def ended(self) -> str:
-        """How it did, for a message."""
+        """How the first process ended, for a message."""
         return f"status {self.process.returncode}: " + " / ".join(self.lines[-3:])
 
     def wait_until(self, true: Callable[[], bool]) -> None:
-        """Return when it is true, or the process has ended."""
+        """Wait until `true()`, or until the process has ended."""
         deadline = time.monotonic() + PATIENCE
         while not true() and self.process.poll() is None:
             if time.monotonic() > deadline:
@@ -110,12 +110,12 @@ class Incarnation:
 
     @property
     def step(self) -> int:
-        """The last step on the console, 0 before the first."""
+        """The last step in the output, 0 before the first."""
         steps = [line for line in list(self.lines) if line.startswith("step ")]
         return int(steps[-1].split()[1].split("/")[0]) if steps else 0
 
     def at(self) -> str:
-        """What it is at, as far as its console says."""
+        """Return what the process is doing, judged by its output."""
         lines = list(self.lines)
         if not any(" preset | " in line for line in lines):
             return "start-up"
@@ -135,10 +135,10 @@ def kill(
     draw: random.Random,
     processes: int = 1,
 ) -> Death:
-    """Go on with the run, and kill it: in that phase, if it comes soon after step `upto`.
+    """Start or resume the run, and kill it in this phase, if it comes soon after step `upto`.
 
-    SIGTERM goes to all of several processes, SIGKILL to one: the others must then end themselves.
-    What it was at is told by what it said, and what it left, not by what was aimed at.
+    SIGTERM is sent to all of several processes, SIGKILL to one: the others must then end by
+    themselves. The phase reported is judged by the output and the files, not the one intended.
     """
     run = place / "runs" / "killed"
     begun, left = max(checkpoints(run), default=0), unfinished(run)

@@ -1,4 +1,4 @@
-"""What a killed run leaves behind: checkpoints, saves that were under way, and metrics."""
+"""What a killed run leaves behind: checkpoints, unfinished saves and metrics."""
 
 import hashlib
 import json
@@ -9,28 +9,28 @@ TIMES = ("time_s", "step_time_s", "tokens_per_s")
 
 
 def unfinished(run: Path) -> set[tuple[str, int]]:
-    """The saves under way, and those that died; each with what tells it from one of its name."""
+    """Return the unfinished saves, by name and inode, since names are used again."""
     folder, found = run / "checkpoints", set()
     for path in folder.iterdir() if folder.exists() else []:
-        with suppress(FileNotFoundError):  # it was finished, and has its final name now
+        with suppress(FileNotFoundError):  # it was just renamed to its final name
             if not (path / "manifest.json").exists():
                 found.add((path.name, path.stat().st_ino))
     return found
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """The whole checkpoints by step."""
+    """Return the complete checkpoints, by step."""
     found = (path.parent for path in (run / "checkpoints").glob("*/manifest.json"))
     return {int(path.name): path for path in found}
 
 
 def digest(checkpoint: Path) -> str:
-    """SHA-256 of all arrays of a checkpoint with their names, types and shapes."""
+    """Return the SHA-256 of all arrays of a checkpoint, with their names, dtypes and shapes."""
     import jax
     import numpy as np
     from orbax.checkpoint import v1 as ocp
 
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever they lay
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # wherever they were saved from
 
     def on_one_device(array: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here)
@@ -46,7 +46,7 @@ def digest(checkpoint: Path) -> str:
 
 
 def metrics(run: Path) -> list[dict]:
-    """The whole lines of metrics.jsonl, without times."""
+    """Return the complete lines of metrics.jsonl, without times."""
     try:
         text = (run / "metrics.jsonl").read_text()
     except FileNotFoundError:

@@ -1,16 +1,16 @@
-"""A run that is killed fifty times, at any moment, beside one that nothing happens to.
+"""A run that is killed fifty times, at random moments, compared with an uninterrupted run.
 
     .venv/bin/python -m benchmarks.reliability.soak
     .venv/bin/python -m benchmarks.reliability.soak --tiny --kills 3
     .venv/bin/python -m benchmarks.reliability.soak --processes 2
 
-Both train the laptop preset (with --tiny a far smaller model), for fewer steps. The second gets
-SIGKILL or SIGTERM at moments drawn at random: while it starts, compiles, trains, validates, or
-writes a checkpoint; each time it is resumed. After every death its newest checkpoint and all its
-metrics so far are compared with those of the first run, and in the end all of them: parameters,
-optimizer state and metrics have to be the same to the last bit, but for the times in the metrics.
+Both train the laptop preset (with --tiny a far smaller model), for fewer steps. One run gets
+SIGKILL or SIGTERM at random moments: while it starts, compiles, trains, validates or writes a
+checkpoint; each time it is resumed. After every kill its checkpoints and all its metrics so far are
+compared with those of the other run, and at the end everything: parameters, optimizer state and
+metrics must be the same to the last bit, except for the times in the metrics.
 
-Some minutes, and 2 GB of temporary files.
+It takes some minutes, and 2 GB of temporary files.
 """
 
 import random
@@ -29,7 +29,7 @@ from benchmarks.reliability.left_behind import checkpoints, digest, metrics
 from benchmarks.results import save
 
 PHASES = ("start-up", "compilation", "training", "validation", "saving")
-WEIGHTS = (2, 2, 5, 2, 4)  # how often each is aimed at
+WEIGHTS = (2, 2, 5, 2, 4)  # relative frequency of each phase
 EVERY = 10  # steps between checkpoints
 TINY = (
     "--batch-size 8 --sequence-length 32 --total-batch-size 512 --val-tokens 8192 "
@@ -40,27 +40,27 @@ TINY = (
 
 @dataclass(frozen=True)
 class Options:
-    """Kill a run again and again, and compare it with one that is left alone."""
+    """Kill a run repeatedly, and compare it with an uninterrupted run."""
 
     kills: int = 50
-    """How often the run is killed and resumed."""
+    """Number of times that the run is killed and resumed."""
     steps: int = 0
     """Optimizer steps of both runs; 0 for eight per kill."""
     processes: int = 1
-    """Processes that train together. SIGTERM goes to all of them, SIGKILL to one."""
+    """Number of processes. SIGTERM is sent to all of them, SIGKILL to one."""
     tiny: bool = False
-    """A model so small that each process takes seconds: a test of this script."""
+    """Use a model so small that each process takes seconds: a test of this script."""
     seed: int = 0
-    """Random seed of the moments of the kills."""
+    """Random seed for the moments of the kills."""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the soak; return the exit status, which is 1 if anything differs."""
+    """Run the soak test; return the exit status, which is 1 if anything differs."""
     return run(Options, compare, arguments)
 
 
 def compare(options: Options) -> int:
-    """Make both runs, print the table of kills, and save it; 1 if anything differs."""
+    """Run both, print and save the table of kills; return 1 if anything differs."""
     check_positive(options, "kills", "processes")
     if options.steps and options.steps < 4 * VALIDATE:
         raise Mistake(f"--steps must be 0 or at least {4 * VALIDATE}, not {options.steps}.")
@@ -76,7 +76,7 @@ def compare(options: Options) -> int:
 
 
 def soak(options: Options, place: Path) -> dict:
-    """The figures, if all is the same; else Different."""
+    """Return the results if everything is the same; raises Different otherwise."""
     steps = options.steps or 8 * max(options.kills, VALIDATE)
     begin = time.perf_counter()
     arguments = [
@@ -102,12 +102,12 @@ def soak(options: Options, place: Path) -> dict:
     compared = 0
     while len(deaths) < options.kills:
         kind = draw.choice((signal.SIGKILL, signal.SIGTERM))
-        # Kills are spread over the steps: a run that is ahead of them is killed before any.
+        # Kills are spread over the steps: a run that is ahead is killed before it trains.
         saved, share = max(checkpoints(run), default=0), steps * len(deaths) // options.kills
         ahead = saved > min(share + VALIDATE, steps - 3 * VALIDATE)
         count = 2 if ahead else len(PHASES)
         (phase,) = draw.choices(PHASES[:count], WEIGHTS[:count])
-        upto = max(saved + EVERY // 2, share)  # the step at which the process has lived enough
+        upto = max(saved + EVERY // 2, share)  # the latest step to aim at
         death = kill(again if saved else fresh, place, kind, phase, upto, draw, options.processes)
         deaths.append(death)
         saved = checkpoints(run)
@@ -119,7 +119,7 @@ def soak(options: Options, place: Path) -> dict:
         if made != records[: len(made)]:
             raise Different(f"metrics after kill {len(deaths)} ({death})")
         print(f"{len(deaths):3} {death}", flush=True)
-        if not saved:  # there is nothing to resume: as a user would, begin anew
+        if not saved:  # nothing to resume: start again, as a user would
             shutil.rmtree(run, ignore_errors=True)
 
     last = Incarnation(again if checkpoints(run) else fresh, place, options.processes)
@@ -133,7 +133,7 @@ def soak(options: Options, place: Path) -> dict:
 
 
 def report(deaths: list[Death], steps: int, compared: int, seconds: float) -> dict:
-    """Print the table of kills, and return its figures."""
+    """Print the table of kills, and return it."""
     kinds = sorted({death.signal for death in deaths})
     counts = Counter((death.phase, death.signal) for death in deaths)
     redone = {phase: 0 for phase in PHASES}

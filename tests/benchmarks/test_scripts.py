@@ -97,7 +97,7 @@ def test_the_other_tiny_runs_have_tests_of_their_own():
     [
         ("cpu.forms", ["--rounds", "0"], "--rounds must be above 0, not 0."),
         ("cpu.ablation", ["--seeds", "-1"], "--seeds must be above 0, not -1."),
-        ("cpu.ablation", ["--pieces", "no such"], "No piece is named like that; there are"),
+        ("cpu.ablation", ["--pieces", "no such"], "No piece has such a name; the pieces are"),
         ("cpu.sampling", ["--preset", "huge"], "There is no preset huge: choose from"),
         ("cpu.sampling", ["--context", "3"], "--context must be above"),
         ("cpu.tokenize_text", ["--megabytes", "0"], "--megabytes must be above 0"),

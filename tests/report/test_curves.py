@@ -98,7 +98,7 @@ def test_a_broken_line_is_named_but_the_last_one_is_not_read(tmp_path, capsys, l
         assert f"{metrics}, line 5{told}" in failure(capsys, folder)
     metrics.write_text("\n".join([*lines[:2], line, *lines[2:]]))
     said = failure(capsys, folder)
-    assert f"{metrics}, line 3{told}" in said and said.endswith(": repair it or take it out.")
+    assert f"{metrics}, line 3{told}" in said and said.endswith(": repair or remove it.")
 
 
 @pytest.mark.parametrize(

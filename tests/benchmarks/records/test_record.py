@@ -127,7 +127,7 @@ def test_a_single_run_has_a_mean_but_no_p():
 
 
 def test_runs_that_all_end_alike_or_stop_at_different_steps_are_not_tested():
-    with pytest.raises(RecordError, match=r"same validation loss, 3\.27, .* seed of its own"):
+    with pytest.raises(RecordError, match=r"same validation loss, 3\.27, .* its own seed"):
         statistics(ends([3.27, 3.27]), 3.28)
     early = End("early", 3, 3, 3.271, 1.0)
     with pytest.raises(RecordError, match="r0 stops at step 4 and early at step 3"):
@@ -158,7 +158,7 @@ def test_the_exit_status_says_whether_p_is_below_one_percent(runs, capsys):
 
 def test_one_run_is_shown_and_proves_nothing(runs, capsys):
     assert check.main([str(runs[0]), "--target", "9"]) == 1
-    assert "A single run has no p-value" in capsys.readouterr().out
+    assert "A p-value needs at least two runs" in capsys.readouterr().out
 
 
 def test_runs_are_named_by_folder_by_the_folder_of_all_or_by_their_metrics(runs, capsys):
@@ -180,8 +180,8 @@ def test_metrics_alone_do_without_the_other_files(runs, capsys):
     ("logs", "told"),
     [
         ([], "no runs to test"),
-        (["nowhere"], "nowhere holds no run"),
-        (["records"], "records holds no run"),
+        (["nowhere"], "nowhere contains no run"),
+        (["records"], "records contains no run"),
         (["runs/r0", "runs/r0/metrics.jsonl"], "r0 and r0 are one run"),
         (["runs", "copy-of-r1"], "r1 and copy-of-r1 are one run"),
     ],
@@ -293,8 +293,8 @@ def test_without_accelerators_the_processors_are_the_hardware(capsys):
 
 def test_runs_whose_mean_is_not_shown_to_be_low_enough_make_no_record(runs, capsys):
     assert "not shown at p < 0.01" in refusal(capsys, *runs)
-    assert "A single run has no p-value" in refusal(capsys, runs[0])
-    assert "name their folders" in refusal(capsys)
+    assert "A p-value needs at least two runs" in refusal(capsys, runs[0])
+    assert "give their folders" in refusal(capsys)
 
 
 @pytest.mark.parametrize(
@@ -362,7 +362,7 @@ def test_a_folder_that_exists_is_left_as_it_is(good_runs, capsys):
 
 
 def test_a_folder_that_cannot_be_made_whole_is_not_made_at_all(good_runs, capsys, monkeypatch):
-    assert "cannot be made (No such file" in refusal(capsys, *good_runs, folder="no/where/some")
+    assert "cannot be created (No such file" in refusal(capsys, *good_runs, folder="no/where/some")
     copy, copied = shutil.copyfile, []
 
     def full_after_five(source, target):
@@ -371,7 +371,7 @@ def test_a_folder_that_cannot_be_made_whole_is_not_made_at_all(good_runs, capsys
         copied.append(copy(source, target))
 
     monkeypatch.setattr(shutil, "copyfile", full_after_five)
-    assert "cannot be made (No space left on device)" in refusal(capsys, *good_runs)
+    assert "cannot be created (No space left on device)" in refusal(capsys, *good_runs)
     assert len(copied) == 5
 
 
