@@ -48,7 +48,7 @@ class Options:
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Files, folders or globs."""
     hub: str | None = None
-    """Instead of inputs: a dataset on the Hugging Face hub, whose Parquet files are read."""
+    """Instead of inputs: read the Parquet files of a dataset on the Hugging Face hub."""
     subset: str | None = None
     """Configuration of that dataset, or a folder in it; None: all of it."""
     keep_downloads: bool = False

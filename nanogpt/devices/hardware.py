@@ -83,7 +83,7 @@ def check_size(config: GPTConfig, sequence_length: int, devices: int, memory: fl
     """Raise ConfigError if a model cannot fit on this number of devices in any way.
 
     The lower bound is 8 bytes per parameter, with one value of optimizer state, and one row's
-    stream between layers. On CPUs, whose `memory` is None, the machine's memory is used.
+    stream between layers. On CPUs, where `memory` is None, the machine's memory is used.
     """
     c, row = config, 2 * sequence_length * config.width * config.num_layers
     tables = (2 + c.value_embeddings) * c.padded_vocab_size + c.bigram_buckets

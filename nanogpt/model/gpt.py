@@ -113,7 +113,7 @@ class Attention(nnx.Module):
         value_gate: Float[Array, "inputs N"] | None,
         attend: Attend,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T NH"]]:
-        """Return what to add to the stream, and the values with `mixed_in` added by its gate."""
+        """Return what to add to the stream, and the values after adding gated `mixed_in`."""
         B, T, _ = x.shape
         weight = self.joined() if self.qkv.ndim == 3 else self.qkv[...]
         q, k, v = jnp.unstack(project(x, weight).reshape(B, T, 3, -1, self.head_size), axis=2)

@@ -67,7 +67,7 @@ def run_to_resume(resume: str) -> Path:
                 "start from its weights (--init-from)."
             )
         if not os.path.isfile(folder / "config.json"):  # false also for invalid paths
-            raise ConfigError(f"{folder} is not a run that can resume: it has no config.json.")
+            raise ConfigError(f"{folder} is not a run folder: it has no config.json.")
         return folder
     runs = [config.parent for config in Path("runs").glob("*/config.json")]
     if not runs:

@@ -856,7 +856,7 @@ def weights_of_another_program(run):
     ("harm", "what"),
     [
         (no_folder, "no config.json"),
-        (no_checkpoint, "no checkpoint that can be used: there is none"),
+        (no_checkpoint, "no usable checkpoint: there is none"),
         (no_good_checkpoint, "none of 3 is intact"),
         (config_of_another_program, "config.json: tokenizer is missing: restore it"),
         (config_cut_short, "config.json is not valid JSON .*: restore it"),

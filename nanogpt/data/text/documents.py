@@ -86,8 +86,8 @@ class Split(NamedTuple):
 def find_split(documents: Iterable[tuple[int, int]]) -> Split | None:
     """Choose the split of documents (digest, characters), reading no more than needed.
 
-    One document in a hundred is for validation, by its digest. If there are few documents, those
-    with the smallest digests that make up a tenth of the text are, or, if that would be more than
+    One document in a hundred is for validation, by its digest. If there are few documents, it is
+    those with the smallest digests that make up a tenth of the text, or, if that would be more than
     twice as much, the last tenth of every document. Returns None if there is no document.
     """
     usual = 2**64 // VALIDATION
