@@ -67,8 +67,8 @@ def test_a_shape_comes_back_from_json(tiny):
         ({"bigram_buckets": -1}, "bigram_buckets must be at least 0, not -1"),
         ({"windows": (4, -1)}, r"windows\[1\] must be at least 0, not -1"),
         ({"windows": (8,), "rotary_windows": (4, 0)}, r"rotary_windows\[1\] .* 1, not 0"),
-        ({"skips": ((3, 3),)}, r"skips has \(3, 3\), but must lead .* 0 to 11 to a later one"),
-        ({"skips": ((3, 12),)}, r"skips has \(3, 12\), but must lead .* to a later one"),
+        ({"skips": ((3, 3),)}, r"skips has \(3, 3\), but a skip must go .* 0 to 11 to a later one"),
+        ({"skips": ((3, 12),)}, r"skips has \(3, 12\), but a skip must go .* to a later one"),
         (
             {
                 "skips": ((0, 1),),

@@ -233,7 +233,7 @@ def test_a_folder_without_a_run_that_got_somewhere_is_told_in_one_sentence(
         (folder / "checkpoints").mkdir(parents=True)
     if missing == "checkpoints":
         (folder / "config.json").write_text(json.dumps(asdict(PRESETS["laptop"])))
-    told = "has no checkpoint" if missing == "checkpoints" else "it has no config.json"
+    told = "has no usable checkpoint" if missing == "checkpoints" else "it has no config.json"
     assert sample.main([str(folder)]) == 2
     output = capsys.readouterr()
     assert output.out == ""

@@ -388,7 +388,7 @@ def test_where_not_even_a_row_fits_layers_are_computed_again_and_the_losses_stay
         tmp_path_factory, "little", *arguments, main=with_little_memory_and_a_broken_matplotlib
     )
     assert told in run.log
-    assert any(line.startswith("WARNING: the loss is not plotted: ") for line in run.console)
+    assert any(line.startswith("WARNING: could not plot the loss: ") for line in run.console)
     assert run.column("train_loss") == pytest.approx(base.column("train_loss"), rel=1e-5)
 
 

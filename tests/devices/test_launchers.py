@@ -387,8 +387,8 @@ def test_launchers_are_recognized_by_what_they_set(monkeypatch, environment, oth
 @pytest.mark.parametrize(
     ("environment", "told"),
     [
-        ({"PMI_SIZE": "2"}, "PMI_SIZE says that there are 2 processes, of a launcher that JAX"),
-        ({"WORLD_SIZE": "4"}, "WORLD_SIZE says that there are 4 processes, of a launcher that JAX"),
+        ({"PMI_SIZE": "2"}, "PMI_SIZE says that there are 2 processes, but JAX does not"),
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE says that there are 4 processes, but JAX does not"),
         (
             {"SLURM_STEP_NUM_TASKS": "2", **SLURM, "SLURM_LOCALID": "", "SLURM_STEP_NODELIST": ""},
             "but SLURM_STEP_NODELIST, SLURM_LOCALID are not set: give each process --coordinator-",
