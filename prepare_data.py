@@ -121,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 class HubFiles:
-    """The Parquet files of a dataset, downloaded one by one, each while the last is encoded."""
+    """The Parquet files of a dataset, downloaded one by one, the next while one is encoded."""
 
     def __init__(self, repository: str, revision: str, names: list[str], out: Path, keep: bool):
         self.repository, self.revision, self.names = repository, revision, names
