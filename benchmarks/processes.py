@@ -1,6 +1,7 @@
 """Running commands in benchmarks, and reading the metrics of train_gpt.py's runs."""
 
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -54,6 +55,35 @@ def train(
     output_of(command, folder, environment, shown=shown)
     (run,) = (folder / "runs").iterdir()
     return run
+
+
+class Watched:
+    """A command in a folder, whose output is shown and read as it comes."""
+
+    def __init__(self, command: Sequence[str], folder: Path, settings: Mapping[str, str]):
+        """Start it in a folder, with these settings besides those of the environment."""
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(settings)
+        self.output = ""
+        self._process = subprocess.Popen(
+            command, cwd=folder, env=environment, errors="replace", **pipe
+        )
+
+    def read_until(self, text: str) -> str:
+        """Read on to the next line with `text` in it, and return that line; "" if none comes."""
+        for line in self._process.stdout or ():
+            print(line, end="", flush=True)
+            self.output += line
+            if text in line:
+                return line
+        return ""
+
+    def end(self) -> int:
+        """Read all that is still to come, and return the exit status."""
+        for line in self._process.stdout or ():
+            print(line, end="", flush=True)
+            self.output += line
+        return self._process.wait()
 
 
 def logged(run: Path) -> list[dict[str, Any]]:

@@ -4,17 +4,23 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nanogpt.files import write_whole
 from nanogpt.runs.environment import environment
 
 FOLDER = Path(__file__).resolve().parent / "results"
 
 
-def save(name: str, figures: dict[str, Any], tiny: bool = False) -> None:
+def save(
+    name: str, figures: dict[str, Any], tiny: bool = False, *, shown: bool = True
+) -> dict[str, Any]:
     """Save the results with command, date, commit, hardware and versions, and print the path.
 
-    Results of a test with --tiny are saved in `<name>_tiny.json`.
+    Results of a test with --tiny are saved in `<name>_tiny.json`. Returns all that is saved.
     """
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}{'_tiny' if tiny else ''}.json"
-    path.write_text(json.dumps(environment() | figures, indent=2) + "\n")
-    print(f"written to {path}")
+    saved = environment() | figures
+    write_whole(path, json.dumps(saved, indent=2) + "\n")
+    if shown:
+        print(f"written to {path}")
+    return saved

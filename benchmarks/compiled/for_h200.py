@@ -1,6 +1,7 @@
 """Compiling the training step for H200s on a machine without any."""
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
 import jax
@@ -50,6 +51,34 @@ gpu_device_info {
 """
 
 
+def mesh_of(num_devices: int, model_devices: int = 1) -> Mesh:
+    """A mesh of H200s, eight in each host, of which `model_devices` share each row."""
+    per_host = min(num_devices, 8)
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=H200, topology=f"1x{num_devices // per_host}x{per_host}"
+    )
+    devices = np.array(topology.devices).reshape(-1, model_devices)
+    return Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+@contextmanager
+def lowering_for(mesh: Mesh) -> Iterator[None]:
+    """Have JAX lower for this mesh, and for the cuDNN that its devices have.
+
+    JAX asks the driver whether cuDNN can do it; there is no driver to ask.
+    """
+    with ExitStack() as stack:
+        cudnn = "jax._src.cudnn.fused_attention_stablehlo"
+        for name, answer in {
+            "check_cudnn_version": 91000,
+            "check_compute_capability": True,
+            "is_cuda_compute_capability_equal": False,
+        }.items():
+            stack.enter_context(patch(f"{cudnn}.{name}", lambda *a, answer=answer, **k: answer))
+        stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
+        yield
+
+
 def compile_step(
     config: GPTConfig,
     kernels: Kernels,
@@ -68,12 +97,7 @@ def compile_step(
     Of `hp` it takes the optimizer and shard_params only. `model_devices` of the devices share each
     row.
     """
-    per_host = min(num_devices, 8)
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=H200, topology=f"1x{num_devices // per_host}x{per_host}"
-    )
-    devices = np.array(topology.devices).reshape(-1, model_devices)
-    mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    mesh = mesh_of(num_devices, model_devices)
     optimizer = optimizer_of(hp, mesh)
     init = make_init(config, optimizer, mesh, hp.shard_params)
     state = jax.eval_shape(init, jax.random.key(0))
@@ -85,16 +109,7 @@ def compile_step(
     step = make_train_step(
         graph, optimizer, mesh, "bfloat16", shard_params=hp.shard_params, tied_head=tied_head
     )
-    with ExitStack() as stack:
-        # JAX asks the driver whether cuDNN can do it; there is no driver to ask.
-        cudnn = "jax._src.cudnn.fused_attention_stablehlo"
-        for name, answer in {
-            "check_cudnn_version": 91000,
-            "check_compute_capability": True,
-            "is_cuda_compute_capability_equal": False,
-        }.items():
-            stack.enter_context(patch(f"{cudnn}.{name}", lambda *a, answer=answer, **k: answer))
-        stack.enter_context(jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
+    with lowering_for(mesh):
         return step.lower(state, shapes_on(mesh, BATCH, shape), rates).compile()
 
 

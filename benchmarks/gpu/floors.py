@@ -6,7 +6,8 @@ from functools import partial
 
 import jax
 
-from benchmarks.gpu.variants import Figures, Size, Variant, milliseconds
+from benchmarks.gpu.rows import Figures
+from benchmarks.gpu.variants import Size, Variant, milliseconds
 from nanogpt.config import AdamGroups, AttentionKernel, GPTConfig, LossKernel
 from nanogpt.devices.hardware import PEAK_BANDWIDTH, PEAK_FLOPS, flops_per_token
 from nanogpt.optim.groups import group

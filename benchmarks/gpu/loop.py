@@ -1,6 +1,5 @@
 """Timing what runs on the device, and whether it is worth it: does it compute what XLA does?"""
 
-import gc
 import math
 import statistics
 import time
@@ -12,28 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from benchmarks.gpu.variants import Figures, Size
+from benchmarks.gpu.rows import Unmeasured
+from benchmarks.gpu.variants import Size
 
 Work = Callable[..., PyTree]  # (last result, *arguments) to the next result
 WARM_UP = 3  # calls, or steps, before the clock starts
 TOLERANCE = 0.1  # relative error: bfloat16 makes 1%, 8-bit floats 3%, mistakes about 100%
-
-
-class Unmeasured(Exception):
-    """Why there are no figures: a sentence."""
-
-
-def attempt(measure: Callable[[], Figures]) -> Figures:
-    """What `measure` returns, or why it failed, in a sentence; its memory is free again."""
-    try:
-        return measure()
-    except Unmeasured as reason:
-        return {"failed": str(reason)}
-    except Exception as failure:  # whatever the driver, the library or the compiler says
-        first_line = (str(failure).strip().splitlines() or ["no message"])[0][:200]
-        return {"failed": f"It failed with {type(failure).__name__}: {first_line}"}
-    finally:
-        gc.collect()
 
 
 def median_ms(size: Size, advance: Callable[[PyTree], PyTree], carry: PyTree) -> float:

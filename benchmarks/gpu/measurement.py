@@ -2,17 +2,15 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import redirect_stdout
 from functools import partial
-from io import StringIO
 from typing import TYPE_CHECKING
 
 import jax
 
 from benchmarks.gpu.floors import floors, parts_of_step
-from benchmarks.gpu.loop import attempt
 from benchmarks.gpu.parts import part_jobs
-from benchmarks.gpu.variants import Figures, Size, Variant, fastest_of_each, variants_of
+from benchmarks.gpu.rows import Figures, attempt
+from benchmarks.gpu.variants import Size, Variant, fastest_of_each, variants_of
 from benchmarks.gpu.whole_step import measure_step, trace_steps
 from benchmarks.results import save
 from nanogpt.model.attention import choose_attention
@@ -35,8 +33,7 @@ def measure_all(size: Size, options: "Options") -> Figures:
         figures[section][row] = found = attempt(measure)
         print(f"{section} | {row} | {found.get('failed') or '{ms:,.3f} ms'.format(**found)}")
         figures["parts"] = parts_of_step(size, figures, base, lower)
-        with redirect_stdout(StringIO()):
-            save(f"gpu_step_stage_{options.stage}", figures, options.tiny)
+        save(f"gpu_step_stage_{options.stage}", figures, options.tiny, shown=False)
 
     step, variants = partial(measure_step, size, figures["steps"]), variants_of(base)
     jobs = [("steps", row, partial(step, variant)) for row, variant in variants.items()]

@@ -20,7 +20,8 @@ from benchmarks.gpu.floors import (
     products,
 )
 from benchmarks.gpu.loop import check_agreement, part_ms, random
-from benchmarks.gpu.variants import Figures, Rule, Size, random_tokens
+from benchmarks.gpu.rows import Figures
+from benchmarks.gpu.variants import Rule, Size, random_tokens
 from benchmarks.gpu.whole_step import make_rules
 from nanogpt.config import AttentionKernel, LossKernel
 from nanogpt.devices.hardware import PEAK_FLOPS
@@ -82,9 +83,14 @@ def measure_product(size: Size, shape: tuple[int, int], way: str) -> Figures:
 
 
 def measure_attention(
-    size: Size, kernel: AttentionKernel, masked: bool, window: int, paired: bool
+    size: Size,
+    kernel: AttentionKernel,
+    masked: bool,
+    window: int,
+    paired: bool,
+    backward: bool = True,
 ) -> Figures:
-    """Attention and its gradients, of one layer and the tokens of a micro-batch."""
+    """Attention of one layer and the tokens of a micro-batch, with or without its gradients."""
     c, B, times = size.hp.model, size.hp.batch_size, 1 + paired
     T, N = times * size.hp.sequence_length, c.num_heads // times
     begins = random_tokens(c, (B, size.hp.sequence_length)) == c.document_separator
@@ -94,6 +100,8 @@ def measure_attention(
         documents = numbers[: len(q), : q.shape[1]] if masked else None
         how = {"scale": c.attention_scale, "window": window, "kernel": kernel}
         attend = partial(attention, documents=documents, **how)
+        if not backward:
+            return (attend(q, k, v),)
         out, pullback = jax.vjp(attend, q, k, v)
         return out, *pullback(gradient)
 
@@ -101,7 +109,8 @@ def measure_attention(
     if kernel != "xla":
         check_agreement(work, partial(work, kernel="xla"), [x[:1, :CHECKED] for x in arguments])
     keys = float(np.minimum(np.arange(1, T + 1), window).mean())
-    return with_rate(part_ms(size, work, arguments), 6 * 2 * c.width * keys * size.tokens)
+    flops = (6 if backward else 2) * 2 * c.width * keys * size.tokens
+    return with_rate(part_ms(size, work, arguments), flops)
 
 
 def measure_loss(size: Size, kernel: LossKernel, fp8: bool) -> Figures:

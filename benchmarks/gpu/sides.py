@@ -10,18 +10,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
 from benchmarks.command import ROOT, Mistake
+from benchmarks.gpu.rows import Figures
 from benchmarks.processes import median_step_s, output_of, train
 from nanogpt.checks import checked
 from nanogpt.config import GPTConfig
 from nanogpt.data.shards import write_shard
 from nanogpt.devices.hardware import flops_per_token
-
-Figures = dict[str, Any]  # of one side, as they are saved
 
 
 @dataclass(frozen=True)

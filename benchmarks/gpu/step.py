@@ -44,7 +44,7 @@ from benchmarks.command import Mistake, run
 from benchmarks.results import save
 
 if TYPE_CHECKING:
-    from benchmarks.gpu.variants import Figures
+    from benchmarks.gpu.rows import Figures
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@
 It trains as nanoGPT does on a GPU: compiled, flash attention, bfloat16 autocast over float32
 weights, TF32 elsewhere, gradients added up over micro-batches and clipped to norm 1, fused AdamW.
 The tokens are random, the same in every step, and on the device beforehand: no reading is timed.
+With --train-file and --val-file, shards in the format of llm.c, it reads those instead, its
+learning rate rises and falls, and `losses` and `val_loss` tell how it learned.
 Without a GPU all of this runs on the CPU, not compiled.
 """
 
@@ -31,6 +33,9 @@ class Settings:
     total_batch_size: int = 524_288
     warm_up: int = 5
     steps: int = 20
+    train_file: str = ""
+    val_file: str = ""
+    val_tokens: int = 1_048_576
 
 
 MEANINGS = {
@@ -42,6 +47,9 @@ MEANINGS = {
     "total_batch_size": "tokens per optimizer step",
     "warm_up": "steps that are not timed; the first one compiles",
     "steps": "steps that are timed",
+    "train_file": "shard to train on; none: random tokens",
+    "val_file": "shard of the validation loss after the last step",
+    "val_tokens": "tokens of it",
 }
 
 
@@ -54,9 +62,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     for field in fields(Settings):
         option = "--" + field.name.replace("_", "-")
-        parser.add_argument(option, type=int, default=field.default, help=MEANINGS[field.name])
+        kind = type(field.default)
+        parser.add_argument(option, type=kind, default=field.default, help=MEANINGS[field.name])
     settings = Settings(**vars(parser.parse_args(arguments)))
-    if min(asdict(settings).values()) < 1:
+    if min(value for value in asdict(settings).values() if isinstance(value, int)) < 1:
         parser.error("every option must be at least 1")
     if settings.total_batch_size % (settings.batch_size * settings.sequence_length):
         parser.error("total-batch-size must be a multiple of batch-size * sequence-length")
@@ -80,9 +89,9 @@ def measure(settings: Settings) -> dict[str, Any]:
     model = GPT2(*shape).to(device)
     step = make_step(model, settings, device)
     seconds, losses = [], []
-    for _ in range(settings.warm_up + settings.steps):
+    for number in range(settings.warm_up + settings.steps):
         started = time.perf_counter()
-        losses.append(step())
+        losses.append(step(number))
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds[settings.warm_up :])
     return {
@@ -92,6 +101,8 @@ def measure(settings: Settings) -> dict[str, Any]:
         "peak_memory_bytes": torch.cuda.max_memory_allocated() if device == "cuda" else None,
         "first_loss": losses[0],
         "last_loss": losses[-1],
+        "losses": losses if settings.train_file else None,
+        "val_loss": validation_loss(model, settings, device) if settings.val_file else None,
         "parameters": sum(p.numel() for p in model.parameters()),
         "vocabulary": VOCABULARY,
         "torch": torch.__version__,
@@ -99,8 +110,31 @@ def measure(settings: Settings) -> dict[str, Any]:
     }
 
 
-def make_step(model: Any, settings: Settings, device: str) -> Callable[[], float]:
-    """A training step of the model, which returns its loss."""
+def rows_of(file: str, first: int, rows: int, T: int, device: str) -> tuple[Any, Any]:
+    """Inputs and targets of rows of a shard, in the order of its tokens."""
+    import numpy as np
+    import torch
+
+    span = slice(first * T, (first + rows) * T + 1)
+    tokens = np.memmap(file, "<u2", mode="r", offset=1024)[span].astype(np.int64)
+    tokens = torch.from_numpy(tokens).to(device)
+    return tokens[:-1].view(rows, T), tokens[1:].view(rows, T)
+
+
+def validation_loss(model: Any, settings: Settings, device: str) -> float:
+    """The mean loss on the first tokens of the validation shard."""
+    import torch
+
+    B, T = settings.batch_size, settings.sequence_length
+    losses = []
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        for first in range(0, settings.val_tokens // T, B):
+            losses.append(model(*rows_of(settings.val_file, first, B, T, device)).item())
+    return statistics.mean(losses)
+
+
+def make_step(model: Any, settings: Settings, device: str) -> Callable[[int], float]:
+    """A training step of the model, which takes its number from 0 on and returns its loss."""
     import torch
 
     B, T = settings.batch_size, settings.sequence_length
@@ -113,9 +147,17 @@ def make_step(model: Any, settings: Settings, device: str) -> Callable[[], float
     tokens = torch.randint(50257, (Ng, B, T + 1), device=device)
     inputs, targets = tokens[..., :-1].contiguous(), tokens[..., 1:].contiguous()
 
-    def step() -> float:
-        total = torch.zeros((), device=device)
-        for x, y in zip(inputs, targets, strict=True):
+    last = settings.warm_up + settings.steps - 1
+
+    def step(number: int) -> float:
+        total, batch = torch.zeros((), device=device), zip(inputs, targets, strict=True)
+        if settings.train_file:
+            at = range(number * Ng * B, (number + 1) * Ng * B, B)
+            batch = (rows_of(settings.train_file, first, B, T, device) for first in at)
+            for group in optimizer.param_groups:  # up in the first tenth, then down to a tenth
+                rise, fall = (number + 1) / (0.1 * last + 1), 1 - 0.9 * number / max(1, last)
+                group["lr"] = 6e-4 * min(rise, fall)
+        for x, y in batch:
             with torch.autocast(device, torch.bfloat16):
                 loss = loss_of(x, y) / Ng
             loss.backward()

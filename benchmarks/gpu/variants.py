@@ -2,17 +2,17 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int32
 
+from benchmarks.gpu.rows import Figures
 from nanogpt.config import AttentionKernel, GPTConfig, LossKernel
 from nanogpt.schedule import Stage
 from train_gpt import PRESETS, Hyperparameters
 
 DOCUMENT = 690  # tokens of one of FineWeb's, on average
-Figures = dict[str, Any]  # of one row, as they are saved
 Rule = Literal["NorMuon", "Muon", "Adam"]  # of the matrices; Adam is then that of all parameters
 
 
@@ -84,6 +84,7 @@ class Variant:
     loss: LossKernel = "xla"
     fp8_head: bool = False
     rule: Rule = "NorMuon"
+    rematerialize: bool = False
 
 
 def variants_of(base: Variant) -> dict[str, Variant]:

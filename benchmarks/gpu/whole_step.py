@@ -12,8 +12,9 @@ import optax
 from jax.stages import Compiled
 from jaxtyping import PyTree
 
-from benchmarks.gpu.loop import WARM_UP, Unmeasured, median_ms
-from benchmarks.gpu.variants import Figures, Rule, Size, Variant, random_tokens
+from benchmarks.gpu.loop import WARM_UP, median_ms
+from benchmarks.gpu.rows import Figures, Unmeasured
+from benchmarks.gpu.variants import Rule, Size, Variant, random_tokens
 from nanogpt.config import Kernels
 from nanogpt.devices.hardware import flops_per_token, utilization
 from nanogpt.devices.mesh import BATCH, REPLICATED, make_mesh, put, shapes_on
@@ -42,7 +43,9 @@ def compile_step(size: Size, variant: Variant) -> tuple[Callable, Compiled, floa
     rules = make_rules(hp, variant.rule)
     model = hp.model if variant.document_mask else replace(hp.model, document_separator=None)
     init = make_init(model, rules, mesh)
-    graph = graph_of(model, Kernels(variant.attention, variant.loss, variant.fp8_head))
+    graph = graph_of(
+        model, Kernels(variant.attention, variant.loss, variant.fp8_head, variant.rematerialize)
+    )
     tied = hp.schedule.ties_head(model, 0)
     step = make_train_step(graph, rules, mesh, hp.dtype, tied_head=tied)
     state = shapes_on(mesh, REPLICATED, jax.eval_shape(init, jax.random.key(0)))

@@ -13,7 +13,7 @@ compares it with the reference; if either fails, it reports why and tries the ne
 Shapes: B batch, T sequence, N heads, H head size.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -161,40 +161,47 @@ def choose_attention(
 def _error_against_reference(
     kernel: AttentionKernel, configs: Sequence[GPTConfig], sequence_length: int
 ) -> float:
-    """Return the largest of all windows' summed relative errors of output and gradients.
+    errors = jax.jit(probe(kernel, configs, sequence_length))(0)
+    return float(np.max(errors))  # NaN if any is
 
-    The input is a row of the run's length, cut so that the reference's T x T scores fit in memory.
+
+def probe(
+    kernel: AttentionKernel, configs: Sequence[GPTConfig], sequence_length: int
+) -> Callable[[int], Float[Array, "windows"]]:
+    """Return `errors(seed)`, a single program when jitted: a kernel's errors for each window.
+
+    They are the summed relative errors of output and gradients. The input is a row of the run's
+    length, cut so that the reference's T x T scores fit in memory.
     """
     config = configs[0]
-    shape = (3, 1, min(sequence_length, 2048), config.num_heads, config.head_size)
-    q, k, v = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-    documents = None
-    if config.document_separator is not None:
-        documents = jnp.cumsum(jnp.arange(shape[2])[None] % 100 == 50, axis=1)
+    T = min(sequence_length, 2048)
+    windows = list({c.window(layer) for c in configs for layer in range(c.num_layers)})
 
     def output_and_gradients(attend, qkv, window):
-        attend = partial(attend, documents=documents, scale=shape[-1] ** -0.5, window=window)
+        documents = None
+        if config.document_separator is not None:
+            documents = jnp.cumsum(jnp.arange(T)[None] % 100 == 50, axis=1)
+        attend = partial(attend, documents=documents, scale=config.head_size**-0.5, window=window)
         out, pullback = jax.vjp(attend, *qkv)
         return out, *pullback(jnp.ones_like(out))
 
-    @jax.jit
-    def of_kernel(*qkv):
-        attend = partial(attention, kernel=kernel)
-        return [output_and_gradients(attend, qkv, window) for window in windows]
+    def errors(seed):
+        shape = (3, 1, T, config.num_heads, config.head_size)
+        qkv = jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+        every, exact = jnp.array([window or T for window in windows]), qkv.astype(jnp.float32)
+        expected = jax.lax.map(partial(output_and_gradients, reference_attention, exact), every)
+        attend = partial(output_and_gradients, partial(attention, kernel=kernel), qkv)
+        if kernel == "pallas" and config.document_separator is not None:
+            found = jax.lax.map(attend, every)  # as in the reference, its windows are inputs
+        else:
+            found = map(jnp.stack, zip(*map(attend, windows), strict=True))
+        return jnp.stack([*map(relative_errors, found, expected)]).sum(axis=0)
 
-    @jax.jit
-    def of_reference(*qkv):  # windows are inputs, so that this compiles once for all of them
-        every = jnp.array([window or shape[2] for window in windows])
-        qkv = [x.astype(jnp.float32) for x in qkv]
-        return jax.lax.map(partial(output_and_gradients, reference_attention, qkv), every)
+    def relative_errors(found, expected):
+        off, size = (jnp.sum(x**2, axis=range(1, x.ndim)) for x in (found - expected, expected))
+        return jnp.sqrt(off / size)
 
-    def error(found, expected):
-        pairs = zip(found, expected, strict=True)
-        return sum(jnp.linalg.norm(a - b) / jnp.linalg.norm(b) for a, b in pairs)
-
-    windows = list({c.window(layer) for c in configs for layer in range(c.num_layers)})
-    expected = zip(*of_reference(q, k, v), strict=True)  # by window
-    return float(np.max([*map(error, of_kernel(q, k, v), expected)]))  # NaN if any is
+    return errors
 
 
 def _first_line(failure: Exception) -> str:

@@ -24,6 +24,7 @@ TINY = [
 TESTED_ELSEWHERE = {
     "benchmarks.compiled.scaling": "compiled/test_scaling.py",
     "benchmarks.cpu.tokenize_text": "cpu/test_tokenize_text.py",
+    "benchmarks.gpu.first_light": "gpu/test_first_light.py",
     "benchmarks.gpu.step": "gpu/test_step.py",
     "benchmarks.gpu.against_pytorch": "gpu/test_against_pytorch.py",
     "benchmarks.reliability.soak": "reliability/test_soak.py",
@@ -102,6 +103,8 @@ def test_the_other_tiny_runs_have_tests_of_their_own():
         ("cpu.sampling", ["--context", "3"], "--context must be above"),
         ("cpu.tokenize_text", ["--megabytes", "0"], "--megabytes must be above 0"),
         ("cpu.against_nanogpt", ["--nanogpt", "docs"], "docs is not a checkout of nanoGPT"),
+        ("gpu.first_light", ["--budget", "0"], "--budget must be above 0, not 0"),
+        ("gpu.first_light", ["--only", "heat"], "There is no section heat: choose from device,"),
         ("reliability.soak", ["--kills", "0"], "--kills must be above 0, not 0."),
         ("reliability.soak", ["--steps", "5"], "--steps must be 0 or at least"),
         ("gpu.step", [], 'pip install -e ".[cuda12]"'),

@@ -445,3 +445,32 @@ def test_nvidia_gpus_get_the_kernel_which_writes_over_the_logits_where_it_fits(f
     assert call.endswith(f"{inputs} -> {results}")
     assert ("output_tuple_indices = [1], operand_index = 0" in call) == (not fp8)
     assert "gpu.triton" not in evaluate
+
+
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="runs the compiled kernel (JAX_PLATFORMS=cuda)"
+)
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("weights", [ONE, THREE])
+def test_on_a_gpu_the_compiled_kernel_computes_the_losses_and_gradients_of_two_passes(
+    weights, fp8, monkeypatch
+):
+    monkeypatch.undo()  # the kernel as the device runs it
+    rng, N, ids = np.random.default_rng(7), 256, 50304
+    features = jnp.asarray(rng.standard_normal((N, 128)), "bfloat16")
+    head = jnp.asarray(0.3 * rng.standard_normal((128, ids)), "bfloat16")
+    targets = jnp.asarray(rng.integers(-1, ids, (N, len(weights))))
+
+    @partial(jax.jit, static_argnames="kernel")
+    def losses_and_gradients(kernel):
+        def objective(features, head):
+            how = {"weights": weights, "kernel": kernel, "fp8": fp8}
+            each, _ = linear_cross_entropy(features, head, targets, CAP, **how)
+            return each.mean(), each
+
+        (_, each), gradients = jax.value_and_grad(objective, (0, 1), has_aux=True)(features, head)
+        return each, *gradients
+
+    for got, expected in zip(*map(losses_and_gradients, ("pallas", "xla")), strict=True):
+        got, expected = np.asarray(got, "f4"), np.asarray(expected, "f4")
+        assert np.linalg.norm(got - expected) < 0.02 * np.linalg.norm(expected)

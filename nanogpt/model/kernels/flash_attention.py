@@ -47,7 +47,7 @@ class Static(NamedTuple):
     """Compile-time constants of the kernels."""
 
     scale: float
-    window: int
+    window: int  # where documents do not matter; else it is in `first` and `last`
     block: int
     interpret: bool = False
 
@@ -59,7 +59,7 @@ def flash_attention(
     documents: Int[Array, "B T"] | None = None,
     *,
     scale: float,
-    window: int | None = None,
+    window: int | Int[Array, ""] | None = None,
     block: int = BLOCK,
 ) -> Float[Array, "B T N H"]:
     """Return softmax(scale * q kᵀ) v over the keys each query sees, with the softmax in float32.
@@ -69,7 +69,8 @@ def flash_attention(
         documents: an id for each token; a query sees only the keys of its own document, the
             adjacent tokens with the same id. None: a row is one document.
         scale: factor on the products q·k before the softmax; positive.
-        window: number of keys that a query sees, its own included; None for all earlier ones.
+        window: number of keys that a query sees, its own included; None for all earlier ones. With
+            documents it may be an input of the program.
         block: rows and columns of a block, a power of two.
 
     Raises ValueError for other head sizes or scales.
@@ -84,26 +85,29 @@ def flash_attention(
         q, k, v = (jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k, v))
         if documents is not None:
             documents = jnp.pad(documents, ((0, 0), (0, missing)))
-    window = T + missing if window is None else min(window, T + missing)
-    return _attend(q, k, v, documents, Static(float(scale), window, block))[:, :T]
+    end = T + missing
+    keys = end if window is None else window
+    if documents is None:
+        first, last, known = None, None, min(int(keys), end)
+    else:
+        (first, last), known = _first_and_last(documents, keys), end
+    return _attend(q, k, v, first, last, Static(float(scale), known, block))[:, :T]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q, k, v, documents, static):
-    return _forward(q, k, v, documents, static)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q, k, v, first, last, static):
+    return _forward(q, k, v, first, last, static)[0]
 
 
-def _forward(q, k, v, documents, static):
+def _forward(q, k, v, first, last, static):
     B, T, N, _ = q.shape
-    first, _ = _first_and_last(documents, static.window)
     lse = jax.ShapeDtypeStruct((B, N, T), jnp.float32)
     out, lse = _call(_flash_forward, static, 3, rows=(q, first), whole=(k, v), results=(v, lse))
-    return out, (q, k, v, documents, out, lse)
+    return out, (q, k, v, first, last, out, lse)
 
 
 def _backward(static, residuals, dout):
-    q, k, v, documents, out, lse = residuals
-    first, last = _first_and_last(documents, static.window)
+    q, k, v, first, last, out, lse = residuals
     delta = jnp.sum(dout.astype(jnp.float32) * out, axis=-1).swapaxes(1, 2)
 
     rows, whole = (q, dout, lse, delta, first), (k, v)
@@ -111,7 +115,7 @@ def _backward(static, residuals, dout):
 
     rows, whole = (k, v, last), (q, dout, lse, delta)
     dk, dv = _call(_flash_dkv, static, 2, rows=rows, whole=whole, results=(k, v))
-    return dq, dk, dv, None
+    return dq, dk, dv, None, None
 
 
 _attend.defvjp(_forward, _backward)
@@ -119,8 +123,6 @@ _attend.defvjp(_forward, _backward)
 
 def _first_and_last(documents, window):
     """Return the first key each query sees and the last query that sees each key, int32[B, T]."""
-    if documents is None:
-        return None, None  # the kernels compute them
     t = jnp.arange(documents.shape[1], dtype=jnp.int32)
     change = documents[:, 1:] != documents[:, :-1]
     begins, ends = jnp.pad(change, ((0, 0), (1, 0))), jnp.pad(change, ((0, 0), (0, 1)))

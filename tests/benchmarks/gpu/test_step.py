@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import results
-from benchmarks.gpu import loop, measurement, parts, step
+from benchmarks.gpu import measurement, parts, rows, step
 from benchmarks.gpu.floors import attention_row, floors, loss_row, orthogonalization_flops
-from benchmarks.gpu.loop import Unmeasured, check_agreement, looped
+from benchmarks.gpu.loop import check_agreement, looped
 from benchmarks.gpu.parts import part_jobs
+from benchmarks.gpu.rows import Unmeasured
 from benchmarks.gpu.step import COLUMNS, main
 from benchmarks.gpu.variants import FULL, TINY, Variant, stage_alone, variants_of
 from benchmarks.gpu.whole_step import measure_step
@@ -45,7 +46,7 @@ def run(tmp_path_factory):
         patch.setattr(results, "FOLDER", folder)
         patch.setattr(measurement, "variants_of", some_variants)
         patch.setattr(compilation, "use_compilation_cache", lambda: None)
-        patch.setattr(loop.gc, "collect", lambda: None)  # as long as all else of a tiny row
+        patch.setattr(rows.gc, "collect", lambda: None)  # as long as all else of a tiny row
         jax.config.update(quickly, True)
         try:
             assert main(["--tiny", "--trace", str(folder / "trace")]) == 0
@@ -62,9 +63,9 @@ def pretend(monkeypatch, tmp_path):
     def run(ms, *options):
         saved = []
         monkeypatch.setattr(compilation, "use_compilation_cache", lambda: None)
-        monkeypatch.setattr(loop.gc, "collect", lambda: None)
+        monkeypatch.setattr(rows.gc, "collect", lambda: None)
 
-        def save(name, figures, tiny):
+        def save(name, figures, tiny, shown=True):
             saved.append(json.loads(json.dumps(figures)))
 
         for module in (step, measurement):
@@ -371,14 +372,14 @@ def test_the_fastest_of_each_thing_are_combined(pretend):
 def test_a_row_that_fails_stops_no_other(pretend):
     def ms(section, row):
         if section == "products" and row[1] == "d-weight":
-            raise MemoryError("RESOURCE_EXHAUSTED: too much\nand more of it")
+            raise MemoryError("RESOURCE_EXHAUSTED: too much\nand more\nof it\nand a stack")
         if section == "steps" and row.loss == "pallas":
             raise Unmeasured("It is wrong.")
         return 1.0
 
     saved = pretend(ms)
     last = saved[-1]
-    failed = {"failed": "It failed with MemoryError: RESOURCE_EXHAUSTED: too much"}
+    failed = {"failed": "It failed with MemoryError: RESOURCE_EXHAUSTED: too much and more of it"}
     assert last["products"]["up, d-weight"] == last["products"]["head, d-weight"] == failed
     assert last["products"]["up, forward"] == last["steps"]["base again"] == {"ms": 1.0}
     assert last["steps"]["pallas loss"] == {"failed": "It is wrong."}

@@ -247,7 +247,7 @@ def test_forward_and_backward_pass_are_three_kernels_on_a_gpu(packed):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("window", [None, 1, 48, 200])
 @pytest.mark.parametrize("H", [64, 128])
-def test_the_compiled_kernels_compute_what_the_interpreted_ones_do(H, window, packed):
+def test_on_a_gpu_the_compiled_kernels_compute_what_the_interpreted_ones_do(H, window, packed):
     inputs = some_inputs(B=2, T=330, N=2, H=H, dtype="bfloat16")
     documents = some_documents(2, 330, longest=150) if packed else None
     got = flash(*inputs, documents, scale=H**-0.5, window=window)

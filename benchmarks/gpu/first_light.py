@@ -1,0 +1,196 @@
+"""A GPU's first minutes: everything that a first hour on it must tell, in one command.
+
+    python3 -m benchmarks.gpu.first_light --budget 480
+
+Sections run in order of importance, each in a process of its own that ends when its time is over;
+what one leaves of its time, the next may use:
+
+    device         device, driver and versions; rates of a large product and a large copy
+    kernels        which attention kernels pass their probe, and their times at the presets' shapes
+    steps          a step of `baseline` and of the longest stage of `speedrun`
+    whole_run      60 steps of train_gpt.py: from launch to first step, cold and warm; rate; stalls
+    pytorch        the step in PyTorch with torch.compile, and the ratio
+    alternatives   one-pass loss, FP8 head, attention kernels, micro-batch sizes, Muon's share
+    gpu_tests      the tests of attention and loss kernels that need a GPU
+    curve          a loss curve, ours and PyTorch's, on the sources of installed packages
+
+Every row is written to results/first_light_<device>_<date>.json and to a table beside it as soon as
+it is there: a section that fails or takes too long says so, and nothing is lost if the command is
+cut off. It needs no network. For "curve", TIKTOKEN_CACHE_DIR names the folder with GPT-2's
+vocabulary; docs/gpu.md lists what else to carry to a machine without a network.
+"""
+
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from benchmarks import results
+from benchmarks.command import Mistake, check_positive
+from benchmarks.command import run as run_command
+from benchmarks.cpu.python_sources import python_sources
+from benchmarks.gpu.rows import Figures
+from benchmarks.gpu.sections import SECTIONS, Context, Rows, run
+from benchmarks.gpu.sections.table import cell, markdown
+from benchmarks.gpu.sides import one_gpu
+from nanogpt.files import write_whole
+
+BUDGET = 480
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure on one GPU, in order of importance, whatever the time allows."""
+
+    budget: float = BUDGET
+    """Seconds for everything."""
+    only: tuple[str, ...] = ()
+    """Sections to run, in their order; none given: all."""
+    tiny: bool = False
+    """Everything so small that a CPU takes seconds: a test of this script, not of the speed."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the benchmark; return the exit status."""
+    return run_command(Options, measure, arguments)
+
+
+def measure(options: Options) -> None:
+    """Run the sections; what is there is on disk, whatever ends this."""
+    check_positive(options, "budget")
+    if unknown := set(options.only) - set(SECTIONS):
+        raise Mistake(f"There is no section {min(unknown)}: choose from {', '.join(SECTIONS)}.")
+    chosen = [name for name in SECTIONS if name in (options.only or SECTIONS)]
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    spawn = multiprocessing.get_context("spawn")
+    text = spawn.Process(target=python_sources, args=(options.tiny,), daemon=True)
+    if "curve" in chosen:  # meanwhile, on the CPU
+        text.start()
+    report, deadline = Report(options.tiny), time.monotonic()
+    try:
+        with TemporaryDirectory() as folder:
+            for name in chosen:
+                deadline += SECTIONS[name][1] * options.budget / BUDGET
+                context = Context(options.tiny, deadline - time.monotonic(), report.rows)
+                report.begin(name)
+                report.end(name, in_a_process(name, context, report.record, Path(folder)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if text.pid:
+            text.kill()
+        if any(report.rows.values()):
+            report.write()
+            print(f"\n{report.path}:\n\n{report.path.read_text()}", flush=True)
+
+
+class Report:
+    """What was measured so far, in memory and on disk."""
+
+    def __init__(self, tiny: bool):
+        self.rows: dict[str, Rows] = {}
+        self._tiny, self._device, self._section = tiny, "unknown", ""
+        self._sections: dict[str, Figures] = {}
+
+    @property
+    def name(self) -> str:
+        """Of the files, without their endings."""
+        device = re.sub(r"\W+", "_", self._device)
+        return f"first_light_{device}_{date.today()}"
+
+    @property
+    def path(self) -> Path:
+        """Of the table."""
+        return results.FOLDER / f"{self.name}{'_tiny' if self._tiny else ''}.md"
+
+    def begin(self, section: str) -> None:
+        """The next rows are those of this section."""
+        self._section, self._begun = section, time.monotonic()
+        rows = self.rows[section] = {}
+        self._sections[section] = {"seconds": 0.0, "ended": "cut off", "rows": rows}
+
+    def record(self, row: str, figures: Figures) -> None:
+        """Write a row; Mistake if it says that there is no GPU."""
+        if figures.get("platform") == "cpu" and not self._tiny:
+            raise Mistake("JAX finds no GPU, only a CPU: --tiny tries the script here.")
+        self.rows[self._section][row] = figures
+        self._device = figures.get("device", self._device) if row == "device" else self._device
+        self._sections[self._section]["seconds"] = time.monotonic() - self._begun
+        print(f"{self._section} | {row} | {figures.get('failed') or cell(figures)}", flush=True)
+        self.write()
+
+    def end(self, section: str, why: str | None) -> None:
+        """The section ended, early if it says why."""
+        seconds = time.monotonic() - self._begun
+        self._sections[section] |= {"ended": why, "seconds": seconds}
+        self.write()
+
+    def write(self) -> None:
+        """Write everything that is there."""
+        figures = {"device": self._device, "sections": self._sections}
+        saved = results.save(self.name, figures, self._tiny, shown=False)
+        write_whole(self.path, markdown(saved))
+
+
+Record = Callable[[str, Figures], None]
+Work = Callable[[str, Context, Record], None]
+
+
+def in_a_process(
+    section: str, context: Context, record: Record, folder: Path, work: Work = run
+) -> str | None:
+    """Run a section in a process of its own, and record its rows; why it ended early, if it did."""
+    here, there = multiprocessing.Pipe(duplex=False)
+    log, deadline = folder / f"{section}.log", time.monotonic() + context.seconds
+    log.touch()
+    target = multiprocessing.get_context("spawn").Process(
+        target=become, args=(section, context, there, log, work)
+    )
+    target.start()
+    there.close()
+    try:
+        while here.poll(max(0.0, deadline - time.monotonic())):
+            record(*here.recv())
+        why = f"Its time was over after {context.seconds:.0f} s."
+    except EOFError:
+        target.join(10)
+        if not target.exitcode:
+            return None
+        why = f"It ended with status {target.exitcode}."
+    finally:
+        kill(target)
+    return "\n".join([why, *log.read_text(errors="replace").splitlines()[-30:]])
+
+
+def become(section: str, context: Context, rows: Connection, log: Path, work: Work) -> None:
+    """What the process of a section does: it leads a group, so that all it starts ends with it."""
+    os.setsid()
+    with log.open("w") as errors:
+        os.dup2(errors.fileno(), 2)
+    os.environ |= {
+        **one_gpu(),
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",  # as train_gpt.py does
+        "TMPDIR": str(log.parent),
+        "JAX_COMPILATION_CACHE_DIR": str(log.parent / "compiled"),
+    }
+    work(section, context, lambda row, figures: rows.send((row, figures)))
+
+
+def kill(process: multiprocessing.process.BaseProcess) -> None:
+    """End a process and all that it started."""
+    try:
+        os.killpg(process.pid or 0, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError):  # it leads no group yet, or none any more
+        process.kill()
+    process.join()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""The step of the baseline preset in PyTorch, beside that of train_gpt.py."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
+from benchmarks.gpu.rows import Figures
+from benchmarks.gpu.sections import Context, Job
+from benchmarks.gpu.sides import FULL, TINY, run_pytorch
+
+
+def jobs(context: Context) -> Iterator[Job]:
+    """GPT-2 small by torch.compile."""
+    yield "GPT-2 small in PyTorch", partial(measure, context)
+
+
+def measure(context: Context) -> Figures:
+    """Its rate, and ours over it."""
+    size = TINY if context.tiny else replace(FULL, warm_up=3, steps=8)
+    found = run_pytorch(sys.executable, 2 if context.tiny else 64, size)
+    ours = context.row("steps", "baseline").get("tokens_per_s")
+    kept = ("ms_per_step", "tokens_per_s", "first_step_s", "peak_memory_bytes", "torch", "device")
+    return {name: found[name] for name in kept} | {
+        "ms": found["ms_per_step"],
+        "ours_over_it": ours and ours / found["tokens_per_s"],
+    }

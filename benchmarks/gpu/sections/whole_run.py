@@ -1,0 +1,96 @@
+"""train_gpt.py itself on made-up shards: how long until its first step, and how fast then."""
+
+import json
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from benchmarks import processes
+from benchmarks.command import ROOT
+from benchmarks.gpu.rows import Figures, Unmeasured
+from benchmarks.gpu.sections import Context, Job
+from benchmarks.gpu.variants import FULL, TINY, random_tokens
+from benchmarks.processes import Watched, logged
+from nanogpt.checks import checked
+from nanogpt.data.shards import write_shard
+from train_gpt import Hyperparameters
+
+STEPS = 60
+TINY_RUN = (
+    "--preset laptop --dtype float32 --tokenizer bytes --sample-tokens 0 --batch-size 2 "
+    "--sequence-length 32 --total-batch-size 64 --model.num-layers 2 --model.width 32 "
+    "--model.mlp-width 64 --model.bigram-buckets 128 --model.value-embeddings 1"
+)
+STALL = 1.5  # times the median of its stage: a step that waited for the host
+
+
+def jobs(context: Context) -> Iterator[Job]:
+    """A run that finds nothing compiled, and the same again."""
+    size, steps = (TINY, 4) if context.tiny else (FULL, STEPS)
+    hp = size.hp
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        tokens = 4096 if context.tiny else 2 * steps * hp.total_batch_size
+        for split, count in (("train", tokens), ("val", tokens // 16)):
+            write_shard(folder / f"{split}.bin", random_tokens(hp.model, (count,)))
+        arguments = (
+            f"{TINY_RUN if context.tiny else '--preset speedrun'} --num-steps {steps} "
+            "--train-files train.bin --val-files val.bin --val-loss-every 0 "
+            f"--val-tokens {hp.sequence_length} --checkpoint-every 0 --sample-tokens 0"
+        ).split()
+        for cache in ("cold", "warm"):
+            yield from one_run(folder, [*arguments, "--run-name", cache], cache, context)
+
+
+def one_run(folder: Path, arguments: list[str], cache: str, context: Context) -> Iterator[Job]:
+    """From launch to the first step, and then to the last."""
+    run = start(folder, arguments)
+    yield f"launch to first step, {cache}", partial(first_step, run, time.perf_counter())
+    yield f"its steps, {cache}", partial(all_steps, run, folder / "runs" / cache, context)
+
+
+def start(folder: Path, arguments: list[str]) -> Watched:
+    """train_gpt.py, which keeps what it compiles in this folder."""
+    command = [sys.executable, str(ROOT / "train_gpt.py"), *arguments]
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
+    return processes.Watched(command, folder, cache)
+
+
+def first_step(run: Watched, launched: float) -> Figures:
+    """Seconds until the line of the first step."""
+    if not run.read_until("step 1/"):
+        raise Unmeasured(f"train_gpt.py took no step: {' '.join(run.output.splitlines()[-3:])}")
+    seconds = time.perf_counter() - launched
+    told = [line for line in run.output.splitlines() if line.startswith("compiled and warmed up")]
+    return {"seconds": seconds, "compiled": "".join(told)}
+
+
+def all_steps(run: Watched, folder: Path, context: Context) -> Figures:
+    """The rate of each stage by the log, beside that of the step alone, and what stood still."""
+    if status := run.end():
+        raise Unmeasured(f"It ended with status {status}: {' '.join(run.output.splitlines()[-3:])}")
+    schedule = checked(json.loads((folder / "config.json").read_text()), Hyperparameters).schedule
+    by_stage, excess, stalls = defaultdict(list), 0.0, 0
+    for step in logged(folder)[1:]:
+        by_stage[schedule.stage(step["step"])].append(step)
+    rates = {}
+    for stage, steps in by_stage.items():
+        usual = median(step["step_time_s"] for step in steps)
+        slow = [s for step in steps if (s := step["step_time_s"]) > STALL * usual]
+        stalls, excess = stalls + len(slow), excess + sum(slow) - len(slow) * usual
+        rates[f"stage {stage + 1}"] = median(step["tokens_per_s"] for step in steps)
+    alone = context.row("steps", "speedrun, stage 3").get("tokens_per_s")
+    rate = rates.get("stage 3")
+    return {
+        "tokens_per_s": rate or median(rates.values()),
+        "of_step_alone": rate / alone if rate and alone else None,
+        "stalls": stalls,
+        "stalled_s": excess,
+        "rates": rates,
+        "predicted": {"of_step_alone": 1.0, "stalls": 0},
+    }
