@@ -3,11 +3,12 @@
     .venv/bin/python -m benchmarks.compiled.plans
 
 It prints the tables of docs/gpu.md and docs/tpu.md in seconds: nothing is compiled or measured.
+GPUs that cannot multiply bfloat16 train in float32, without flash attention.
 """
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from benchmarks.command import run
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 PRESETS = "speedrun", "baseline", "gpt2-medium"
 GIGABYTES = 8, 12, 16, 24, 40, 48, 80, 141  # of GPUs
+OLD = {"T4, 16 GB": 16, "V100, 32 GB": 32}  # GPUs without bfloat16
 USABLE = 0.9  # of a GPU's memory, as train_gpt.py tells JAX
 
 
@@ -32,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def print_tables(_: Options) -> None:
-    """Both tables in Markdown; * means that layers are recomputed in the backward pass."""
+    """The tables in Markdown; * means that layers are recomputed in the backward pass."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from benchmarks.compiled.for_tpu import CHIPS
     from nanogpt.training.plan import Hardware
@@ -43,7 +45,8 @@ def print_tables(_: Options) -> None:
         for chip, facts in CHIPS.items()
         for count in (1, 8)
     }
-    for kernel, devices in (("pallas", gpus), ("splash", tpus)):
+    old = {name: Hardware("GPU", 1, 1, USABLE * n * 1e9, bfloat16=False) for name, n in OLD.items()}
+    for kernel, devices in (("pallas", gpus), ("xla", old), ("splash", tpus)):
         names = " | ".join(f"`{name}`" for name in PRESETS)
         print(f"\n| device | usable GB | {names} |\n|---|---|{'---|' * len(PRESETS)}")
         for name, hardware in devices.items():
@@ -57,7 +60,10 @@ def cell(preset: str, hardware: "Hardware", kernel: "AttentionKernel") -> str:
     from benchmarks.compiled.for_tpu import NO_DATA
     from nanogpt.training.plan import make_plan
 
-    plan = make_plan(train_gpt.PRESETS[preset], hardware, NO_DATA, kernel, "")
+    hp = train_gpt.PRESETS[preset]
+    if not hardware.bfloat16:
+        hp = replace(hp, dtype="float32")
+    plan = make_plan(hp, hardware, NO_DATA, kernel, "")
     total = plan.device_state_bytes + plan.working_bytes + plan.activation_bytes
     if total > hardware.memory:
         return f"does not fit ({total / 1e9:.1f} GB)"

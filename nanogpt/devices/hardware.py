@@ -139,6 +139,15 @@ def device_memory(device: "jax.Device") -> float | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
+def multiplies_bfloat16(device: "jax.Device") -> bool:
+    """Whether a device multiplies matrices of bfloat16: all do but NVIDIA GPUs before Ampere.
+
+    Those (T4, V100) have a compute capability below 8.0, and XLA converts to float32 there.
+    """
+    major, dot, _ = str(getattr(device, "compute_capability", "")).partition(".")
+    return not dot or int(major) >= 8  # AMD's names have no dot
+
+
 def peak_memory(device: "jax.Device") -> float | None:
     """Return the peak memory of arrays and programs on a device so far, in bytes.
 

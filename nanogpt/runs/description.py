@@ -37,8 +37,13 @@ def heading(plan: Plan, folder: Path) -> list[str]:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """Return warnings about the data and the number of epochs."""
+    """Return warnings about the data, the number of epochs and the device."""
     found = list(plan.dataset.warnings)
+    if plan.hp.dtype == "bfloat16" and not plan.hardware.bfloat16:
+        found.append(
+            f"{plan.hardware.kind} has no units for bfloat16 and converts it to float32 at every "
+            "operation: use --dtype float32"
+        )
     if epochs(plan) > MANY_EPOCHS:
         found.append(
             f"{epochs(plan):.1f} epochs: the model will memorize the text; use more data, or a "

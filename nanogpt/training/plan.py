@@ -20,6 +20,7 @@ from nanogpt.devices.hardware import (
     fewer,
     flops_per_token,
     largest_batch,
+    multiplies_bfloat16,
     row_fits,
     utilization,
 )
@@ -45,6 +46,8 @@ class Hardware:
     processes: int
     memory: float | None
     """Bytes that JAX may use on each device; None if unknown, as on CPUs."""
+    bfloat16: bool = True
+    """Whether the devices have units for bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +157,11 @@ def plan_here(hp: "Hyperparameters") -> Plan:
     check_same("settings", [(name, repr(value)) for name, value in asdict(shared).items()])
     device = jax.local_devices()[0]
     hardware = Hardware(
-        device.device_kind, jax.device_count(), jax.process_count(), device_memory(device)
+        device.device_kind,
+        jax.device_count(),
+        jax.process_count(),
+        device_memory(device),
+        multiplies_bfloat16(device),
     )
     parts = hardware.count if hp.shard_params or hp.mesh else 1
     check_size(hp.model, hp.sequence_length, parts, hardware.memory)

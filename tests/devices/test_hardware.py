@@ -1,6 +1,7 @@
 """What a token costs, held against counting, and against the numbers of GPT-2 small's size."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from nanogpt.devices.hardware import (
     fewer,
     flops_per_token,
     largest_batch,
+    multiplies_bfloat16,
     peak_memory,
     row_fits,
     utilization,
@@ -286,3 +288,12 @@ def test_a_row_fits_if_there_is_room_for_its_activations(name, T, flash, room, f
     again = activation_bytes(config, T, "bfloat16", flash, rematerialize=True)
     assert again < 0.6 * activation_bytes(config, T, "bfloat16", flash)
     assert row_fits(T * again, room)
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [("7.0", False), ("7.5", False), ("8.0", True), ("10.0", True), ("gfx90a", True)],
+)
+def test_gpus_before_ampere_do_not_multiply_bfloat16(capability, expected):
+    assert multiplies_bfloat16(SimpleNamespace(compute_capability=capability)) == expected
+    assert multiplies_bfloat16(jax.devices("cpu")[0])

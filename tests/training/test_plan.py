@@ -12,7 +12,7 @@ from nanogpt.config import ConfigError
 from nanogpt.data.dataset import Dataset, Shard
 from nanogpt.data.shards import write_shard
 from nanogpt.devices.mesh import make_mesh
-from nanogpt.runs.description import outlook, table
+from nanogpt.runs.description import outlook, table, warnings
 from nanogpt.training.plan import Hardware, division, make_plan, optimizer_of, plan_here
 from nanogpt.training.step import make_init
 from train_gpt import PRESETS
@@ -195,3 +195,12 @@ def test_the_outlook_tells_epochs_stages_memory_and_disk():
     state = plan_of("speedrun").state_bytes
     assert f"4 of {state / 1e9:.1f} GB" in told["checkpoints"]
     assert f"up to {3 * state / 1e9:.1f} GB on disk" in told["checkpoints"]
+
+
+def test_a_bfloat16_run_on_a_gpu_that_cannot_multiply_it_is_told_so_in_a_sentence():
+    t4 = Hardware("Tesla T4", 1, 1, 14.4e9, bfloat16=False)
+    (line,) = warnings(plan_of("baseline", t4, "xla"))
+    assert line.startswith("WARNING: Tesla T4 has no units for bfloat16")
+    assert line.endswith("use --dtype float32.")
+    assert warnings(plan_of("baseline", t4, "xla", dtype="float32")) == []
+    assert warnings(plan_of("baseline", Hardware("NVIDIA L4", 1, 1, 21.6e9))) == []

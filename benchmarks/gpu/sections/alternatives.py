@@ -16,46 +16,52 @@ from benchmarks.gpu.variants import Size, Variant, variants_of
 from benchmarks.gpu.whole_step import compile_step, measure_step
 
 BASELINE, SPEEDRUN = STAGES
-# In order of importance; the project's own kernels last but for the loss, which is asked for first.
-FIRST = "pallas loss", "FP8 head", "Adam for all", "plain Muon"
 
 
 def jobs(context: Context) -> Iterator[Job]:
-    """Each as a ratio to the step; what was not measured there is compared with a step here."""
-    plan = plan_of(SPEEDRUN, context)
-    size, base = step_of(SPEEDRUN, plan, context.tiny)
+    """Each as a ratio to the step, in order of importance."""
+    size, base = step_of(SPEEDRUN, plan_of(SPEEDRUN, context), context.tiny)
     measured = context.row("steps", SPEEDRUN).get("variant", {})
     base = replace(base, batch_size=measured.get("batch_size", base.batch_size))
     yield "Muon's update", partial(share_of_muon, size, context)
     variants = variants_of(base)
-    others = [row for row in variants if row not in ("base", "xla attention", *FIRST)]
-    chosen = FIRST[:1] if context.tiny else (*FIRST, *others)
-    for row in chosen:
-        yield f"{SPEEDRUN}: {row}", partial(measure, SPEEDRUN, row, size, variants[row], context)
-    if not context.tiny:
-        size, base = step_of(BASELINE, plan_of(BASELINE, context), context.tiny)
-        own = replace(base, attention="pallas")
-        yield f"{BASELINE}: own attention", partial(measure, BASELINE, "", size, own, context)
+    whole = partial(measure, context, SPEEDRUN, size)
+    yield f"{SPEEDRUN}: pallas loss", partial(whole, "pallas loss", variants["pallas loss"])
+    if context.tiny:
+        return
+    yield f"{SPEEDRUN}: FP8 head", partial(whole, "FP8 head", variants["FP8 head"])
+    of_baseline, plain = step_of(BASELINE, plan_of(BASELINE, context), tiny=False)
+    own = partial(measure, context, BASELINE, of_baseline, "", replace(plain, attention="pallas"))
+    yield f"{BASELINE}: own attention", own
+    for rows in neighbours(base.batch_size, size.Ng * size.hp.batch_size):
+        yield f"{SPEEDRUN}: {rows} rows", partial(whole, "", replace(base, batch_size=rows))
+    others = ("Adam for all", "plain Muon", "without document mask", "without document mask, cudnn")
+    for row in others:
+        yield f"{SPEEDRUN}: {row}", partial(whole, row, variants[row])
 
 
-def measure(row: str, name: str, size: Size, variant: Variant, context: Context) -> Figures:
-    """A step, and its time over that of the base."""
-    base = context.row("steps", row)
+def neighbours(rows: int, of: int) -> list[int]:
+    """The next smaller and the next larger number of rows that divide those of a step."""
+    divisors = [n for n in range(1, of + 1) if of % n == 0]
+    place = divisors.index(rows)
+    return divisors[max(0, place - 1) : place] + divisors[place + 1 : place + 2]
+
+
+def measure(context: Context, row: str, size: Size, name: str, variant: Variant) -> Figures:
+    """A step, and its time over that of the one in section "steps", if that was measured."""
+    base, kind = context.row("steps", row), jax.devices()[0].device_kind
     try:
         found = measure_step(size, {"base": base} if "ms" in base else {}, variant)
     finally:
         compile_step.cache_clear()
-    if "ms" not in base:
-        found["ratio"] = None
-    kind = jax.devices()[0].device_kind
-    return found | {"predicted": ratio_expected(size, name, kind)}
+    ratio = found["ratio"] if "ms" in base else None
+    return found | {"ratio": ratio, "predicted": ratio_expected(size, name, kind)}
 
 
 def share_of_muon(size: Size, context: Context) -> Figures:
     """The time of the matrices' update over that of the step."""
     ms, kind = measure_update(size, "NorMuon", {"muon"})["ms"], jax.devices()[0].device_kind
-    whole = context.row("steps", SPEEDRUN).get("ms")
-    expected = step_ms(size, kind)
-    flops = assumed(orthogonalization_flops(size.hp.model), kind)
-    predicted = {"ratio": flops / expected} if expected and flops else {}
+    whole, expected = context.row("steps", SPEEDRUN).get("ms"), step_ms(size, kind)
+    own = assumed(orthogonalization_flops(size.hp.model), kind)
+    predicted = {"ratio": own / expected} if own and expected else {}
     return {"ms": ms, "ratio": whole and ms / whole, "predicted": predicted}

@@ -12,6 +12,7 @@ from benchmarks.command import ROOT
 from benchmarks.cpu.python_sources import python_sources
 from benchmarks.gpu.rows import Figures
 from benchmarks.gpu.sections import Context, Job
+from benchmarks.gpu.sections.pytorch import need_torch
 from benchmarks.gpu.sides import TINY
 from benchmarks.processes import logged, output_of, train
 
@@ -69,6 +70,7 @@ def ours(size: Size, tiny: bool) -> Figures:
 
 def pytorch(size: Size, tiny: bool) -> Figures:
     """GPT-2 small on the same tokens."""
+    need_torch()
     train_file, val_file = python_sources(tiny)
     arguments = (
         f"--total-batch-size {size.tokens} --sequence-length {size.T} --batch-size {size.rows} "

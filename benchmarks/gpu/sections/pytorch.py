@@ -4,8 +4,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 
-from benchmarks.gpu.rows import Figures
+from benchmarks.gpu.rows import Figures, Unmeasured
 from benchmarks.gpu.sections import Context, Job
 from benchmarks.gpu.sides import FULL, TINY, run_pytorch
 
@@ -15,8 +16,15 @@ def jobs(context: Context) -> Iterator[Job]:
     yield "GPT-2 small in PyTorch", partial(measure, context)
 
 
+def need_torch() -> None:
+    """Raise Unmeasured where this Python has no PyTorch."""
+    if not find_spec("torch"):
+        raise Unmeasured("This section needs PyTorch: pip install torch")
+
+
 def measure(context: Context) -> Figures:
     """Its rate, and ours over it."""
+    need_torch()
     size = TINY if context.tiny else replace(FULL, warm_up=3, steps=8)
     found = run_pytorch(sys.executable, 2 if context.tiny else 64, size)
     ours = context.row("steps", "baseline").get("tokens_per_s")

@@ -18,6 +18,7 @@ from benchmarks.gpu.expected import ratio_expected, step_ms
 from benchmarks.gpu.first_light import Report, in_a_process, main
 from benchmarks.gpu.rows import Unmeasured
 from benchmarks.gpu.sections import SECTIONS, Context, curve, gpu_tests, run
+from benchmarks.gpu.sections.alternatives import neighbours
 from benchmarks.gpu.variants import FULL, stage_alone
 from nanogpt.data.shards import write_shard
 from tests.programs import Process, wait_until
@@ -194,3 +195,7 @@ def test_a_step_is_predicted_from_its_flops_and_a_one_pass_loss_from_its_bytes()
     }
     assert 0.95 < ratios["pallas loss"] < 1 and 0.8 < ratios["FP8 head"] < 0.9
     assert ratios["plain Muon"] is None
+
+
+def test_other_micro_batches_divide_the_rows_of_a_step():
+    assert [neighbours(rows, 24) for rows in (1, 8, 24)] == [[2], [6, 12], [12]]
