@@ -85,6 +85,11 @@ class Watched:
             self.output += line
         return self._process.wait()
 
+    def stop(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._process.wait()
+
 
 def logged(run: Path) -> list[dict[str, Any]]:
     """Return the metrics of each step of a run."""

@@ -30,7 +30,7 @@ STALL = 1.5  # times the median of its stage: a step that waited for the host
 
 
 def jobs(context: Context) -> Iterator[Job]:
-    """A run that finds nothing compiled, and the same again."""
+    """A run that finds nothing compiled, and the same again up to its first step."""
     size, steps = (TINY, 4) if context.tiny else (FULL, STEPS)
     hp = size.hp
     with TemporaryDirectory() as name:
@@ -43,15 +43,12 @@ def jobs(context: Context) -> Iterator[Job]:
             "--train-files train.bin --val-files val.bin --val-loss-every 0 "
             f"--val-tokens {hp.sequence_length} --checkpoint-every 0 --sample-tokens 0"
         ).split()
-        for cache in ("cold", "warm"):
-            yield from one_run(folder, [*arguments, "--run-name", cache], cache, context)
-
-
-def one_run(folder: Path, arguments: list[str], cache: str, context: Context) -> Iterator[Job]:
-    """From launch to the first step, and then to the last."""
-    run = start(folder, arguments)
-    yield f"launch to first step, {cache}", partial(first_step, run, time.perf_counter())
-    yield f"its steps, {cache}", partial(all_steps, run, folder / "runs" / cache, context)
+        run, launched = start(folder, [*arguments, "--run-name", "cold"]), time.perf_counter()
+        yield "launch to first step, cold", partial(first_step, run, launched)
+        yield "its steps", partial(all_steps, run, folder / "runs" / "cold", context)
+        run, launched = start(folder, [*arguments, "--run-name", "warm"]), time.perf_counter()
+        yield "launch to first step, warm", partial(first_step, run, launched)
+        run.stop()  # its last checkpoint would take longer than what is measured
 
 
 def start(folder: Path, arguments: list[str]) -> Watched:
