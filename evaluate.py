@@ -28,7 +28,7 @@ from nanogpt.checks import ConfigError, Count, Positive, UserError, checked, sho
 from nanogpt.command_line import discard_output, parse
 from nanogpt.data.corpus import embedded_corpus
 from nanogpt.data.dataset import difference, look_into
-from nanogpt.data.hub import DownloadError, patiently
+from nanogpt.data.hub import DownloadError, into_cache
 from nanogpt.data.shards import find_shards, read_shard
 from nanogpt.data.tokenizer import Tokenizer, load_tokenizer
 from nanogpt.files import read_json, write_whole
@@ -52,8 +52,9 @@ TOKENS_PER_PASS = 8192  # per device: enough to keep a GPU busy, and fits beside
 class Options:
     """Evaluate a trained model."""
 
-    model: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run, runs/<name>, of one of its checkpoints, or one written by export.py."""
+    model: Annotated[str, tyro.conf.Positional]
+    """Folder of a run, runs/<name>, of one of its checkpoints, or one written by export.py; or
+    hf://user/name, such a folder on the Hugging Face hub."""
     val_files: str | None = None
     """Glob of other validation shards, with the same tokenizer; None: those of the run. An
     exported model does not name any."""
@@ -110,10 +111,11 @@ def evaluate(options: Options) -> None:
     from nanogpt.devices.compilation import first_that_fits, use_compilation_cache
     from nanogpt.devices.mesh import make_mesh
     from nanogpt.inference.hellaswag import read_items, retokenized
+    from nanogpt.inference.hub import HUB, folder_of
 
     use_device()
     use_compilation_cache()
-    run = load(options.model, make_mesh())
+    run = load(folder_of(options.model), make_mesh())
 
     # Check for everything that may be missing before the long work begins.
     if (options.val_files or run.val_files) is None and run.hp.tokenizer != "bytes":
@@ -161,12 +163,16 @@ def evaluate(options: Options) -> None:
         except OSError:  # a closed or full console does not stop the work: results are saved
             discard_output()
 
+    def keep(results: dict[str, Any]) -> None:
+        if not options.model.startswith(HUB):  # whose cache holds nothing but what it sent
+            write_results(run.folder, run.step, results)
+
     nats = fitting(partial(validation_nats, run, rows))
     results = {"val_files": name, "val_tokens": count, "val_loss": nats / count}
     results["bits_per_byte"] = nats / log(2) / num_bytes
     tell(f"val loss {nats / count:.4f} | {count:,} tokens of {name}")
     tell(f"bits per byte {results['bits_per_byte']:.4f} | {num_bytes:,} bytes of text")
-    write_results(run.folder, run.step, results)
+    keep(results)
 
     if failure:
         raise failure
@@ -177,7 +183,7 @@ def evaluate(options: Options) -> None:
             f"{results['standard_error']:.4f} | accuracy {results['accuracy']:.4f} | "
             f"{results['items']:,} items"
         )
-        write_results(run.folder, run.step, {"hellaswag": results})
+        keep({"hellaswag": results})
 
 
 class Trained(NamedTuple):
@@ -260,19 +266,12 @@ def hellaswag_file() -> Path:
 
     Raises DownloadError if that fails.
     """
-    from huggingface_hub import hf_hub_download, logging
+    from huggingface_hub import hf_hub_download
 
     from nanogpt.inference.hellaswag import FILE, REPOSITORY, REVISION
 
-    logging.set_verbosity_error()  # hide the library's retries; failures are reported below
     get = partial(hf_hub_download, REPOSITORY, FILE, repo_type="dataset", revision=REVISION)
-    try:
-        return Path(patiently(FILE, get))
-    except OSError as error:
-        raise DownloadError(
-            f"{FILE} cannot be saved in the cache of the Hugging Face hub ({error.strerror}): make "
-            "room there, or set HF_HOME to a writable folder."
-        ) from error
+    return into_cache(FILE, get)
 
 
 def hellaswag(

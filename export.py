@@ -1,7 +1,7 @@
 """Hand a trained model on: `python3 export.py runs/<name> --out gpt` writes it in open formats.
 
-nanogpt/inference/export.py describes the folder, and nanogpt/inference/model_note.py writes its
-MODEL.md.
+nanogpt/inference/export.py describes the folder. nanogpt/inference/model_note.py writes its
+MODEL.md, and nanogpt/inference/huggingface.py what Hugging Face's libraries need.
 """
 
 import nanogpt  # noqa: F401  (says what to do where packages are missing)
@@ -27,27 +27,33 @@ class Options:
     """Folder of the run, runs/<name>, for its newest weights; or of one of its checkpoints."""
     out: Path
     """Output folder; must be new or empty."""
+    push_to_hub: str | None = None
+    """Also upload the folder to this repository on the Hugging Face hub, user/name. A new one is
+    public; the token is that of `hf auth login` or of HF_TOKEN."""
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Export the run; return the exit status."""
     options = parse(Options, arguments)
     try:
-        return print_result(export(options.run, options.out))
+        return print_result(export(options.run, options.out, options.push_to_hub))
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("Interrupted: nothing was written.", file=sys.stderr)
+        written = (options.out / "config.json").exists()  # only the upload is missing
+        told = f"{options.out} is whole" if written else "nothing was written"
+        print(f"Interrupted: {told}.", file=sys.stderr)
         return 130
 
 
-def export(run: Path, out: Path) -> str:
+def export(run: Path, out: Path, repository: str | None = None) -> str:
     """Write the weights of a run, its newest, or of a checkpoint to the folder `out`.
 
-    Returns what was done, in words.
+    And upload that, where a repository is named. Returns what was done, in words.
 
-    Raises ConfigError when there are none, or when `out` cannot be written.
+    Raises ConfigError when there are none, or when `out` cannot be written, TokenizerError without
+    the tokenizer's vocabulary, DownloadError when the hub refuses.
     """
     # So that this takes no more of a GPU that trains at the same time than it needs.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -55,21 +61,28 @@ def export(run: Path, out: Path) -> str:
 
     from nanogpt.devices.accelerator import use_device
     from nanogpt.devices.mesh import make_mesh
-    from nanogpt.inference.export import save_model
+    from nanogpt.inference.export import NOTE, save_model
+    from nanogpt.inference.hub import make_repository, push
+    from nanogpt.inference.huggingface import huggingface_files
     from nanogpt.inference.model_note import note
     from nanogpt.inference.weights import load_run, origin_of
+    from nanogpt.training.checkpoint import run_of
 
     use_device()
     hp, graph, params, checkpoint = load_run(run, make_mesh(1))
     model = nnx.merge(graph, params).config
     names = "tokenizer", "sequence_length", "dtype"
     settings = {name: getattr(hp, name) for name in names} | {"from": origin_of(checkpoint)}
-    save_model(out, model, params, settings, note(model, settings, params))
+    texts = {NOTE: note(model, settings, params)} | huggingface_files(model, settings, run_of(run))
+    address = make_repository(repository) if repository else None
+    save_model(out, model, params, settings, texts)
+    if repository:
+        push(out, repository)
     return (
-        f"the weights of {run} after step {checkpoint.step:,} are in {out}\n"
-        f"Use them with:\n  python3 sample.py {out}\n  python3 train_gpt.py --init-from {out}\n"
-        f"For other programs, {out}/MODEL.md describes the model: Transformers, vLLM and llama.cpp "
-        "do not know this architecture."
+        f"the weights of {run} after step {checkpoint.step:,} are in {out}"
+        + (f" and at {address}" if address else "")
+        + f"\nUse them with:\n  python3 sample.py {out}\n  python3 train_gpt.py --init-from {out}"
+        + f"\nor with Hugging Face's transformers: {out}/README.md says how."
     )
 
 

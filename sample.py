@@ -26,8 +26,9 @@ MOST_SAMPLES = 1024  # so that a typo cannot use up the machine's memory
 class Options:
     """Continue a prompt with a trained model."""
 
-    model: Annotated[Path, tyro.conf.Positional]
-    """Folder of a run, runs/<name>, of one of its checkpoints, or one written by export.py."""
+    model: Annotated[str, tyro.conf.Positional]
+    """Folder of a run, runs/<name>, of one of its checkpoints, or one written by export.py; or
+    hf://user/name, such a folder on the Hugging Face hub."""
     prompt: str = ""
     """Text to continue; empty: start a new document."""
     prompt_file: Path | None = None
@@ -155,11 +156,11 @@ def serve_page(options: Options) -> None:
     chosen = asdict(options.sampling)
     start = chosen | {"prompt": read_prompt(options), "num_tokens": options.max_new_tokens}
     start["top_k"] = start["top_k"] or 0  # the slider's "all"
-    serve(one, str(options.model), options.port, about=about, start=start)
+    serve(one, options.model, options.port, about=about, start=start)
 
 
-def load_writer(folder: Path) -> tuple[Write, str]:
-    """Load the model in a folder: a function that generates text, and a line about the model.
+def load_writer(name: str) -> tuple[Write, str]:
+    """Load the model in a folder or on the hub: a function that generates text, and a line about it.
 
     Raises ConfigError if there is none.
     """
@@ -172,12 +173,13 @@ def load_writer(folder: Path) -> tuple[Write, str]:
     from nanogpt.devices.accelerator import use_device
     from nanogpt.devices.compilation import use_compilation_cache
     from nanogpt.devices.mesh import make_mesh
+    from nanogpt.inference.hub import folder_of
     from nanogpt.inference.text import write
     from nanogpt.inference.weights import load_model
 
     device = use_device()
     use_compilation_cache()
-    settings, graph, params, origin = load_model(folder, make_mesh(1))
+    settings, graph, params, origin = load_model(folder_of(name), make_mesh(1))
     parameters = sum(array.size for array in jax.tree.leaves(params))
     about = f"{parameters:,} parameters, context {settings.sequence_length:,} tokens, "
     about += f"trained for {origin['step']:,} steps"

@@ -14,7 +14,6 @@ import os
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -205,9 +204,9 @@ class Hyperparameters:
     """Resume runs/<name> from its newest checkpoint; auto resumes the latest run."""
     init_from: str | None = None
     """Fine-tune: start from the newest weights of runs/<name>, or of a folder written by
-    export.py, with a new optimizer and schedule. Model, tokenizer and sequence_length come with
-    the weights; other settings default to that run's, or to a preset's if one is given or the
-    folder is an export, with a single stage."""
+    export.py or hf://user/name, with a new optimizer and schedule. Model, tokenizer and
+    sequence_length come with the weights; other settings default to that run's, or to a preset's
+    if one is given or the weights are exported ones, with a single stage."""
     checkpoint_every: Count = 500
     """Steps between checkpoints; 0: only after the last step, which always saves one."""
     checkpoint_minutes: AboveZero | None = None
@@ -434,7 +433,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
         programs = prepare_programs(plan, mesh, inputs, start, run.console, run.say)
         plan, state = programs.plan, programs.first_state(start)
         if hp.init_from and not start.checkpoint:
-            state = with_weights(state, Path(hp.init_from), mesh)
+            state = with_weights(state, hp.init_from, mesh)
         session.compiled(run, progress, programs, start)
 
         # Train.

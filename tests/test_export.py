@@ -50,15 +50,22 @@ def logits_of(graph, params):
 # The same model
 
 
-def test_an_exported_run_has_three_files_with_all_that_is_needed_to_use_it(run, exported):
+def test_an_exported_run_has_all_that_is_needed_to_use_it(run, exported):
     assert {file.name for file in exported.iterdir()} == {
-        *("model.safetensors", "config.json", "MODEL.md")
+        *("model.safetensors", "config.json", "MODEL.md", "README.md"),
+        *("configuration_nanogpt.py", "modeling_nanogpt.py", "generation_config.json"),
+        *("tokenizer.json", "tokenizer_config.json"),
     }
     modes = {file.stat().st_mode & 0o777 for file in exported.iterdir()}
     assert len(modes) == 1  # as the umask has it, for whoever gets the folder
     hp, graph, params, _ = load_run(run, make_mesh(1))
     settings = json.loads((exported / "config.json").read_text())
     source, model = settings.pop("from"), settings.pop("model")
+    for name in settings.pop("auto_map").values():  # which transformers imports
+        file, _, kind = name.partition(".")
+        assert f"class {kind}(" in (exported / f"{file}.py").read_text()
+    assert settings.pop("architectures") == [kind]
+    assert settings.pop("model_type") == "nanogpt"
     assert model == json.loads(json.dumps(asdict(nnx.merge(graph, params).config)))
     assert settings == {
         name: getattr(hp, name) for name in ("tokenizer", "sequence_length", "dtype")
@@ -116,7 +123,7 @@ def test_an_empty_folder_may_be_written_and_a_taken_one_is_left_as_it_was(
         (tmp_path / "empty" / file.name).read_bytes() == file.read_bytes()
         for file in exported.iterdir()
     ]
-    assert same == [True] * 3
+    assert same == [True] * 9
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").write_text("all of it")
     (tmp_path / "file").write_text("something")
@@ -137,7 +144,7 @@ def test_what_cannot_be_written_whole_is_not_written_at_all(exported, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))  # of a file, like a full disk
     try:
         with pytest.raises(ConfigError) as error:
-            save_model(tmp_path / "gpt", config, params, SETTINGS, "")
+            save_model(tmp_path / "gpt", config, params, SETTINGS, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert one_sentence(error.value, "gpt cannot be written", "File too large")

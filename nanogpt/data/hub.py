@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TypeVar
 
 from nanogpt.checks import UserError
@@ -11,6 +12,9 @@ Answer = TypeVar("Answer")
 
 WAITS = (1, 2, 4, 8, 16)  # seconds before each retry when the hub is overloaded or fails
 LONGEST_WAIT = 60  # longest wait in seconds that the hub may ask for
+AGAIN = (
+    "check the network connection and HF_ENDPOINT, then run this again to continue where it stopped"
+)
 
 
 class DownloadError(UserError):
@@ -24,7 +28,11 @@ class HubBusy(DownloadError):
 
 
 def patiently(
-    name: str, ask: Callable[[], Answer], came: Callable[[], int] | None = None
+    name: str,
+    ask: Callable[[], Answer],
+    came: Callable[[], int] | None = None,
+    remedy: str = AGAIN,
+    verb: str = "download",
 ) -> Answer:
     """Return what `ask` gets from the hub, retried with growing waits while the hub is busy.
 
@@ -34,7 +42,7 @@ def patiently(
     waits, had = [*WAITS], came() if came else 0
     while True:
         try:
-            with hub_errors(name, HubBusy if came else DownloadError):
+            with hub_errors(f"{verb} {name}", HubBusy if came else DownloadError, remedy):
                 return ask()
         except HubBusy as error:
             if came and came() > had:
@@ -47,9 +55,23 @@ def patiently(
             time.sleep(wait)
 
 
+def into_cache(name: str, get: Callable[[], str], remedy: str = AGAIN) -> Path:
+    """Return what `get` downloads into the hub's cache, or finds there; DownloadError if it fails."""
+    from huggingface_hub import logging
+
+    logging.set_verbosity_error()  # hide the library's retries; failures are reported below
+    try:
+        return Path(patiently(name, get, remedy=remedy))
+    except OSError as error:
+        raise DownloadError(
+            f"{name} cannot be saved in the cache of the Hugging Face hub ({error.strerror}): make "
+            "room there, or set HF_HOME to a writable folder."
+        ) from error
+
+
 @contextmanager
-def hub_errors(name: str, lost: type[DownloadError]) -> Generator[None, None, None]:
-    """Turn any failure between us and the hub into a DownloadError, lost connections into `lost`.
+def hub_errors(what: str, lost: type[DownloadError], remedy: str) -> Generator[None, None, None]:
+    """Turn any failure to do `what` with the hub into a DownloadError, lost connections into `lost`.
 
     Errors of the disk pass through.
     """
@@ -71,8 +93,7 @@ def hub_errors(name: str, lost: type[DownloadError]) -> Generator[None, None, No
         if busy and seconds:
             reason += f" and asks to wait {seconds:,} s"
         told = (HubBusy if busy else DownloadError if status else lost)(
-            f"Cannot download {name} ({reason}): check the network connection and HF_ENDPOINT, "
-            "then run this again to continue where it stopped."
+            f"Cannot {what} ({reason}): {remedy}."
         )
         if isinstance(told, HubBusy):
             told.seconds = seconds

@@ -3,8 +3,10 @@
     model.safetensors   the parameters, float32, named as in the model, such as attention.qkv
     config.json         what is needed to use them, and where they come from
     MODEL.md            what each array is, and how they make logits; see model_note.py
+    and others          what Hugging Face's libraries need; see huggingface.py
 
-Safetensors is a JSON header and the numbers, no code.
+Safetensors is a JSON header and the numbers, no code. What is read back may also have been written
+by those libraries: in several files, which model.safetensors.index.json lists, and in bfloat16.
 """
 
 import json
@@ -14,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
@@ -25,22 +27,34 @@ from safetensors.numpy import save_file
 from nanogpt.checks import ConfigError
 from nanogpt.config import GPTConfig, ModelSettings
 from nanogpt.files import found_in, read_json
+from nanogpt.inference.huggingface import CLASSES
 from nanogpt.training.resume import refuse_earlier_version
 from nanogpt.training.step import Params, init_params
 
 ARRAYS, CONFIG, NOTE = "model.safetensors", "config.json", "MODEL.md"
+INDEX = f"{ARRAYS}.index.json"
 EXPORT_AGAIN = "export the run again"
 
 
+class Index(TypedDict):
+    """What is read of the list of several files with arrays."""
+
+    weight_map: dict[str, str]  # the file of each array
+
+
 def save_model(
-    folder: Path, model: GPTConfig, params: Params, settings: Mapping[str, Any], note: str
+    folder: Path,
+    model: GPTConfig,
+    params: Params,
+    settings: Mapping[str, Any],
+    texts: Mapping[str, str],
 ) -> None:
     """Write an exported model into a folder, which appears whole or not at all.
 
     Args:
         folder: must not exist, or be empty.
         settings: tokenizer, sequence_length, dtype, and whatever else JSON can hold.
-        note: text of MODEL.md.
+        texts: the contents of all other files, by name.
 
     Raises ConfigError when the folder is taken or cannot be written.
     """
@@ -49,15 +63,16 @@ def save_model(
         raise ConfigError(f"{folder} exists already and is not an empty folder: choose another.")
     # Contiguous, for save_file writes an array's memory as it lies.
     arrays = {name: np.asarray(a, order="C") for name, a in named(params).items()}
-    config = {**settings, "model": asdict(model)}
+    config = {**settings, "model": asdict(model), **CLASSES}
+    texts = {CONFIG: json.dumps(config, indent=2) + "\n", **texts}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
             whole = Path(temporary) / "model"
             whole.mkdir()
-            (whole / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            (whole / NOTE).write_text(note, encoding="utf-8")
-            save_file(arrays, whole / ARRAYS, metadata={"format": "jax-flax-nanogpt"})
+            for name, text in texts.items():
+                (whole / name).write_text(text, encoding="utf-8")
+            save_file(arrays, whole / ARRAYS, metadata={"format": "pt"})  # transformers insists
             shutil.copymode(whole / CONFIG, whole / ARRAYS)  # it was made for its owner only
             os.replace(whole, folder)
     except (OSError, SafetensorError) as error:
@@ -69,27 +84,37 @@ def save_model(
 
 def is_exported(folder: Path) -> bool:
     """Whether this is the folder of an exported model rather than of a run."""
-    return os.path.exists(folder / ARRAYS)
+    return any(os.path.exists(folder / name) for name in (ARRAYS, INDEX))
+
+
+def array_files(folder: Path) -> list[Path]:
+    """The files that hold the arrays of an exported model; ConfigError if a list is damaged."""
+    if os.path.exists(folder / ARRAYS):
+        return [folder / ARRAYS]
+    names = read_json(folder / INDEX, Index, EXPORT_AGAIN, others=True)["weight_map"].values()
+    return [folder / name for name in sorted(set(names))]
 
 
 def model_in(folder: Path) -> ModelSettings:
     """The settings of an exported folder, whose arrays are those of their model.
 
-    Only the header of model.safetensors is read. Raises ConfigError if a file is damaged, or names
-    the array that does not fit.
+    Of safetensors only headers are read. Raises ConfigError if a file is damaged, or names the
+    array that does not fit.
     """
     refuse_earlier_version(folder / CONFIG)
     settings = read_json(folder / CONFIG, ModelSettings, EXPORT_AGAIN, others=True)
     with found_in(folder / CONFIG, EXPORT_AGAIN):
         settings.model.check()
-    wanted = shapes_of(settings.model)
-    try:
-        with safe_open(folder / ARRAYS, "numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
-            found = {name: f"{s.get_dtype()}{s.get_shape()}" for name, s in slices.items()}
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{folder / ARRAYS} is damaged ({error}): {EXPORT_AGAIN}.") from error
-    if different := found.items() ^ wanted.items():
+    wanted, found = shapes_of(settings.model), {}
+    for path in array_files(folder):
+        try:
+            with safe_open(path, "numpy") as file:
+                slices = {name: file.get_slice(name) for name in file.offset_keys()}
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path} is damaged ({error}): {EXPORT_AGAIN}.") from error
+        found |= {name: f"{s.get_dtype()}{s.get_shape()}" for name, s in slices.items()}
+    alike = {name: array.replace("BF16", "F32") for name, array in found.items()}
+    if different := alike.items() ^ wanted.items():
         name, _ = min(different)
         raise ConfigError(
             f"{folder / ARRAYS} is not of the model in {CONFIG}, which has "

@@ -46,8 +46,11 @@ or in Python, on all devices, with `load_model` of nanogpt.inference.weights:
     settings, graph, params, origin = load_model(Path("<this folder>"), make_mesh())
     logits = nnx.merge(graph, params)(tokens)    # [B, T] to [B, T, V]
 
-Without it: `model.safetensors` holds all arrays, and the program below is the model.
-Transformers, vLLM and llama.cpp do not know this architecture and cannot load the folder.
+With Hugging Face's transformers, `AutoModelForCausalLM.from_pretrained("<this folder>",
+trust_remote_code=True)`: see README.md.
+
+Without either: `model.safetensors` holds all arrays, and the program below is the model.
+llama.cpp does not know this architecture and cannot load the folder.
 
 ## Tokens
 

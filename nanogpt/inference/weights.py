@@ -9,9 +9,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Required, TypedDict
 
+import numpy as np
+
 from nanogpt.checks import ConfigError, Count, Positive, Total
 from nanogpt.config import GPTConfig, ModelSettings
 from nanogpt.files import found_in, read_json
+from nanogpt.inference.hub import folder_of
 from nanogpt.schedule import Schedule, Stage
 from nanogpt.training.resume import (
     RESTORE,
@@ -134,11 +137,11 @@ def origin_of(checkpoint: "Checkpoint") -> Origin:
     return origin
 
 
-def with_weights(state: "TrainState", folder: Path, mesh: "Mesh") -> "TrainState":
-    """The state with the weights in a folder, which lie as its own did."""
+def with_weights(state: "TrainState", name: str, mesh: "Mesh") -> "TrainState":
+    """The state with the weights that `--init-from` names, which lie as its own did."""
     import jax
 
-    weights = load_model(folder, mesh)[2]
+    weights = load_model(folder_of(name), mesh)[2]
     places = jax.tree.map(lambda p: p.sharding, state.params)
     return replace(state, params=jax.device_put(weights, places))
 
@@ -162,7 +165,7 @@ def load_model(folder: Path, mesh: "Mesh") -> "tuple[ModelSettings, nnx.GraphDef
     from safetensors import safe_open
 
     from nanogpt.devices.mesh import REPLICATED, put
-    from nanogpt.inference.export import ARRAYS, CONFIG, EXPORT_AGAIN, is_exported, model_in
+    from nanogpt.inference.export import CONFIG, EXPORT_AGAIN, array_files, is_exported, model_in
     from nanogpt.training.step import graph_of
 
     if not is_exported(folder):
@@ -171,10 +174,11 @@ def load_model(folder: Path, mesh: "Mesh") -> "tuple[ModelSettings, nnx.GraphDef
     settings = model_in(folder)
     origin = read_json(folder / CONFIG, Exported, EXPORT_AGAIN, others=True)["from"]
     params = {}
-    with safe_open(folder / ARRAYS, "numpy") as file:
-        for name in file.offset_keys():  # one by one: host memory need not hold them all
-            array = file.get_tensor(name)
-            params[name] = put(mesh, REPLICATED, array.shape, array.__getitem__)
+    for path in array_files(folder):
+        with safe_open(path, "numpy") as file:
+            for name in file.offset_keys():  # one by one: host memory need not hold them all
+                array = file.get_tensor(name).astype(np.float32, copy=False)
+                params[name] = put(mesh, REPLICATED, array.shape, array.__getitem__)
     params = traverse_util.unflatten_dict(params, sep=".")
     return settings, graph_of(settings.model), params, origin
 
@@ -189,7 +193,7 @@ class Weights(NamedTuple):
     sequence_length: int
 
 
-def weights_in(kind: type[Settings], folder: Path) -> Weights:
+def weights_in(kind: type[Settings], name: str) -> Weights:
     """What `--init-from` names: a run's newest weights, or an exported folder's; none are read.
 
     Raises ConfigError if there are none.
@@ -197,6 +201,7 @@ def weights_in(kind: type[Settings], folder: Path) -> Weights:
     from nanogpt.inference.export import is_exported, model_in
     from nanogpt.training.checkpoint import checkpoint_in, run_of
 
+    folder = folder_of(name)
     if is_exported(folder):
         told = model_in(folder)
         return Weights(folder, None, told.model, told.tokenizer, told.sequence_length)

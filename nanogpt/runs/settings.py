@@ -69,7 +69,7 @@ def settings(
     if given.init_from is not None:
         from nanogpt.inference.weights import weights_in
 
-        weights = weights_in(kind, Path(given.init_from))
+        weights = weights_in(kind, given.init_from)
     if given.preset != "auto":
         start = presets[given.preset]
     elif weights and weights.settings:

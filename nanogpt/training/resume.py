@@ -61,7 +61,7 @@ def run_to_resume(resume: str) -> Path:
     """
     if resume != "auto":
         folder = Path(resume)
-        if os.path.isfile(folder / "model.safetensors"):
+        if any(os.path.isfile(folder / f"model.safetensors{end}") for end in ("", ".index.json")):
             raise ConfigError(
                 f"{folder} is an exported model, not a run: give the run that it comes from, or "
                 "start from its weights (--init-from)."

@@ -50,7 +50,8 @@ def test_the_program_in_the_note_is_the_model_with_whatever_tricks_it_has(
     tmp_path, monkeypatch, config
 ):
     params = test_model.alive(config)
-    save_model(tmp_path / "gpt", config, params, SETTINGS, note(config, SETTINGS, params))
+    texts = {"MODEL.md": note(config, SETTINGS, params)}
+    save_model(tmp_path / "gpt", config, params, SETTINGS, texts)
     monkeypatch.chdir(tmp_path / "gpt")
     (program,) = re.findall(r"```python\n(.*?)```", Path("MODEL.md").read_text(), re.DOTALL)
     names = {}

@@ -11,7 +11,6 @@ from nanogpt.config import ConfigError, GPTConfig
 from nanogpt.data.tokenizer import ByteTokenizer
 from nanogpt.devices.mesh import BATCH, REPLICATED, make_mesh, shapes_on
 from nanogpt.inference.export import save_model
-from nanogpt.inference.model_note import note
 from nanogpt.inference.sampling import Sampling
 from nanogpt.inference.text import write
 from nanogpt.inference.weights import load_model
@@ -94,7 +93,7 @@ def test_a_model_that_is_accepted_can_be_trained_saved_resumed_exported_and_samp
 
     settings = {name: getattr(hp, name) for name in ("tokenizer", "sequence_length", "dtype")}
     settings["from"] = {"run": "a", "step": 7, "tokens": 70}
-    save_model(out, hp.model, state.params, settings, note(hp.model, settings, state.params))
+    save_model(out, hp.model, state.params, settings, {})
     _, exported, params, _ = load_model(out, mesh)
     assert bits(params) == bits(state.params)
     if seed == 0:  # a program is compiled for it
