@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-import export
 from nanogpt.data.tokenizer import load_tokenizer
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.inference.export import save_model
@@ -25,6 +24,9 @@ from train_gpt import PRESETS
 
 torch = pytest.importorskip("torch", reason="needs the extra hf")
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
+
+pytestmark = pytest.mark.usefixtures("own_caches")
+torch.set_num_threads(1)  # more have to wait for each other where JAX computes, too
 
 T = 16  # tokens of a training row, beyond which texts go on
 SOURCE = {"run": "a", "step": 5, "tokens": 500}
@@ -52,16 +54,6 @@ def thin(name):
 
 
 SHAPES = CONFIGS | {name: thin(name) for name in ("laptop", "speedrun", "baseline")}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """A cache for the code of the models, which transformers copies and imports."""
-    with pytest.MonkeyPatch.context() as patch:
-        where = str(tmp_path_factory.mktemp("modules"))
-        patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", where)
-        patch.syspath_prepend(where)
-        yield
 
 
 def written(folder, config):
@@ -165,7 +157,8 @@ def test_labels_give_the_mean_loss_of_our_model(model):
     tokens = some_tokens(EVERY_TRICK, 2, T)
     labels = torch.from_numpy(tokens.copy())
     labels[1, 9] = -100
-    ours = build(EVERY_TRICK, alive(EVERY_TRICK)).loss(tokens[:, :-1], labels.numpy()[:, 1:])[1]
+    losses = jax.jit(build(EVERY_TRICK, alive(EVERY_TRICK)).loss)
+    ours = losses(tokens[:, :-1], labels.numpy()[:, 1:])[1]
     found = model(torch.from_numpy(tokens), labels=labels).loss
     assert found.item() == pytest.approx(float(ours.sum() / (ours > 0).sum()), abs=1e-5)
     assert (ours > 0).sum() == 2 * (T - 1) - 1
@@ -220,13 +213,6 @@ def test_a_model_that_was_saved_in_bfloat16_comes_back_with_its_numbers(folder, 
 
 
 # A run, exported as a user does
-
-
-@pytest.fixture(scope="module")
-def exported(base, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "gpt"
-    assert export.main([str(base.folder), "--out", str(out)]) == 0
-    return out
 
 
 def test_a_pipeline_writes_what_our_sampler_writes(base, exported):

@@ -1,21 +1,21 @@
 """EleutherAI's evaluation harness on an exported model: it finds what evaluate.py finds."""
 
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 import evaluate
-import export
 from nanogpt.data.shards import write_shard
 from nanogpt.data.tokenizer import ByteTokenizer
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.inference.hellaswag import Item, losses_of, make_row_losses, row_of
 from tests.small_runs import T
 
-pytest.importorskip("lm_eval", reason="needs the extra hf")
+lm_eval = pytest.importorskip("lm_eval", reason="needs the extra hf")
+TaskManager = pytest.importorskip("lm_eval.tasks").TaskManager
+
+pytestmark = pytest.mark.usefixtures("own_caches")
 
 TEXT = ("for name in names: print(name)  # é\n" * 99).encode()[: 10 * T].decode()
 ITEMS = [
@@ -40,18 +40,11 @@ metric_list: [{metric: bits_per_byte}]
 }
 
 
-@pytest.fixture(scope="module")
-def exported(base, tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "gpt"
-    export.export(base.folder, out)
-    return out
-
-
 @pytest.fixture
 def harness(exported, tmp_path):
     """Runs the harness on a task made of these documents: its results, and those by document."""
 
-    def harness(task, documents, *more):
+    def harness(task, documents, **more):
         lines = "".join(f"{json.dumps(document)}\n" for document in documents)
         (tmp_path / "data.jsonl").write_text(lines)
         data = {"data_files": {"test": str(tmp_path / "data.jsonl")}}
@@ -59,17 +52,14 @@ def harness(exported, tmp_path):
             f"task: {task}\ndataset_path: json\ndataset_kwargs: {json.dumps(data)}\n"
             f"test_split: test\n{TASKS[task]}"
         )
-        model = ",".join([f"pretrained={exported}", "trust_remote_code=True", *more])
-        command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", model]
-        command += ["--tasks", task, "--include_path", ".", "--device", "cpu"]
-        command += ["--output_path", "out", "--log_samples"]
-        offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-        done = subprocess.run(command, cwd=tmp_path, env=offline, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        (results,) = (tmp_path / "out").rglob("results*.json")
-        (samples,) = (tmp_path / "out").rglob(f"samples_{task}*.jsonl")
-        found = json.loads(results.read_text())["results"][task]
-        return found, [*map(json.loads, samples.read_text().splitlines())]
+        found = lm_eval.simple_evaluate(
+            "hf",
+            {"pretrained": str(exported), "trust_remote_code": True, "device": "cpu"} | more,
+            [task],
+            # Its own tasks, of which it reads thousands of files, are left out.
+            task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
+        )
+        return found["results"][task], found["samples"][task]
 
     return harness
 
@@ -93,7 +83,7 @@ def test_endings_have_the_losses_that_evaluate_gives_them(exported, harness):
 
 
 def test_a_text_has_the_bits_per_byte_that_evaluate_gives_it(exported, harness, tmp_path):
-    found, _ = harness("text", [{"text": TEXT}], "add_bos_token=False")
+    found, _ = harness("text", [{"text": TEXT}], add_bos_token=False)
     write_shard(tmp_path / "text.bin", [255, *TEXT.encode()])
     assert evaluate.main([str(exported), "--val-files", str(tmp_path / "text.bin")]) == 0
     ours = json.loads((exported / "evaluation.json").read_text())

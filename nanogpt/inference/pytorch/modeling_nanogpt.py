@@ -74,7 +74,9 @@ class Past:
             begins |= tokens == config.model["document_separator"]
         self.begins, self.documents = begins, begins.cumsum(dim=1)
         self.tokens_before = self.before(tokens[:, :, None])[:, -self.T :, 0]
-        self.turns = [self.turn(1), self.turn(2)]
+        speed, self.scale = config.rotation
+        self.still = torch.from_numpy(speed == 0).repeat(2).to(tokens.device)  # channels
+        self.turns = [self.turn(places, torch.from_numpy(speed)) for places in (1, 2)]
 
     def kept(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer of the cache, the new ones among them."""
@@ -85,10 +87,12 @@ class Past:
         begins = self.begins.view(len(x), *[1] * (x.ndim - 3), -1, 1)
         return F.pad(x, (0, 0, 1, 0))[..., :-1, :].masked_fill(begins, 0)
 
-    def turn(self, places: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [places T, pairs] of how far the pairs of a head are turned."""
+    def turn(self, places: int, speed: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [places T, pairs] of how far the pairs of a head are turned.
+
+        In float64 on the CPU, as angles of late places need it and not every accelerator has it.
+        """
         end = places * self.begins.shape[1]
-        speed = torch.from_numpy(self.config.rotation[0])  # in float64, for texts of any length
         angle = torch.arange(end - places * self.T, end)[:, None] * speed
         return angle.cos(), angle.sin()
 
@@ -108,18 +112,14 @@ class Past:
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """What each query takes from the values that it sees; all are [B, N, T, H]."""
-        speed, scale = self.config.rotation
         paired = layer in self.config.layers("paired_heads")
         places, joined, apart = (2, pair, part) if paired else (1, lambda x: x, lambda x: x)
-        q, k = (self.rotated(joined(x), places) for x in (q, k))
-        k, v = self.kept(1 + self.config.attentions.index(layer), apart(k), v)
+        q, k = (apart(self.rotated(joined(x), places)) for x in (q, k))
+        k, v = self.kept(1 + self.config.attentions.index(layer), k, v)
         if layer in self.config.layers("key_offset"):
-            still = torch.from_numpy(speed == 0).repeat(2).to(k.device)
-            k = torch.where(still, self.before(k), k)
-        seen = self.seen(layer, places)
-        return apart(
-            F.scaled_dot_product_attention(q, joined(k), joined(v), attn_mask=seen, scale=scale)
-        )
+            k = torch.where(self.still, self.before(k), k)
+        q, k, v, seen = joined(q), joined(k), joined(v), self.seen(layer, places)
+        return apart(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale))
 
 
 class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
