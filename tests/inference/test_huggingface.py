@@ -3,7 +3,6 @@
 import json
 import os
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import jax
@@ -102,35 +101,26 @@ def model(folder):
     return loaded(folder)
 
 
-@cache
-def our_text(length):
-    """What our sampler writes after prompts of several lengths, all in one batch."""
-    params = alive(EVERY_TRICK)
-    written = generate(
-        graph_of(EVERY_TRICK),
-        jax.tree.map(jax.numpy.asarray, params),
-        PROMPTS,
-        num_tokens=length,
-        context=T,
-        sampling=Sampling(temperature=0),
-    )
-    return np.concatenate([part.tokens for part in written]).T
-
-
-PROMPTS = [[4, 17, 23, 99, 4, 5], [4, 8], [4, *range(30, 44)]]
+PROMPTS = [[4, 17, 23, 99, 4, 5], [6, 8], [4, *range(30, 44)]]
 LENGTH = 40  # far beyond T
+NO_END = replace(EVERY_TRICK, document_separator=None)  # only padding ends what tokens see
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-def test_greedy_texts_are_those_of_our_sampler_beyond_the_training_length(model, use_cache):
-    longest = max(map(len, PROMPTS))
-    ids = torch.tensor([[4] * (longest - len(each)) + each for each in PROMPTS])
+@pytest.mark.parametrize("config", [EVERY_TRICK, NO_END], ids=["documents", "no documents"])
+def test_greedy_texts_are_those_of_our_sampler_beyond_the_training_length(tmp_path, config):
+    params = jax.tree.map(jax.numpy.asarray, written(tmp_path / "gpt", config))
+    greedy = {"num_tokens": LENGTH, "context": T, "sampling": Sampling(temperature=0)}
+    ours = generate(graph_of(config), params, PROMPTS, **greedy)
+    expected = np.concatenate([part.tokens for part in ours]).T
+    model, longest = loaded(tmp_path / "gpt"), max(map(len, PROMPTS))
+    how = {"do_sample": False, "max_new_tokens": LENGTH, "eos_token_id": None}
+    ids = torch.tensor([[7] * (longest - len(each)) + each for each in PROMPTS])
     mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in PROMPTS])
-    how = {"do_sample": False, "max_new_tokens": LENGTH, "use_cache": use_cache}
-    found = model.generate(ids, attention_mask=mask, eos_token_id=None, **how)
-    np.testing.assert_array_equal(found[:, longest:].numpy(), our_text(LENGTH))
-    alone = model.generate(torch.tensor(PROMPTS[:1]), eos_token_id=None, **how)
-    np.testing.assert_array_equal(alone[0, len(PROMPTS[0]) :].numpy(), our_text(LENGTH)[0])
+    for cached in (True, False):
+        found = model.generate(ids, attention_mask=mask, use_cache=cached, **how)
+        np.testing.assert_array_equal(found[:, longest:].numpy(), expected)
+    alone = model.generate(torch.tensor(PROMPTS[:1]), **how)
+    np.testing.assert_array_equal(alone[0, len(PROMPTS[0]) :].numpy(), expected[0])
 
 
 def test_a_row_in_pieces_with_a_cache_has_the_logits_of_the_whole(model):
