@@ -159,16 +159,17 @@ A GPT trained with JAX/Flax NanoGPT.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = "."  # this one, or its name on the hub
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer("Once", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=100, do_sample=True)[0]))
+(tokens,) = model.generate(**inputs, max_new_tokens=100, do_sample=True)
+print(tokenizer.decode(tokens, skip_special_tokens=True))
 ```
 
-`trust_remote_code` runs `configuration_nanogpt.py` and `modeling_nanogpt.py`, which are here to be
-read. The model was trained on texts that begin with `{SEPARATOR}`, which the tokenizer puts first,
-and on rows of {settings["sequence_length"]:,} tokens. [MODEL.md](MODEL.md) describes the
-architecture, with a program in NumPy.
+`trust_remote_code` runs `configuration_nanogpt.py` and `modeling_nanogpt.py` of this folder. The
+model was trained on rows of {settings["sequence_length"]:,} tokens and documents that begin with
+`{SEPARATOR}`, which the tokenizer puts first. [MODEL.md](MODEL.md) describes the architecture,
+with a program in NumPy.
 
 ## Licence
 

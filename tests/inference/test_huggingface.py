@@ -222,14 +222,18 @@ def test_a_pipeline_writes_what_our_sampler_writes(base, exported):
     assert found["generated_text"] == "def " + load_tokenizer("bytes").decode(tokens)
 
 
-def test_the_card_says_where_the_model_comes_from(base, exported):
+def test_the_card_says_where_the_model_comes_from_and_its_program_runs(
+    base, exported, monkeypatch, capsys
+):
     run = json.loads((base.folder / "run.json").read_text())
     card = (exported / "README.md").read_text()
     loss = f"{base.metrics[-1]['val_loss']:.4f}"
     for words in (run["command"], run["data"]["name"], run["commit"], loss, "preset laptop"):
         assert words in card
     (program,) = card.split("```python\n")[1:]
-    assert "AutoModelForCausalLM" in program.partition("```")[0]
+    monkeypatch.chdir(exported)
+    exec(program.partition("```")[0], {})
+    assert capsys.readouterr().out.startswith("Once")
 
 
 # Tokenizers
