@@ -58,6 +58,7 @@ def huggingface_files(model: GPTConfig, settings: dict[str, Any], run: Path) -> 
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), SEPARATOR),
+        "model_input_names": ["input_ids", "attention_mask"],
         "model_max_length": settings["sequence_length"],
         "padding_side": "left",
         "clean_up_tokenization_spaces": False,
