@@ -56,7 +56,10 @@ def patiently(
 
 
 def into_cache(name: str, get: Callable[[], str], remedy: str = AGAIN) -> Path:
-    """Return what `get` downloads into the hub's cache, or finds there; DownloadError if it fails."""
+    """Return what `get` downloads into the hub's cache or finds there.
+
+    Raises DownloadError if that fails.
+    """
     from huggingface_hub import logging
 
     logging.set_verbosity_error()  # hide the library's retries; failures are reported below
@@ -71,7 +74,7 @@ def into_cache(name: str, get: Callable[[], str], remedy: str = AGAIN) -> Path:
 
 @contextmanager
 def hub_errors(what: str, lost: type[DownloadError], remedy: str) -> Generator[None, None, None]:
-    """Turn any failure to do `what` with the hub into a DownloadError, lost connections into `lost`.
+    """Turn any failure to do `what` into a DownloadError, lost connections into `lost`.
 
     Errors of the disk pass through.
     """

@@ -1,6 +1,6 @@
 """Exported models on the Hugging Face hub, where they are named hf://user/name.
 
-The hub's library looks for the token of whoever is logged in.
+The hub's library finds the user's token by itself.
 """
 
 import re
@@ -16,10 +16,10 @@ CHECK = "check the name and the network connection, and log in with `hf auth log
 
 @cache  # so that one process uses one revision
 def folder_of(name: str) -> Path:
-    """The folder `name`, or for hf://user/name the model's folder in the hub's cache.
+    """Return the folder `name`, or for hf://user/name the model's folder in the hub's cache.
 
-    Arrays and settings are downloaded unless they are there; no code is. Without a network, what is
-    there is used. Raises DownloadError if nothing is, or if it is damaged.
+    Weights and settings are downloaded if they are not there yet, code never. Without a network the
+    cached files are used. Raises DownloadError if there are none, or if they are damaged.
     """
     if not name.startswith(HUB):
         return Path(name)
@@ -40,9 +40,9 @@ def folder_of(name: str) -> Path:
 
 
 def make_repository(name: str) -> str:
-    """Make the public repository user/name unless there is one; return its address.
+    """Create the public repository user/name if it does not exist; return its address.
 
-    Raises DownloadError where that is not possible.
+    Raises DownloadError if that fails.
     """
     from huggingface_hub import create_repo
 
@@ -51,7 +51,7 @@ def make_repository(name: str) -> str:
 
 
 def push(folder: Path, name: str) -> None:
-    """Upload a folder to the repository user/name. Raises DownloadError where it cannot be."""
+    """Upload a folder to the repository user/name; DownloadError if that fails."""
     from huggingface_hub import upload_folder
 
     upload = partial(upload_folder, repo_id=name, folder_path=folder)

@@ -43,13 +43,13 @@ class RunFile(TypedDict, total=False):
 
 
 def huggingface_files(model: GPTConfig, settings: dict[str, Any], run: Path) -> dict[str, str]:
-    """The text of each of these files by its name.
+    """Return the text of each of these files by name.
 
     Args:
         settings: those of the exported config.json.
         run: the folder of the run that the model comes from.
 
-    Raises TokenizerError when GPT-2's vocabulary is needed and cannot be had.
+    Raises TokenizerError if GPT-2's vocabulary is needed and not available.
     """
     tokenizer = load_tokenizer(settings["tokenizer"])
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.separator)
