@@ -61,13 +61,14 @@ def export(run: Path, out: Path, repository: str | None = None) -> str:
 
     from nanogpt.devices.accelerator import use_device
     from nanogpt.devices.mesh import make_mesh
-    from nanogpt.inference.export import NOTE, save_model
+    from nanogpt.inference.export import NOTE, check_free, save_model
     from nanogpt.inference.hub import make_repository, push
     from nanogpt.inference.huggingface import huggingface_files
     from nanogpt.inference.model_note import note
     from nanogpt.inference.weights import load_run, origin_of
     from nanogpt.training.checkpoint import run_of
 
+    check_free(out)
     use_device()
     hp, graph, params, checkpoint = load_run(run, make_mesh(1))
     model = nnx.merge(graph, params).config

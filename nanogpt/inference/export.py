@@ -58,9 +58,8 @@ def save_model(
 
     Raises ConfigError when the folder is taken or cannot be written.
     """
+    check_free(folder)
     folder = folder.resolve()
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists already and is not an empty folder: choose another.")
     # Contiguous, for save_file writes an array's memory as it lies.
     arrays = {name: np.asarray(a, order="C") for name, a in named(params).items()}
     config = {**settings, "model": asdict(model), **CLASSES}
@@ -80,6 +79,12 @@ def save_model(
         raise ConfigError(
             f"{folder} cannot be written ({reason}): make room there, or choose another."
         ) from error
+
+
+def check_free(folder: Path) -> None:
+    """Raise ConfigError unless `folder` does not exist or is an empty folder."""
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ConfigError(f"{folder} exists already and is not an empty folder: choose another.")
 
 
 def is_exported(folder: Path) -> bool:

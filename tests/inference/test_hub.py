@@ -159,6 +159,9 @@ def test_a_pushed_model_is_sampled_evaluated_and_fine_tuned_by_its_name(
 def test_what_the_hub_refuses_is_told_in_one_sentence_before_anything_is_written(
     base, hub, program, tmp_path
 ):
+    taken = program(export.main, base.folder, "--out", base.folder, "--push-to-hub", NAME)
+    one_sentence(taken, "exists already")
+    assert not hub.requests
     told = "HTTP 401", NAME, "hf auth login"
     hub.status = 401
     one_sentence(program(export.main, base.folder, "--out", "gpt", "--push-to-hub", NAME), *told)
