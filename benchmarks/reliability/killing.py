@@ -77,6 +77,10 @@ class Incarnation:
 
     def wait(self) -> int:
         """Wait for all processes to end; return the exit status of the first."""
+        seen = -1
+        while self.reader.is_alive() and len(self.lines) > seen:
+            seen = len(self.lines)
+            self.reader.join(PATIENCE)
         try:
             status = self.process.wait(PATIENCE)
             for other in self.others:
