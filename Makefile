@@ -24,8 +24,9 @@ ANNOTATED = tests/model/kernels/test_flash_attention.py::test_it_computes_what_t
 # What else another JAX could break.
 DEPENDENT = tests/model tests/devices tests/training tests/inference tests/test_train_gpt.py
 # Of these, what is slow and not about JAX, or numeric.
-APART = $(NUMERIC) tests/devices/test_launchers.py tests/training/test_interruption.py \
-	tests/inference/test_playground.py
+APART = $(NUMERIC) tests/devices/test_launchers.py tests/inference/test_playground.py \
+	tests/training/test_interruption.py tests/training/test_resume.py \
+	tests/training/test_sharded_runs.py
 
 .PHONY: train test lint shapes others help
 
