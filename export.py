@@ -1,10 +1,10 @@
-"""Hand a trained model on: `python3 export.py runs/<name> --out gpt` writes it in open formats.
+"""Export a trained model in open formats: `python3 export.py runs/<name> --out gpt`.
 
 nanogpt/inference/export.py describes the folder. nanogpt/inference/model_note.py writes its
-MODEL.md, and nanogpt/inference/huggingface.py what Hugging Face's libraries need.
+MODEL.md, and nanogpt/inference/huggingface.py the files for Hugging Face's libraries.
 """
 
-import nanogpt  # noqa: F401  (says what to do where packages are missing)
+import nanogpt  # noqa: F401  (explains what to do if packages are missing)
 
 # isort: split
 import os
@@ -24,12 +24,12 @@ class Options:
     """Export a run's weights as safetensors, with everything needed to use them."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Folder of the run, runs/<name>, for its newest weights; or of one of its checkpoints."""
+    """Folder of a run, runs/<name>, for its newest weights, or of one of its checkpoints."""
     out: Path
     """Output folder; must be new or empty."""
     push_to_hub: str | None = None
-    """Also upload the folder to this repository on the Hugging Face hub, user/name. A new one is
-    public; the token is that of `hf auth login` or of HF_TOKEN."""
+    """Also upload the folder to this repository on the Hugging Face hub, user/name. It is created
+    as a public repository if needed; log in with `hf auth login`, or set HF_TOKEN."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,20 +42,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         written = (options.out / "config.json").exists()  # only the upload is missing
-        told = f"{options.out} is whole" if written else "nothing was written"
+        told = f"{options.out} is complete" if written else "nothing was written"
         print(f"Interrupted: {told}.", file=sys.stderr)
         return 130
 
 
 def export(run: Path, out: Path, repository: str | None = None) -> str:
-    """Write the weights of a run, its newest, or of a checkpoint to the folder `out`.
+    """Write a run's newest weights, or a checkpoint's, to the folder `out`; return a summary.
 
-    And upload that, where a repository is named. Returns what was done, in words.
+    If a repository is given, the folder is also uploaded there.
 
-    Raises ConfigError when there are none, or when `out` cannot be written, TokenizerError without
-    the tokenizer's vocabulary, DownloadError when the hub refuses.
+    Raises ConfigError if there are no weights or `out` cannot be written, TokenizerError if the
+    tokenizer's vocabulary is not available, and DownloadError if the hub fails.
     """
-    # So that this takes no more of a GPU that trains at the same time than it needs.
+    # Allocate GPU memory only as needed: a training run may be using the same GPU.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     from flax import nnx
 
@@ -83,7 +83,7 @@ def export(run: Path, out: Path, repository: str | None = None) -> str:
         f"the weights of {run} after step {checkpoint.step:,} are in {out}"
         + (f" and at {address}" if address else "")
         + f"\nUse them with:\n  python3 sample.py {out}\n  python3 train_gpt.py --init-from {out}"
-        + f"\nor with Hugging Face's transformers: {out}/README.md says how."
+        + f"\nor with Hugging Face's transformers: see {out}/README.md."
     )
 
 

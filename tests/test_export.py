@@ -164,7 +164,7 @@ def test_ctrl_c_leaves_nothing_and_no_traceback(run, tmp_path, capsys, monkeypat
 def test_only_a_run_can_be_exported(exported, tmp_path, capsys):
     harmed = tmp_path / "harmed"
     (harmed / "config.json").mkdir(parents=True)  # a file that cannot be read
-    told = {tmp_path / "nothing": "no config.json", exported: "name the run", harmed: "restore it"}
+    told = {tmp_path / "nothing": "no config.json", exported: "give the run", harmed: "restore it"}
     for folder, words in told.items():
         assert export.main([str(folder), "--out", str(tmp_path / "gpt")]) == 2
         output = capsys.readouterr()
@@ -270,4 +270,4 @@ def test_a_damaged_folder_is_told_in_one_sentence_that_names_what_is_wrong(copy,
 def test_a_folder_with_neither_run_nor_model_is_told_in_one_sentence(tmp_path):
     with pytest.raises(ConfigError) as error:
         load_model(tmp_path, make_mesh(1))
-    assert one_sentence(error.value, str(tmp_path), "not the folder of a run")
+    assert one_sentence(error.value, str(tmp_path), "is not a run folder")

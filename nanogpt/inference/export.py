@@ -1,12 +1,12 @@
-"""A trained model outside its run: a folder in open formats, which need nothing of this project.
+"""Exported models: folders in open formats that can be used without this project.
 
-    model.safetensors   the parameters, float32, named as in the model, such as attention.qkv
-    config.json         what is needed to use them, and where they come from
-    MODEL.md            what each array is, and how they make logits; see model_note.py
-    and others          what Hugging Face's libraries need; see huggingface.py
+    model.safetensors   the parameters, float32, named as in the model, e.g. attention.qkv
+    config.json         the settings needed to use them, and where they come from
+    MODEL.md            what each array is, and how to compute logits from them; see model_note.py
+    and others          files for Hugging Face's libraries; see huggingface.py
 
-Safetensors is a JSON header and the numbers, no code. What is read back may also have been written
-by those libraries: in several files, which model.safetensors.index.json lists, and in bfloat16.
+A safetensors file is a JSON header and the numbers, no code. Models saved again by those libraries
+can be read too: in several files, listed in model.safetensors.index.json, and in bfloat16.
 """
 
 import json
@@ -37,7 +37,7 @@ EXPORT_AGAIN = "export the run again"
 
 
 class Index(TypedDict):
-    """What is read of the list of several files with arrays."""
+    """The fields of model.safetensors.index.json that are read."""
 
     weight_map: dict[str, str]  # the file of each array
 
@@ -49,18 +49,18 @@ def save_model(
     settings: Mapping[str, Any],
     texts: Mapping[str, str],
 ) -> None:
-    """Write an exported model into a folder, which appears whole or not at all.
+    """Write an exported model to a folder, atomically.
 
     Args:
-        folder: must not exist, or be empty.
-        settings: tokenizer, sequence_length, dtype, and whatever else JSON can hold.
+        folder: must be new or empty.
+        settings: tokenizer, sequence_length, dtype, and any other settings that JSON can hold.
         texts: the contents of all other files, by name.
 
-    Raises ConfigError when the folder is taken or cannot be written.
+    Raises ConfigError if the folder is not empty or cannot be written.
     """
     check_free(folder)
     folder = folder.resolve()
-    # Contiguous, for save_file writes an array's memory as it lies.
+    # Contiguous, because save_file writes an array's memory without regard to its strides.
     arrays = {name: np.asarray(a, order="C") for name, a in named(params).items()}
     config = {**settings, "model": asdict(model), **CLASSES}
     texts = {CONFIG: json.dumps(config, indent=2) + "\n", **texts}
@@ -72,7 +72,7 @@ def save_model(
             for name, text in texts.items():
                 (whole / name).write_text(text, encoding="utf-8")
             save_file(arrays, whole / ARRAYS, metadata={"format": "pt"})  # transformers insists
-            shutil.copymode(whole / CONFIG, whole / ARRAYS)  # it was made for its owner only
+            shutil.copymode(whole / CONFIG, whole / ARRAYS)  # save_file lets only the owner read
             os.replace(whole, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
@@ -82,18 +82,18 @@ def save_model(
 
 
 def check_free(folder: Path) -> None:
-    """Raise ConfigError unless `folder` does not exist or is an empty folder."""
+    """Raise ConfigError unless the folder is new or empty."""
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ConfigError(f"{folder} exists already and is not an empty folder: choose another.")
 
 
 def is_exported(folder: Path) -> bool:
-    """Whether this is the folder of an exported model rather than of a run."""
+    """Return whether this is the folder of an exported model rather than of a run."""
     return any(os.path.exists(folder / name) for name in (ARRAYS, INDEX))
 
 
 def array_files(folder: Path) -> list[Path]:
-    """The files that hold the arrays of an exported model; ConfigError if a list is damaged."""
+    """Return the files with an exported model's arrays; ConfigError if the index is damaged."""
     if os.path.exists(folder / ARRAYS):
         return [folder / ARRAYS]
     names = read_json(folder / INDEX, Index, EXPORT_AGAIN, others=True)["weight_map"].values()
@@ -101,10 +101,10 @@ def array_files(folder: Path) -> list[Path]:
 
 
 def model_in(folder: Path) -> ModelSettings:
-    """The settings of an exported folder, whose arrays are those of their model.
+    """Return the settings of an exported model, after checking its arrays against them.
 
-    Of safetensors only headers are read. Raises ConfigError if a file is damaged, or names the
-    array that does not fit.
+    Only the headers of safetensors files are read. Raises ConfigError if a file is damaged, or if
+    an array does not match the settings; the message names it.
     """
     refuse_earlier_version(folder / CONFIG)
     settings = read_json(folder / CONFIG, ModelSettings, EXPORT_AGAIN, others=True)
@@ -122,7 +122,7 @@ def model_in(folder: Path) -> ModelSettings:
     if different := alike.items() ^ wanted.items():
         name, _ = min(different)
         raise ConfigError(
-            f"{folder / ARRAYS} is not of the model in {CONFIG}, which has "
+            f"{folder / ARRAYS} does not match the model in {CONFIG}, which has "
             f"{wanted.get(name, 'nothing')} as {name} where it has {found.get(name, 'nothing')}: "
             f"{EXPORT_AGAIN}."
         )
@@ -130,11 +130,11 @@ def model_in(folder: Path) -> ModelSettings:
 
 
 def named(params: Params) -> dict[str, jax.Array]:
-    """The arrays of nested dicts by their path, with dots."""
+    """Flatten nested dicts of arrays; a name is the path to the array, with dots."""
     return dict(traverse_util.flatten_dict(params, sep="."))
 
 
 def shapes_of(model: GPTConfig) -> dict[str, str]:
-    """Type and shape of each array of a model, as safetensors writes them."""
+    """Return the dtype and shape of each array of a model, in the notation of safetensors."""
     shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     return {name: f"F32{list(a.shape)}" for name, a in named(shapes).items()}

@@ -1,7 +1,7 @@
-"""Text from a model: the prompts in one pass, then token after token from a cache.
+"""Text generation: prefill of the prompts in one pass, then one token at a time with a KV cache.
 
-A chunk of tokens is one compiled program; the next chunk is begun before the last one is read, so
-that the device does not wait for whoever reads the text.
+A compiled program generates a chunk of tokens; the next chunk is started before the last one is
+read, so that the device does not wait for the reader.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,23 +19,23 @@ from nanogpt.model.context import Cache, Next, Prompts
 from nanogpt.model.parameters import compute_copy, unrolled
 from nanogpt.training.step import Params
 
-CHUNK = 16  # tokens of each text that one program writes
+CHUNK = 16  # tokens per text and program call
 
 
 class Written(NamedTuple):
-    """A few tokens of each of B texts, and what the model thought of them.
+    """A few tokens of each of B texts, with their probabilities.
 
     Probabilities are those of the model, before temperature, top_k and top_p.
     """
 
     tokens: Int32[Array | np.ndarray, "n B"]
     probabilities: Float32[Array | np.ndarray, "n B"]
-    likeliest: Int32[Array | np.ndarray, "n B alternatives"]  # in falling order
+    likeliest: Int32[Array | np.ndarray, "n B alternatives"]  # most likely first
     their_probabilities: Float32[Array | np.ndarray, "n B alternatives"]
 
 
 class _State(NamedTuple):
-    """Where B texts stand."""
+    """The state of B texts."""
 
     cache: Cache
     logits: Float[Array, "B vocab"]  # of the next token
@@ -52,20 +52,20 @@ def generate(
     dtype: str = "float32",
     alternatives: int = 0,
 ) -> Iterator[Written]:
-    """`num_tokens` tokens that continue each prompt, a few at a time.
+    """Generate `num_tokens` tokens that continue each prompt; yields a few at a time.
 
-    Prompts may differ in length, and none may be empty. A text does not depend on those beside it,
-    but on its number.
+    Prompts may differ in length, and none may be empty. A text depends on its number, but not on
+    the other texts.
 
     Args:
-        context: how many tokens the model was trained to look back, its training length. Only so
-            many of the end of a prompt are read. When a text grows longer, layers without a window
-            see the latest so many tokens: as if that had been their window from the beginning.
-        dtype: what the model computes in, "float32" or "bfloat16".
-        alternatives: how many of the likeliest tokens are told of in each place.
+        context: the longest context the model was trained with, its sequence length. Only the last
+            `context` tokens of a prompt are read. In longer texts, layers without a window see the
+            last `context` tokens, as if that had been their window from the beginning.
+        dtype: dtype of the computation, "float32" or "bfloat16".
+        alternatives: how many of the most likely tokens are reported at each position.
     """
     longest = min(context, max(map(len, prompts)))
-    # Powers of two, so that a few programs serve prompts and texts of all lengths.
+    # Powers of two, so that a few compiled programs serve prompts and texts of all lengths.
     context = min(context, _power_of_two(longest + num_tokens))
     rows = np.zeros((len(prompts), min(context, _power_of_two(longest))), np.int32)
     for row, prompt in zip(rows, prompts, strict=True):
@@ -98,10 +98,10 @@ def generate(
 
 @partial(jax.jit, static_argnames=("graph", "dtype"))
 def _unrolled(graph: nnx.GraphDef, params: Params, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
-    """The graph and the parameters of the model with its layers apart.
+    """Return graph and parameters of the model with its layers unstacked.
 
-    XLA would take them out of their stacks again for each token, and that costs more than the
-    token itself.
+    XLA would slice them out of their stacks again for each token, which takes longer than the
+    computation of the token itself.
     """
     model = unrolled(nnx.merge(graph, compute_copy(params, dtype)))
     for attention in model.attention:
@@ -117,7 +117,7 @@ def _read(
     lengths: Int[Array, "B"],
     context: int,
 ) -> _State:
-    """The state after the first `lengths` tokens of each row."""
+    """Return the state after the first `lengths` tokens of each row."""
     model = nnx.merge(graph, params)
     past = Prompts(model.config, rows)
     features = model.features(rows, past)
@@ -143,7 +143,7 @@ def _write(
     context: int,
     alternatives: int,
 ) -> tuple[_State, Written]:
-    """The next CHUNK tokens of each text; `limited` says whether top_k or top_p leave any out."""
+    """Generate the next CHUNK tokens of each text; `limited`: whether top_k or top_p apply."""
     model = nnx.merge(graph, params)
     B, _ = state.logits.shape
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(B))
@@ -176,17 +176,17 @@ def _write(
 
 
 def _logits(model: Any, features: Float[Array, "B D"]) -> Float[Array, "B vocab"]:
-    """Without those of the ids that only pad the vocabulary."""
+    """Return the logits, without those of the ids that only pad the vocabulary."""
     return model.logits(features)[:, : model.config.vocab_size]
 
 
 def _limit(
     logits: Float[Array, "B vocab"], top_k: Int[Array, ""], top_p: Float[Array, ""]
 ) -> Float[Array, "B vocab"]:
-    """Logits in falling order, with -inf for those that may not be drawn."""
+    """Set the logits that must not be sampled to -inf; logits are given in descending order."""
     logits = jnp.where(jnp.arange(logits.shape[1]) < top_k, logits, -jnp.inf)
     probabilities = jax.nn.softmax(logits, axis=1)
-    likelier = jnp.cumsum(probabilities, axis=1) - probabilities  # of those before it
+    likelier = jnp.cumsum(probabilities, axis=1) - probabilities  # of more likely tokens
     return jnp.where((likelier < top_p) | (jnp.arange(logits.shape[1]) == 0), logits, -jnp.inf)
 
 

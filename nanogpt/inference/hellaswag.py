@@ -1,13 +1,13 @@
-"""HellaSwag (Zellers et al., arXiv:1905.07830): which of four endings does a text go on with?
+"""HellaSwag (Zellers et al., arXiv:1905.07830): which of four endings continues a text?
 
-A model chooses an ending by the loss of its tokens after the context. That is done here as llm.c
-does it, and on its file, whose items are texts in GPT-2's tokens: the context, and four endings,
-each after a space. One thing differs: a separator stands before the context, as before every
-document that a model of this project was trained on.
+A model chooses an ending by the loss of its tokens after the context. This follows llm.c and uses
+its file, whose items are in GPT-2's tokens: the context, and four endings, each with a leading
+space. One thing differs: a separator precedes the context, as it precedes every document that a
+model of this project is trained on.
 
     header    256 int32: 20240522, version 1, number of items, bytes of the longest one, zeros
-    an item   uint16: 65535, its bytes, its number, the right ending, 4, then the context and the
-              endings, each as the number of its tokens and the tokens
+    an item   uint16: 65535, size in bytes, number, index of the right ending, 4, then the context
+              and the endings, each as a token count followed by the tokens
 
 All numbers are little-endian.
 """
@@ -38,28 +38,28 @@ FILE = "hellaswag_val.bin"
 SHA256 = "59509ba401e820f2cd8b579141354e8ebc14a20f8e2cc181f1836f1d0e59eb99"
 
 HEADER_WORDS, ITEM_WORDS = 512, 5  # uint16 before the first item, and before an item's context
-LENGTH_STEP = 64  # rows are padded to a multiple: few lengths, so few programs to compile
+LENGTH_STEP = 64  # rows are padded to a multiple of it, so that few programs are compiled
 
 Tokens = UInt16[np.ndarray, "tokens"]
 
 
 class Item(NamedTuple):
-    """A context and what may follow it."""
+    """A context and its possible endings."""
 
     context: Tokens
     endings: list[Tokens]
-    label: int  # which ending is right
+    label: int  # index of the right ending
 
 
 class Row(NamedTuple):
-    """What the model reads to tell the loss of an ending: the targets of that alone count."""
+    """The model's input for one ending; only the ending's targets count towards the loss."""
 
     tokens: Int[np.ndarray, "T"]
     targets: Int[np.ndarray, "T"]  # -1 before the ending
 
 
 def read_items(path: Path) -> list[Item]:
-    """The items of the file, which must be the one with this SHA256; else raises ConfigError."""
+    """Read the items of llm.c's file; raises ConfigError if its SHA-256 is another."""
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != SHA256:
@@ -81,7 +81,7 @@ def read_items(path: Path) -> list[Item]:
 
 
 def retokenized(items: Sequence[Item], tokenizer: Tokenizer) -> list[Item]:
-    """The items, which are in GPT-2's tokens, in those of a tokenizer."""
+    """Convert items from GPT-2's tokens to those of a tokenizer."""
     if tokenizer.name == "gpt2":
         return list(items)
     gpt2 = load_tokenizer("gpt2")
@@ -95,10 +95,10 @@ def retokenized(items: Sequence[Item], tokenizer: Tokenizer) -> list[Item]:
 
 
 def row_of(context: Tokens, ending: Tokens, separator: int, T: int) -> Row:
-    """The row of an ending: a separator, the context, the ending.
+    """Return the row of an ending: separator, context, ending.
 
-    A row longer than T keeps its last tokens. An ending of more than T is still whole: the row is
-    then as long as it, and the model reads further than it was trained to.
+    A row longer than T keeps its last T tokens. An ending longer than T is not cut, however: the
+    row is then as long as the ending, longer than the model's training context.
     """
     tokens = np.concatenate([[separator], context, ending]).astype(np.int32)
     tokens = tokens[-(max(T, len(ending)) + 1) :]
@@ -110,9 +110,9 @@ def row_of(context: Tokens, ending: Tokens, separator: int, T: int) -> Row:
 def make_row_losses(
     graph: nnx.GraphDef, mesh: Mesh, dtype: str
 ) -> Callable[[Params, Int[Array, "R T"], Int[Array, "R T"]], Float[Array, "R"]]:
-    """Build `row_losses(params, tokens, targets)`, jitted: the loss of each row's targets, in nats.
+    """Build `row_losses(params, tokens, targets)`, jitted: the summed loss of each row, in nats.
 
-    It is their sum; negative targets count nothing. Rows are divided over the devices.
+    Negative targets do not count. Rows are sharded over the devices.
     """
 
     def row_losses(
@@ -140,12 +140,12 @@ def losses_of(
     tokens_per_device: int,
     progress: Callable[[Sequence], Iterable] = iter,
 ) -> Float[np.ndarray, "rows"]:
-    """The summed loss of each row, in nats.
+    """Return the summed loss of each row, in nats.
 
     Args:
-        row_losses: made by `make_row_losses`.
-        tokens_per_device: how many a device reads in one pass, if a single row has no more.
-        progress: goes through the passes, and may show how far it is.
+        row_losses: built by `make_row_losses`.
+        tokens_per_device: most tokens per device in a pass, unless a single row has more.
+        progress: iterates over the passes, and may show progress.
     """
     by_length = defaultdict(list)
     for number, row in enumerate(rows):
@@ -158,7 +158,7 @@ def losses_of(
 
     losses = np.zeros(len(rows))
     for T, R, numbers in progress(passes):
-        # What fills rows and batches up comes after all that counts, and counts nothing itself.
+        # Padding of rows and batches comes after all that counts, and does not count itself.
         tokens, targets = np.zeros((R, T), np.int32), np.full((R, T), -1, np.int32)
         for place, number in enumerate(numbers):
             row = rows[number]
@@ -169,10 +169,10 @@ def losses_of(
 
 
 def scores(losses: Float[np.ndarray, "items 4"], items: Sequence[Item]) -> dict[str, float | int]:
-    """How many items a model gets right that gives their endings these summed losses, for JSON.
+    """Return the scores of a model with these summed losses of the endings, for JSON.
 
-    accuracy_norm   chosen is the ending with the lowest mean loss per token, as in llm.c
-    accuracy        chosen is the ending with the lowest sum, the likeliest one
+    accuracy_norm   by the ending with the lowest mean loss per token, as in llm.c
+    accuracy        by the ending with the lowest summed loss, the most likely one
     standard_error  of accuracy_norm, sqrt(p (1 - p) / items)
     """
     lengths = np.array([[len(ending) for ending in item.endings] for item in items])

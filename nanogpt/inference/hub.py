@@ -1,6 +1,6 @@
-"""Exported models on the Hugging Face hub, where they are named hf://user/name.
+"""Exported models on the Hugging Face hub, given as hf://user/name.
 
-The hub's library finds the user's token by itself.
+The user's token is found by the hub's own library.
 """
 
 import re
@@ -11,15 +11,15 @@ from nanogpt.data.hub import DownloadError, into_cache, patiently
 from nanogpt.files import sha256_of
 
 HUB = "hf://"
-CHECK = "check the name and the network connection, and log in with `hf auth login` if need be"
+CHECK = "check the name and the network connection, and log in with `hf auth login` if needed"
 
 
 @cache  # so that one process uses one revision
 def folder_of(name: str) -> Path:
     """Return the folder `name`, or for hf://user/name the model's folder in the hub's cache.
 
-    Weights and settings are downloaded if they are not there yet, code never. Without a network the
-    cached files are used. Raises DownloadError if there are none, or if they are damaged.
+    Weights and settings are downloaded if they are not cached yet, code never. Without a network
+    the cached files are used. Raises DownloadError if there are none, or if they are damaged.
     """
     if not name.startswith(HUB):
         return Path(name)
@@ -29,7 +29,7 @@ def folder_of(name: str) -> Path:
     get = partial(snapshot_download, name.removeprefix(HUB), allow_patterns=wanted)
     folder = into_cache(name, get, CHECK)
     for file in folder.glob("*.safetensors"):
-        content = file.resolve()  # which the cache names by its digest
+        content = file.resolve()  # the cache names a file by its digest
         if re.fullmatch("[0-9a-f]{64}", content.name) and sha256_of(content) != content.name:
             content.unlink()
             raise DownloadError(
@@ -55,5 +55,5 @@ def push(folder: Path, name: str) -> None:
     from huggingface_hub import upload_folder
 
     upload = partial(upload_folder, repo_id=name, folder_path=folder)
-    remedy = f"{folder} is whole; upload it later with `hf upload {name} {folder}`"
+    remedy = f"{folder} is complete; upload it later with `hf upload {name} {folder}`"
     patiently(name, upload, remedy=remedy, verb="upload to")

@@ -1,8 +1,8 @@
-"""What Hugging Face's libraries need beside the arrays of an exported model, and its model card.
+"""Files of an exported model for Hugging Face's libraries, besides its arrays, and its model card.
 
 configuration_nanogpt.py, modeling_nanogpt.py   the model in PyTorch: copies of pytorch/
 generation_config.json                          the tokens that begin, end and pad a text
-tokenizer.json, tokenizer_config.json           the tokenizer, as data alone
+tokenizer.json, tokenizer_config.json           the tokenizer, as data without code
 README.md                                       the model card
 """
 
@@ -32,7 +32,7 @@ CLASSES = {
 
 
 class RunFile(TypedDict, total=False):
-    """What the model card reports from a run's run.json."""
+    """The fields of run.json that the model card reports."""
 
     command: str
     date: str
@@ -43,17 +43,17 @@ class RunFile(TypedDict, total=False):
 
 
 def huggingface_files(model: GPTConfig, settings: dict[str, Any], run: Path) -> dict[str, str]:
-    """Return the text of each of these files by name.
+    """Return the text of each of these files, by name.
 
     Args:
-        settings: those of the exported config.json.
+        settings: the settings in the exported config.json.
         run: the folder of the run that the model comes from.
 
     Raises TokenizerError if GPT-2's vocabulary is needed and not available.
     """
     tokenizer = load_tokenizer(settings["tokenizer"])
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.separator)
-    # Logits of the ids that only pad the vocabulary.
+    # Ids that only pad the vocabulary.
     suppressed = [*range(model.vocab_size, model.padded_vocab_size)]
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -74,9 +74,10 @@ def huggingface_files(model: GPTConfig, settings: dict[str, Any], run: Path) -> 
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
-    """A tokenizer as Hugging Face's `tokenizers` reads it: byte-pair encoding, bytes without pairs.
+    """Return a tokenizer in the format of Hugging Face's `tokenizers`, as byte-pair encoding.
 
-    It puts the separator before each text, as training did before each document.
+    The byte tokenizer has no merges. The separator is put before each text, as it is before each
+    document in training.
     """
     ranks = {tokenizer.token_bytes(token): token for token in range(tokenizer.separator)}
     spelled = {token: "".join(map(_byte_characters().__getitem__, token)) for token in ranks}
@@ -106,7 +107,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that make a token of byte-pair encoding: the last of its merges."""
+    """Return the two tokens that a token of byte-pair encoding is merged from."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         merged = [ranks.get(one + other, len(ranks)) for one, other in pairwise(parts)]
@@ -116,16 +117,16 @@ def halves(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 def _byte_characters() -> list[str]:
-    """The printable character by which GPT-2's vocabulary writes each byte."""
+    """Return the printable character for each byte in GPT-2's vocabulary."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def model_card(settings: dict[str, Any], run: Path) -> str:
-    """README.md: what the model was trained on and how, and how to use it."""
+    """Return README.md: what the model was trained on, how, and how to use it."""
     source, told = settings["from"], RunFile()
-    with suppress(ConfigError):  # a run that was copied without it
+    with suppress(ConfigError):  # the run may have been copied without it
         told = read_json(run / "run.json", RunFile, "", others=True)
     rows = {
         "run": f"{source['run']}, step {source['step']:,}",
@@ -159,7 +160,7 @@ A GPT trained with JAX/Flax NanoGPT.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-folder = "."  # this one, or its name on the hub
+folder = "."  # this folder, or its name on the hub
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 inputs = tokenizer("Once", return_tensors="pt")
@@ -169,11 +170,11 @@ print(tokenizer.decode(tokens, skip_special_tokens=True))
 
 `trust_remote_code` runs `configuration_nanogpt.py` and `modeling_nanogpt.py` of this folder. The
 model was trained on rows of {settings["sequence_length"]:,} tokens and documents that begin with
-`{SEPARATOR}`, which the tokenizer puts first. [MODEL.md](MODEL.md) describes the architecture,
-with a program in NumPy.
+`{SEPARATOR}`, which the tokenizer adds. [MODEL.md](MODEL.md) describes the architecture and has a
+program for it in NumPy.
 
 ## Licence
 
-The code is under the MIT licence. The licence of the weights is for whoever trained them to choose,
-with regard to that of the data: name it here, and as `license:` in the first lines of this file.
+The code is under the MIT licence. The licence of the weights is up to whoever trained them, subject
+to that of the data: state it here, and as `license:` at the top of this file.
 """

@@ -1,7 +1,7 @@
-"""MODEL.md, the note in an exported model's folder, from which the model can be rebuilt elsewhere.
+"""MODEL.md, the note in an exported model's folder, which suffices to rebuild the model elsewhere.
 
-It lists the arrays and holds a NumPy program with this model's settings and without the tricks it
-does not use; tests/inference/test_model_note.py runs that program.
+It lists the arrays and contains a NumPy program with this model's settings, without the tricks it
+does not use. tests/inference/test_model_note.py runs that program.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from nanogpt.training.step import Params
 
 
 def note(model: GPTConfig, settings: dict[str, Any], params: Params) -> str:
-    """The text of MODEL.md."""
+    """Return the text of MODEL.md."""
     c, source = model, settings["from"]
     arrays = named(params)
     meaning = meanings(c)
@@ -26,7 +26,7 @@ def note(model: GPTConfig, settings: dict[str, Any], params: Params) -> str:
         told.append(f"trained by commit {source['commit']}")
     tokenizer = TOKENIZERS[settings["tokenizer"]]
     tokens = {
-        "bytes": "One token per byte of UTF-8, its value the id.",
+        "bytes": "One token per byte of UTF-8; its id is the byte's value.",
         "gpt2": 'GPT-2\'s byte-pair encoding, `tiktoken.get_encoding("gpt2").encode_ordinary`.',
     }[tokenizer.name]
     T, V = settings["sequence_length"], c.padded_vocab_size
@@ -34,14 +34,14 @@ def note(model: GPTConfig, settings: dict[str, Any], params: Params) -> str:
 
 From {"; ".join(told)}.
 
-## To use it
+## How to use it
 
-With jax-flax-nanogpt, which takes this folder in place of a run's:
+With jax-flax-nanogpt, which accepts this folder in place of a run:
 
     python3 sample.py <this folder> --prompt "..."
     python3 train_gpt.py --init-from <this folder> --train-files ... --val-files ...
 
-or in Python, on all devices, with `load_model` of nanogpt.inference.weights:
+or in Python, on all devices, with `load_model` from nanogpt.inference.weights:
 
     settings, graph, params, origin = load_model(Path("<this folder>"), make_mesh())
     logits = nnx.merge(graph, params)(tokens)    # [B, T] to [B, T, V]
@@ -49,16 +49,16 @@ or in Python, on all devices, with `load_model` of nanogpt.inference.weights:
 With Hugging Face's transformers, `AutoModelForCausalLM.from_pretrained("<this folder>",
 trust_remote_code=True)`: see README.md.
 
-Without either: `model.safetensors` holds all arrays, and the program below is the model.
-llama.cpp does not know this architecture and cannot load the folder.
+Without either: `model.safetensors` holds all arrays, and the NumPy program below is the model.
+llama.cpp does not support this architecture and cannot load the folder.
 
 ## Tokens
 
-{tokens} Every document, and so every prompt, starts with id {tokenizer.separator}.
+{tokens} Every document, and so every prompt, starts with token {tokenizer.separator}.
 Ids run from 0 to {c.vocab_size - 1:,}; V = {V:,} is their number, rounded up to a multiple of 128.
 
 Training rows had T = {T:,} tokens; the model has never seen a longer context.
-It was trained in {settings["dtype"]}.
+It was trained with computations in {settings["dtype"]}.
 
 ## Arrays
 
@@ -80,7 +80,7 @@ The softmax of `logits(tokens)[-1, :{c.vocab_size}]` gives the next-token probab
 
 
 def meanings(c: GPTConfig) -> dict[str, str]:
-    """What each array is, by name."""
+    """Return a description of each array, by name."""
     each = f"for each layer with attention: {attentions(c)}"
     return {
         "embed": "token embeddings",
@@ -108,23 +108,23 @@ def meanings(c: GPTConfig) -> dict[str, str]:
 
 
 def attentions(c: GPTConfig) -> list[int]:
-    """The layers that have attention."""
+    """Return the layers with attention."""
     return [layer for layer in range(c.num_layers) if layer not in c.layers(c.mlp_only)]
 
 
 def program(c: GPTConfig) -> str:
-    """The model in NumPy, without the pieces that it does not use: those are false, or 0, below."""
+    """Return the model in NumPy, without the pieces it does not use, which are falsy below."""
     pieces = [*_helpers(c), *_embedding(c), *_layers(c), *_head(c)]
     return "".join(piece for piece in pieces if piece)
 
 
-# What is attended to, each by the name of what decides it: as a condition, and for paired heads.
+# Conditions on what a query sees, by the argument that each needs, and its value for paired heads.
 SEEN = {"window": "ago < window", "document": "document[:, None] == document"}
 SEEN_BY_PAIRS = {"window": "window", "document": "np.repeat(document, 2)"}
 
 
 def _masks(c: GPTConfig) -> list[str]:
-    """Which of SEEN this model has."""
+    """Return which masks of SEEN this model has."""
     return ["window"] * bool(c.windows) + ["document"] * (c.document_separator is not None)
 
 
@@ -138,7 +138,7 @@ from safetensors.numpy import load_file
 
 p = load_file("model.safetensors")
 L, N, H = {c.num_layers}, {c.num_heads}, {c.head_size}
-ATTENTION = {attentions(c)}  # the layers that have it
+ATTENTION = {attentions(c)}  # layers with attention
 
 
 def norm(x):
@@ -172,7 +172,7 @@ def before(x, begins):  # the value at the previous token; zero at the start of 
 
 """,
         f"""\
-# Rotation of the pairs (i, i + H/2) of a head per token, in radians, and the scale of q·k.
+# Rotation of a head's pairs (i, i + H/2) per token, in radians, and the scale of q·k.
 SPEED = np.array({speed[speed > 0].tolist()} + {sum(speed == 0)} * [0.0])
 SCALE = {scale}
 
@@ -197,11 +197,11 @@ def attend({", ".join(["q", "k", "v", *_masks(c)])}):  # [T, heads, H]
 """,
         c.paired_heads
         and """\
-def pair(x):  # two heads interleaved into one of twice the length
+def pair(x):  # interleave two heads into one of twice the length
     return x.reshape(-1, N // 2, 2, H).swapaxes(1, 2).reshape(-1, N // 2, H)
 
 
-def part(x):  # the opposite
+def part(x):  # undo pair
     return x.reshape(-1, 2, N // 2, H).swapaxes(1, 2).reshape(-1, N, H)
 
 
@@ -210,17 +210,17 @@ def part(x):  # the opposite
 
 
 def _value_gate(c: GPTConfig) -> bool:
-    """Whether gates decide what is mixed into the values."""
+    """Return whether gates decide how much of the value embeddings is added."""
     return c.value_gate and c.value_embeddings > 0
 
 
 def _looks_back(c: GPTConfig) -> bool:
-    """Whether it needs what stood one token before."""
+    """Return whether the model uses features of the previous token."""
     return bool(c.smear or c.bigram_buckets or c.key_offset)
 
 
 def _before(c: GPTConfig, name: str) -> str:
-    """What stood one token before."""
+    """Return the code for a feature of the previous token."""
     return f"before({name})" if c.document_separator is None else f"before({name}, begins)"
 
 
@@ -302,12 +302,12 @@ def _layers(c: GPTConfig) -> list[Any]:
         "            q, k = norm(q), norm(k)\n",
         c.key_offset
         and f"""\
-            if layer in {sorted(c.layers(c.key_offset))}:  # unrotated channels: the previous key
+            if layer in {sorted(c.layers(c.key_offset))}:  # unrotated channels: previous key
                 k = np.where(np.tile(SPEED == 0, 2), {_before(c, "k")}, k)
 """,
         c.windows
         and f"""\
-            # The number of keys that each query sees, including its own, by layer.
+            # Number of keys that each query sees, its own included, by layer.
             window = [{windows}][layer]
 """,
         not c.paired_heads and f"            y = attend(q, k, v{more})\n",

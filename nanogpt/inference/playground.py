@@ -1,12 +1,12 @@
 """A local web page to play with a trained model: `make_app` is the site, `serve` runs it.
 
-GET / is the page, playground.html. POST /generate takes the fields of `_order` as JSON and answers
-with one JSON object a line: {"waiting": n} while n others come first, then every `Token`,
+GET / returns the page, playground.html. POST /generate takes the fields of `_order` as JSON and
+answers with one JSON object per line: {"waiting": n} while n others come first, then each `Token`,
 then {"done": "length" | "end" | "time limit"} or {"error": "a sentence"}.
 
-Pages of other sites run in the same browser and must not reach the model. So the Host header must
-name this machine (else a foreign name may point here: DNS rebinding), an Origin must be that host,
-and only application/json is read, which no form of another site can send.
+Other sites' pages run in the same browser and must not reach the model. So the Host header must
+name this machine (another name could point to it: DNS rebinding), an Origin must be that host, and
+only application/json is accepted, which forms on other sites cannot send.
 """
 
 import asyncio
@@ -45,21 +45,21 @@ except ImportError:
     raise ConfigError('The page needs Starlette and Uvicorn: pip install -e ".[serve]"') from None
 
 Write = Callable[[str, int, Sampling], Generator[Token, None, None]]
-"""Continues a prompt by at most so many tokens. It may block; closing the generator stops it."""
+"""Continues a prompt by at most this many tokens. May block; closing the generator stops it."""
 
 _Order = tuple[str, int, Sampling]
 
 _LARGEST_BODY = 64 * 1024  # bytes
 _MOST_TOKENS = 1024
 _MOST_WAITING = 4
-_PATIENCE = 10  # seconds that a request has to arrive
+_PATIENCE = 10  # seconds in which a request must arrive
 
 
 def serve(write: Write, title: str, port: int, **page: Any) -> None:
     """Serve the page on 127.0.0.1 until Ctrl-C; port 0 takes any free one. `page`: see `make_app`.
 
     Raises:
-        ConfigError: the port is taken.
+        ConfigError: the port is in use.
     """
     app = make_app(write, title, **page)
     try:
@@ -76,9 +76,9 @@ def serve(write: Write, title: str, port: int, **page: Any) -> None:
 
 
 class _Connection(H11Protocol):
-    """A connection that is closed if its next request is not complete in time.
+    """A connection that is closed if its next request does not arrive completely in time.
 
-    Otherwise a hundred of them that never send it would lock out everyone.
+    Otherwise a hundred idle connections would lock out everyone.
     """
 
     def connection_made(self, transport: asyncio.Transport) -> None:
@@ -88,11 +88,11 @@ class _Connection(H11Protocol):
     def on_response_complete(self) -> None:
         self._timer.cancel()
         answered = self.cycle
-        super().on_response_complete()  # may begin with the next request, if that is here
+        super().on_response_complete()  # starts on the next request if it has arrived
         self._expect_another(answered)
 
     def _expect_another(self, answered: object) -> None:
-        """Give up if, in a while, the request after `answered` has not begun, or has not ended."""
+        """Close the connection unless the request after `answered` arrives completely in time."""
 
         def give_up() -> None:
             if self.cycle is answered or self.cycle.more_body:
@@ -102,7 +102,7 @@ class _Connection(H11Protocol):
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn on behalf of the page. At its end, streams end with the token that they are at."""
+    """Uvicorn for the page. On shutdown, streams end after their current token."""
 
     def __init__(self, app: Starlette):
         headers = {
@@ -137,13 +137,13 @@ def make_app(
     start: Mapping[str, Any] | None = None,
     seconds: float = 120,
 ) -> Starlette:
-    """The page and its stream.
+    """Create the site: the page and its stream of tokens.
 
     Args:
         write: called in a thread, for one client at a time; a few others wait, the rest get 503.
         about: a line below the title.
-        start: the first values of the page's fields, by the names of `_order`.
-        seconds: no generation takes longer, but for the token it is at.
+        start: initial values of the page's fields, by their names in `_order`.
+        seconds: time limit of a generation, which ends after its current token.
     """
     page = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     for name, text in {"title": title, "about": about, "start": json.dumps(start or {})}.items():
@@ -164,7 +164,7 @@ def make_app(
         except ConfigError as error:
             raise HTTPException(400, str(error)) from None
         except ClientDisconnect:
-            return Response()  # to nobody
+            return Response()  # nobody receives it
         return _Reply(line, _told(write, order, seconds), seconds)
 
     app = Starlette(
@@ -180,11 +180,11 @@ def make_app(
 def _check_origin(request: Request) -> None:
     origin = request.headers.get("origin")
     if origin is not None and origin != f"http://{request.headers['host']}":
-        raise HTTPException(403, "Only this page itself may ask.")
+        raise HTTPException(403, "Only this page may send requests.")
 
 
 def _order(body: bytes) -> _Order:
-    """What a request asks for, or ConfigError, in a sentence, for one that makes no sense."""
+    """Parse a request; raises ConfigError, with a sentence for the user, if it is invalid."""
     kinds = {
         "prompt": (str, "text"),
         "num_tokens": (int, "a whole number"),
@@ -195,18 +195,18 @@ def _order(body: bytes) -> _Order:
     }
     try:
         fields = json.loads(body.decode())
-        # Python reads NaN, infinity and half characters, but does not write them like this.
+        # Rejects NaN, infinity and lone surrogates, which Python's JSON reader accepts.
         json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
         raise ConfigError("The request is not JSON in UTF-8.") from None
     if not isinstance(fields, dict) or fields.keys() != kinds.keys():
-        raise ConfigError(f"The request must be an object of {', '.join(kinds)}.")
+        raise ConfigError(f"The request must be an object with {', '.join(kinds)}.")
     for name, (kind, words) in kinds.items():
         value = fields[name]
-        if isinstance(value, bool) or not isinstance(value, kind):  # True is an int, to Python
+        if isinstance(value, bool) or not isinstance(value, kind):  # True is an int in Python
             raise ConfigError(f"{name} must be {words}.")
         if isinstance(value, int | float) and abs(value) >= 2**32:
-            raise ConfigError(f"{name} is out of all bounds.")
+            raise ConfigError(f"{name} is out of range.")
     prompt, num_tokens = fields.pop("prompt"), fields.pop("num_tokens")
     if not 1 <= num_tokens <= _MOST_TOKENS:
         raise ConfigError(f"num_tokens must be 1 to {_MOST_TOKENS:,}, not {num_tokens}.")
@@ -216,7 +216,7 @@ def _order(body: bytes) -> _Order:
 
 
 def _told(write: Write, order: _Order, seconds: float) -> Generator[str, None, None]:
-    """The lines of the answer once it is the client's turn; for a thread, since `write` blocks."""
+    """Yield the lines of the answer when it is the client's turn; in a thread: `write` blocks."""
     end = time.monotonic() + seconds
     _, num_tokens, _ = order
     written = 0
@@ -233,7 +233,7 @@ def _told(write: Write, order: _Order, seconds: float) -> Generator[str, None, N
         yield _line_of({"error": str(error)})
     except Exception:
         logging.getLogger(__name__).exception("The model failed.")
-        yield _line_of({"error": "The model failed; the terminal says how."})
+        yield _line_of({"error": "The model failed; see the terminal."})
 
 
 def _line_of(fact: dict) -> str:
@@ -241,7 +241,7 @@ def _line_of(fact: dict) -> str:
 
 
 class _Line:
-    """Those who want the model, in the order they came: the first has it, the others wait."""
+    """The queue for the model: the first client has it, the others wait in order of arrival."""
 
     def __init__(self):
         self.closed = False
@@ -250,7 +250,7 @@ class _Line:
 
     def join(self) -> object:
         if len(self._places) > _MOST_WAITING:
-            raise HTTPException(503, "Too many are waiting for the model; try again in a minute.")
+            raise HTTPException(503, "Too many requests are waiting; try again in a minute.")
         place = object()
         self._places.append(place)
         return place
@@ -268,7 +268,7 @@ class _Line:
         self._moved = anyio.Event()
 
     async def until_first(self, place: object) -> AsyncIterator[int]:
-        """How many are before `place`, again whenever that may have changed, until it is 0."""
+        """Yield how many are ahead of `place`, at first and after each change, until none is."""
         while (before := self._places.index(place)) and not self.closed:
             moved = self._moved
             yield before
@@ -278,9 +278,9 @@ class _Line:
 class _Reply(StreamingResponse):
     """Streams `told` when it is its turn.
 
-    However that ends (the client may be gone, even while it waits or does not read), `told` is
-    closed and the place in the line is free. That cannot be left to `lines`: an asynchronous
-    generator that was never begun, or is stopped between two values, is not closed at once.
+    However that ends (a client can disappear at any time, even while it waits or does not read),
+    `told` is closed and the place in the queue is freed. `lines` cannot do that: an asynchronous
+    generator that was never started, or is stopped between two values, is not closed at once.
     """
 
     def __init__(self, line: _Line, told: Generator[str, None, None], seconds: float):
@@ -291,13 +291,13 @@ class _Reply(StreamingResponse):
     async def lines(self) -> AsyncIterator[str]:
         async for before in self.line.until_first(self.place):
             yield _line_of({"waiting": before})
-        # `told` minds the time between tokens; this ends what a client that does not read holds up.
+        # `told` checks the time limit between tokens; this one ends clients that do not read.
         self.patience.deadline = anyio.current_time() + 2 * self.seconds
         texts = iterate_in_threadpool(self.told)
         while not self.line.closed and (text := await anext(texts, None)):
             yield text
         if self.line.closed:
-            yield _line_of({"error": "The server was ended."})
+            yield _line_of({"error": "The server was stopped."})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -310,7 +310,7 @@ class _Reply(StreamingResponse):
 
 
 def _only_its_own(page: str) -> str:
-    """The Content-Security-Policy under which `page` runs its script and style and nothing else."""
+    """Return the Content-Security-Policy that allows only the page's own script and style."""
 
     def only(tag: str) -> str:
         [content] = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

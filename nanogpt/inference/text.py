@@ -1,4 +1,4 @@
-"""What a model writes, as text: characters of several tokens, and where to stop."""
+"""Generated tokens as text: characters that span several tokens, and stop strings."""
 
 import codecs
 from collections.abc import Iterator, Sequence
@@ -28,12 +28,12 @@ def write(
     stop: Sequence[str] = (),
     alternatives: int = 0,
 ) -> Iterator[tuple[int, Token]]:
-    """The tokens that continue each prompt, as they are written, with the number of their prompt.
+    """Generate continuations; yields each token as it is generated, with its prompt's number.
 
-    A prompt is the beginning of a document; an empty one lets the model choose its own. A text ends
-    after `num_tokens` tokens, or before the first of the `stop` strings, which is left out.
+    A prompt is the beginning of a document; with an empty one the model starts a new document. A
+    text ends after `num_tokens` tokens, or before the first of the `stop` strings.
 
-    Args: as for `generate`.
+    Args: see `generate`.
     """
     texts = [_Text(tokenizer, stop) for _ in prompts]
     left = num_tokens
@@ -64,7 +64,7 @@ def write(
 
 
 def sample(plan: Plan, params: Params, mesh: Mesh) -> str:
-    """A continuation of the run's `sample_prompt` when it has ended, or why there is none."""
+    """Return a continuation of a finished run's `sample_prompt`, or why there is none."""
     hp = plan.hp
     try:
         tokenizer = load_tokenizer(hp.tokenizer)
@@ -85,16 +85,16 @@ def sample(plan: Plan, params: Params, mesh: Mesh) -> str:
 
 
 class _Text:
-    """The text of tokens that come one by one."""
+    """Decodes one text's tokens, one at a time."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str]):
         self._tokenizer, self._stop = tokenizer, stop
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""  # what may be the beginning of a stop string
+        self._held = ""  # text held back because it may be the beginning of a stop string
         self.ended = False
 
     def add(self, token: int) -> str:
-        """What one more token lets be shown."""
+        """Add a token; return the text that can now be shown."""
         self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
         found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
@@ -109,5 +109,5 @@ class _Text:
         return shown
 
     def rest(self) -> str:
-        """What was held back, when no more tokens come."""
+        """Return the text still held back after the last token."""
         return "" if self.ended else self._held + self._decoder.decode(b"", final=True)

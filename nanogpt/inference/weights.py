@@ -1,4 +1,4 @@
-"""Trained weights: of a run or an exported model, to use as they are or to begin a run with."""
+"""Trained weights, of a run or an exported model, to use or to start a run from."""
 
 import os
 import sys
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
     from nanogpt.training.step import Params, TrainState
     from train_gpt import Hyperparameters
 
-# JAX, and what imports it, is imported by the functions below that need it: train_gpt.py reads its
+# JAX, and what imports it, is imported in the functions that need it: train_gpt.py parses its
 # arguments first.
 
-# What weights bind whoever begins with them: the settings on which their shapes depend, or their
-# meaning. The vocabulary counts as padded, and of mlp_only and backout how many layers they name,
-# of those with a value table where each has a gate.
+# Settings that a run takes over from the weights it starts from, because shapes or meaning of the
+# weights depend on them. The vocabulary counts as padded; mlp_only and backout count only by the
+# number of layers they name, mlp_only also by the number of value gates.
 BOUND = {
     "tokenizer": lambda hp: hp.tokenizer,
     "model.vocab_size": lambda hp: hp.model.padded_vocab_size,
@@ -60,14 +60,14 @@ BOUND = {
 
 @dataclass(frozen=True)
 class RunSettings(ModelSettings):
-    """Those of a run's hyperparameters that are used after training."""
+    """The hyperparameters of a run that are used after training."""
 
     val_files: str | None
     val_tokens: Positive
 
 
 class Origin(TypedDict, total=False):
-    """Where weights come from, as far as that is known."""
+    """Where weights come from, as far as known."""
 
     run: str
     step: Required[Count]
@@ -77,21 +77,21 @@ class Origin(TypedDict, total=False):
 
 
 class Commit(TypedDict):
-    """What is read of run.json."""
+    """The fields of run.json that are read."""
 
     commit: str
 
 
-Exported = TypedDict("Exported", {"from": Origin})  # what their exported folder tells of it
+Exported = TypedDict("Exported", {"from": Origin})  # fields of an exported config.json
 
 
 def load_run(folder: Path, mesh: "Mesh") -> "tuple[RunSettings, nnx.GraphDef, Params, Checkpoint]":
-    """The settings of a run, its model, its weights, and the checkpoint they come from.
+    """Load a run: its settings, its model, its weights, and the checkpoint they come from.
 
-    That is the newest, unless the folder is one: runs/<name>/checkpoints/<step>. The weights are
-    whole on every device; the model is that of the stage in which they were saved.
+    That is the newest, unless the folder is a checkpoint: runs/<name>/checkpoints/<step>. The
+    weights are replicated on all devices; the model is that of the stage they were saved in.
 
-    Raises ConfigError when the folder is not that of a run with a checkpoint.
+    Raises ConfigError if the folder is not that of a run with a checkpoint.
     """
     import jax
 
@@ -102,14 +102,14 @@ def load_run(folder: Path, mesh: "Mesh") -> "tuple[RunSettings, nnx.GraphDef, Pa
 
     if is_exported(folder):
         raise ConfigError(
-            f"{folder} is an exported model, not a run: name the run that it comes from."
+            f"{folder} is an exported model, not a run: give the run that it comes from."
         )
     run = run_of(folder)
     config = run / "config.json"
     if not os.path.exists(config):
         raise ConfigError(
-            f"{run} is not the folder of a run: it has no config.json; give one that train_gpt.py "
-            "made, such as runs/<name>."
+            f"{run} is not a run folder: it has no config.json; give a folder that train_gpt.py "
+            "created, such as runs/<name>."
         )
     refuse_earlier_version(config)
     hp = read_json(config, RunSettings, RESTORE, others=True)
@@ -124,7 +124,7 @@ def load_run(folder: Path, mesh: "Mesh") -> "tuple[RunSettings, nnx.GraphDef, Pa
 
 
 def origin_of(checkpoint: "Checkpoint") -> Origin:
-    """The run and step of a checkpoint, and as far as the run tells its commit and loss."""
+    """Return the run and step of a checkpoint, and its commit and validation loss if known."""
     from nanogpt.training.checkpoint import run_of
     from nanogpt.training.records import validation_losses
 
@@ -138,7 +138,7 @@ def origin_of(checkpoint: "Checkpoint") -> Origin:
 
 
 def with_weights(state: "TrainState", name: str, mesh: "Mesh") -> "TrainState":
-    """The state with the weights that `--init-from` names, which lie as its own did."""
+    """Return the state with the weights given by `--init-from`, sharded as its own were."""
     import jax
 
     weights = load_model(folder_of(name), mesh)[2]
@@ -147,7 +147,7 @@ def with_weights(state: "TrainState", name: str, mesh: "Mesh") -> "TrainState":
 
 
 def schedule_in(run: Path) -> Schedule:
-    """The schedule of the run in a folder; ConfigError if its config.json has none."""
+    """Read the schedule in a run's config.json; raises ConfigError if it is invalid."""
     schedule = read_json(run / "config.json", Schedule, RESTORE, others=True)
     with found_in(run / "config.json", RESTORE):
         schedule.check()
@@ -155,11 +155,11 @@ def schedule_in(run: Path) -> Schedule:
 
 
 def load_model(folder: Path, mesh: "Mesh") -> "tuple[ModelSettings, nnx.GraphDef, Params, Origin]":
-    """Settings, model, weights and their origin: of an exported folder, a run, or a checkpoint.
+    """Load an exported folder, a run or a checkpoint: settings, model, weights and their origin.
 
-    The weights are whole on every device; a run's are its newest (see `load_run`).
+    The weights are replicated on all devices; a run's are its newest (see `load_run`).
 
-    Raises ConfigError when the folder holds neither, or is damaged.
+    Raises ConfigError if the folder is none of these, or is damaged.
     """
     from flax import traverse_util
     from safetensors import safe_open
@@ -176,7 +176,7 @@ def load_model(folder: Path, mesh: "Mesh") -> "tuple[ModelSettings, nnx.GraphDef
     params = {}
     for path in array_files(folder):
         with safe_open(path, "numpy") as file:
-            for name in file.offset_keys():  # one by one: host memory need not hold them all
+            for name in file.offset_keys():  # one at a time: all may not fit into host memory
                 array = file.get_tensor(name).astype(np.float32, copy=False)
                 params[name] = put(mesh, REPLICATED, array.shape, array.__getitem__)
     params = traverse_util.unflatten_dict(params, sep=".")
@@ -184,17 +184,17 @@ def load_model(folder: Path, mesh: "Mesh") -> "tuple[ModelSettings, nnx.GraphDef
 
 
 class Weights(NamedTuple):
-    """What a run can begin with instead of random numbers, and what binds it."""
+    """Weights that a run can start from, and the settings that it takes over with them."""
 
     folder: Path
-    settings: "Hyperparameters | None"  # of the run that made them, not known of an exported one
-    model: GPTConfig  # as they were trained last
+    settings: "Hyperparameters | None"  # of the run that trained them; None for an exported model
+    model: GPTConfig  # of the stage they were saved in
     tokenizer: str
     sequence_length: int
 
 
 def weights_in(kind: type[Settings], name: str) -> Weights:
-    """What `--init-from` names: a run's newest weights, or an exported folder's; none are read.
+    """Return the weights given by `--init-from`, of a run or an exported model, without loading.
 
     Raises ConfigError if there are none.
     """
@@ -221,14 +221,15 @@ def weights_in(kind: type[Settings], name: str) -> Weights:
 def settings_with(
     weights: Weights, start: Settings, override: Callable[[Settings], Settings]
 ) -> Settings:
-    """The settings of a run that begins with these weights: those of `start`, overridden.
+    """Return the settings of a run that starts from these weights: those of `start`, overridden.
 
-    The model is that of the weights, and one stage takes the place of all. Raises ConfigError if
-    `override` asks for a model or a tokenizer that the weights do not fit.
+    The model is that of the weights, and a single stage replaces all others. Raises ConfigError if
+    `override` asks for a model or a tokenizer that does not match the weights.
     """
-    # At the full rates: when the laptop's model of Python went on with 2 MB of English, lower ones
-    # left the loss higher after 150 steps, 1.39 at 0.3 times the rates and 1.50 at 0.1, not 1.34.
-    # With so little text that it is read five times, they were better.
+    # With the full learning rates: when the laptop preset's model of Python was trained further on
+    # 2 MB of English, lower rates gave higher losses after 150 steps, 1.39 at 0.3 times the rates
+    # and 1.50 at 0.1 times, instead of 1.34. On a text small enough for five epochs, lower rates
+    # were better.
     before = replace(
         start,
         model=weights.model,
@@ -243,11 +244,11 @@ def settings_with(
             has, asked = attrgetter(name)(before), attrgetter(name)(after)
             raise ConfigError(
                 f"{name} cannot be {asked}: the weights in {weights.folder} were trained with "
-                f"{has}; leave it so, or begin without --init-from."
+                f"{has}; leave it unchanged, or start without --init-from."
             )
     if after.model.tied_head and not before.model.tied_head:
         raise ConfigError(
-            f"model.tied_head cannot be True: embedding and head in {weights.folder} have learned "
-            "each by itself; leave it so, or begin without --init-from."
+            f"model.tied_head cannot be True: embedding and head in {weights.folder} were trained "
+            "untied; leave it unchanged, or start without --init-from."
         )
     return after

@@ -207,7 +207,7 @@ def test_a_model_that_ends_early_says_so_and_one_that_goes_on_is_stopped():
     ("error", "sentence"),
     [
         (ConfigError("The prompt is odd."), "The prompt is odd."),
-        (RuntimeError("secret"), "The model failed; the terminal says how."),
+        (RuntimeError("secret"), "The model failed; see the terminal."),
     ],
 )
 def test_an_error_of_the_model_is_a_sentence_and_the_next_one_is_served(error, sentence, caplog):
@@ -275,10 +275,10 @@ def without(name):
         (b"[" * 60_000, "JSON"),
         (b'{"a":' * 10_000, "JSON"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "JSON"),
-        (b"[]", "object of prompt, num_tokens"),
-        (b"null", "object of prompt, num_tokens"),
-        (without("seed"), "object of prompt, num_tokens"),
-        ({**ORDER, "file": "/etc/passwd"}, "object of prompt, num_tokens"),
+        (b"[]", "object with prompt, num_tokens"),
+        (b"null", "object with prompt, num_tokens"),
+        (without("seed"), "object with prompt, num_tokens"),
+        ({**ORDER, "file": "/etc/passwd"}, "object with prompt, num_tokens"),
         ({**ORDER, "prompt": None}, "prompt must be text"),
         ({**ORDER, "prompt": ["a"]}, "prompt must be text"),
         ({**ORDER, "prompt": "\ud800"}, "JSON"),
@@ -291,17 +291,17 @@ def without(name):
         ({**ORDER, "temperature": float("nan")}, "JSON"),
         ({**ORDER, "temperature": float("inf")}, "JSON"),
         (json.dumps(ORDER).replace("0.8", "1e999").encode(), "JSON"),
-        ({**ORDER, "temperature": 10**400}, "temperature is out of all bounds"),
+        ({**ORDER, "temperature": 10**400}, "temperature is out of range"),
         ({**ORDER, "temperature": -0.1}, "temperature must be at least 0, not -0.1"),
         ({**ORDER, "temperature": False}, "temperature must be a number"),
         ({**ORDER, "temperature": None}, "temperature must be a number"),
         ({**ORDER, "top_k": 0}, "top_k must be at least 1"),
         ({**ORDER, "top_k": True}, "top_k must be a whole number or null"),
-        ({**ORDER, "top_k": 2**40}, "top_k is out of all bounds"),
+        ({**ORDER, "top_k": 2**40}, "top_k is out of range"),
         ({**ORDER, "top_p": 0}, "top_p must be above 0, not 0"),
         ({**ORDER, "top_p": 1.1}, "top_p must be at most 1, not 1.1"),
         ({**ORDER, "seed": -1}, "seed must be at least 0, not -1"),
-        ({**ORDER, "seed": 2**32}, "seed is out of all bounds"),
+        ({**ORDER, "seed": 2**32}, "seed is out of range"),
     ],
 )
 def test_a_request_that_makes_no_sense_gets_one_sentence(model, port, body, sentence):
@@ -473,7 +473,7 @@ def test_of_fifty_at_once_one_runs_at_a_time_and_the_rest_waits_or_is_sent_away(
     assert refused
     assert model.most_running == 1
     assert {text.splitlines()[-1] for text in served} == {'{"done": "length"}'}
-    assert set(refused) == {"Too many are waiting for the model; try again in a minute."}
+    assert set(refused) == {"Too many requests are waiting; try again in a minute."}
 
 
 def test_those_who_wait_are_told_how_many_are_before_them_and_come_in_order():
@@ -578,7 +578,7 @@ def test_the_command_serves_one_address_and_ctrl_c_ends_it_and_its_streams_witho
             rest = b""
             while data := connection.recv(65536):
                 rest += data
-            assert b'{"error": "The server was ended."}' in rest
+            assert b'{"error": "The server was stopped."}' in rest
             connection.close()
         assert server.stdout.read() == "ended\n"
         assert server.stderr.read() == ""

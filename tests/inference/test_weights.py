@@ -203,7 +203,7 @@ def test_a_head_that_was_split_from_the_embedding_stays_so(first, tmp_path, caps
     assert export.main([str(run), "--out", str(tmp_path / "gpt")]) == 0
     assert not json.loads((tmp_path / "gpt" / "config.json").read_text())["model"]["tied_head"]
     for folder in (run, tmp_path / "gpt"):
-        with pytest.raises(ConfigError, match=r"^model\.tied_head cannot be True: .*by itself"):
+        with pytest.raises(ConfigError, match=r"^model\.tied_head cannot be True: .*untied"):
             asked("--init-from", folder, "--model.tied-head")
     # Twice as many steps would have ended with it still tied: it may be split now.
     (run / "config.json").write_text(json.dumps(config | {"num_steps": 12}))
@@ -246,7 +246,7 @@ def config_cut_short(run):
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"), [(no_checkpoints, "no checkpoint"), (config_cut_short, "config.json")]
+    ("harm", "told"), [(no_checkpoints, "no usable checkpoint"), (config_cut_short, "config.json")]
 )
 def test_a_run_without_weights_is_told_before_anything_is_made(first, place, capsys, harm, told):
     run = shutil.copytree(first, place / "first")

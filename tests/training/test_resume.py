@@ -369,8 +369,8 @@ def only_an_unfinished_one(run):
         (no_config, "no run|no config.json"),
         (config_of_another_program, "config.json"),
         (config_cut_short, "config.json"),
-        (no_checkpoints, "no checkpoint"),
-        (only_an_unfinished_one, "no checkpoint"),
+        (no_checkpoints, "no usable checkpoint"),
+        (only_an_unfinished_one, "no usable checkpoint"),
     ],
 )
 def test_a_run_that_cannot_be_resumed_is_an_error_and_never_a_fresh_start(

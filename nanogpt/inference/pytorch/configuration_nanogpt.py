@@ -1,7 +1,7 @@
-"""config.json of an exported model, as transformers reads it.
+"""The config.json of an exported model, for transformers.
 
-`model` holds the settings of GPTConfig in nanogpt/config.py of jax-flax-nanogpt, which documents
-them; what the model in modeling_nanogpt.py takes from them is below.
+`model` holds the settings of the model; GPTConfig in nanogpt/config.py of jax-flax-nanogpt
+documents them. Below is what the model in modeling_nanogpt.py derives from them.
 """
 
 from itertools import pairwise
@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 
 
 class NanoGPTConfig(PretrainedConfig):
-    """The shape of a model, its tokenizer, its training length and where it comes from."""
+    """The model's settings, its tokenizer, its training length and where it comes from."""
 
     model_type = "nanogpt"
     attribute_map: ClassVar = {"max_position_embeddings": "sequence_length"}
@@ -35,12 +35,12 @@ class NanoGPTConfig(PretrainedConfig):
 
     @property
     def num_hidden_layers(self) -> int:
-        """L."""
+        """L, the number of layers."""
         return self.model["num_layers"]
 
     @property
     def num_attention_heads(self) -> int:
-        """N."""
+        """N, the number of attention heads."""
         return self.model["num_heads"]
 
     @property
@@ -49,17 +49,17 @@ class NanoGPTConfig(PretrainedConfig):
         return -(-self.model["vocab_size"] // 128) * 128
 
     def layers(self, name: str) -> set[int]:
-        """The layers that a setting names; negative numbers count from the last one."""
+        """Return the layers listed in a setting; negative numbers count from the last layer."""
         return {layer % self.num_hidden_layers for layer in self.model[name]}
 
     @property
     def attentions(self) -> list[int]:
-        """The layers that have attention."""
+        """The layers with attention."""
         return sorted(set(range(self.num_hidden_layers)) - self.layers("mlp_only"))
 
     @property
     def skip_pairs(self) -> list[tuple[int, int]]:
-        """The layers that each skip leads from and to: by default those of a U-net."""
+        """The source and target layers of each skip connection, by default those of a U-net."""
         L = self.num_hidden_layers
         if self.model["skips"] is None:
             return [(L - 1 - layer, layer) for layer in range(L - L // 2, L)]
@@ -67,14 +67,14 @@ class NanoGPTConfig(PretrainedConfig):
 
     @property
     def value_tables(self) -> dict[int, int]:
-        """The table of each layer that adds one to its values: the last layers, and the first."""
+        """The value embedding table of each layer that has one, among the first and the last."""
         L, count = self.num_hidden_layers, self.model["value_embeddings"]
         tables = {layer: layer + 1 for layer in range(count - 1)}
         tables |= {L - count + table: table for table in range(count)}
         return {layer: tables[layer] for layer in self.attentions if layer in tables}
 
     def window(self, layer: int, places: int) -> float:
-        """How many keys a query sees, itself included, where a token has so many places.
+        """Return how many keys a query sees, its own included; a token has `places` positions.
 
         No layer looks back further than a training row.
         """
@@ -83,9 +83,9 @@ class NanoGPTConfig(PretrainedConfig):
 
     @property
     def rotation(self) -> tuple[np.ndarray, float]:
-        """Rotation of each pair of a head per token, in radians, and the scale of q·k.
+        """Rotation of each of a head's pairs per token, in radians, and the scale of q·k.
 
-        Later stages of training had wider windows, to which YaRN adapted both.
+        YaRN adapted both to the longer windows of later training stages.
         """
         c = self.model
         pairs = c["width"] // c["num_heads"] // 2

@@ -2,15 +2,15 @@
 
     tokens -> embed -> norm -> x0 -> L layers -> norm -> head -> softcap -> logits
 
-MODEL.md says what each array is; nanogpt/model/gpt.py of jax-flax-nanogpt, where each trick comes
-from. Matrices multiply from the right, and arrays of attentions and MLPs have a leading axis of
-layers, so that model.safetensors is the same for both programs.
+MODEL.md describes each array; nanogpt/model/gpt.py of jax-flax-nanogpt gives the source of each
+trick. Matrices multiply from the right, and the arrays of attentions and MLPs are stacked along a
+leading axis of layers, so that both programs share one model.safetensors.
 
-The cache has the tokens as its first layer. Behind it, for each attention, are the rotated keys and
-the values of all tokens: windows and documents only mask them.
+The first layer of the KV cache holds the token ids. Each further layer holds an attention's rotated
+keys and its values of all tokens: windows and documents only mask them.
 
-Shapes: B batch, T new tokens, S those and the earlier ones in the cache, D model width, N heads,
-H head size, F MLP width, V vocabulary, L layers, A attentions.
+Shapes: B batch, T new tokens, S new and cached tokens, D model width, N heads, H head size, F MLP
+width, V vocabulary, L layers, A attentions.
 """
 
 from typing import Any
@@ -24,47 +24,47 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_nanogpt import NanoGPTConfig
 
-GATE_INPUTS = 12  # channels of the stream that gates read
+GATE_INPUTS = 12  # channels of the residual stream that gates read
 FIELDS = CausalLMOutputWithPast.__dataclass_fields__
-CACHE = "cache" if "cache" in FIELDS else "past_key_values"  # as older versions call it
+CACHE = "cache" if "cache" in FIELDS else "past_key_values"  # its name in older versions
 
 
 def parameter(*shape: int) -> nn.Parameter:
-    """Zeros, to be loaded."""
+    """Return a parameter of zeros, to be loaded."""
     return nn.Parameter(torch.zeros(shape))
 
 
 def norm(x: Tensor) -> Tensor:
-    """x [..., D] over its root mean square."""
+    """Return x [..., D] divided by its root mean square."""
     return F.rms_norm(x.float(), x.shape[-1:], eps=2**-23).to(x.dtype)
 
 
 def opened(x: Tensor, gate: Tensor) -> Tensor:
-    """How far a token of x [B, T, D] opens each of N gates, from 0 to 1."""
+    """Return how far each token of x [B, T, D] opens each of N gates, from 0 to 1 [B, T, N]."""
     return torch.sigmoid(x[:, :, : len(gate)] @ gate)
 
 
 def pair(x: Tensor) -> Tensor:
-    """[B, N, S, H] to [B, N/2, 2S, H]: two heads as one in which they take turns."""
+    """Interleave pairs of heads, [B, N, S, H] to [B, N/2, 2S, H]."""
     B, N, S, H = x.shape
     return x.view(B, N // 2, 2, S, H).transpose(2, 3).reshape(B, N // 2, 2 * S, H)
 
 
 def part(x: Tensor) -> Tensor:
-    """The opposite of `pair`."""
+    """Undo `pair`."""
     B, pairs, places, H = x.shape
     return x.view(B, pairs, places // 2, 2, H).transpose(2, 3).reshape(B, 2 * pairs, -1, H)
 
 
 class Past:
-    """What new tokens [B, T] see of themselves and of those before them."""
+    """How new tokens [B, T] access each other and the earlier tokens in the cache."""
 
     def __init__(
         self, config: NanoGPTConfig, new: Tensor, mask: Tensor | None, cache: Cache | None
     ):
-        """`mask` [B, S] is 0 for padding, which is not of the document that follows it."""
+        """`mask` [B, S] is 0 for padding, which is not part of the document after it."""
         self.config, self.cache, self.T = config, cache, new.shape[1]
-        if cache is not None:  # one that was made from the configuration lacks layers
+        if cache is not None:  # a cache created from the configuration lacks layers
             missing = 1 + len(config.attentions) - len(cache.layers)
             cache.layers += [DynamicLayer() for _ in range(missing)]
         tokens = self.kept(0, new[:, None, :, None], new[:, None, :, None])[0][:, 0, :, 0]
@@ -79,31 +79,31 @@ class Past:
         self.turns = [self.turn(places, torch.from_numpy(speed)) for places in (1, 2)]
 
     def kept(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of a layer of the cache, the new ones among them."""
+        """Add keys and values to a layer of the cache; return all that it has."""
         return (keys, values) if self.cache is None else self.cache.update(keys, values, layer)
 
     def before(self, x: Tensor) -> Tensor:
-        """What stood one token before in x [B, ..., S, any], zero where a document begins."""
+        """Return x [B, ..., S, any] of the previous token, zero where a document begins."""
         begins = self.begins.view(len(x), *[1] * (x.ndim - 3), -1, 1)
         return F.pad(x, (0, 0, 1, 0))[..., :-1, :].masked_fill(begins, 0)
 
     def turn(self, places: int, speed: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [places T, pairs] of how far the pairs of a head are turned.
+        """Return cosine and sine [places T, pairs] of the rotary angles of a head's pairs.
 
-        In float64 on the CPU, as angles of late places need it and not every accelerator has it.
+        In float64 on the CPU: angles at late positions need it, and not all accelerators have it.
         """
         end = places * self.begins.shape[1]
         angle = torch.arange(end - places * self.T, end)[:, None] * speed
         return angle.cos(), angle.sin()
 
     def rotated(self, x: Tensor, places: int) -> Tensor:
-        """x [B, heads, places T, H] with the pairs (i, i + H/2) of its heads turned."""
+        """Rotate the pairs (i, i + H/2) of each head in x [B, heads, places T, H]."""
         cos, sin = (each.to(x) for each in self.turns[places - 1])
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
     def seen(self, layer: int, places: int) -> Tensor:
-        """Which keys each query sees, [B, 1, places T, places S]."""
+        """Return which keys each query sees, [B, 1, places T, places S]."""
         documents = self.documents.repeat_interleave(places, dim=1)
         at = torch.arange(documents.shape[1], device=documents.device)
         ago = at[-places * self.T :, None] - at
@@ -111,7 +111,7 @@ class Past:
         return (near & (documents[:, -places * self.T :, None] == documents[:, None]))[:, None]
 
     def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What each query takes from the values that it sees; all are [B, N, T, H]."""
+        """Return the attention output; it and all arguments are [B, N, T, H]."""
         paired = layer in self.config.layers("paired_heads")
         places, joined, apart = (2, pair, part) if paired else (1, lambda x: x, lambda x: x)
         q, k = (apart(self.rotated(joined(x), places)) for x in (q, k))
@@ -172,7 +172,7 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **others: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, T, V], float32, of the token after each; positions need not be given.
+        """Return next-token logits [B, T, V], float32; positions are not needed.
 
         The loss is the mean cross-entropy of `labels` [B, T] in nats, each predicted from the
         tokens before it; labels of -100 do not count.
@@ -193,7 +193,7 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     def features(self, tokens: Tensor, past: Past) -> Tensor:
-        """What the head reads [B, T, D]: the normalized stream after the last layer."""
+        """Return the input of the head [B, T, D]: the normalized stream after the last layer."""
         c, config = self.config.model, self.config
         x = x0 = self.embedded(tokens, past)
         bigrams = None
@@ -215,7 +215,7 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
             if layer in config.attentions:
                 added, values = self.attended(layer, norm(x), mixed_in.get(layer), past)
                 x = x + added
-                if not c["value_embeddings"] and not mixed_in:  # the first ones, for all others
+                if not c["value_embeddings"] and not mixed_in:  # later layers add the first values
                     mixed_in = dict.fromkeys(range(config.num_hidden_layers), values)
             hidden = F.relu(norm(x) @ self.mlp["up"][layer]).square()
             x = x + hidden @ self.mlp["down"][layer]
@@ -225,7 +225,7 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return norm(x)
 
     def embedded(self, tokens: Tensor, past: Past) -> Tensor:
-        """What the first layer reads: the tokens, each with a smear of the one before."""
+        """Return the input of the first layer: embeddings, each with some of the previous one."""
         x = self.embed[tokens].float()
         if self.config.model["smear"]:
             gate, share = (self.smear[name].float() for name in ("gate", "share"))
@@ -235,7 +235,7 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return norm(x).to(self.head.dtype)
 
     def skip_share(self, number: int, x0: Tensor) -> Tensor:
-        """How much of an earlier layer's output returns by a skip."""
+        """Return the coefficient of a skip connection, per token if it is gated."""
         if self.config.model["skips"] is None:
             return self.skips[number]
         return 2 * torch.sigmoid(self.skips[number]) * opened(x0, self.skip_gate[number])
@@ -243,7 +243,7 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def attended(
         self, layer: int, x: Tensor, mixed_in: Tensor | None, past: Past
     ) -> tuple[Tensor, Tensor]:
-        """What an attention adds to the stream, and its values, to which `mixed_in` is added."""
+        """Return what an attention adds to the stream, and its values, with `mixed_in` added."""
         i, p = self.config.attentions.index(layer), self.attention
         q, k, v = (self.by_head(x @ weight) for weight in p["qkv"][i])
         v = p["own_share"][i] * v
@@ -259,5 +259,5 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
         return y.flatten(2) @ out, v
 
     def by_head(self, x: Tensor) -> Tensor:
-        """[B, T, D] to [B, N, T, H]."""
+        """Split into heads, [B, T, D] to [B, N, T, H]."""
         return x.unflatten(2, (self.config.num_attention_heads, -1)).transpose(1, 2)
