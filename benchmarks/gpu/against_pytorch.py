@@ -5,22 +5,22 @@
         --checkout-command "python train.py config/train_gpt2.py --wandb_log=False --log_interval=1
         --max_iters=30 --eval_iters=1 --batch_size=64 --gradient_accumulation_steps=8"
 
-Every side is a process of its own, and one ends before the next starts: train_gpt.py, PyTorch, the
-checkout if one is given, then train_gpt.py again, so that a drift of the device shows. The slower
-of its two runs is what the ratios compare.
+Every side runs in its own process, one after the other: train_gpt.py, PyTorch, the checkout if one
+is given, then train_gpt.py again, which reveals any drift of the device. The ratios use the slower
+of the two runs of train_gpt.py.
 
-    train_gpt.py    the baseline preset as a user runs it, on shards of random tokens, whose reading
-                    is in the time: the median of `step_time_s` without the first steps
-    PyTorch         GPT-2 small trained as by nanoGPT (torch_gpt2.py), with the tokens on the GPU
-    checkout        any command in a folder of nanoGPT or modded-nanogpt, by the times it prints:
+    train_gpt.py    the baseline preset as a user runs it, on shards of random tokens, including
+                    the time to read them: the median of `step_time_s` without the first steps
+    PyTorch         GPT-2 small trained as in nanoGPT (torch_gpt2.py), with the tokens on the GPU
+    checkout        any command in a checkout of nanoGPT or modded-nanogpt, by the times it prints:
                     the median of nanoGPT's last half, or modded-nanogpt's last step_avg
 
 The models differ. Both have 12 layers of width 768 and a head of 50,304 rows, and so the same
-matrix products. Ours has 6 heads of 128, rotary positions, query-key norm, relu², the value
-residual, skips and a soft-capped head of its own, and is trained by Muon and Adam; GPT-2 has 12
-heads of 64, learned positions, LayerNorm, GELU, biases and a tied head, and is trained by AdamW. So
-the table also gives model FLOPs per token and, where the device's peak is known, their utilization
-(MFU). A checkout may train anything: its FLOPs are not guessed.
+matmuls. Ours has 6 heads of 128, rotary positions, query-key norm, relu², the value residual, skips
+and an untied, soft-capped head, and is trained with Muon and Adam; GPT-2 has 12 heads of 64,
+learned positions, LayerNorm, GELU, biases and a tied head, and is trained with AdamW. The table
+therefore also gives model FLOPs per token and, if the device's peak is known, their utilization
+(MFU). A checkout may train any model, so its FLOPs are left out.
 """
 
 import os
@@ -57,17 +57,17 @@ class Options:
     torch_python: Path = Path(sys.executable)
     """A Python that has PyTorch."""
     pytorch: bool = True
-    """Whether to measure GPT-2 small in PyTorch."""
+    """Measure GPT-2 small in PyTorch."""
     torch_batch_size: int = 64
-    """Its rows per forward and backward pass."""
+    """Rows per forward and backward pass in PyTorch."""
     checkout: Path | None = None
-    """A checkout of nanoGPT or modded-nanogpt to measure, too."""
+    """A checkout of nanoGPT or modded-nanogpt to measure as well."""
     checkout_command: str = ""
-    """What to run in that folder; `python` as its first word is that of --torch-python."""
+    """Command to run in that folder; `python` as its first word stands for --torch-python."""
     checkout_tokens_per_step: int | None = None
-    """Tokens per optimizer step of that command; needed unless it prints them as nanoGPT does."""
+    """Tokens per optimizer step of that command; required unless it prints them as nanoGPT does."""
     tiny: bool = False
-    """Everything so small that a CPU takes seconds: a test of this script, not of the speed."""
+    """Use sizes so small that a CPU takes seconds: to test this script, not to measure."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compare(options: Options) -> None:
-    """Measure all sides, print a table, save the figures; what is wrong is said before that."""
+    """Check the options, measure all sides, print a table and save the figures."""
     size = TINY if options.tiny else FULL
     python = os.path.abspath(shutil.which(options.torch_python) or options.torch_python)
     command = checkout_command(options, python)
@@ -110,20 +110,20 @@ def compare(options: Options) -> None:
 
 
 def checkout_command(options: Options, python: str) -> list[str]:
-    """The words of --checkout-command; none without a checkout."""
+    """Return the words of --checkout-command; empty without a checkout."""
     try:
         command = shlex.split(options.checkout_command)
     except ValueError as error:
         raise Mistake(f"--checkout-command cannot be read ({error}).") from error
     if bool(options.checkout) != bool(command):
-        raise Mistake("--checkout and --checkout-command need each other: give both or neither.")
+        raise Mistake("Give both --checkout and --checkout-command, or neither.")
     if options.checkout and not options.checkout.is_dir():
-        raise Mistake(f"There is no folder {options.checkout}: give --checkout the path of one.")
+        raise Mistake(f"{options.checkout} is not a folder: give the path of a checkout.")
     return [python if word == "python" else word for word in command[:1]] + command[1:]
 
 
 def find_torch(options: Options, size: Size, python: str) -> str:
-    """The device that PyTorch finds; Mistake if there is no PyTorch, no GPU or no whole batch."""
+    """Return the device PyTorch finds; Mistake if it or a GPU is missing, or batches do not fit."""
     rows, T = options.torch_batch_size, size.sequence_length
     if rows < 1 or size.tokens_per_step % (rows * T):
         raise Mistake(
@@ -137,16 +137,16 @@ def find_torch(options: Options, size: Size, python: str) -> str:
         reason = getattr(error, "stderr", "").strip() or str(error)
         raise Mistake(
             f"{python} cannot import PyTorch ({reason.splitlines()[-1]}): install it there "
-            "(pip install torch), name a Python that has it (--torch-python), or go without "
+            "(pip install torch), give a Python that has it (--torch-python), or leave it out "
             "(--no-pytorch)."
         ) from error
     if device == "cpu" and not options.tiny:
-        raise Mistake(f"PyTorch of {python} finds no GPU; only --tiny compares on a CPU.")
+        raise Mistake(f"PyTorch in {python} finds no GPU; on a CPU only --tiny works.")
     return device
 
 
 def print_table(device: str, sides: dict[str, Figures]) -> None:
-    """A line per side; the ratio is our tokens/s over theirs."""
+    """Print a line per side; the ratio is our tokens/s over theirs."""
     print(f"\n{device:26}{'ms/step':>10}{'tokens/s':>12}{'FLOPs/token':>13}{'MFU':>8}{'ratio':>8}")
     for name, side in sides.items():
         columns = (("flops_per_token", 13, ".3g"), ("mfu", 8, ".1%"), ("ratio", 8, ".2f"))

@@ -1,7 +1,7 @@
-"""What was predicted of a GPU before one was there, to be printed beside what is measured.
+"""Predictions for a GPU, made before any measurement and printed beside the measurements.
 
-Whatever computes is assumed to reach the share of the device's peak that benchmarks/compiled
-assumes; the bytes of the variants are those of the step as compiled for an H200.
+All computation is assumed to reach the utilization that benchmarks/compiled assumes; the bytes of
+the variants are those of the step as compiled for an H200.
 """
 
 import json
@@ -15,24 +15,24 @@ from nanogpt.devices.hardware import PEAK_BANDWIDTH, PEAK_FLOPS, flops_per_token
 from nanogpt.training.plan import Plan
 
 COMPILED = FOLDER / "h200_compiled.json"
-LOSSES = "stage 3", "stage 3, one-pass loss"  # steps in it
+LOSSES = "stage 3", "stage 3, one-pass loss"  # steps in that file
 
 
 def assumed(flops: float, kind: str) -> float | None:
-    """Milliseconds of so many FLOPs; None where the device's peak is not known."""
+    """Return the milliseconds for these FLOPs; None if the device's peak is not known."""
     peak = PEAK_FLOPS.get(kind)
     return 1e3 * flops / (UTILIZATION * peak) if peak else None
 
 
 def step_ms(size: Size, kind: str) -> float | None:
-    """Milliseconds of an optimizer step."""
+    """Return the predicted milliseconds of an optimizer step."""
     hp = size.hp
     per_token = flops_per_token(hp.model, hp.sequence_length)
     return assumed(hp.total_batch_size * per_token + orthogonalization_flops(hp.model), kind)
 
 
 def step_expected(size: Size, plan: Plan) -> Figures:
-    """Time, rate and memory of a step."""
+    """Return the predicted time, rate and memory of a step."""
     ms = step_ms(size, plan.hardware.kind)
     memory = plan.device_state_bytes + plan.working_bytes + plan.activation_bytes
     return {
@@ -44,7 +44,7 @@ def step_expected(size: Size, plan: Plan) -> Figures:
 
 
 def ratio_expected(size: Size, variant: str, kind: str) -> Figures:
-    """The time of a variant over that of the step: one pass over the logits less, or FP8."""
+    """Return a variant's predicted time over the step's: one pass over the logits less, or FP8."""
     hp, ms, bandwidth = size.hp, step_ms(size, kind), PEAK_BANDWIDTH.get(kind)
     if not (ms and bandwidth):
         return {}

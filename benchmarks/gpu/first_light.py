@@ -1,23 +1,23 @@
-"""A GPU's first minutes: everything that a first hour on it must tell, in one command.
+"""The first minutes on a new GPU: all essential measurements, in one command.
 
     python3 -m benchmarks.gpu.first_light --budget 480
 
-Sections run in order of importance, each in a process of its own that ends when its time is over;
-what one leaves of its time, the next may use:
+Sections run in order of importance, each in its own process with a time limit; time left over is
+added to the next section's:
 
-    device         device, driver and versions; rates of a large product and a large copy
+    device         device, driver and versions; rates of a large matmul and a large copy
     kernels        which attention kernels pass their probe, and their times at the presets' shapes
     steps          a step of `baseline` and of the longest stage of `speedrun`
     whole_run      60 steps of train_gpt.py: from launch to first step, cold and warm; rate; stalls
     pytorch        the step in PyTorch with torch.compile, and the ratio
     alternatives   one-pass loss, FP8 head, attention kernels, micro-batch sizes, Muon's share
     gpu_tests      the tests of attention and loss kernels that need a GPU
-    curve          a loss curve, ours and PyTorch's, on the sources of installed packages
+    curve          a loss curve, ours and PyTorch's, on the source code of installed packages
 
 Every row is written to results/first_light_<device>_<date>.json and to a table beside it as soon as
-it is there: a section that fails or takes too long says so, and nothing is lost if the command is
-cut off. It needs no network. For "curve", TIKTOKEN_CACHE_DIR names the folder with GPT-2's
-vocabulary; docs/gpu.md lists what else to carry to a machine without a network.
+it is measured: a section that fails or runs out of time is reported, and nothing is lost if the
+command is interrupted. No network is needed. For "curve", set TIKTOKEN_CACHE_DIR to the folder with
+GPT-2's vocabulary; docs/gpu.md lists what else to bring to a machine without a network.
 """
 
 import multiprocessing
@@ -48,14 +48,14 @@ BUDGET = 480
 
 @dataclass(frozen=True)
 class Options:
-    """Measure on one GPU, in order of importance, whatever the time allows."""
+    """Measure as much as the time allows on one GPU, in order of importance."""
 
     budget: float = BUDGET
-    """Seconds for everything."""
+    """Time limit for all sections together, in seconds."""
     only: tuple[str, ...] = ()
-    """Sections to run, in their order; none given: all."""
+    """Run only these sections, in their usual order; none given: run all."""
     tiny: bool = False
-    """Everything so small that a CPU takes seconds: a test of this script, not of the speed."""
+    """Use sizes so small that a CPU takes seconds: to test this script, not to measure."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(options: Options) -> None:
-    """Run the sections; what is there is on disk, whatever ends this."""
+    """Run the sections; all rows measured so far are on disk, however this ends."""
     check_positive(options, "budget")
     if unknown := set(options.only) - set(SECTIONS):
         raise Mistake(f"There is no section {min(unknown)}: choose from {', '.join(SECTIONS)}.")
@@ -72,7 +72,7 @@ def measure(options: Options) -> None:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     spawn = multiprocessing.get_context("spawn")
     text = spawn.Process(target=python_sources, args=(options.tiny,), daemon=True)
-    if "curve" in chosen:  # meanwhile, on the CPU
+    if "curve" in chosen:  # prepare its text on the CPU in the meantime
         text.start()
     report, deadline = Report(options.tiny), time.monotonic()
     try:
@@ -92,7 +92,7 @@ def measure(options: Options) -> None:
 
 
 class Report:
-    """What was measured so far, in memory and on disk."""
+    """All measurements so far, in memory and on disk."""
 
     def __init__(self, tiny: bool):
         self.rows: dict[str, Rows] = {}
@@ -101,25 +101,25 @@ class Report:
 
     @property
     def name(self) -> str:
-        """Of the files, without their endings."""
+        """The files' name without suffix."""
         device = re.sub(r"\W+", "_", self._device)
         return f"first_light_{device}_{date.today()}"
 
     @property
     def path(self) -> Path:
-        """Of the table."""
+        """The file of the table."""
         return results.FOLDER / f"{self.name}{'_tiny' if self._tiny else ''}.md"
 
     def begin(self, section: str) -> None:
-        """The next rows are those of this section."""
+        """Start a section, to which the next rows belong."""
         self._section, self._begun = section, time.monotonic()
         rows = self.rows[section] = {}
         self._sections[section] = {"seconds": 0.0, "ended": "cut off", "rows": rows}
 
     def record(self, row: str, figures: Figures) -> None:
-        """Write a row; Mistake if it says that there is no GPU."""
+        """Add and write a row; raises Mistake if it shows that there is no GPU."""
         if figures.get("platform") == "cpu" and not self._tiny:
-            raise Mistake("JAX finds no GPU, only a CPU: --tiny tries the script here.")
+            raise Mistake("JAX finds no GPU, only a CPU; to test the script here, use --tiny.")
         self.rows[self._section][row] = figures
         self._device = figures.get("device", self._device) if row == "device" else self._device
         self._sections[self._section]["seconds"] = time.monotonic() - self._begun
@@ -127,13 +127,13 @@ class Report:
         self.write()
 
     def end(self, section: str, why: str | None) -> None:
-        """The section ended, early if it says why."""
+        """End a section; `why` is the reason if it ended early."""
         seconds = time.monotonic() - self._begun
         self._sections[section] |= {"ended": why, "seconds": seconds}
         self.write()
 
     def write(self) -> None:
-        """Write everything that is there."""
+        """Write all measurements so far."""
         figures = {"device": self._device, "sections": self._sections}
         saved = results.save(self.name, figures, self._tiny, shown=False)
         write_whole(self.path, markdown(saved))
@@ -146,7 +146,7 @@ Work = Callable[[str, Context, Record], None]
 def in_a_process(
     section: str, context: Context, record: Record, folder: Path, work: Work = run
 ) -> str | None:
-    """Run a section in a process of its own, and record its rows; why it ended early, if it did."""
+    """Run a section in its own process, recording its rows; return why it ended early, or None."""
     here, there = multiprocessing.Pipe(duplex=False)
     log, deadline = folder / f"{section}.log", time.monotonic() + context.seconds
     log.touch()
@@ -158,7 +158,7 @@ def in_a_process(
     try:
         while here.poll(max(0.0, deadline - time.monotonic())):
             record(*here.recv())
-        why = f"Its time was over after {context.seconds:.0f} s."
+        why = f"Its time ran out after {context.seconds:.0f} s."
     except EOFError:
         target.join(10)
         if not target.exitcode:
@@ -170,7 +170,7 @@ def in_a_process(
 
 
 def become(section: str, context: Context, rows: Connection, log: Path, work: Work) -> None:
-    """What the process of a section does: it leads a group, so that all it starts ends with it."""
+    """Run a section in this process, which leads a group, so that all it starts ends with it."""
     os.setsid()
     with log.open("w") as errors:
         os.dup2(errors.fileno(), 2)
@@ -184,10 +184,10 @@ def become(section: str, context: Context, rows: Connection, log: Path, work: Wo
 
 
 def kill(process: multiprocessing.process.BaseProcess) -> None:
-    """End a process and all that it started."""
+    """Kill a process and all that it started."""
     try:
         os.killpg(process.pid or 0, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # it leads no group yet, or none any more
+    except (ProcessLookupError, PermissionError):  # it does not lead a group yet, or has ended
         process.kill()
     process.join()
 

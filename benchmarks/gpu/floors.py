@@ -1,4 +1,4 @@
-"""Where the time of a step goes, part by part, and the least that each part could take."""
+"""How the time of a step divides into parts, and a lower bound for each part."""
 
 import math
 from dataclasses import fields
@@ -28,14 +28,14 @@ def attention_row(kernel: AttentionKernel, masked: bool, window: int, paired: bo
 
 
 def attentions(config: GPTConfig) -> list[tuple[int, bool]]:
-    """The window of every attention, and whether its heads are paired."""
+    """Return the window of each attention, and whether its heads are paired."""
     layers = set(range(config.num_layers)) - config.layers(config.mlp_only)
     paired = config.layers(config.paired_heads)
     return [(config.window(layer), layer in paired) for layer in sorted(layers)]
 
 
 def products(config: GPTConfig) -> dict[str, tuple[int, int, int]]:
-    """Inputs and outputs of each kind of matrix, and how many there are; the head is the last."""
+    """Return inputs, outputs and number of each kind of matrix; the head is the last."""
     D, F, V = config.width, config.mlp_width, config.padded_vocab_size
     L, attentions = config.num_layers, config.num_attentions
     of_attention = {"qkv": (D, 3 * D, attentions), "out": (D, D, attentions)}
@@ -43,7 +43,7 @@ def products(config: GPTConfig) -> dict[str, tuple[int, int, int]]:
 
 
 def parameter_shapes(config: GPTConfig, groups: set[str]) -> dict[str, jax.ShapeDtypeStruct]:
-    """The parameters of these groups of the optimizer, by name."""
+    """Return the shapes of the parameters in these optimizer groups, by name."""
     shapes = jax.eval_shape(partial(init_params, config), jax.random.key(0))
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): x
@@ -53,7 +53,7 @@ def parameter_shapes(config: GPTConfig, groups: set[str]) -> dict[str, jax.Shape
 
 
 def orthogonalization_flops(config: GPTConfig) -> float:
-    """FLOPs of Muon's polynomials over all matrices of the layers."""
+    """Return the FLOPs of Muon's orthogonalization of all matrices of the layers."""
     total = 0
     for stack in parameter_shapes(config, {"muon"}).values():
         short, long = sorted(stack.shape[-2:])
@@ -63,10 +63,11 @@ def orthogonalization_flops(config: GPTConfig) -> float:
 
 
 def floors(hp: Hyperparameters, device_kind: str) -> dict[str, float | None]:
-    """Milliseconds of each part of a step at the peaks of the device; None where not known.
+    """Return the milliseconds of each part of a step at the device's peaks; None if not known.
 
-    Muon reads weight, momentum and gradient, and writes the first two. Adam has one mean more; what
-    it gathers in several steps is the first gradient, to which each later one is added.
+    Muon reads weight, momentum and gradient, and writes weight and momentum. Adam has a second
+    moment as well; if it accumulates gradients over several steps, the first is copied and the
+    later ones are added to it.
     """
     c, tokens = hp.model, hp.total_batch_size
     flops, bandwidth = (peaks.get(device_kind, math.nan) for peaks in (PEAK_FLOPS, PEAK_BANDWIDTH))
@@ -75,8 +76,9 @@ def floors(hp: Hyperparameters, device_kind: str) -> dict[str, float | None]:
     muon, adam = (
         sum(x.size for x in parameter_shapes(c, groups).values()) for groups in ({"muon"}, ADAM)
     )
-    # Of k steps the first copies the gradient, 2; each later one adds it, 3; the last reads and
-    # writes a weight and two means, 6 more, but not the sum: 3 k + 4. Of one step, 7.
+    # Accesses in k steps: the first copies the gradient, 2; each later one adds it, 3; the last
+    # also reads and writes the weight and two moments, 6, but need not write the sum: 3 k + 4.
+    # With k = 1 it is 7.
     each_adam = 3 + 4 / hp.adam_every
     update = 4 * (5 * muon + each_adam * adam) / bandwidth + orthogonalization_flops(c) / flops
     seconds = {
@@ -91,7 +93,7 @@ def floors(hp: Hyperparameters, device_kind: str) -> dict[str, float | None]:
 
 
 def part_times(size: Size, figures: Figures, base: Variant) -> dict[str, float]:
-    """Milliseconds of each part of the base's step; NaN for what was not measured."""
+    """Return the milliseconds of each part of the base's step; NaN if not measured."""
     c, Ng = size.hp.model, size.Ng
     ms = partial(milliseconds, figures)
     *of_layers, head = (
@@ -112,11 +114,11 @@ def part_times(size: Size, figures: Figures, base: Variant) -> dict[str, float]:
 def parts_of_step(
     size: Size, figures: Figures, base: Variant, lower: dict[str, float | None]
 ) -> dict[str, Figures]:
-    """The parts of the base's step with their floors."""
+    """Return the parts of the base's step with their floors."""
     step, times = milliseconds(figures, "steps", "base"), part_times(size, figures, base)
     rows = times | {"rest": step - sum(times.values()), "whole step": step}
     return {
-        row: {"failed": "Not all that it takes was measured."}
+        row: {"failed": "Not all of its components were measured."}
         if math.isnan(ms)
         else {"ms": ms, "of_step": None if math.isnan(step) else ms / step}
         | ({"floor_ms": lower[row]} if row in lower else {})

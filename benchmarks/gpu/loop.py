@@ -1,4 +1,4 @@
-"""Timing what runs on the device, and whether it is worth it: does it compute what XLA does?"""
+"""Timing of work on the device, and a check that its results agree with XLA's."""
 
 import math
 import statistics
@@ -16,11 +16,11 @@ from benchmarks.gpu.variants import Size
 
 Work = Callable[..., PyTree]  # (last result, *arguments) to the next result
 WARM_UP = 3  # calls, or steps, before the clock starts
-TOLERANCE = 0.1  # relative error: bfloat16 makes 1%, 8-bit floats 3%, mistakes about 100%
+TOLERANCE = 0.1  # relative error: about 1% for bfloat16, 3% for 8-bit floats, 100% for bugs
 
 
 def median_ms(size: Size, advance: Callable[[PyTree], PyTree], carry: PyTree) -> float:
-    """Milliseconds of one `carry = advance(carry)`; the host sends off many before it waits."""
+    """Return the milliseconds of one `carry = advance(carry)`; the host queues many of them."""
     jax.block_until_ready(carry)
     times = []
     for _ in range(size.repeats):
@@ -33,11 +33,11 @@ def median_ms(size: Size, advance: Callable[[PyTree], PyTree], carry: PyTree) ->
 
 
 def looped(work: Work, rounds: int) -> Callable[[tuple], tuple]:
-    """Jitted `carry -> carry` that makes `result = work(result, *arguments)` so many times.
+    """Return a jitted `carry -> carry` that repeats `result = work(result, *arguments)`.
 
-    The carry is (result, arguments), and is consumed. In each round one number of every argument is
-    replaced by one that depends on the last result. So nothing can be computed once for all rounds;
-    and as the results are carried and returned, nothing can be left out.
+    The carry is (result, arguments), and is donated. In each round one element of every argument is
+    replaced by one that depends on the last result, so that nothing can be hoisted out of the loop;
+    and because the results are carried and returned, nothing can be eliminated.
     """
 
     def again(_, carry: tuple) -> tuple:
@@ -51,7 +51,7 @@ def looped(work: Work, rounds: int) -> Callable[[tuple], tuple]:
 
 
 def part_ms(size: Size, work: Work, arguments: list[Array], result: PyTree = None) -> float:
-    """Milliseconds of one `work`; the arguments, and the first result if given, are consumed."""
+    """Return the milliseconds of one `work`; the arguments and the first result are donated."""
     if result is None:
         shapes = jax.eval_shape(work, None, *arguments)
         result = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -69,12 +69,12 @@ def check_agreement(work: Work, reference: Work, arguments: list[Array]) -> None
         for a, b in zip(*results, strict=True)
     ]
     worst = float(np.max(errors))
-    if not worst < TOLERANCE:  # NaN, too, is no agreement
+    if not worst < TOLERANCE:  # NaN is a disagreement, too
         raise Unmeasured(f"It differs from XLA's results in bfloat16 by {worst:.0%}.")
 
 
 def random(*shape: int, dtype: Any = jnp.bfloat16) -> Array:
-    """Normal numbers, whose rows repeat: to draw gigabytes takes long and much memory."""
+    """Return normal numbers in repeating rows: drawing gigabytes would take too long."""
     rows = math.gcd(shape[0], 1024)
     drawn = jax.random.normal(jax.random.key(0), (rows, *shape[1:])).astype(dtype)
     return jnp.tile(drawn, (shape[0] // rows, *[1] * (len(shape) - 1)))

@@ -1,4 +1,4 @@
-"""The order in which everything is measured: whole steps, the parts, then the fastest of each."""
+"""The order of the measurements: whole steps, the parts, then the fastest of each combined."""
 
 from collections import defaultdict
 from collections.abc import Callable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def measure_all(size: Size, options: "Options") -> Figures:
-    """All rows of all tables; what is there is printed and saved after each of them."""
+    """Measure all rows of all tables; prints each, and saves all so far after each."""
     hp, device = size.hp, jax.devices()[0].device_kind
     kernel, why = choose_attention([hp.model], hp.sequence_length, hp.dtype)
     base = Variant(kernel, hp.batch_size, hp.stages[0].target_weights)
@@ -38,8 +38,8 @@ def measure_all(size: Size, options: "Options") -> Figures:
     step, variants = partial(measure_step, size, figures["steps"]), variants_of(base)
     jobs = [("steps", row, partial(step, variant)) for row, variant in variants.items()]
     jobs += part_jobs(size, kernel)
-    # The project's own kernels last: one that reads a wrong address spoils the device for the rest
-    # of the process.
+    # The project's own kernels last: an illegal memory access makes the device unusable for the
+    # rest of the process.
     for job in sorted(jobs, key=lambda job: "pallas" in job[1]):
         record(*job)
     record("steps", "fastest of each", lambda: step(fastest_of_each(base, variants, figures)))

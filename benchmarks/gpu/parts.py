@@ -1,4 +1,4 @@
-"""The parts of a step, each timed alone."""
+"""The parts of a step, each timed separately."""
 
 from collections.abc import Callable
 from functools import partial
@@ -29,15 +29,15 @@ from nanogpt.model.attention import attention
 from nanogpt.model.loss import Softcap, linear_cross_entropy
 from nanogpt.optim.muon import scale_by_muon
 
-Job = tuple[str, str, Callable[[], Figures]]  # section, row, and what measures it
-# Kernel, and whether a query sees its own document only.
+Job = tuple[str, str, Callable[[], Figures]]  # section, row, and the function to measure it
+# Kernel, and whether queries see only their own document.
 ATTENTIONS = [("xla", True), ("pallas", True), ("cudnn", False), ("pallas", False)]
-CHECKED = 4096  # keys of a row for which there is memory to check a kernel in
+CHECKED = 4096  # keys per row when a kernel is checked, for which there is enough memory
 LOSSES = [("xla", False), ("xla", True), ("pallas", False), ("pallas", True)]  # kernel, FP8
 
 
 def part_jobs(size: Size, kernel: AttentionKernel) -> list[Job]:
-    """Everything that is timed alone; `kernel` is that of the base."""
+    """Return all measurements of parts; `kernel` is that of the base."""
     c = size.hp.model
     product, loss = partial(measure_product, size), partial(measure_loss, size)
     attend, update = partial(measure_attention, size), partial(measure_update, size)
@@ -62,14 +62,14 @@ def part_jobs(size: Size, kernel: AttentionKernel) -> list[Job]:
 
 
 def with_rate(ms: float, flops: float) -> Figures:
-    """The time and the FLOP/s, also as a share of the peak."""
+    """Return the time and the FLOP/s, also as a fraction of the peak."""
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
     rate = flops / ms * 1e3
     return {"ms": ms, "tflops": rate / 1e12, "of_peak": peak and rate / peak}
 
 
 def measure_product(size: Size, shape: tuple[int, int], way: str) -> Figures:
-    """One product of a micro-batch."""
+    """Time one matmul of a micro-batch."""
     inputs, outputs = shape
     x, dy, weight = (size.tokens, inputs), (size.tokens, outputs), (inputs, outputs)
     formula, a, b = {
@@ -90,7 +90,7 @@ def measure_attention(
     paired: bool,
     backward: bool = True,
 ) -> Figures:
-    """Attention of one layer and the tokens of a micro-batch, with or without its gradients."""
+    """Time one layer's attention for a micro-batch, with or without its gradients."""
     c, B, times = size.hp.model, size.hp.batch_size, 1 + paired
     T, N = times * size.hp.sequence_length, c.num_heads // times
     begins = random_tokens(c, (B, size.hp.sequence_length)) == c.document_separator
@@ -114,7 +114,7 @@ def measure_attention(
 
 
 def measure_loss(size: Size, kernel: LossKernel, fp8: bool) -> Figures:
-    """The head and the loss of a micro-batch, and the gradients of features and head."""
+    """Time the head and the loss of a micro-batch, with the gradients of features and head."""
     c, N, weights = size.hp.model, size.tokens, size.hp.stages[0].target_weights
     cap = Softcap(c.softcap, c.softcap / c.logit_scale, c.logit_shift)
 
@@ -137,7 +137,7 @@ def measure_loss(size: Size, kernel: LossKernel, fp8: bool) -> Figures:
 
 
 def measure_update(size: Size, rule: Rule, groups: set[str]) -> Figures:
-    """The optimizer's update of these groups' parameters, and its addition to them."""
+    """Time the optimizer's update of these groups' parameters, including its addition to them."""
     shapes = parameter_shapes(size.hp.model, groups)
     params = {name: random(1, *x.shape, dtype=x.dtype)[0] for name, x in shapes.items()}
     gradients = jax.tree.map(jnp.copy, list(params.values()))
@@ -154,7 +154,7 @@ def measure_update(size: Size, rule: Rule, groups: set[str]) -> Figures:
 
 
 def measure_orthogonalization(size: Size) -> Figures:
-    """Plain Muon without its momentum: one that starts in each round is only a factor."""
+    """Time plain Muon with new momentum in each round, so that this is only a constant factor."""
     shapes = parameter_shapes(size.hp.model, {"muon"})
     rule = scale_by_muon(None, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 

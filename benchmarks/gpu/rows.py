@@ -1,23 +1,23 @@
-"""A row of figures, or why there is none."""
+"""A row of figures, or the reason why there is none."""
 
 import gc
 from collections.abc import Callable
 from typing import Any
 
-Figures = dict[str, Any]  # of one row, as they are saved
+Figures = dict[str, Any]  # of one row, as saved
 
 
 class Unmeasured(Exception):
-    """Why there are no figures: a sentence."""
+    """There are no figures; the message is a sentence that says why."""
 
 
 def attempt(measure: Callable[[], Figures]) -> Figures:
-    """What `measure` returns, or why it failed, in a sentence; its memory is free again."""
+    """Return the figures of `measure`, or why it failed, in a sentence; frees its memory."""
     try:
         return measure()
     except Unmeasured as reason:
         return {"failed": str(reason)}
-    except Exception as failure:  # whatever the driver, the library or the compiler says
+    except Exception as failure:  # from the driver, a library or the compiler
         first_lines = " ".join(str(failure).split("\n")[:3]).strip()[:600] or "no message"
         return {"failed": f"It failed with {type(failure).__name__}: {first_lines}"}
     finally:

@@ -1,4 +1,4 @@
-"""The sides of the comparison, each a process of its own on the same GPU."""
+"""The sides of the comparison, each in its own process on the same GPU."""
 
 import json
 import os
@@ -24,12 +24,12 @@ from nanogpt.devices.hardware import flops_per_token
 
 @dataclass(frozen=True)
 class Size:
-    """What the two sides train on, and their arguments besides."""
+    """The batches that both sides train on, and each side's other arguments."""
 
     tokens_per_step: int
     sequence_length: int
-    warm_up: int  # steps that are not timed
-    steps: int  # steps that are
+    warm_up: int  # steps before timing starts
+    steps: int  # timed steps
     ours: str = ""
     pytorch: str = ""
 
@@ -44,7 +44,7 @@ TINY = Size(
 
 
 def run_ours(size: Size) -> Figures:
-    """train_gpt.py, in a new folder with shards of random tokens."""
+    """Run train_gpt.py in a new folder with shards of random tokens."""
     T, steps = size.sequence_length, size.warm_up + size.steps
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -69,7 +69,7 @@ def run_ours(size: Size) -> Figures:
 
 
 def run_pytorch(python: str, batch_size: int, size: Size) -> Figures:
-    """torch_gpt2.py, in a Python that has PyTorch."""
+    """Run torch_gpt2.py with a Python that has PyTorch."""
     arguments = (
         f"--total-batch-size {size.tokens_per_step} --sequence-length {size.sequence_length} "
         f"--batch-size {batch_size} --warm-up {size.warm_up} --steps {size.steps} {size.pytorch}"
@@ -81,14 +81,14 @@ def run_pytorch(python: str, batch_size: int, size: Size) -> Figures:
 
 
 def gpt2_flops_per_token(L: int, D: int, T: int, V: int) -> float:
-    """What a token costs in GPT-2, counted as nanogpt.devices.hardware.flops_per_token does."""
+    """Return GPT-2's FLOPs per token, counted as in nanogpt.devices.hardware.flops_per_token."""
     weights = L * 12 * D**2 + V * D  # 4D² of attention and 8D² of the MLP in a layer; the head
-    keys = (T + 1) / 2  # that a query sees, on average
+    keys = (T + 1) / 2  # seen by a query, on average
     return 6 * weights + 6 * 2 * D * keys * L
 
 
 def run_checkout(folder: Path, command: Sequence[str], tokens_per_step: int | None) -> Figures:
-    """The user's command in a checkout, by what it prints."""
+    """Run the user's command in a checkout; the figures are those it prints."""
     output = output_of(command, folder, one_gpu())
     milliseconds = step_milliseconds(output)
     tokens = tokens_per_step or printed_tokens_per_step(output)
@@ -103,29 +103,29 @@ def run_checkout(folder: Path, command: Sequence[str], tokens_per_step: int | No
 
 
 def step_milliseconds(output: str) -> float | None:
-    """The time of a step by nanoGPT's or modded-nanogpt's lines; None if there are none."""
+    """Read the time of a step from nanoGPT's or modded-nanogpt's output; None if not found."""
     # iter 10: loss 9.1234, time 123.45ms, mfu 30.00%
     times = [float(ms) for ms in re.findall(r"^iter \d+: .*time ([\d.]+)ms", output, re.M)]
     if times:
         return median(times[len(times) // 2 :])
-    # step:20/1000 train_time:987ms step_avg:98.70ms, with nan in the first steps of old versions
+    # step:20/1000 train_time:987ms step_avg:98.70ms; nan in the first steps of old versions
     averages = re.findall(r"^step:[1-9]\d*/\d+ .*step_avg:([\d.]+)ms", output, re.M)
     return float(averages[-1]) if averages else None
 
 
 def printed_tokens_per_step(output: str) -> int | None:
-    """What nanoGPT prints at its start; None if that is not there."""
+    """Read the tokens per step that nanoGPT prints at its start; None if not found."""
     found = re.search(r"^tokens per iteration will be: ([\d,]+)$", output, re.M)
     return int(found[1].replace(",", "")) if found else None
 
 
 def step_figures(milliseconds: float, tokens: int) -> Figures:
-    """A step's time and size, and the rate."""
+    """Return a step's time, tokens and tokens per second."""
     rate = 1e3 * tokens / milliseconds
     return {"tokens_per_s": rate, "ms_per_step": milliseconds, "tokens_per_step": tokens}
 
 
 def one_gpu() -> dict[str, str]:
-    """This environment with its first GPU alone, so that all sides have the same one."""
+    """Return this environment with only its first GPU, so that all sides use the same one."""
     first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     return os.environ | {"CUDA_VISIBLE_DEVICES": first, "PYTHONUNBUFFERED": "1"}

@@ -1,37 +1,37 @@
-"""How long one optimizer step takes on this device: by variant, by part, and what it could take.
+"""The time of one optimizer step on this device: by variant, by part, and its lower bound.
 
     .venv/bin/python -m benchmarks.gpu.step
     .venv/bin/python -m benchmarks.gpu.step --stage 1 --trace FOLDER
 
-One run of some minutes, with a stage of the `speedrun` preset on random tokens, measures
+A run takes a few minutes. With a stage of the `speedrun` preset on random tokens, it measures
 
-    steps       the whole step of train_gpt.py, and the same with one thing changed: the kernel of
-                attention or loss, the precision of the head, the rows of a micro-batch, the rule
-                of the matrices, one target where the stage has several, no document mask, and then
-                cuDNN's attention, which has none; then the fastest of each together, and the first
-                one again, so that a drift of the device shows
-    products    every product of two matrices of a micro-batch, forward and backward
+    steps       the whole step of train_gpt.py, and variants with one change each: the kernel of
+                attention or loss, the precision of the head, the rows per micro-batch, the
+                optimizer of the matrices, one target instead of several, no document mask, and
+                cuDNN's attention, which has none; then the fastest of each combined, and the base
+                again, which reveals any drift of the device
+    products    every matmul of a micro-batch, forward and backward
     attention   one layer of a micro-batch, forward and backward: by kernel and window, within
                 documents, and over all documents
     loss        head and loss of a micro-batch, forward and backward
-    optimizer   the update, and what it is made of: a mean over steps with and without Adam
-    parts       from these: where the time of the step goes, and the floor of each part
+    optimizer   the update and its parts: a mean over steps with and without Adam
+    parts       computed from these: each part's share of the step, and its floor
 
-What fails, or disagrees with XLA's results, says so in its row, and the rest goes on. The figures
-are saved after every row.
+If a measurement fails, or its result disagrees with XLA's, its row says so and the others continue.
+The figures are saved after every row.
 
-What is timed alone runs in a loop on the device, which adds two or three kernels of some
-microseconds to each round: up to some percent of the smallest product. Of the parts, "loss" is the
-section of that name minus the products with the head, because the project has them in one function,
-and "rest" (norms, residuals, embeddings, gaps) is the step minus all other parts.
+Parts are timed in a loop on the device, which adds two or three kernels of a few microseconds to
+each round: up to a few percent of the smallest matmul. Of the parts, "loss" is the section of that
+name minus the matmuls with the head, because a single function computes both, and "rest" (norms,
+residuals, embeddings, gaps) is the step minus all other parts.
 
-The floor of a part is what it must compute or move, at the peak of the device's data sheet:
+The floor of a part is the time for what it must compute or move at the data sheet's peak rates:
 
-    products, attention   2 FLOPs per multiplication that the mathematics needs; backward twice what
-                          is needed forward; of the attention only what causality and windows show
+    products, attention   2 FLOPs per multiplication that is mathematically needed, and twice as
+                          much backward; in attention only what causality and windows leave visible
     loss                  the logits read once and their gradient written once, 2 bytes each
-    optimizer             weights, momenta and what Adam gathers read and written, and gradients
-                          read, 4 bytes each, then the FLOPs of Muon's polynomials
+    optimizer             weights, moments and Adam's accumulated gradients read and written, and
+                          gradients read, 4 bytes each, then the FLOPs of Muon's orthogonalization
 """
 
 import os
@@ -52,11 +52,11 @@ class Options:
     """Time the optimizer step of the speedrun preset, its variants and its parts."""
 
     stage: Literal[1, 2, 3, 4] = 3
-    """Which stage of the preset; the third has the largest batch."""
+    """Stage of the preset; the third has the largest batch."""
     trace: Path | None = None
-    """Folder for a profile of three steps, to look at with XProf or Perfetto."""
+    """Folder for a profile of three steps, to view in XProf or Perfetto."""
     tiny: bool = False
-    """Everything so small that a CPU takes seconds: a test of this script, not of the speed."""
+    """Use sizes so small that a CPU takes seconds: to test this script, not to measure."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -75,8 +75,8 @@ def measure(options: Options) -> None:
 
     if jax.default_backend() == "cpu" and not options.tiny:
         raise Mistake(
-            'JAX finds no GPU, only a CPU, where this would take hours: pip install -e ".[cuda12]" '
-            "brings what it needs, and --tiny tries the script here."
+            'JAX finds no GPU, only a CPU, which would take hours: pip install -e ".[cuda12]" '
+            "installs what a GPU needs; to test the script here, use --tiny."
         )
     use_compilation_cache()
     size = TINY if options.tiny else FULL
@@ -87,7 +87,7 @@ def measure(options: Options) -> None:
 
 RATES = {"ms": ",.3f", "tflops": ",.1f", "of_peak": ".1%"}
 STEPS = {"ms": ",.1f", "tokens_per_s": ",.0f", "mfu": ".1%", "ratio": ".3f"}
-COLUMNS = {  # of each table, and how they are written
+COLUMNS = {  # of each table, with their formats
     "steps": STEPS | {"compile_s": ".1f", "memory_GB": ".1f", "peak_GB": ".1f"},
     "products": RATES,
     "attention": RATES,
@@ -98,7 +98,7 @@ COLUMNS = {  # of each table, and how they are written
 
 
 def print_tables(figures: "Figures") -> None:
-    """All sections; "unknown" is what the device, or its data sheet, does not tell."""
+    """Print all sections; "unknown": not reported by the device or its data sheet."""
 
     def cell(found: "Figures", column: str, style: str) -> str:
         if column not in found:

@@ -1,13 +1,13 @@
-"""GPT-2 small's training step in PyTorch, for against_pytorch.py; any Python with PyTorch runs it.
+"""GPT-2 small's training step in PyTorch, for against_pytorch.py; runs in any Python with PyTorch.
 
-    python3 -m benchmarks.gpu.torch_gpt2    # its last line holds the figures, as JSON
+    python3 -m benchmarks.gpu.torch_gpt2    # the last line of its output has the figures, as JSON
 
 It trains as nanoGPT does on a GPU: compiled, flash attention, bfloat16 autocast over float32
-weights, TF32 elsewhere, gradients added up over micro-batches and clipped to norm 1, fused AdamW.
-The tokens are random, the same in every step, and on the device beforehand: no reading is timed.
-With --train-file and --val-file, shards in the format of llm.c, it reads those instead, its
-learning rate rises and falls, and `losses` and `val_loss` tell how it learned.
-Without a GPU all of this runs on the CPU, not compiled.
+weights, TF32 elsewhere, gradients summed over micro-batches and clipped to norm 1, fused AdamW.
+The tokens are random, the same in every step, and already on the device: reading is not timed.
+With --train-file and --val-file, shards in llm.c's format, it trains on those instead, with a
+learning rate schedule, and reports `losses` and `val_loss`.
+Without a GPU it runs on the CPU, without compilation.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Settings:
-    """What is trained and timed. Each is an option of the command line."""
+    """The settings of training and timing. Each is a command-line option."""
 
     layers: int = 12
     heads: int = 12
@@ -45,11 +45,11 @@ MEANINGS = {
     "sequence_length": "tokens per row, T",
     "batch_size": "rows per forward and backward pass, B",
     "total_batch_size": "tokens per optimizer step",
-    "warm_up": "steps that are not timed; the first one compiles",
-    "steps": "steps that are timed",
+    "warm_up": "steps before timing starts; the first one compiles",
+    "steps": "timed steps",
     "train_file": "shard to train on; none: random tokens",
-    "val_file": "shard of the validation loss after the last step",
-    "val_tokens": "tokens of it",
+    "val_file": "shard for the validation loss after the last step",
+    "val_tokens": "number of its tokens to use",
 }
 
 
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(settings: Settings) -> dict[str, Any]:
-    """The figures."""
+    """Train, and return the figures."""
     import torch
 
     from benchmarks.gpu.torch_model import GPT2, VOCABULARY
@@ -111,7 +111,7 @@ def measure(settings: Settings) -> dict[str, Any]:
 
 
 def rows_of(file: str, first: int, rows: int, T: int, device: str) -> tuple[Any, Any]:
-    """Inputs and targets of rows of a shard, in the order of its tokens."""
+    """Return inputs and targets of consecutive rows of a shard, from number `first` on."""
     import numpy as np
     import torch
 
@@ -122,7 +122,7 @@ def rows_of(file: str, first: int, rows: int, T: int, device: str) -> tuple[Any,
 
 
 def validation_loss(model: Any, settings: Settings, device: str) -> float:
-    """The mean loss on the first tokens of the validation shard."""
+    """Return the mean loss on the first tokens of the validation shard."""
     import torch
 
     B, T = settings.batch_size, settings.sequence_length
@@ -134,7 +134,7 @@ def validation_loss(model: Any, settings: Settings, device: str) -> float:
 
 
 def make_step(model: Any, settings: Settings, device: str) -> Callable[[int], float]:
-    """A training step of the model, which takes its number from 0 on and returns its loss."""
+    """Build `step(number)`, which trains one step, counted from 0, and returns its loss."""
     import torch
 
     B, T = settings.batch_size, settings.sequence_length
@@ -154,7 +154,7 @@ def make_step(model: Any, settings: Settings, device: str) -> Callable[[int], fl
         if settings.train_file:
             at = range(number * Ng * B, (number + 1) * Ng * B, B)
             batch = (rows_of(settings.train_file, first, B, T, device) for first in at)
-            for group in optimizer.param_groups:  # up in the first tenth, then down to a tenth
+            for group in optimizer.param_groups:  # warmup in the first tenth, decay to a tenth
                 rise, fall = (number + 1) / (0.1 * last + 1), 1 - 0.9 * number / max(1, last)
                 group["lr"] = 6e-4 * min(rise, fall)
         for x, y in batch:
@@ -165,7 +165,7 @@ def make_step(model: Any, settings: Settings, device: str) -> Callable[[int], fl
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return total.item()  # waits for all of the above: the device works in order
+        return total.item()  # waits for all of the above: the device executes in order
 
     return step
 

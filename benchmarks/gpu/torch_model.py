@@ -1,6 +1,6 @@
 """GPT-2 in PyTorch (Radford et al., 2019).
 
-Learned positions, LayerNorm, GELU, biases, and a head that is the token table.
+Learned positions, LayerNorm, GELU, biases, and a head tied to the token embedding.
 B batch, T sequence, D width, N heads, H head size, F MLP width, V vocabulary, L layers.
 """
 
@@ -28,7 +28,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then an MLP of width F = 4D, each on the normalized stream and added to it."""
+    """Attention, then an MLP of width F = 4D, each with a pre-norm and a residual connection."""
 
     def __init__(self, D: int, N: int):
         super().__init__()
@@ -51,7 +51,7 @@ class GPT2(nn.Module):
         self.blocks = nn.ModuleList(Block(D, N) for _ in range(L))
         self.norm = nn.LayerNorm(D)
         for name, p in self.named_parameters():
-            if p.ndim > 1:  # what adds to the stream starts smaller, so that its sum does not grow
+            if p.ndim > 1:  # smaller for residual outputs, whose sum would grow with depth
                 adds = name.endswith(("out.weight", "down.weight"))
                 nn.init.normal_(p, std=0.02 / (2 * L) ** 0.5 if adds else 0.02)
             elif name.endswith("bias"):

@@ -1,4 +1,4 @@
-"""What is compared: a stage of the speedrun at two sizes, and ways to compute its step."""
+"""What is compared: a stage of the speedrun at two sizes, and variants of its step."""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,32 +12,32 @@ from nanogpt.config import AttentionKernel, GPTConfig, LossKernel
 from nanogpt.schedule import Stage
 from train_gpt import PRESETS, Hyperparameters
 
-DOCUMENT = 690  # tokens of one of FineWeb's, on average
-Rule = Literal["NorMuon", "Muon", "Adam"]  # of the matrices; Adam is then that of all parameters
+DOCUMENT = 690  # tokens of a FineWeb document, on average
+Rule = Literal["NorMuon", "Muon", "Adam"]  # of the matrices; "Adam": of all parameters
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured, and how often."""
+    """What is measured, and how many times."""
 
-    hp: Hyperparameters  # its batch_size is that of the base
-    rounds: int  # of a part in one call
-    calls: int  # or steps, between two looks at the clock; even, as Adam rests in every second
-    repeats: int  # of which the median counts
+    hp: Hyperparameters  # batch_size is that of the base
+    rounds: int  # repetitions of a part in one call
+    calls: int  # calls or steps per timing; even, because Adam skips every second step
+    repeats: int  # timings, whose median is reported
 
     @property
     def tokens(self) -> int:
-        """Tokens of a micro-batch."""
+        """Tokens per micro-batch."""
         return self.hp.batch_size * self.hp.sequence_length
 
     @property
     def Ng(self) -> int:
-        """Micro-batches of a step."""
+        """Micro-batches per step."""
         return self.hp.total_batch_size // self.tokens
 
 
 def stage_alone(hp: Hyperparameters, stage: int) -> Hyperparameters:
-    """A run that has this stage only, counted from 0, and as many tokens in a micro-batch."""
+    """Return a run with only this stage, counted from 0, and as many tokens per micro-batch."""
     T, weights = hp.schedule.row_length(stage), hp.stages[stage].target_weights
     split = not hp.schedule.ties_head(hp.model, stage)
     return replace(
@@ -64,7 +64,7 @@ TINY = Size(replace(SPEEDRUN, stages=TINY_STAGES, model=TINY_MODEL, **TINY_BATCH
 
 
 def random_tokens(config: GPTConfig, shape: tuple[int, ...]) -> Int32[np.ndarray, "..."]:
-    """Tokens of no meaning, in documents about as long as those of FineWeb."""
+    """Return random tokens, in documents about as long as FineWeb's."""
     rng, separator = np.random.default_rng(0), config.document_separator
     tokens = rng.integers(config.vocab_size, size=shape, dtype=np.int32)
     if separator is not None:
@@ -88,7 +88,7 @@ class Variant:
 
 
 def variants_of(base: Variant) -> dict[str, Variant]:
-    """The base, and what differs from it in one thing."""
+    """Return the base, and variants that differ from it in one thing."""
     R, unmasked = base.batch_size, replace(base, document_mask=False)
     others = {
         **{f"{rows} rows": replace(base, batch_size=rows) for rows in (R // 2, 2 * R)},
@@ -105,7 +105,7 @@ def variants_of(base: Variant) -> dict[str, Variant]:
 
 
 def fastest_of_each(base: Variant, variants: dict[str, Variant], figures: Figures) -> Variant:
-    """The base with the fastest attention, loss, head and micro-batch that were measured."""
+    """Return the base with the fastest measured attention, loss, head and micro-batch size."""
     best = base
     for thing in ("attention", "loss", "fp8_head", "batch_size"):
         found = {
@@ -120,5 +120,5 @@ def fastest_of_each(base: Variant, variants: dict[str, Variant], figures: Figure
 
 
 def milliseconds(figures: Figures, section: str, row: str) -> float:
-    """The time in a row; NaN if it was not measured."""
+    """Return the time in a row; NaN if it was not measured."""
     return figures[section].get(row, {}).get("ms", math.nan)

@@ -1,4 +1,4 @@
-"""The whole optimizer step of a variant: compiled, started, timed, traced."""
+"""The whole optimizer step of a variant: compiling, starting, timing and tracing it."""
 
 import time
 from collections.abc import Callable
@@ -23,11 +23,11 @@ from nanogpt.training.plan import optimizer_of
 from nanogpt.training.step import graph_of, make_init, make_train_step
 from train_gpt import Hyperparameters
 
-LOSS_TOLERANCE = 0.5  # nats, after some steps that differ in rounding
+LOSS_TOLERANCE = 0.5  # nats, after a few steps that differ in rounding
 
 
 def make_rules(hp: Hyperparameters, rule: Rule) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of train_gpt.py, with or without NorMuon, or Adam for all parameters."""
+    """Return the optimizer of train_gpt.py, with or without NorMuon, or Adam for all parameters."""
     if rule == "Adam":
         return optax.with_extra_args_support(
             optax.adam(hp.adam.head.learning_rate, *hp.adam.head.betas)
@@ -36,9 +36,9 @@ def make_rules(hp: Hyperparameters, rule: Rule) -> optax.GradientTransformationE
     return optimizer_of(replace(hp, neuron_decay=neuron_decay), make_mesh(1))
 
 
-@cache  # for the base that is measured again
+@cache  # for the base, which is measured twice
 def compile_step(size: Size, variant: Variant) -> tuple[Callable, Compiled, float]:
-    """What makes the first state, the compiled step, and the seconds to compile that."""
+    """Return the function that initializes the state, the compiled step, and its compile time."""
     hp, mesh = size.hp, make_mesh(1)
     rules = make_rules(hp, variant.rule)
     model = hp.model if variant.document_mask else replace(hp.model, document_separator=None)
@@ -56,18 +56,18 @@ def compile_step(size: Size, variant: Variant) -> tuple[Callable, Compiled, floa
 
 
 def rates_of(hp: Hyperparameters, variant: Variant) -> Rates:
-    """Those of the first step, with the variant's targets."""
+    """Return the rates of the first step, with the variant's targets."""
     return hp.schedule.rates(1)._replace(target_weights=variant.target_weights)
 
 
 def batch_shape(hp: Hyperparameters, variant: Variant) -> tuple[int, int, int]:
-    """Micro-batches, rows, and tokens of a row with the target of the last."""
+    """Return the shape of a batch: micro-batches, rows, and T + 1 tokens."""
     R, T = variant.batch_size, hp.sequence_length
     return hp.total_batch_size // (R * T), R, T + 1
 
 
 def start_training(size: Size, variant: Variant) -> tuple[Callable[[PyTree], PyTree], PyTree]:
-    """`advance` and `carry`, the state and the metrics after some steps from the same start."""
+    """Return `advance`, and `carry`: state and metrics after warm-up steps from a fixed seed."""
     init, step, _ = compile_step(size, variant)
     shape, rates = batch_shape(size.hp, variant), rates_of(size.hp, variant)
     batch = put(make_mesh(1), BATCH, shape, random_tokens(size.hp.model, shape).__getitem__)
@@ -82,16 +82,16 @@ def start_training(size: Size, variant: Variant) -> tuple[Callable[[PyTree], PyT
 
 
 def measure_step(size: Size, steps: Figures, variant: Variant) -> Figures:
-    """Time and memory of a step; Unmeasured if its loss is not that of the base in `steps`.
+    """Measure time and memory of a step; Unmeasured if its loss is not that of the base in `steps`.
 
     `memory_GB` is what the compiler plans for this step. `peak_GB` is the most that the process
-    has had in use so far, where the device tells.
+    has used so far, if the device reports it.
     """
     hp, base = size.hp, steps.get("base", {})
     advance, carry = start_training(size, variant)
     loss = float(carry[1]["loss"])
     expected = base.get("last_loss", loss)
-    if variant.rule != "Adam" and not abs(loss - expected) < LOSS_TOLERANCE:  # as NaN is not
+    if variant.rule != "Adam" and not abs(loss - expected) < LOSS_TOLERANCE:  # also if it is NaN
         raise Unmeasured(
             f"After {WARM_UP} steps its loss is {loss:.2f}, the base's {expected:.2f}."
         )
@@ -106,7 +106,7 @@ def measure_step(size: Size, steps: Figures, variant: Variant) -> Figures:
         "tokens_per_s": rate,
         "mfu": utilization(rate, flops, device.device_kind, 1),
         "ratio": ms / base.get("ms", ms),
-        "compile_s": seconds,  # or to read it, if an earlier run compiled it
+        "compile_s": seconds,  # or to load it from the cache
         "memory_GB": (planned.temp_size_in_bytes + planned.argument_size_in_bytes) / 1e9,
         "peak_GB": peak and peak / 1e9,
         "last_loss": loss,
@@ -115,7 +115,7 @@ def measure_step(size: Size, steps: Figures, variant: Variant) -> Figures:
 
 
 def trace_steps(size: Size, variant: Variant, folder: Path) -> Figures:
-    """A profile of three steps."""
+    """Profile three steps."""
     advance, carry = start_training(size, variant)
     with jax.profiler.trace(str(folder)):
         return {"ms": median_ms(replace(size, calls=3, repeats=1), advance, carry)}

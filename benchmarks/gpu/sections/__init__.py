@@ -1,4 +1,4 @@
-"""The sections of first_light.py: what each measures, row by row, in a process of its own."""
+"""The sections of first_light.py, each measured row by row in its own process."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from importlib import import_module
 from benchmarks.gpu.rows import Figures, attempt
 
 Rows = dict[str, Figures]
-Job = tuple[str, Callable[[], Figures]]  # a row, and what measures it
+Job = tuple[str, Callable[[], Figures]]  # a row, and the function to measure it
 
-# By module, in order of importance: what it measures, and its seconds of a budget of 480.
+# By module, in order of importance: what it measures, and its share of a budget of 480 s.
 SECTIONS = {
     "device": ("device and rates", 40),
     "kernels": ("attention kernels", 55),
@@ -24,21 +24,21 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class Context:
-    """What a section knows."""
+    """What a section is given."""
 
     tiny: bool
     seconds: float
-    """How long it may take."""
+    """Its time limit."""
     earlier: dict[str, Rows]
-    """What the sections before it measured."""
+    """Measurements of earlier sections."""
 
     def row(self, section: str, name: str) -> Figures:
-        """A row that was measured before; empty if it is not there, or failed."""
+        """Return a row of an earlier section; empty if it was not measured."""
         return self.earlier.get(section, {}).get(name, {})
 
 
 def run(section: str, context: Context, record: Callable[[str, Figures], None]) -> None:
-    """Measure a section's rows, and record each as soon as it is there."""
+    """Measure a section's rows, and record each as soon as it is measured."""
     jobs: Callable[[Context], Iterable[Job]] = import_module(f"{__name__}.{section}").jobs
     for row, measure in jobs(context):
         record(row, attempt(measure))

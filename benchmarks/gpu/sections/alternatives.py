@@ -1,4 +1,4 @@
-"""What another kernel, precision, size or optimizer would do to the step of section "steps"."""
+"""The step of section "steps" with other kernels, precisions, sizes and optimizers."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,7 +19,7 @@ BASELINE, SPEEDRUN = STAGES
 
 
 def jobs(context: Context) -> Iterator[Job]:
-    """Each as a ratio to the step, in order of importance."""
+    """Yield the variants, measured relative to the step, in order of importance."""
     size, base = step_of(SPEEDRUN, plan_of(SPEEDRUN, context), context.tiny)
     measured = context.row("steps", SPEEDRUN).get("variant", {})
     base = replace(base, batch_size=measured.get("batch_size", base.batch_size))
@@ -41,14 +41,14 @@ def jobs(context: Context) -> Iterator[Job]:
 
 
 def neighbours(rows: int, of: int) -> list[int]:
-    """The next smaller and the next larger number of rows that divide those of a step."""
+    """Return the next smaller and the next larger number of rows that divide those of a step."""
     divisors = [n for n in range(1, of + 1) if of % n == 0]
     place = divisors.index(rows)
     return divisors[max(0, place - 1) : place] + divisors[place + 1 : place + 2]
 
 
 def measure(context: Context, row: str, size: Size, name: str, variant: Variant) -> Figures:
-    """A step, and its time over that of the one in section "steps", if that was measured."""
+    """Measure a step, relative to the one in section "steps" if that was measured."""
     base, kind = context.row("steps", row), jax.devices()[0].device_kind
     try:
         found = measure_step(size, {"base": base} if "ms" in base else {}, variant)
@@ -59,7 +59,7 @@ def measure(context: Context, row: str, size: Size, name: str, variant: Variant)
 
 
 def share_of_muon(size: Size, context: Context) -> Figures:
-    """The time of the matrices' update over that of the step."""
+    """Measure the time of the matrices' update relative to that of the step."""
     ms, kind = measure_update(size, "NorMuon", {"muon"})["ms"], jax.devices()[0].device_kind
     whole, expected = context.row("steps", SPEEDRUN).get("ms"), step_ms(size, kind)
     own = assumed(orthogonalization_flops(size.hp.model), kind)

@@ -1,4 +1,4 @@
-"""A loss curve on text that every machine has: train_gpt.py and PyTorch on the same tokens."""
+"""A loss curve on text available on every machine: train_gpt.py and PyTorch on the same tokens."""
 
 import json
 import sys
@@ -16,32 +16,32 @@ from benchmarks.gpu.sections.pytorch import need_torch
 from benchmarks.gpu.sides import TINY
 from benchmarks.processes import logged, output_of, train
 
-COMPILING = 60  # seconds that each side may need before its first step
-SLOW = 100_000  # tokens/s where the step was not measured
+COMPILING = 60  # seconds that each side may take before its first step
+SLOW = 100_000  # tokens/s to assume if the step was not measured
 
 
 @dataclass(frozen=True)
 class Size:
-    """What both sides train on."""
+    """The batches that both sides train on."""
 
     tokens: int  # per step
     T: int  # tokens per row
     rows: int  # per micro-batch in PyTorch
     val_tokens: int
     steps: int
-    ours: str = ""  # arguments besides
+    ours: str = ""  # other arguments
     pytorch: str = ""
 
 
 def jobs(context: Context) -> Iterator[Job]:
-    """Both sides, one after the other, for as many steps as there is time for."""
+    """Yield both sides, for as many steps as the time allows."""
     size = Size(128, 2, 64, 128, 4, TINY.ours, TINY.pytorch) if context.tiny else size_for(context)
     yield "train_gpt.py, baseline", partial(ours, size, context.tiny)
     yield "GPT-2 small in PyTorch", partial(pytorch, size, context.tiny)
 
 
 def size_for(context: Context) -> Size:
-    """As many steps as both sides have time for."""
+    """Return the full size, with as many steps as the time allows for both sides."""
     rates = context.row("steps", "baseline"), context.row("pytorch", "GPT-2 small in PyTorch")
     seconds = sum(65_536 / (rate.get("tokens_per_s") or SLOW) for rate in rates)
     steps = max(20, int((context.seconds - 2 * COMPILING) / seconds))
@@ -49,7 +49,7 @@ def size_for(context: Context) -> Size:
 
 
 def ours(size: Size, tiny: bool) -> Figures:
-    """The baseline preset, with a batch for short runs."""
+    """Train the baseline preset, with batches for a short run."""
     train_file, val_file = python_sources(tiny)
     arguments = (
         f"--preset baseline --train-files {train_file} --val-files {val_file} --sample-tokens 0 "
@@ -69,7 +69,7 @@ def ours(size: Size, tiny: bool) -> Figures:
 
 
 def pytorch(size: Size, tiny: bool) -> Figures:
-    """GPT-2 small on the same tokens."""
+    """Train GPT-2 small on the same tokens."""
     need_torch()
     train_file, val_file = python_sources(tiny)
     arguments = (

@@ -1,4 +1,4 @@
-"""What the device is, which versions drive it, and its rates of a large product and a copy."""
+"""The device, software versions, and the rates of a large matmul and a large copy."""
 
 import subprocess
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ OF_INTEREST = ("jax", "nvidia-", "flax", "optax", "orbax", "numpy", "torch", "tr
 
 
 def jobs(context: Context) -> Iterator[Job]:
-    """The device with all versions, then its rates."""
+    """Yield the device with all versions, then its rates."""
     yield "device", describe
     n, size = (64, 1 << 16) if context.tiny else (8192, 1 << 31)
     yield f"product of two bfloat16 matrices of {n:,} x {n:,}", partial(measure_product, n)
@@ -30,7 +30,7 @@ def jobs(context: Context) -> Iterator[Job]:
 
 
 def describe() -> Figures:
-    """JAX's device, the driver, and the versions of all packages that matter."""
+    """Describe JAX's device, the driver, and the versions of all relevant packages."""
     device = jax.devices()[0]
     memory = device_memory(device)
     found = {dist.name.lower(): dist.version for dist in distributions() if dist.name}
@@ -45,7 +45,7 @@ def describe() -> Figures:
 
 
 def driver() -> str | None:
-    """What nvidia-smi says of the first GPU; None where it is not there."""
+    """Return nvidia-smi's line about the first GPU; None if it is not installed."""
     command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader", "--id=0"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip()
@@ -54,7 +54,7 @@ def driver() -> str | None:
 
 
 def measure_product(n: int) -> Figures:
-    """A square product, whose matrices are large enough to reach what the device can do."""
+    """Time a square matmul, large enough to reach the device's peak."""
     size = replace(FULL, rounds=10, calls=2, repeats=3)
     ms = part_ms(size, lambda _, a, b: jnp.dot(a, b), [random(n, n), random(n, n)])
     peak = PEAK_FLOPS.get(jax.devices()[0].device_kind)
@@ -62,7 +62,7 @@ def measure_product(n: int) -> Figures:
 
 
 def measure_copy(count: int) -> Figures:
-    """Read and write so many bfloat16 numbers."""
+    """Time reading and writing `count` bfloat16 numbers."""
 
     def work(_: Array, x: Array) -> Array:
         return 0.5 * x

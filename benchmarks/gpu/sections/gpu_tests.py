@@ -1,4 +1,4 @@
-"""The tests that need a GPU: kernels of attention and loss, held against their references."""
+"""The tests that need a GPU, which compare attention and loss kernels with their references."""
 
 import re
 import sys
@@ -19,13 +19,13 @@ ON_A_GPU = "on_a_gpu"  # in the names of these tests
 
 
 def jobs(context: Context) -> Iterator[Job]:
-    """A row for each kind of kernel."""
+    """Yield the tests of each kind of kernel."""
     for kind, files in FILES.items():
         yield f"tests of {kind} kernels", partial(measure, files, context.tiny)
 
 
 def measure(files: tuple[str, ...], tiny: bool) -> Figures:
-    """How many pass, fail and skip, and the names of those that fail."""
+    """Run the tests; return how many pass and are skipped, and the names of those that fail."""
     if not find_spec("pytest"):
         raise Unmeasured("The tests need pytest: pip install pytest")
     command = [sys.executable, "-m", "pytest", "-vv", "-p", "no:cacheprovider", "-k", ON_A_GPU]
@@ -36,7 +36,7 @@ def measure(files: tuple[str, ...], tiny: bool) -> Figures:
 
 
 def results(output: str) -> Figures:
-    """Read pytest's lines, one per test: of a process that was killed, those until then."""
+    """Read pytest's lines, one per test; if it was killed, those printed until then."""
     found = re.findall(r"^(\S+::\S.*?) (PASSED|FAILED|ERROR|SKIPPED)", output, re.M)
     count = {kind: sum(was == kind for _, was in found) for kind in ("PASSED", "FAILED", "SKIPPED")}
     if not found:

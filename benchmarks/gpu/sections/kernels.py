@@ -1,4 +1,4 @@
-"""Which attention kernels pass their probe, and how long each takes at the presets' shapes."""
+"""Which attention kernels pass their probe, and their times at the presets' shapes."""
 
 import time
 from collections.abc import Iterator
@@ -16,13 +16,13 @@ from benchmarks.gpu.sections.presets import STAGES, kernel_of, preset_of
 from benchmarks.gpu.variants import FULL, TINY, Size, stage_alone
 from train_gpt import Hyperparameters
 
-TOKENS = 65_536  # of a micro-batch
+TOKENS = 65_536  # per micro-batch
 
 
 def jobs(context: Context) -> Iterator[Job]:
-    """The choices of the presets; then every kernel, those of the project last.
+    """Yield the presets' choices, then every kernel, the project's own last.
 
-    One that reads a wrong address spoils the device for the rest of the process.
+    An illegal memory access makes the device unusable for the rest of the process.
     """
     for row in STAGES:
         choice = partial(choose, preset_of(row, context.tiny))
@@ -32,7 +32,7 @@ def jobs(context: Context) -> Iterator[Job]:
 
 
 def of_preset(row: str, tiny: bool) -> Iterator[Job]:
-    """Every kernel at every shape of a preset, forward and backward; forward alone at the first."""
+    """Yield every kernel at each of a preset's shapes, and at the first also only forward."""
     hp = preset_of(row, tiny)
     hp = replace(hp, batch_size=2 if tiny else TOKENS // hp.sequence_length)
     few = TINY if tiny else replace(FULL, rounds=10, calls=2, repeats=3)
@@ -49,14 +49,14 @@ def of_preset(row: str, tiny: bool) -> Iterator[Job]:
 
 
 def choose(hp: Hyperparameters) -> Figures:
-    """The kernel that the run would use."""
+    """Return the kernel that a run would use."""
     begun = time.perf_counter()
     kernel, why = kernel_of(hp)
     return {"kernel": kernel, "why": why, "seconds": time.perf_counter() - begun}
 
 
 def measure(size: Size, how: tuple, shape: tuple[int, bool], backward: bool) -> Figures:
-    """The time of one layer, forward or both."""
+    """Time one layer, forward only or with backward."""
     found = measure_attention(size, *how, *shape, backward)
     flops = 1e9 * found["tflops"] * found["ms"]
     return found | {"predicted": {"ms": assumed(flops, jax.devices()[0].device_kind)}}

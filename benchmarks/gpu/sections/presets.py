@@ -1,4 +1,4 @@
-"""The steps that the sections measure, as train_gpt.py plans them on this device."""
+"""The steps that the sections measure, as planned by train_gpt.py on this device."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from nanogpt.model.attention import choose_attention
 from nanogpt.training.plan import Hardware, Plan, make_plan, stages_of
 from train_gpt import PRESETS, Hyperparameters
 
-LONGEST = 2  # the stage of the speedrun, from 0, that takes longest
+LONGEST = 2  # the longest stage of the speedrun, counted from 0
 STAGES = {"baseline": 0, f"speedrun, stage {LONGEST + 1}": LONGEST}  # by row
 TINY_BASELINE = replace(
     PRESETS["baseline"],
@@ -32,20 +32,20 @@ TINY_BASELINE = replace(
 
 
 def preset_of(row: str, tiny: bool) -> Hyperparameters:
-    """The settings of a row of STAGES; batch_size is left to the plan."""
+    """Return the settings of a row of STAGES; batch_size is left to the plan."""
     if row.startswith("speedrun"):
         return replace(TINY.hp if tiny else FULL.hp, batch_size=None)
     return TINY_BASELINE if tiny else PRESETS["baseline"]
 
 
 def kernel_of(hp: Hyperparameters) -> tuple[AttentionKernel, str]:
-    """The attention kernel that train_gpt.py chooses here, and why."""
+    """Return the attention kernel that train_gpt.py chooses here, and why."""
     models = [model for stage in stages_of(hp, 1) for model in (stage.model, stage.used_model)]
     return choose_attention(models, hp.sequence_length, hp.dtype)
 
 
 def plan_of(row: str, context: Context) -> Plan:
-    """The plan on this device, with the kernel that was chosen before or is chosen now."""
+    """Return the plan on this device, with the kernel chosen earlier, if any, or now."""
     hp = preset_of(row, context.tiny)
     kernel = context.row("kernels", f"choice for {row.split(',')[0]}").get("kernel")
     device = jax.devices()[0]
@@ -54,7 +54,7 @@ def plan_of(row: str, context: Context) -> Plan:
 
 
 def step_of(row: str, plan: Plan, tiny: bool) -> tuple[Size, Variant]:
-    """What whole_step.py measures of this row, in the micro-batches of the plan."""
+    """Return the step of a row for whole_step.py, with the micro-batches of the plan."""
     hp = stage_alone(replace(plan.hp, batch_size=plan.batch_size), STAGES[row])
     kernels = plan.kernels
     variant = Variant(

@@ -1,4 +1,4 @@
-"""The step of the baseline preset in PyTorch, beside that of train_gpt.py."""
+"""GPT-2 small's step in PyTorch, compared with that of train_gpt.py's baseline preset."""
 
 import sys
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from benchmarks.gpu.sides import FULL, TINY, run_pytorch
 
 
 def jobs(context: Context) -> Iterator[Job]:
-    """GPT-2 small by torch.compile."""
+    """Yield GPT-2 small with torch.compile."""
     yield "GPT-2 small in PyTorch", partial(measure, context)
 
 
 def need_torch() -> None:
-    """Raise Unmeasured where this Python has no PyTorch."""
+    """Raise Unmeasured if this Python has no PyTorch."""
     if not find_spec("torch"):
         raise Unmeasured("This section needs PyTorch: pip install torch")
 
 
 def measure(context: Context) -> Figures:
-    """Its rate, and ours over it."""
+    """Measure its rate, and the ratio of ours to it."""
     need_torch()
     size = TINY if context.tiny else replace(FULL, warm_up=3, steps=8)
     found = run_pytorch(sys.executable, 2 if context.tiny else 64, size)

@@ -1,4 +1,4 @@
-"""One step of each preset, compiled and run as train_gpt.py would."""
+"""One step of each preset, compiled and run as in train_gpt.py."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -13,13 +13,13 @@ from nanogpt.training.plan import Plan
 
 
 def jobs(context: Context) -> Iterator[Job]:
-    """The rows of STAGES."""
+    """Yield the rows of STAGES."""
     for row in STAGES:
         yield row, partial(measure, row, context)
 
 
 def measure(row: str, context: Context) -> Figures:
-    """A step, with smaller micro-batches where memory runs out."""
+    """Measure a step, with smaller micro-batches if memory runs out."""
 
     def of(plan: Plan) -> Figures:
         size, variant = step_of(row, plan, context.tiny)

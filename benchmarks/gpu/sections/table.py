@@ -1,11 +1,11 @@
-"""All that was measured as one table in Markdown: per row, beside what was predicted of it."""
+"""All measurements as one table in Markdown, beside their predictions."""
 
 from typing import Any
 
 from benchmarks.gpu.rows import Figures
 from benchmarks.gpu.sections import SECTIONS
 
-FORMS = {  # how figures are written, in this order; the rest is in the JSON only
+FORMS = {  # formats of figures, in this order; all others are only in the JSON
     "device": "{}",
     "nvidia_smi": "{}",
     "usable_GB": "{:.1f} GB usable",
@@ -32,10 +32,10 @@ FORMS = {  # how figures are written, in this order; the rest is in the JSON onl
 
 
 def markdown(figures: dict[str, Any]) -> str:
-    """The table of the sections so far, below a line that says where and when."""
+    """Return the table of the sections so far, below a line on device, date and versions."""
     lines = [
-        "{device}, {date}, commit {commit}, JAX {jax}, Python {python}; predicted: before anything "
-        "ran on a GPU".format(**figures),
+        "{device}, {date}, commit {commit}, JAX {jax}, Python {python}; predictions were made "
+        "before any measurement on a GPU".format(**figures),
         "",
         "| what | measured | predicted |",
         "|---|---|---|",
@@ -51,7 +51,7 @@ def markdown(figures: dict[str, Any]) -> str:
 
 
 def cell(values: Figures) -> str:
-    """Figures in words; those that are not known are left out."""
+    """Return figures in words; unknown ones are left out."""
     known = {name: values.get(name) for name in FORMS}
     shown = {name: value for name, value in known.items() if value not in (None, [], "")}
     return ", ".join(FORMS[name].format(value) for name, value in shown.items())

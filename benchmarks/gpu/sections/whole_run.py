@@ -1,4 +1,4 @@
-"""train_gpt.py itself on made-up shards: how long until its first step, and how fast then."""
+"""train_gpt.py itself on random tokens: the time to its first step, and its rate after that."""
 
 import json
 import sys
@@ -26,11 +26,11 @@ TINY_RUN = (
     "--sequence-length 32 --total-batch-size 64 --model.num-layers 2 --model.width 32 "
     "--model.mlp-width 64 --model.bigram-buckets 128 --model.value-embeddings 1"
 )
-STALL = 1.5  # times the median of its stage: a step that waited for the host
+STALL = 1.5  # a step that takes this many times its stage's median waited for the host
 
 
 def jobs(context: Context) -> Iterator[Job]:
-    """A run that finds nothing compiled, and the same again up to its first step."""
+    """Yield a run with a cold compilation cache, then one with a warm cache, to its first step."""
     size, steps = (TINY, 4) if context.tiny else (FULL, STEPS)
     hp = size.hp
     with TemporaryDirectory() as name:
@@ -52,23 +52,23 @@ def jobs(context: Context) -> Iterator[Job]:
 
 
 def start(folder: Path, arguments: list[str]) -> Watched:
-    """train_gpt.py, which keeps what it compiles in this folder."""
+    """Start train_gpt.py, with its compilation cache in this folder."""
     command = [sys.executable, str(ROOT / "train_gpt.py"), *arguments]
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     return processes.Watched(command, folder, cache)
 
 
 def first_step(run: Watched, launched: float) -> Figures:
-    """Seconds until the line of the first step."""
+    """Measure the seconds until the first step's line."""
     if not run.read_until("step 1/"):
-        raise Unmeasured(f"train_gpt.py took no step: {' '.join(run.output.splitlines()[-3:])}")
+        raise Unmeasured(f"train_gpt.py made no step: {' '.join(run.output.splitlines()[-3:])}")
     seconds = time.perf_counter() - launched
     told = [line for line in run.output.splitlines() if line.startswith("compiled and warmed up")]
     return {"seconds": seconds, "compiled": "".join(told)}
 
 
 def all_steps(run: Watched, folder: Path, context: Context) -> Figures:
-    """The rate of each stage by the log, beside that of the step alone, and what stood still."""
+    """Return each stage's logged rate, relative to that of the step alone, and the stalls."""
     if status := run.end():
         raise Unmeasured(f"It ended with status {status}: {' '.join(run.output.splitlines()[-3:])}")
     schedule = checked(json.loads((folder / "config.json").read_text()), Hyperparameters).schedule

@@ -131,7 +131,7 @@ def test_a_section_whose_time_is_over_ends_with_all_that_it_started(forked, tmp_
     rows = {}
     context, work = Context(True, 3.0, {}), that_starts_another_and_hangs
     why = in_a_process("steps", context, rows.__setitem__, tmp_path, work)
-    assert why.startswith("Its time was over after 3 s.")
+    assert why.startswith("Its time ran out after 3 s.")
     wait_until(lambda: not is_running(rows["child"]["pid"]))
 
 
