@@ -1,1 +1,1 @@
-"""What the training step holds when it is compiled for devices that are not there."""
+"""Analysis of the training step, compiled for devices that are not present."""

@@ -1,4 +1,4 @@
-"""What devices send each other in a step, read from the step as compiled."""
+"""The communication between devices in a step, read from the compiled step."""
 
 import re
 from collections import Counter, defaultdict
@@ -10,26 +10,26 @@ import numpy as np
 
 from benchmarks.compiled.program import Instruction, Program, size_of
 
-HOST = 8  # GPUs that NVLink joins
+HOST = 8  # GPUs connected by NVLink
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 @dataclass(frozen=True)
 class Sent:
-    """Collectives of one kind among so many devices at a time, in one optimizer step."""
+    """Collectives of one kind and group size in one optimizer step."""
 
     kind: str
-    devices: int
+    devices: int  # in each group
     per_host: int  # of these devices
     count: int
-    bytes: int  # of their results, whole: for a reduce-scatter, of its operands
+    bytes: int  # of their whole results; for a reduce-scatter, of its operands
 
 
 def collectives(instructions: Iterable[Instruction]) -> dict[str, list[Instruction]]:
-    """What devices send each other, by kind.
+    """Return the collectives, by kind.
 
-    Of the two halves of an asynchronous one, that which has the shape of the result. What a TPU
-    does in parts, between other work, is one chain.
+    Of the two halves of an asynchronous collective, the one with the shape of the result. The parts
+    of a collective that a TPU interleaves with other work form a chain and count as one.
     """
     found, chains = defaultdict(list), set()
     for x in instructions:
@@ -41,23 +41,23 @@ def collectives(instructions: Iterable[Instruction]) -> dict[str, list[Instructi
 
 
 def wire_bytes(kind: str, devices: int, size: int) -> float:
-    """Bytes that each device sends for an array of `size` bytes, whole, by a ring.
+    """Return the bytes each device sends in a ring, for a whole array of `size` bytes.
 
-    The least there can be (Patarasuk and Yuan, 2009, doi:10.1016/j.jpdc.2008.09.002): an all-reduce
-    is a reduce-scatter and an all-gather, each of which takes every device's part past all others.
-    In an all-to-all each keeps one part of its own.
+    This is the minimum (Patarasuk and Yuan, 2009, doi:10.1016/j.jpdc.2008.09.002): an all-reduce
+    is a reduce-scatter and an all-gather, each of which passes every device's shard to all others.
+    In an all-to-all each device keeps one part of its own shard.
     """
     once = size * (devices - 1) / devices
     return {"all-reduce": 2 * once, "all-to-all": once / devices}.get(kind, once)
 
 
 def first_group(instruction: Instruction, num_devices: int) -> list[int]:
-    """The first devices that exchange something with each other: XLA has four ways to name them.
+    """Return the first of the groups of devices that communicate. XLA writes them in four ways:
 
-    {}                                             all
-    {{0,2},{1,3}}                                  in full
-    [2,2]<=[2,2]T(1,0)                             rows of counted devices, transposed
-    mesh['a'=2,'b'=2], device_ids=([4]) {'a'}      along axes of a mesh of such
+    {}                                             all devices
+    {{0,2},{1,3}}                                  listed in full
+    [2,2]<=[2,2]T(1,0)                             rows of numbered devices, transposed
+    mesh['a'=2,'b'=2], device_ids=([4]) {'a'}      along axes of a mesh of numbered devices
     """
     _, _, text = instruction.attributes.partition("replica_groups=")
     order = r"(\[[\d,]+\](?:T\([\d,]+\))?)"
@@ -72,12 +72,12 @@ def first_group(instruction: Instruction, num_devices: int) -> list[int]:
         ids = np.moveaxis(ids, along, range(-len(along), 0))
         return ids.reshape(-1, prod(ids.shape[-len(along) :]))[0].tolist()
     if text and not text.startswith("{}"):
-        raise ValueError(f"Devices named in a way unknown here: replica_groups={text[:100]}")
+        raise ValueError(f"Unknown notation for groups of devices: replica_groups={text[:100]}")
     return list(range(num_devices))
 
 
 def counted(order: str) -> np.ndarray:
-    """Numbers from 0 as HLO orders them: "[2,2]T(1,0)" is 0, 2, 1, 3."""
+    """Return numbers from 0 in an order in HLO's notation: "[2,2]T(1,0)" is 0, 2, 1, 3."""
     sizes, axes = (
         [int(n) for n in re.findall(r"\d+", part)] for part in (order + "T").split("T")[:2]
     )
@@ -85,9 +85,9 @@ def counted(order: str) -> np.ndarray:
 
 
 def reduced(program: Program, num_devices: int, model: int = 1) -> tuple[int, int]:
-    """Bytes that are reduced over more than `model` devices; how many of them begin early.
+    """Return the bytes reduced over more than `model` devices, and how many of them start early.
 
-    Early is before the last product of the backward pass: that one may run meanwhile.
+    Early means before the last matmul of the backward pass, which can overlap with them.
     """
     whole = early = 0
     for computation in program.computations.values():
@@ -102,14 +102,14 @@ def reduced(program: Program, num_devices: int, model: int = 1) -> tuple[int, in
 
 
 def is_backward_product(instruction: Instruction) -> bool:
-    """Whether it multiplies matrices, or is attention, in the backward pass."""
+    """Return whether it is a matmul or attention in the backward pass."""
     text = instruction.attributes
     return "transpose(jvp" in text and any(x in text for x in ("gemm", "__cublas", "fmha"))
 
 
 def sent(program: Program, num_devices: int, micro_batches: int) -> list[Sent]:
-    """All that is sent in a step; what stands in the loop over micro-batches, that many times."""
-    # An asynchronous collective tells its groups where it starts, and its result where it is done.
+    """Return all communication in a step; in the loop over micro-batches, each iteration counts."""
+    # Of an asynchronous collective, the start has the groups, and the done has the result.
     starts = {x.name: x for x in program}
     looped = {x.name for x in (program.loops() or [[]])[0]} if micro_batches > 1 else set()
     counts, sizes = Counter(), Counter()

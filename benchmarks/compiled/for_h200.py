@@ -1,4 +1,4 @@
-"""Compiling the training step for H200s on a machine without any."""
+"""Compiling the training step for H200s, on a machine without GPUs."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ from nanogpt.training.plan import optimizer_of
 from nanogpt.training.step import graph_of, make_init, make_train_step
 from train_gpt import PRESETS, Hyperparameters
 
-# What XLA asks of a device, from NVIDIA's data sheet and CUDA's deviceQuery.
+# What XLA needs to know about a device, from NVIDIA's data sheet and CUDA's deviceQuery.
 H200 = """
 platform_name: "CUDA"
 device_description_str: "NVIDIA H200"
@@ -52,7 +52,7 @@ gpu_device_info {
 
 
 def mesh_of(num_devices: int, model_devices: int = 1) -> Mesh:
-    """A mesh of H200s, eight in each host, of which `model_devices` share each row."""
+    """Return a mesh of H200s, eight per host, of which `model_devices` share each row."""
     per_host = min(num_devices, 8)
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=H200, topology=f"1x{num_devices // per_host}x{per_host}"
@@ -63,9 +63,9 @@ def mesh_of(num_devices: int, model_devices: int = 1) -> Mesh:
 
 @contextmanager
 def lowering_for(mesh: Mesh) -> Iterator[None]:
-    """Have JAX lower for this mesh, and for the cuDNN that its devices have.
+    """Make JAX lower for this mesh, and for its devices' version of cuDNN.
 
-    JAX asks the driver whether cuDNN can do it; there is no driver to ask.
+    JAX asks the driver whether cuDNN supports an operation; here there is no driver.
     """
     with ExitStack() as stack:
         cudnn = "jax._src.cudnn.fused_attention_stablehlo"
@@ -92,10 +92,10 @@ def compile_step(
     tied_head: bool = False,
     hp: Hyperparameters = PRESETS["speedrun"],
 ) -> Compiled:
-    """A training step in bfloat16, compiled for `num_devices` H200s, eight in each host.
+    """Compile a training step in bfloat16 for `num_devices` H200s, eight per host.
 
-    Of `hp` it takes the optimizer and shard_params only. `model_devices` of the devices share each
-    row.
+    Only the optimizer and shard_params are taken from `hp`. `model_devices` of the devices share
+    each row.
     """
     mesh = mesh_of(num_devices, model_devices)
     optimizer = optimizer_of(hp, mesh)
@@ -119,9 +119,9 @@ TOKENS = 65_536  # per device and micro-batch: 4 rows of 16,384
 def compile_stage(
     hp: Hyperparameters, stage: int, kernels: Kernels, num_devices: int = 1, tokens: int = TOKENS
 ) -> Compiled:
-    """The training step of a stage, counted from 0, in two micro-batches of so many tokens each.
+    """Compile the training step of a stage, counted from 0, with two micro-batches.
 
-    Each of the devices has as many.
+    `tokens` is the number of tokens per device and micro-batch.
     """
     T = hp.schedule.row_length(stage)
     return compile_step(

@@ -1,4 +1,4 @@
-"""Compiling the programs of a run for TPUs on a machine without any."""
+"""Compiling the programs of a run for TPUs, on a machine without TPUs."""
 
 from dataclasses import dataclass
 
@@ -20,18 +20,18 @@ NO_DATA = Dataset("no data", (), (), (), "")
 
 @dataclass(frozen=True)
 class Chip:
-    """A kind of TPU as XLA knows it, and what a prediction needs beside."""
+    """A kind of TPU as XLA describes it, and what else a prediction needs."""
 
     memory: float
-    """Bytes of HBM that XLA lets a program have, as it says of one that is too large."""
+    """Bytes of HBM that XLA allows a program, as it reports when one is too large."""
     slices: dict[int, str]
-    """The shape of a slice by its number of chips."""
+    """Topology of a slice, by its number of chips."""
     host: tuple[int, int, int]
-    """Chips of each host."""
+    """Chips per host, along each axis."""
     flops_per_cycle: int
-    """Of its matrix units, in bfloat16: with the peak of hardware.py they tell the clock."""
+    """FLOPs per cycle of its matrix units in bfloat16; hardware.py's peak over it is the clock."""
     link: float
-    """Bytes per second of one link in one direction: Google Cloud's documentation."""
+    """Bytes per second of one link in one direction, from Google Cloud's documentation."""
 
 
 CHIPS = {
@@ -42,7 +42,7 @@ CHIPS = {
 
 
 def devices_of(chip: str, count: int) -> list[jax.Device]:
-    """The devices of a slice that is not there."""
+    """Return the devices of a slice that is not present."""
     return topologies.get_topology_desc(
         platform="tpu",
         topology_name=f"{chip}:{CHIPS[chip].slices[count]}",
@@ -51,14 +51,14 @@ def devices_of(chip: str, count: int) -> list[jax.Device]:
 
 
 def plan_on(hp: Hyperparameters, chip: str, count: int) -> Plan:
-    """What a run would do on a slice."""
+    """Return the plan of a run on a slice."""
     kind = devices_of(chip, count)[0].device_kind
     hardware = Hardware(kind, count, 1, CHIPS[chip].memory)
     return make_plan(hp, hardware, NO_DATA, "splash", "splash attention")
 
 
 def lowered_on(plan: Plan, chip: str, stage: int) -> dict[str, Lowered]:
-    """The training step and the validation of a stage, ready to be compiled for the slice."""
+    """Lower the training step and the validation of a stage for the slice."""
     devices = np.array(devices_of(chip, plan.num_devices)).reshape(plan.readers, plan.sharers)
     mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     optimizer = optimizer_of(plan.hp, mesh)

@@ -1,16 +1,16 @@
-"""The training step as compiled for H200s, on a machine without any.
+"""The training step as compiled for H200s, on a machine without GPUs.
 
     .venv/bin/python -m benchmarks.compiled.h200
 
-XLA compiles for a described device as it does for a present one, but for two things: it does not
-try out variants of a product, and cuDNN does not plan its kernels. So this shows what a step
-computes, keeps, moves and sends, not how fast it is. The tests read the same program.
+XLA compiles for a device's description as it does for a real device, with two exceptions: it does
+not autotune matmuls, and cuDNN does not plan its kernels. So this shows what a step computes, keeps
+in memory, moves and communicates, not how fast it is. The tests read the same program.
 
-The steps are those of the stages of the `speedrun` preset and of the `baseline` preset, for one
-H200 and for eight, and of the third stage with other kernels: also with cuDNN's attention, which
-has no document mask. A quarter of an hour.
+The steps are those of the `speedrun` preset's stages and of the `baseline` preset, on one H200 and
+on eight, and of the third stage with other kernels, among them cuDNN's attention, which has no
+document mask. This takes a quarter of an hour.
 
-It needs JAX's CUDA plugin, and no driver: pip install -e ".[gpu-compiler]"
+It needs JAX's CUDA plugin, but no driver: pip install -e ".[gpu-compiler]"
 """
 
 import os
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Read the training step as compiled for H200s, on a machine without any."""
+    """Analyse the training step as compiled for H200s, on a machine without GPUs."""
 
     tiny: bool = False
-    """One step of a model of three layers: a test of this script."""
+    """Use one step of the baseline preset with one layer: to test this script."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -53,7 +53,7 @@ def use_gpu_compiler() -> None:
 
 
 def measure(options: Options) -> None:
-    """Print and save what each step keeps, moves and sends."""
+    """Print and save what each step keeps, moves and communicates."""
     use_gpu_compiler()
     from benchmarks.compiled.for_h200 import TOKENS
 
@@ -64,7 +64,7 @@ def measure(options: Options) -> None:
 
 
 def all_steps() -> dict[str, "Step"]:
-    """The stages of the speedrun, the baseline, and the third stage with other kernels."""
+    """Return the speedrun's stages, the baseline, and the third stage with other kernels."""
     from benchmarks.cpu.pieces import PIECES
     from nanogpt.config import Kernels
     from train_gpt import PRESETS
@@ -82,13 +82,13 @@ def all_steps() -> dict[str, "Step"]:
 
 
 def tiny_steps() -> dict[str, "Step"]:
-    """A single step, which compiles in seconds."""
+    """Return a single step that compiles in seconds."""
     hp, stage, kernels = all_steps()["baseline"]
     return {"tiny": (replace(hp, model=replace(hp.model, num_layers=1)), stage, kernels)}
 
 
 def read(name: str, step: "Step") -> dict[str, Any]:
-    """The figures of a step, which are also printed."""
+    """Compile a step; print and return its figures."""
     from benchmarks.compiled.collectives import collectives
     from benchmarks.compiled.for_h200 import TOKENS, compile_stage
     from benchmarks.compiled.program import Program
@@ -101,7 +101,7 @@ def read(name: str, step: "Step") -> dict[str, Any]:
     kept = alone.memory_analysis().temp_size_in_bytes / TOKENS / 1e3
     moved = moved_by_part(alone, step[0].model, TOKENS)
     print(f"\n{name}: {memory_of(alone) / 1e9:.1f} GB; eight GPUs: {sent}, {in_loops} in loops")
-    print(f"keeps {kept:.0f} kB per token, and moves, in kB per token:")
+    print(f"kept: {kept:.0f} kB per token; moved, in kB per token:")
     for part in sorted(moved):
         print(f"{moved[part]:10.0f}  {part}")
     print(f"{sum(moved.values()):10.0f}  in all")
@@ -116,7 +116,7 @@ def read(name: str, step: "Step") -> dict[str, Any]:
 
 
 def part_of(kernel: "Instruction", scope: dict[str, "Instruction"], config: "GPTConfig") -> str:
-    """Which part of the step a kernel belongs to."""
+    """Return the part of the step that a kernel belongs to."""
     V, D, buckets = config.padded_vocab_size, config.width, config.bigram_buckets
     shapes = " ".join([kernel.shape, *(scope[name].shape for name in kernel.operands)])
     logits = re.search(rf"\b\w+\[(\d+,)?\d{{4,}},{V}\]", shapes)
@@ -132,7 +132,7 @@ def part_of(kernel: "Instruction", scope: dict[str, "Instruction"], config: "GPT
 
 
 def moved_by_part(compiled: "Compiled", config: "GPTConfig", tokens: int) -> dict[str, float]:
-    """kB per token that each part of a micro-batch of so many tokens moves."""
+    """Return the kB per token that each part of a micro-batch moves; `tokens` is its size."""
     from benchmarks.compiled.program import Program
 
     program, moved = Program(compiled), defaultdict(float)

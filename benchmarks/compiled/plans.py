@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def print_tables(_: Options) -> None:
-    """The tables in Markdown; * means that layers are recomputed in the backward pass."""
+    """Print the tables in Markdown; * means that layers are recomputed in the backward pass."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from benchmarks.compiled.for_tpu import CHIPS
     from nanogpt.training.plan import Hardware
@@ -55,7 +55,7 @@ def print_tables(_: Options) -> None:
 
 
 def cell(preset: str, hardware: "Hardware", kernel: "AttentionKernel") -> str:
-    """Rows per pass and device, and all that they take."""
+    """Return the rows per pass and device, and their memory."""
     import train_gpt
     from benchmarks.compiled.for_tpu import NO_DATA
     from nanogpt.training.plan import make_plan

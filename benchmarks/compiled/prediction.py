@@ -1,4 +1,4 @@
-"""What a step takes on many devices, predicted from what its compiled program sends."""
+"""The time of a step on many devices, predicted from the communication in its compiled program."""
 
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -21,31 +21,31 @@ SIZES = {
     "1.5B": PRESETS["gpt2-xl"],
 }
 SIZES["tiny"] = replace(SIZES["124M"], model=replace(SIZES["124M"].model, num_layers=1))
-STEP_TOKENS = 524_288  # of a step, however many devices share it: strong scaling
-DEVICE_TOKENS = 65_536  # of a device, however many there are: weak scaling
+STEP_TOKENS = 524_288  # per step, for any number of devices: strong scaling
+DEVICE_TOKENS = 65_536  # per device, for any number of devices: weak scaling
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices and links: bytes per second that each device can send while it receives as many."""
+    """Devices and links, in bytes per second and device in each direction."""
 
     device: str  # as JAX names it
-    link: float  # to devices that it is joined to without a network
-    nic: float | None  # to all others; None where there are none
+    link: float  # to devices connected without a network
+    nic: float | None  # to all others; None if there are none
 
 
-# NVIDIA H200 data sheet: NVLink 4, 900 GB/s in both directions together. DGX H200 data sheet: a
-# ConnectX-7 for each GPU, of 400 Gb/s (NDR InfiniBand).
+# NVIDIA H200 data sheet: NVLink 4, 900 GB/s, the sum of both directions. DGX H200 data sheet: one
+# ConnectX-7 per GPU, of 400 Gb/s (NDR InfiniBand).
 H200 = Machine("NVIDIA H200", 450e9, 50e9)
-# Google Cloud's documentation of TPU v5p: ICI of 1,200 GB/s per chip, in both directions together,
-# and up to 8,960 chips in a pod. Here a ring uses all six links of a chip.
+# Google Cloud's documentation of TPU v5p: ICI of 1,200 GB/s per chip, the sum of both directions,
+# and up to 8,960 chips in a pod. A ring is assumed to use all six links of a chip.
 V5P = Machine("TPU v5p", 600e9, None)
 
-UTILIZATION = 0.45  # ASSUMED share of the peak that passes and Muon reach
+UTILIZATION = 0.45  # ASSUMED fraction of peak FLOP/s, in forward, backward and Muon
 
 
 def muon_flops(size: str, devices: int) -> float:
-    """FLOPs of Muon on the busiest device: its groups, each as costly as a full one."""
+    """Return Muon's FLOPs on the busiest device, counting each of its groups as a full one."""
     shapes = jax.eval_shape(lambda: init_params(SIZES[size].model, jax.random.key(0)))
     stacks: Counter = Counter()
     for path, leaf in jax.tree.leaves_with_path(shapes):
@@ -60,21 +60,21 @@ def muon_flops(size: str, devices: int) -> float:
 
 
 def seconds_of(each: Sent, machine: Machine) -> float:
-    """How long something takes to send, without latencies."""
+    """Return the time of a kind of communication, without latencies."""
     wire = wire_bytes(each.kind, each.devices, each.bytes)
     if machine.nic is None or each.per_host == each.devices:
         return wire / machine.link
-    # A ring through several hosts leaves each by the NICs of all its devices at once; of what each
-    # sends to all, nearly all goes to other hosts by its own.
+    # A ring through several hosts leaves each host by the NICs of all its devices at once; in an
+    # all-to-all, nearly all of a device's data goes to other hosts by its own NIC.
     return wire / (machine.nic * (1 if each.kind == "all-to-all" else each.per_host))
 
 
 def predicted(case: dict, tokens_per_device: float, machine: Machine = H200) -> dict[str, float]:
-    """Seconds of a step: computing, sending, and both with all hidden that can be, or nothing.
+    """Predict the seconds of a step: computation, communication, and both with full or no overlap.
 
-    Gradients may be on their way during the backward pass, two thirds of the computation, and
-    gathered parameters during the forward pass. What Muon exchanges comes after, and what devices
-    that share a row exchange stands between its layers: nothing hides that. Latencies are left out.
+    Reducing gradients can overlap with the backward pass, two thirds of the computation, and
+    gathering parameters with the forward pass. Muon's communication comes after both, and that of
+    devices sharing a row is between layers: neither can overlap. Latencies are left out.
     """
     hp = SIZES[case["size"]]
     peak = UTILIZATION * PEAK_FLOPS[machine.device]
@@ -84,7 +84,7 @@ def predicted(case: dict, tokens_per_device: float, machine: Machine = H200) -> 
     for each in (Sent(**values) for values in case["sent"]):
         seconds = seconds_of(each, machine)
         if case["model"] > 1 and each.devices == case["model"] and each.kind == "all-reduce":
-            # The one thing that there is more of with more tokens.
+            # The only communication that grows with the number of tokens.
             open_ += seconds * tokens_per_device * case["devices"] / STEP_TOKENS
         elif each.kind in ("all-reduce", "reduce-scatter"):
             gradients += seconds

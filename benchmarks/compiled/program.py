@@ -1,4 +1,4 @@
-"""The optimized program of a compiled function, read instruction by instruction."""
+"""The optimized HLO of a compiled function, parsed into instructions."""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ NO_WORK = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "wh
 class Instruction:
     """One instruction of an optimized program."""
 
-    computation: str  # where it stands
+    computation: str  # the one it is in
     name: str
     shape: str  # of the result, as XLA writes it: "bf16[64,768]{1,0}", or a tuple of such
     opcode: str
@@ -24,14 +24,14 @@ class Instruction:
 
     @property
     def operands(self) -> list[str]:
-        """Names of the instructions whose results this one takes."""
+        """Names of the instructions whose results it uses."""
         return re.findall(r"%([\w.\-]+)", self.arguments)
 
 
 class Program:
     """The optimized HLO of a compiled function, instruction by instruction."""
 
-    # What a kernel for TPUs says of itself is the only thing that has line breaks inside.
+    # The metadata of TPU kernels is the only text with line breaks inside an instruction.
     METADATA = re.compile(r"kernel_metadata=\{\s+(?:\".*\s+)*\}")
 
     def __init__(self, compiled: Compiled):
@@ -42,7 +42,7 @@ class Program:
             if head:
                 found = self._instructions(head[1], text)
                 self.computations[head[1]] = {each.name: each for each in found}
-        # Computations that other instructions call: their insides never reach the memory.
+        # Computations called by other instructions: their intermediate results stay out of memory.
         inside = r"(?:calls|to_apply|called_computations=\{)=?%?([\w.\-]+)"
         self.fused = {
             name
@@ -65,11 +65,11 @@ class Program:
             yield from computation.values()
 
     def kernels(self) -> list[Instruction]:
-        """What is launched: the instructions that stand in no fused computation and do work."""
+        """Return what is launched: instructions outside fused computations that do work."""
         return [x for x in self if x.computation not in self.fused and x.opcode not in NO_WORK]
 
     def loops(self) -> list[list[Instruction]]:
-        """What each loop launches per turn, the longest loop first."""
+        """Return what each loop launches per iteration, the longest loop first."""
         found = []
         for body in (name for x in self for name in re.findall(r"body=%?([\w.\-]+)", x.attributes)):
             inside, before = {body}, set()
@@ -83,7 +83,7 @@ class Program:
         return sorted(found, key=len, reverse=True)
 
     def bytes_moved(self, kernel: Instruction) -> int:
-        """Bytes that a kernel reads and writes, if nothing stays in a cache."""
+        """Return the bytes that a kernel reads and writes, if nothing stays in a cache."""
         scope = self.computations[kernel.computation]
         read = [size_of(scope[name].shape) for name in kernel.operands]
         fused = re.search(r"calls=%?([\w.\-]+)", kernel.attributes)
@@ -91,7 +91,7 @@ class Program:
             inside = self.computations[fused[1]]
             for parameter in inside.values():
                 if parameter.opcode == "parameter":
-                    # Of what is only sliced, or looked up in, that much is read.
+                    # Operands that are only sliced or gathered from are read only in part.
                     users = self._users(inside, parameter.name)
                     if all("slice" in x.opcode or x.opcode == "gather" for x in users):
                         some = sum(size_of(x.shape) for x in users)
@@ -99,14 +99,14 @@ class Program:
         return size_of(kernel.shape) + sum(read)
 
     def _users(self, scope: dict[str, Instruction], name: str) -> list[Instruction]:
-        """What takes a result, in whatever shape."""
+        """Return the instructions that use a result, also through bitcasts."""
         users = [x for x in scope.values() if name in x.operands]
         seen = [[x] if x.opcode != "bitcast" else self._users(scope, x.name) for x in users]
         return list(chain.from_iterable(seen))
 
 
 def size_of(shape: str) -> int:
-    """Bytes of an array, or of all arrays of a tuple, written as HLO does."""
+    """Return the bytes of an array, or of all arrays of a tuple, in HLO's notation."""
     total = 0
     for kind, bits, dimensions in re.findall(r"\b(pred|[a-z]+(\d+)\w*)\[([\d,]*)\]", shape):
         items = int(np.prod([int(n) for n in dimensions.split(",") if n]))

@@ -1,18 +1,18 @@
-"""Bytes per token of the speedrun's step, as compiled for an H200, and what each ingredient adds.
+"""Bytes per token of the speedrun's step, as compiled for an H200, and each ingredient's share.
 
     .venv/bin/python -m benchmarks.compiled.recipe_bytes
 
-Read from the program that XLA makes for a described H200 (see h200.py), not timed. Every step has
-two micro-batches of one row. There are two figures per token of a micro-batch:
+They are read from the program that XLA compiles for an H200's description (see h200.py), not timed.
+Every step has two micro-batches of one row. There are two figures per token of a micro-batch:
 
-    kept     what the program needs beside its input, at its peak
-    moved    what the kernels of a micro-batch read and write, if nothing stays in a cache
+    kept     memory the program needs besides its input, at its peak
+    moved    bytes that the kernels of a micro-batch read and write, if nothing stays in a cache
 
-Both have a share that does not grow with the tokens: the gradients of all parameters, in float32,
-which are kept and added to in every micro-batch. In one row it is large, in the several that fit
-an H200 small; `rows` tells of which a figure is. The steps are those of the stages, and of the
-first stage, which has three targets, with one ingredient taken out at a time, as
-benchmarks/cpu/pieces.py takes it out. It needs what h200.py needs. About ten minutes.
+Both have a part that does not grow with the tokens: the gradients of all parameters, in float32,
+which are kept, and added to in every micro-batch. Its share is large with one row, and small with
+the several rows that fit an H200; `rows` is the number of rows of a figure. The steps are those of
+the stages, and of the first stage, which has three targets, with one ingredient removed at a time,
+as in benchmarks/cpu/pieces.py. It needs what h200.py needs, and takes about ten minutes.
 """
 
 import sys
@@ -38,15 +38,15 @@ INGREDIENTS = (  # of benchmarks/cpu/pieces.py
     "gated skip",
     "gated skip (but a U-net)",
 )
-ROWS = 4  # that serve to tell what does not grow with the tokens
+ROWS = 4  # for comparison with one row, which shows what does not grow with the tokens
 
 
 @dataclass(frozen=True)
 class Options:
-    """Read the bytes per token of the speedrun's step from what is compiled for an H200."""
+    """Read the bytes per token of the speedrun's step, as compiled for an H200."""
 
     tiny: bool = False
-    """One step of a small model: a test of this script."""
+    """Use one step of a small model: to test this script."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def measure(options: Options) -> None:
 
 
 def all_cases() -> dict[str, "Case"]:
-    """The stages, and the first one without one ingredient each."""
+    """Return the stages, and the first one with one ingredient removed at a time."""
     from benchmarks.cpu.pieces import PIECES
     from nanogpt.config import Kernels
     from train_gpt import PRESETS
@@ -87,7 +87,7 @@ def all_cases() -> dict[str, "Case"]:
 
 
 def tiny_cases() -> dict[str, "Case"]:
-    """A single step, which compiles in seconds."""
+    """Return a single step that compiles in seconds."""
     from nanogpt.config import Kernels
     from train_gpt import PRESETS
 
@@ -96,7 +96,7 @@ def tiny_cases() -> dict[str, "Case"]:
 
 
 def read(name: str, case: "Case") -> dict[str, Any]:
-    """The figures of a step, which are also printed."""
+    """Compile a step; print and return its figures."""
     from benchmarks.compiled.for_h200 import compile_stage
     from nanogpt.devices.compilation import memory_of
 

@@ -1,13 +1,13 @@
-"""What the network carries when many H200s train together, and what that lets one expect.
+"""Communication when many H200s train together, and the scaling predicted from it.
 
     .venv/bin/python -m benchmarks.compiled.scaling [--devices 8 64 512] [--sizes 124M 1.5B]
 
-The real step is compiled for this many H200s, eight in each host, on a machine without any
+The real step is compiled for that many H200s, eight per host, on a machine without GPUs
 (for_h200.py). Collectives, their bytes, and the memory of each device are read from the compiled
-program. Times are PREDICTED from them: from published speeds of links, and an assumed utilization
-of the GPU. Nothing here was run.
+program. Times are PREDICTED from these, with published link speeds and an assumed utilization of
+the GPU. Nothing is run.
 
-It prints the tables of docs/scaling.md, and draws docs/scaling.png. About a quarter of an hour.
+It prints the tables of docs/scaling.md and plots docs/scaling.png, in about a quarter of an hour.
 """
 
 import sys
@@ -34,7 +34,7 @@ class Options:
     sizes: tuple[Size, ...] = ("124M", "350M", "774M", "1.5B")
     """Sizes of the model."""
     tiny: bool = False
-    """A model of one layer, and no picture in docs: a test of this script."""
+    """Use a model of one layer, and leave docs unchanged: to test this script."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(options: Options) -> None:
-    """Compile each case, then print, save and draw."""
+    """Compile each case, then print, save and plot."""
     check_positive(options, "devices")
     use_gpu_compiler()
     from benchmarks.compiled.prediction import H200, V5P
@@ -56,7 +56,7 @@ def measure(options: Options) -> None:
         # After each, so that nothing is lost; the file itself makes later commits dirty.
         save("scaling", began | {"cases": cases}, options.tiny)
     if not cases:
-        raise Mistake("None of this can be divided like that: choose other --devices.")
+        raise Mistake("No size can be sharded over these devices: choose other --devices.")
     print(table_of_sent(cases))
     for machine in (H200, V5P):
         print(f"\n{table_of_times(cases, machine)}")
@@ -64,7 +64,7 @@ def measure(options: Options) -> None:
 
 
 def compiled_cases(sizes: Iterable[str], counts: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """Each size on each number of devices, in every way to divide the work that it allows."""
+    """Compile each size for each number of devices, with every sharding that it allows."""
     from benchmarks.compiled.scaling_tables import name_of
 
     ways = [(1, False), (1, True)]
@@ -74,7 +74,7 @@ def compiled_cases(sizes: Iterable[str], counts: Iterable[int]) -> Iterator[dict
             for devices in counts:
                 try:
                     case = compile_case(size, devices, model, shard_params)
-                except ConfigError as error:  # so many devices cannot divide the parameters
+                except ConfigError as error:  # parameters that cannot be sharded so
                     print(f"{size}, {devices} GPUs: {error}")
                     continue
                 print(f"{size}, {name_of(case)}, {devices} GPUs: {case['sent']}", flush=True)
@@ -82,7 +82,7 @@ def compiled_cases(sizes: Iterable[str], counts: Iterable[int]) -> Iterator[dict
 
 
 def compile_case(size: str, devices: int, model: int, shard_params: bool) -> dict[str, Any]:
-    """What the step of a size sends and keeps on so many H200s, as compiled: for JSON."""
+    """Compile a size's step; return its communication and memory, for JSON."""
     from benchmarks.compiled.collectives import reduced, sent
     from benchmarks.compiled.for_h200 import compile_step
     from benchmarks.compiled.prediction import SIZES, STEP_TOKENS

@@ -10,14 +10,14 @@ from benchmarks.compiled.prediction import DEVICE_TOKENS, SIZES, STEP_TOKENS, Ma
 
 
 def name_of(case: dict) -> str:
-    """How a case divides its work."""
+    """Return how a case shards its work."""
     shared = f"data={case['devices'] // case['model']},model={case['model']}"
     divided = "shard_params" if case["shard_params"] else "data"
     return shared if case["model"] > 1 else divided
 
 
 def table_of_sent(cases: Iterable[dict]) -> str:
-    """What was read from the programs, in Markdown."""
+    """Return a table of the figures read from the programs, in Markdown."""
     lines = [
         "| size | divided by | devices | GB sent | collectives | reduced early | "
         "GB of state | GB of memory |",
@@ -39,7 +39,7 @@ def table_of_sent(cases: Iterable[dict]) -> str:
 
 
 def table_of_times(cases: Iterable[dict], machine: Machine) -> str:
-    """What is predicted from that, in Markdown; efficiency is over the fewest devices of a kind."""
+    """Return a table of predictions, in Markdown; efficiency is relative to the fewest devices."""
     lines = [
         f"| size | divided by | {machine.device}s | "
         "ms, strong | efficiency | ms, weak | efficiency |",
@@ -62,7 +62,7 @@ def table_of_times(cases: Iterable[dict], machine: Machine) -> str:
 
 
 def span(low: float, high: float) -> str:
-    """A range of predictions, in two significant digits: they are no better than that."""
+    """Return a range of predictions, with two significant digits: they are not more accurate."""
 
     def rounded(value: float) -> str:
         digits = 1 - floor(log10(value))
@@ -73,7 +73,7 @@ def span(low: float, high: float) -> str:
 
 
 def draw(cases: Iterable[dict], path: Path) -> None:
-    """Predicted throughput of strong and weak scaling, as the span from none to all hidden."""
+    """Plot the predicted throughput in strong and weak scaling, from no overlap to full overlap."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")

@@ -1,18 +1,18 @@
-"""How long splash attention is on a TPU, by the size of its blocks, without a TPU.
+"""Cycles of splash attention on a TPU by block size, counted without a TPU.
 
     .venv/bin/python -m benchmarks.compiled.splash_bundles
 
-The compiler for TPUs writes down the final schedule of each kernel in bundles: what a core begins
-in one cycle. A kernel is a loop over a grid: some of its bundles are executed in every step, some
-only where a block has a query and a key that see each other, and some once per block of queries,
-or of keys. Counted for the presets' rows and windows, they are the fewest cycles that a kernel can
-take; waiting for memory is not among them.
+The TPU compiler can dump the final schedule of each kernel in bundles: the instructions that a core
+issues in one cycle. A kernel is a loop over a grid: some of its bundles are executed in every step,
+some only for blocks with a query that sees a key, and some once per block of queries, or of keys.
+Counted for the presets' rows and windows, they are a lower bound on a kernel's cycles, which leaves
+out waiting for memory.
 
 The table has thousands of bundles per head and row, forward and backward. Blocks of 128 are JAX's
-own choice. "Fused" is one kernel for all gradients in place of two; it writes the queries' gradient
-once per block of keys, and what that takes is not counted.
+default. "Fused" is one kernel for all gradients instead of two; it writes the queries' gradient
+once per block of keys, the cost of which is not counted.
 
-It needs libtpu, and no TPU: pip install -e ".[tpu-compiler]". Five minutes.
+It needs libtpu, but no TPU: pip install -e ".[tpu-compiler]". It takes five minutes.
 """
 
 import os
@@ -26,7 +26,7 @@ from benchmarks.command import run
 from benchmarks.compiled.tpu import use_tpu_compiler
 from benchmarks.results import save
 
-SHAPES = (  # places in a row, which paired heads double; window
+SHAPES = (  # positions in a row, which paired heads double; window
     *((16_384, window) for window in (128, 384, 640, 768, 896, 1408, 1664, 2560)),
     *((32_768, window) for window in (128, 384, 640, 768)),
     *((1024, None), (2048, None)),
@@ -35,19 +35,19 @@ SHAPES = (  # places in a row, which paired heads double; window
 
 @dataclass(frozen=True)
 class Options:
-    """Count what splash attention executes on TPUs, by the size of its blocks."""
+    """Count the bundles that splash attention executes on TPUs, by block size."""
 
     tiny: bool = False
-    """One chip and one size of blocks: a test of this script."""
+    """Use one chip and one block size: to test this script."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """A way to compile splash attention: its schedules are the same for all rows and windows."""
+    """A way to compile splash attention, with the same schedules for all rows and windows."""
 
     chip: str
     windows: bool
-    """Whether there are windows and documents."""
+    """Whether it has windows and documents."""
     block: int
     fused: bool
 
@@ -57,11 +57,11 @@ class Schedule:
     """The bundles of a kernel."""
 
     every: int
-    """Of each step of the grid."""
+    """Per step of the grid."""
     products: int
-    """Of each pair of blocks that see each other."""
+    """Per pair of blocks that see each other."""
     once: int
-    """Of each block in the outer loop: to begin with it, and to write what was found."""
+    """Per block in the outer loop, to initialize it and to write its result."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(options: Options) -> None:
-    """Print the table, and save it with the schedules."""
+    """Print the tables, and save the schedules."""
     use_tpu_compiler()
     chips, sizes = (("v5e",), (128,)) if options.tiny else (("v5e", "v6e", "v5p"), (128, 256, 512))
     forms = [
@@ -93,7 +93,7 @@ def measure(options: Options) -> None:
 
 
 def schedules(form: Form, folder: Path) -> dict[str, Schedule]:
-    """The schedules of fwd, dkv and, unless fused, dq, which the compiler puts in a folder."""
+    """Return the schedules of fwd, dkv and, unless fused, dq, from the compiler's dump folder."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -135,10 +135,10 @@ def schedules(form: Form, folder: Path) -> dict[str, Schedule]:
 
 
 def schedule(text: str) -> Schedule:
-    """A kernel's bundles, from the compiler's listing: an address and a bundle a line.
+    """Read a kernel's bundles from the compiler's listing, with an address and a bundle per line.
 
-    The loop over the grid is from the body's mark to the last branch that goes back. Branches in it
-    skip regions: the innermost are what is not executed at every step.
+    The loop over the grid extends from the mark of its body to the last backward branch. Branches
+    in it skip regions; the innermost regions are those not executed in every step.
     """
     lines = {
         int(line[1], 16): line[0]
@@ -169,19 +169,19 @@ def schedule(text: str) -> Schedule:
 
 
 def executed(kernels: dict[str, Schedule], block: int, T: int, window: int | None) -> int:
-    """Bundles of a head of a row, forward and backward."""
+    """Return the bundles executed for a head of a row, forward and backward."""
     count, reach = T // block, T if window is None else window - 1
     seen = [i - max(0, i * block - reach) // block + 1 for i in range(count)]
     total = 0
     for name, kernel in kernels.items():
-        # A fused kernel steps through all pairs of blocks, any other through those that are seen.
+        # A fused kernel steps through all pairs of blocks, the others only through visible ones.
         width = count if name == "dkv" and "dq" not in kernels else max(seen)
         total += count * (width * kernel.every + kernel.once) + sum(seen) * kernel.products
     return total
 
 
 def table(found: dict[Form, dict[str, Schedule]], chip: str) -> str:
-    """What was counted for a chip, in Markdown."""
+    """Return the counts for a chip, in Markdown."""
     forms = [form for form in found if form.chip == chip]
     columns = sorted({(form.block, form.fused) for form in forms})
     names = [f"{block}{', fused' if fused else ''}" for block, fused in columns]

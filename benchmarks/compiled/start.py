@@ -1,10 +1,10 @@
-"""What a run on one H200 compiles before its first step: each program, and its CPU seconds.
+"""The programs that a run on one H200 compiles before its first step, with their CPU seconds.
 
     .venv/bin/python -m benchmarks.compiled.start
 
-Compiled on this machine's processors for a described H200: without autotuning, which adds to it
-on a real one, and one program after the other, where a run compiles steps and validations at the
-same time.
+They are compiled on this machine's CPU for an H200's description: without autotuning, which takes
+additional time on a real one, and one after the other, whereas a run compiles steps and validations
+at the same time.
 """
 
 import sys
@@ -28,10 +28,10 @@ KERNELS: "dict[str, AttentionKernel]" = {"speedrun": "pallas", "baseline": "cudn
 
 @dataclass(frozen=True)
 class Options:
-    """Compile for an H200 what a run compiles before its first step."""
+    """Compile for an H200 all that a run compiles before its first step."""
 
     tiny: bool = False
-    """The baseline preset with one layer: a test of this script."""
+    """Use the baseline preset with one layer: to test this script."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def measure(options: Options) -> None:
-    """Print and save the seconds of every program."""
+    """Compile every program; print and save the seconds."""
     use_gpu_compiler()
     from train_gpt import PRESETS
 
@@ -63,7 +63,7 @@ def measure(options: Options) -> None:
 
 
 def programs_of(hp: "Hyperparameters", kernel: "AttentionKernel") -> dict[str, "Lowered"]:
-    """The probe of the attention kernel, the first state, and each stage's two programs."""
+    """Lower the attention kernel's probe, the initial state, and the two programs of each stage."""
     import jax
     import jax.numpy as jnp
 

@@ -1,17 +1,17 @@
-"""A run's programs as compiled for TPUs, on a machine without any.
+"""A run's programs as compiled for TPUs, on a machine without TPUs.
 
     .venv/bin/python -m benchmarks.compiled.tpu --slices v5e-1 v5e-8 v6e-8 v5p-8
 
-For each slice, such as v5e-64, and each preset: the training step and the validation of its last
-stage, or of the stages named, with micro-batches as a run there chooses them. A program takes some
-minutes, and is a line of JSON: the memory that XLA plans for it, what the chips send each other,
-its attention kernels, and the cycles that XLA estimates.
+For each slice, e.g. v5e-64, and each preset, it compiles the training step and the validation of
+the last stage, or of the given stages, with the micro-batches that a run would choose there. Each
+program takes a few minutes, and gives a line of JSON: the memory that XLA plans for it, the
+communication between chips, its attention kernels, and XLA's estimate of its cycles.
 
-A training step has a PREDICTION of tokens per second, of which nothing was measured: XLA's cycles,
-and for attention, of which it estimates none, the bundles of splash_bundles.py, by the clock of the
-chip; then what is sent, by the published speed of two of its links, with nothing hidden.
+A training step also has a PREDICTION of tokens per second, with nothing measured: XLA's cycles and,
+for attention, which XLA does not estimate, the bundles of splash_bundles.py, at the chip's clock;
+plus the communication at the published speed of two of the chip's links, without overlap.
 
-It needs libtpu, and no TPU: pip install -e ".[tpu-compiler]"
+It needs libtpu, but no TPU: pip install -e ".[tpu-compiler]"
 """
 
 import json
@@ -32,18 +32,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """Read a run's programs as compiled for TPUs, on a machine without any."""
+    """Analyse a run's programs as compiled for TPUs, on a machine without TPUs."""
 
     slices: tuple[str, ...] = ("v5e-1", "v5e-8", "v6e-8", "v5p-8")
-    """Chips (v5e, v6e or v5p) and how many of them (1, 8 or 64)."""
+    """Kind of chip (v5e, v6e or v5p) and number of chips (1, 8 or 64)."""
     presets: tuple[str, ...] = ("speedrun", "baseline")
-    """What to train."""
+    """Presets to compile."""
     stages: tuple[int, ...] = ()
     """Stages, counted from 1; by default the last one of each preset."""
     shard_params: bool = False
-    """As in train_gpt.py."""
+    """Shard parameters, as with train_gpt.py's option."""
     tiny: bool = False
-    """A model of one layer on one v5e: a test of this script."""
+    """Use a model of one layer on one v5e: to test this script."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,14 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
 def use_tpu_compiler() -> None:
     """Let XLA compile for TPUs while JAX itself runs on the CPU; Mistake if it cannot."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no cloud to ask
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may compile at a time
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # several may compile at once
     require("libtpu", "tpu-compiler", "libtpu")
 
 
 def measure(options: Options) -> None:
-    """Print and save what each program holds."""
+    """Compile the programs; print and save their figures."""
     use_tpu_compiler()
     from benchmarks.compiled.for_tpu import CHIPS, plan_on
     from nanogpt.runs.environment import environment
@@ -79,11 +79,13 @@ def measure(options: Options) -> None:
         for name in options.slices:
             chip, _, count = name.partition("-")
             if chip not in CHIPS or count not in map(str, CHIPS[chip].slices):
-                raise Mistake(f"--slices has {name}: there are v5e, v6e and v5p, of 1, 8 or 64.")
+                raise Mistake(f"--slices cannot be {name}: choose v5e, v6e or v5p with 1, 8 or 64.")
             plan = plan_on(hp, chip, int(count))
             for stage in options.stages or (len(plan.stages),):
                 if not 1 <= stage <= len(plan.stages):
-                    raise Mistake(f"--stages has {stage}: {preset} has {len(plan.stages)}.")
+                    raise Mistake(
+                        f"--stages must be 1 to {len(plan.stages)} for {preset}, not {stage}."
+                    )
                 for line in lines_of(plan, chip, stage - 1):
                     programs.append(line)
                     print(json.dumps(line), flush=True)
@@ -92,7 +94,7 @@ def measure(options: Options) -> None:
 
 
 def lines_of(plan: "Plan", chip: str, stage: int) -> list[dict[str, Any]]:
-    """The figures of the two programs of a stage."""
+    """Compile the two programs of a stage; return their figures."""
     from benchmarks.compiled.collectives import sent
     from benchmarks.compiled.for_tpu import lowered_on
     from benchmarks.compiled.program import Program
@@ -102,7 +104,7 @@ def lines_of(plan: "Plan", chip: str, stage: int) -> list[dict[str, Any]]:
         compiled = lowered.compile()
         program, memory = Program(compiled), compiled.memory_analysis()
         training = name == "training step"
-        # Each device has its own copy of what is sent; validation has no loop.
+        # The program is each device's own; validation has no loop.
         exchanged = sent(program, plan.num_devices, Ng if training else 1)
         cycles = estimated_cycles(program, Ng if training else 1)
         line = {
@@ -131,7 +133,7 @@ def lines_of(plan: "Plan", chip: str, stage: int) -> list[dict[str, Any]]:
 
 
 def estimated_cycles(program: "Program", micro_batches: int) -> int:
-    """XLA's estimate of a step, without kernels and collectives, of which it makes none."""
+    """Return XLA's estimate for a step, without custom kernels and collectives, which have none."""
 
     def cycles(instructions):
         found = (re.search(r'"estimated_cycles":"(\d+)"', x.attributes) for x in instructions)
@@ -144,7 +146,7 @@ def estimated_cycles(program: "Program", micro_batches: int) -> int:
 
 
 def attention_kernels(program: "Program") -> dict[str, int]:
-    """How many there are of each kind and grid: masks, blocks outside, and inside at most."""
+    """Count the kernels of each kind and grid: masks, outer blocks, and most inner blocks."""
     found: dict[str, int] = {}
     for kernel in program.kernels():
         named = re.match(r"splash_mha_(\w+?)_", kernel.name)
@@ -158,7 +160,7 @@ def attention_kernels(program: "Program") -> dict[str, int]:
 def predicted(
     plan: "Plan", chip: str, stage: int, cycles: int, exchanged: list
 ) -> dict[str, Any] | None:
-    """Seconds of a step and tokens per second; None where the kernels were not counted."""
+    """Predict a step's seconds and tokens per second; None if splash_bundles.py was not run."""
     from benchmarks.compiled.collectives import wire_bytes
     from benchmarks.compiled.for_tpu import CHIPS
     from nanogpt.devices.hardware import PEAK_FLOPS
@@ -183,7 +185,7 @@ def predicted(
 
 
 def attention_bundles(plan: "Plan", chip: str, stage: int, saved: list[dict]) -> int:
-    """What splash attention executes on a device in a step, at the least."""
+    """Return the fewest bundles that splash attention executes per device and step."""
     from benchmarks.compiled.splash_bundles import Schedule, executed
     from nanogpt.model.kernels.splash_attention import blocks
 
