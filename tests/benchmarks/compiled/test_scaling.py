@@ -53,7 +53,7 @@ def test_devices_that_exchange_something_are_read_however_xla_names_them():
     assert read("{{0,1},{2,3},{4,5},{6,7}}") == read("[4,2]<=[8]") == row
     assert read("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_1'}") == column
     assert read("{}") == list(range(8))
-    with pytest.raises(ValueError, match="way unknown here"):
+    with pytest.raises(ValueError, match="Unknown notation"):
         read("<something new>")
 
 
