@@ -1,4 +1,4 @@
-"""What every test finds: eight virtual CPU devices, so that one machine can play many."""
+"""Settings and fixtures of all tests: eight virtual CPU devices, to simulate several."""
 
 import gc
 import os
@@ -20,13 +20,13 @@ os.environ["XLA_FLAGS"] = (
 
 
 def pytest_configure(config):
-    """Where annotations are checked (see tests/typechecker.py), the checker must be there first."""
+    """Import the checker first if annotations are checked (see tests/typechecker.py)."""
     if config.getoption("jaxtyping_packages"):
         import tests.typechecker  # noqa: F401
 
 
 def pytest_collection_modifyitems(items):
-    """The files that take longest come first, so that two processes end at the same time."""
+    """Run the slowest files first, so that two processes finish at the same time."""
     folders = ("training", "devices", "benchmarks", "test_", "inference", "model")
     tests = Path(__file__).parent
 
@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Look for garbage seldom: what was imported stays, and tracing leaves little of it behind."""
+    """Collect garbage rarely: imported modules stay, and tracing leaves little garbage."""
     gc.freeze()
     gc.set_threshold(100_000, 50, 100)
 
@@ -76,7 +76,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory):
-    """The folder of files that can be made again, with the embedded corpus."""
+    """The cache folder, with the embedded corpus."""
     from tests.small_runs import shared_cache
 
     return shared_cache(tmp_path_factory)
@@ -100,7 +100,7 @@ def staged(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def straight(tmp_path_factory):
-    """The folder of the run that nothing happens to, which others are compared with."""
+    """The folder of the uninterrupted run, with which others are compared."""
     from tests.small_runs import straight_run
 
     return straight_run(tmp_path_factory)
@@ -108,7 +108,7 @@ def straight(tmp_path_factory):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with data, where runs are made; this process is in it, too."""
+    """A folder with data to run in, also this process's working directory."""
     from tests.small_runs import write_data
 
     write_data(tmp_path)
@@ -118,7 +118,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def compiled_fully():
-    """Programs with every optimization, for tests that read what a compiler made."""
+    """Compile with every optimization, for tests that read compiled programs."""
     import jax
 
     quickly = "jax_disable_most_optimizations"

@@ -1,4 +1,4 @@
-"""Everything that the main job imports, for the process that tests/programs.py forks runs from."""
+"""All imports of the main job, for the process from which tests/programs.py forks runs."""
 
 import gc
 import importlib
@@ -18,6 +18,6 @@ for name in ("train_gpt", "matplotlib.figure", "matplotlib.backends.backend_agg"
         importlib.import_module(name)
 
 jax.config.update("jax_num_cpu_devices", 1)  # as on a laptop
-# Garbage is looked for seldom, as in pytest's own processes (see conftest.py).
+# Garbage is collected rarely, as in pytest's own processes (see conftest.py).
 gc.freeze()
 gc.set_threshold(100_000, 50, 100)

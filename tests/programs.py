@@ -1,4 +1,4 @@
-"""The main job, and other programs, in processes that tests start, hold, signal and kill.
+"""The main job, and other programs, in processes that tests start, pause, signal and kill.
 
 They are forked from a process that has imported everything (tests/imports.py) and used no device:
 importing takes longer than the rest of so small a run. `python3 train_gpt.py` itself is what
@@ -24,9 +24,9 @@ import train_gpt
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "train_gpt.py"
-PATIENCE = 120  # seconds after which a process that does not do what it should has failed
+PATIENCE = 120  # seconds to wait for a process before the test fails
 NO_LIMIT = resource.RLIM_INFINITY
-# Python that Ctrl-C ends, which is ignored by what tests start when they run in the background.
+# Python that Ctrl-C stops; processes started by tests in the background would ignore it.
 PYTHON = ("env", "--default-signal=INT", sys.executable)
 
 FORKED = multiprocessing.get_context("forkserver")
@@ -34,7 +34,7 @@ FORKED.set_forkserver_preload(["tests.imports"])
 
 
 def settings(cache, devices):
-    """The environment of a run with so many devices, with nothing of pytest's own settings.
+    """Return the environment of a run with this many devices, without pytest's own settings.
 
     Runs compile each program once for all that have the same cache.
     """
@@ -49,7 +49,7 @@ def settings(cache, devices):
 
 
 def as_a_user_starts_it(arguments, cwd, cache, devices=1, python_options=()):
-    """`python3 train_gpt.py` from its first line on, to its end."""
+    """Run `python3 train_gpt.py` in a new Python, to its end."""
     return subprocess.run(
         [sys.executable, *python_options, SCRIPT, *arguments],
         cwd=cwd,
@@ -61,17 +61,17 @@ def as_a_user_starts_it(arguments, cwd, cache, devices=1, python_options=()):
 
 
 def run_to_end(arguments, cwd, cache, devices=1, main=train_gpt.main):
-    """The same in a process that is forked."""
+    """Run it in a forked process."""
     with Process(arguments, cwd, cache, devices, main=main) as process:
         status = process.end()
     return subprocess.CompletedProcess(arguments, status, process.output, process.stderr)
 
 
 class Process:
-    """A program in a process of its own, which can get one line ahead of who reads it.
+    """A program in its own process, which can get only one line ahead of its reader.
 
-    Its console is a pipe that holds a single write. When step k's line was read, that of step
-    k + 1 is in the pipe, and the run is held before that of k + 2 until more is read.
+    Its console is a pipe that holds a single write. When step k's line has been read, that of step
+    k + 1 is in the pipe, and the run blocks before that of k + 2 until more is read.
     """
 
     def __init__(
@@ -85,16 +85,16 @@ class Process:
         limit=NO_LIMIT,
         main=train_gpt.main,
     ):
-        """Start main(arguments) in a folder, with nothing of this process's settings.
+        """Start main(arguments) in a folder, without this process's settings.
 
-        It ignores the signals `ignored`, and no file of it may grow beyond `limit` bytes.
+        It ignores the signals `ignored`, and its files cannot grow beyond `limit` bytes.
         """
         self._read, write = os.pipe2(os.O_DIRECT)
         fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
-        self._errors, errors = os.pipe()  # no file, to which the limit would apply, too
+        self._errors, errors = os.pipe()  # not a file, to which the limit would also apply
         self.stderr = ""
-        self.lines, self._rest = [], ""  # what was read of the console
-        with chdir(ROOT):  # where what is to be imported is found
+        self.lines, self._rest = [], ""  # what was read from the console
+        with chdir(ROOT):  # for imports
             multiprocessing.forkserver.ensure_running()
         with Connection(write, readable=False) as out, Connection(errors, readable=False) as err:
             env = settings(cache, devices) | dict(environment)
@@ -113,7 +113,7 @@ class Process:
         os.close(self._errors)
 
     def read_until(self, text):
-        """Read on to the next line with `text` in it, and return that line."""
+        """Read until the next line that contains `text`, and return that line."""
         read = len(self.lines)
         while True:
             for line in self.lines[read:]:
@@ -123,13 +123,13 @@ class Process:
             assert self._read_more(), (text, self.lines, self.end(), self.stderr)
 
     def read(self, count):
-        """Read on until so many characters are here."""
+        """Read until there are this many characters."""
         while len(self.output) < count:
             assert self._read_more(), (self.output, self.end(), self.stderr)
 
     @property
     def output(self):
-        """All that was read."""
+        """All output read so far."""
         return "\n".join([*self.lines, self._rest])
 
     def send(self, number):
@@ -144,7 +144,7 @@ class Process:
             self._read = None
 
     def end(self):
-        """Read all that is still to come, and return the exit status."""
+        """Read the rest of the output, and return the exit status."""
         while self._read is not None and self._read_more():
             pass
         self._process.join(PATIENCE)
@@ -154,7 +154,7 @@ class Process:
         return self._process.exitcode
 
     def _read_more(self):
-        """Read a little; False at the end."""
+        """Read some output; return False at its end."""
         readable, _, _ = select.select([self._read], [], [], PATIENCE)
         assert readable, f"nothing came after {self.lines}"
         piece = os.read(self._read, 1 << 16)
@@ -164,7 +164,7 @@ class Process:
 
 
 def _become(main, arguments, cwd, environment, ignored, limit, output, errors):
-    """What a forked process does: become a program, with everything imported."""
+    """Turn a forked process into a program that has everything imported."""
     import jax
 
     for descriptor, pipe in enumerate((output, errors), start=1):
@@ -180,7 +180,7 @@ def _become(main, arguments, cwd, environment, ignored, limit, output, errors):
     cached = environment["JAX_ENABLE_COMPILATION_CACHE"] == "1"
     jax.config.update("jax_enable_compilation_cache", cached)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-    # Signals as on a terminal.
+    # Signals as in a terminal.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     for number in ignored:
@@ -189,13 +189,13 @@ def _become(main, arguments, cwd, environment, ignored, limit, output, errors):
     sys.argv = [str(SCRIPT), *arguments]
     try:
         sys.exit(main(arguments))
-    finally:  # as Python ends, which multiprocessing leaves out
+    finally:  # as when Python exits, which multiprocessing skips
         threading._shutdown()
         atexit._run_exitfuncs()
 
 
 def wait_until(true):
-    """Wait for something that another process does."""
+    """Wait for something done by another process."""
     deadline = time.monotonic() + PATIENCE
     while not true():
         assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""What a run left in its folder, as tests read and compare it."""
+"""Reading and comparing run folders in tests."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ TIMES = ("time_s", "step_time_s", "tokens_per_s")
 
 
 def checkpoints(run):
-    """The folders of the whole checkpoints, oldest first."""
+    """Return the folders of the complete checkpoints, oldest first."""
     return sorted(path.parent for path in (run / "checkpoints").glob("*/manifest.json"))
 
 
@@ -23,14 +23,14 @@ def steps(run):
 
 
 def arrays(run, step):
-    """Every array of a checkpoint by its name: parameters, optimizer and the rest, to the bit."""
+    """Return all arrays of a checkpoint by name: parameters, optimizer and the rest."""
     tree = ocp.load_checkpointables(run / "checkpoints" / f"{step:08}")
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(k): (x.dtype, x.shape, np.asarray(x).tobytes()) for k, x in leaves}
 
 
 def records(run):
-    """The lines of metrics.jsonl."""
+    """Return the lines of metrics.jsonl."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -56,7 +56,7 @@ def contents(folder):
 
 
 def died_after(step, straight, place):
-    """A copy of the straight run as it would have been left by a crash soon after `step`."""
+    """Copy the uninterrupted run as a crash soon after `step` would have left it."""
     run = place / "runs" / "a"
     shutil.copytree(straight, run)
     for checkpoint in checkpoints(run):
@@ -68,9 +68,9 @@ def died_after(step, straight, place):
 
 
 def mean_loss(graph, params, shard, count, T, separator=None):
-    """Of the first so many targets of a shard, in NumPy from the logits on.
+    """Return the loss of a shard's first targets, computed with NumPy from the logits.
 
-    In rows of T, or with a separator, which begins each, one document of at most T after the other.
+    In rows of T, or with a separator, which begins each, in documents of at most T, one by one.
     """
     tokens = np.fromfile(shard, "<u2")[512:][: count + 1].astype(np.int32)
     logits_of = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens[None])[0])
@@ -80,7 +80,7 @@ def mean_loss(graph, params, shard, count, T, separator=None):
     for first, end in pairwise([*starts, count]):
         assert end - first <= T
         row = tokens[first : end + 1]
-        # A short last row is filled up to need no other compilation: tokens see only earlier ones.
+        # A short last row is padded to avoid another compilation: tokens see only earlier ones.
         logits = np.asarray(logits_of(np.pad(row[:-1], (0, T + 1 - len(row)))), np.float64)
         loss += logsumexp(logits[: len(row) - 1], axis=1).sum()
         loss -= logits[np.arange(len(row) - 1), row[1:]].sum()

@@ -1,4 +1,4 @@
-"""Small runs of the main job that many tests look at, each made once by who asks first.
+"""Small runs of the main job that several tests use, each trained once, by the first to need it.
 
 The processes of pytest-xdist share them: a test that changes a run works on a copy.
 """
@@ -16,9 +16,9 @@ from tests.programs import Process, as_a_user_starts_it, run_to_end
 
 T, TOKENS_PER_STEP, STEPS = 32, 256, 6
 VAL_TOKENS = 268  # 8 rows, which make one pass, and a short ninth
-# At first the loss is the same at any scale of the residual stream. So the gradients of its shares
-# are nothing but rounding, of which Adam makes whole steps: their rates are tiny here, where losses
-# are compared.
+# At first the loss does not depend on the scale of the residual stream, so the gradients of its
+# coefficients are pure rounding error, and Adam turns them into full-size steps: their rates are
+# tiny here, where losses are compared.
 SMALL = (
     f"--batch-size 8 --sequence-length {T} --total-batch-size {TOKENS_PER_STEP} "
     f"--num-steps {STEPS} --val-loss-every 4 --val-tokens {VAL_TOKENS} --dtype float32 "
@@ -42,7 +42,7 @@ STAGED = (
 ).split()
 STAGE_ENDS = [9, 18, 27, 28]  # round(28 * 0.325), round(28 * 0.65), round(28 * 0.975)
 
-# A run that is killed, resumed and otherwise tried, on shards of its own.
+# A run that is killed, resumed and otherwise tested, on its own shards.
 LONGER, EVERY = 20, 7
 DATA = ["--train-files", "train_*.bin", "--val-files", "val.bin"]
 RUN = [
@@ -63,18 +63,18 @@ class Trained:
 
 
 def shared_folder(tmp_path_factory):
-    """A folder that the processes of one pytest run have in common."""
+    """Return a folder shared by the processes of one pytest run."""
     base = tmp_path_factory.getbasetemp()
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
 def shared_cache(tmp_path_factory):
-    """The cache of them all, with the embedded corpus."""
+    """Return their common cache folder, with the embedded corpus."""
     return shared_folder(tmp_path_factory) / "cache"
 
 
 def once(tmp_path_factory, name, make):
-    """The folder `name`, filled by `make` in the first process of a pytest run that asks for it."""
+    """Return the folder `name`, filled by `make` in the first process that needs it."""
     folder = shared_folder(tmp_path_factory) / name
     with (folder.parent / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -86,7 +86,7 @@ def once(tmp_path_factory, name, make):
 
 
 def trained(tmp_path_factory, name, *arguments, start=run_to_end, **settings):
-    """The run `name` of the embedded corpus, trained by the first process that asks for it."""
+    """Return the run `name` on the embedded corpus, trained by the first process that needs it."""
 
     def train(place):
         cache = shared_cache(tmp_path_factory)
@@ -105,7 +105,7 @@ def trained(tmp_path_factory, name, *arguments, start=run_to_end, **settings):
 
 
 def base_run(tmp_path_factory):
-    """A run of the preset that is chosen without being asked for, started as a user starts it."""
+    """A run of the default preset, started as a user starts it."""
     sample = "--sample-tokens", "8", "--sample-prompt", "def "
     return trained(tmp_path_factory, "base", *sample, start=as_a_user_starts_it)
 
@@ -125,7 +125,7 @@ def staged_run(tmp_path_factory):
 
 
 def some_documents(count, seed):
-    """So many bytes: documents of 5 to 59, each after its separator."""
+    """Return this many byte tokens: documents of 5 to 59, each after its separator."""
     random, tokens = np.random.default_rng(seed), []
     while len(tokens) < count:
         document = random.integers(97) + 7 * np.arange(random.integers(5, 60))
@@ -134,7 +134,7 @@ def some_documents(count, seed):
 
 
 def straight_run(tmp_path_factory):
-    """The run that nothing happens to, which others are compared with."""
+    """The uninterrupted run, with which others are compared."""
 
     def train(folder):
         write_data(folder)
@@ -145,7 +145,7 @@ def straight_run(tmp_path_factory):
 
 
 def write_data(folder):
-    """Two shards to train on, not twice the same row, and one to validate on."""
+    """Write two training shards without repeated rows, and a validation shard."""
     random = np.random.default_rng(0)
     tokens = (7 * np.arange(20_000) % 97 + random.integers(0, 9, 20_000)).astype(np.uint16)
     write_shard(folder / "train_0.bin", tokens[:9_000])
@@ -154,7 +154,7 @@ def write_data(folder):
 
 
 def change_a_token(shard, position):
-    """Make a token of a shard another."""
+    """Change a token of a shard."""
     with shard.open("r+b") as file:
         file.seek(1024 + 2 * position)
         token = file.read(1)
@@ -163,12 +163,12 @@ def change_a_token(shard, position):
 
 
 def started(place, cache, *arguments, **settings):
-    """A run named "a", which has begun."""
+    """Start a run named "a"."""
     return Process([*RUN, "--run-name", "a", *arguments], place, cache, **settings)
 
 
 def resume(run, cache, *arguments, devices=1):
-    """Go on with a run to its end: the process, its exit status, its errors."""
+    """Resume a run to its end; return the process, its exit status and its errors."""
     place = run.parent.parent
     with Process(["--resume", run.relative_to(place), *arguments], place, cache, devices) as it:
         return it, it.end(), it.stderr

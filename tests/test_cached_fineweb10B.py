@@ -1,4 +1,4 @@
-"""The downloader, run as a user runs it against a made-up hub on the loopback interface.
+"""The downloader, run as a user runs it, with a fake hub on the loopback interface.
 
 The hub answers as the real one does: a shard's address redirects to a storage server, and the
 redirect carries size and SHA-256. Sizes and hashes come from the hub, so shards here are small.
@@ -31,7 +31,7 @@ def shard_bytes(count, seed):
     return struct.pack("<3i", 20240520, 1, count) + bytes(4 * 253) + tokens.tobytes()
 
 
-# The script, but for the seconds that it waits for a busy hub.
+# The script, except for the time it waits for a busy hub.
 IMPATIENT = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -44,7 +44,7 @@ sys.exit(cached_fineweb10B.main(sys.argv[2:]))
 
 
 class Hub:
-    """A hub and its storage server, with the faults a test asks for."""
+    """A hub and its storage server, with faults set by tests."""
 
     def __init__(self):
         self.files = {VAL: shard_bytes(50, 0), ONE: shard_bytes(60, 1), TWO: shard_bytes(70, 2)}
@@ -55,7 +55,7 @@ class Hub:
         self.stop_at = None  # offset in bytes where the next answer with a file stops ...
         self.stop = lambda: None  # ... and does this, before the connection closes
         self.resets = False  # whether that is by a reset
-        self.ending = None  # what is sent behind a file, again and again
+        self.ending = None  # sent after a file, repeatedly
         self.pause = 0.0  # seconds between the bytes of a file
         self.retry_after = 0  # seconds, where it fails at first
         self.delay = 0.0  # seconds before a file is sent
@@ -159,7 +159,7 @@ def hub():
 
 @pytest.fixture
 def start(hub, tmp_path):
-    """Start the script in an empty folder, with no settings or secrets of the user's."""
+    """Start the script in an empty folder, without the user's settings and secrets."""
 
     def start(*arguments, endpoint=hub.url, before=lambda: None):
         inherited = {k: v for k, v in os.environ.items() if not k.upper().startswith("HF_")}
@@ -191,7 +191,7 @@ def start(hub, tmp_path):
 
 @pytest.fixture
 def run(start):
-    """Run the script to its end: (exit status, standard output, standard error)."""
+    """Run the script to its end; return exit status, standard output and standard error."""
 
     def run(*arguments, **settings):
         process = start(*arguments, **settings)
@@ -296,7 +296,7 @@ def test_two_downloads_into_one_folder_do_not_disturb_each_other(start, hub, fol
 
 @pytest.fixture
 def large(hub):
-    """The validation shard, of which half is sent before the fault that a test arranges."""
+    """The validation shard, half of which is sent before a test's fault."""
     hub.files[VAL] = shard_bytes(SENT, 0)
     hub.stop_at = SENT
     return hub.files[VAL]
@@ -311,7 +311,7 @@ def test_a_cut_connection_is_resumed_within_the_run(run, hub, folder, large, res
     (_, first), (_, second), *_ = hub.gets
     assert first is None
     came = int(re.fullmatch(r"bytes=(\d+)-", second)[1])
-    assert came == SENT or (resets and 0 < came < SENT)  # what the system threw away
+    assert came == SENT or (resets and 0 < came < SENT)  # what the system discarded
     assert contents(folder)[VAL] == large
 
 

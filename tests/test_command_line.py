@@ -1,4 +1,4 @@
-"""Command lines: names from elsewhere, the defaults of a preset, help that is cut short."""
+"""Command lines: option names of other trainers, a preset's defaults, truncated help."""
 
 import os
 import subprocess

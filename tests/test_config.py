@@ -1,4 +1,4 @@
-"""The arithmetic of a model's shape, and the shapes that are refused."""
+"""The arithmetic of a model's shape, and invalid shapes."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""evaluate.py on small runs, and on a made-up hub's HellaSwag."""
+"""evaluate.py on small runs, and with HellaSwag from a fake hub."""
 
 import hashlib
 import http.server
@@ -47,7 +47,7 @@ def cache(cache, monkeypatch):
 
 @pytest.fixture
 def base(base, tmp_path, cache):
-    """A copy of the run, as other tests look at what it left."""
+    """A copy of the run, because other tests read it."""
     return shutil.copytree(base.folder, tmp_path / "base")
 
 
@@ -67,7 +67,7 @@ def shard(tmp_path):
 
 
 def results(run, *arguments):
-    """What evaluation.json holds afterwards."""
+    """Return the contents of evaluation.json afterwards."""
     assert evaluate.main([str(run), *map(str, arguments)]) == 0
     return json.loads((run / "evaluation.json").read_text())
 
@@ -96,7 +96,7 @@ def test_the_loss_is_that_of_the_stage_in_which_the_weights_were_saved(staged, s
         if int(later.name) > step:
             shutil.rmtree(later)
     found = results(staged)
-    assert found["step"] == step  # the last of all, whose rotations are slower, or of stage 1
+    assert found["step"] == step  # the last of all, with slower rotations, or of stage 1
     assert found["val_loss"] == pytest.approx(logged(staged, step), abs=1e-5)
 
 
@@ -266,7 +266,7 @@ def test_a_checkpoint_that_is_saved_meanwhile_is_not_taken_for_the_one_that_was_
 
 
 class Hub:
-    """A hub that has one file, or whatever a test makes of its answers."""
+    """A hub with one file, or with other answers set by a test."""
 
     def __init__(self, content):
         self.content, self.status, self.requests = content, 200, []
@@ -315,7 +315,7 @@ def items():
 
 @pytest.fixture
 def hub(items, tmp_path, monkeypatch):
-    """A hub of our own, and an empty cache; its file is the one that is expected."""
+    """A local hub and an empty cache; the expected file is the hub's."""
     from huggingface_hub import constants
 
     hub = Hub(file_of(items))

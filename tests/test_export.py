@@ -1,4 +1,4 @@
-"""Exported models: the files alone make the same logits, here and by a program that is not ours."""
+"""Exported models: the files give the same logits, here and in an independent program."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def run(base):
 
 @pytest.fixture(scope="module")
 def exported(run, tmp_path_factory):
-    """The folder that the script makes of a run."""
+    """The folder that the script writes for a run."""
     out = tmp_path_factory.mktemp("exports") / "new" / "gpt"
     assert export.main([str(run), "--out", str(out)]) == 0
     return out
@@ -57,7 +57,7 @@ def test_an_exported_run_has_all_that_is_needed_to_use_it(run, exported):
         *("tokenizer.json", "tokenizer_config.json"),
     }
     modes = {file.stat().st_mode & 0o777 for file in exported.iterdir()}
-    assert len(modes) == 1  # as the umask has it, for whoever gets the folder
+    assert len(modes) == 1  # by the umask, for whoever receives the folder
     hp, graph, params, _ = load_run(run, make_mesh(1))
     settings = json.loads((exported / "config.json").read_text())
     source, model = settings.pop("from"), settings.pop("model")

@@ -1,4 +1,4 @@
-"""Files that are read back: one sentence names the file, field, value and remedy of a mistake."""
+"""Files that are read back: a mistake is one sentence with file, field, value and remedy."""
 
 import json
 import re
@@ -25,7 +25,7 @@ DROPPED = object()
 
 
 def changed(values, path, value):
-    """JSON values with another one at a path such as model.width, or without it."""
+    """Return JSON values with another value at a path such as model.width, or without it."""
     values = json.loads(json.dumps(values))
     *before, last = path.split(".")
     place = values
@@ -39,7 +39,7 @@ def changed(values, path, value):
 
 
 def refusal(capsys, folder, program, *arguments):
-    """The sentence with which a program refuses what is in a folder, which it leaves as it was."""
+    """Return the sentence with which a program refuses a folder, which must stay unchanged."""
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert program.main([*map(str, arguments)]) == 2
     output = capsys.readouterr()
@@ -54,7 +54,7 @@ def refusal(capsys, folder, program, *arguments):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """The folder of a run, as far as it is looked at before its config.json is found good."""
+    """The folder of a run, with all that is read before its config.json is accepted."""
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "runs" / "a"
     folder.mkdir(parents=True)

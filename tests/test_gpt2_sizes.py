@@ -1,4 +1,4 @@
-"""The presets of GPT-2's sizes: what they hold and cost, and their rates at another width."""
+"""The presets of GPT-2's sizes: parameters, cost, and learning rates at other widths."""
 
 from dataclasses import replace
 from functools import cache
@@ -32,7 +32,7 @@ V = 50304  # GPT-2's 50257 in a multiple of 128
 
 
 def counts(model):
-    """Numbers by parameter, from shapes alone."""
+    """Return the size of each parameter, from shapes only."""
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {".".join(key.key for key in path): leaf.size for path, leaf in leaves}
@@ -86,8 +86,8 @@ def test_the_totals_differ_from_gpt2s_by_what_the_architectures_differ_in(name, 
 def test_flops_are_those_of_palm_and_of_chinchilla_but_for_what_is_masked_or_looked_up(name):
     (L, _, D), T = SIZES[name], 1024
     found = flops_per_token(PRESETS[name].model, T)
-    # 6 N and 12 L H Q T (Chowdhery et al., arXiv:2204.02311, appendix B); a query sees not all T
-    # keys of a row, but (T + 1) / 2 on average.
+    # 6 N and 12 L H Q T (Chowdhery et al., arXiv:2204.02311, appendix B); a query sees (T + 1) / 2
+    # keys of a row on average, not all T.
     N = 12 * L * D * D + D * V
     masked = T - (T + 1) / 2
     assert found == 6 * N + 12 * L * D * T - 12 * L * D * masked
@@ -97,7 +97,7 @@ def test_flops_are_those_of_palm_and_of_chinchilla_but_for_what_is_masked_or_loo
     embeddings = 2 * T * V * D  # one for tokens, which are looked up here, and one for logits
     chinchilla = 3 * (L * (attention + dense) + embeddings) / T
     assert found == chinchilla - 12 * L * D * masked
-    # Attention at this length is a small part of it: the usual 6 N is 3 to 8 % too low.
+    # Attention at this length is a small part of it: the usual 6 N is 3% to 8% too low.
     assert 1.03 < found / (6 * N) < 1.08
 
 
@@ -122,7 +122,7 @@ def test_a_larger_preset_is_the_baseline_but_for_size_length_and_the_rate_of_its
     assert 0.9 < hp.num_steps * hp.total_batch_size / 10e9 < 1.03
 
 
-# The rates at another width
+# The rates at other widths
 
 SMALL = replace(
     PRESETS["baseline"],
@@ -140,7 +140,7 @@ SMALL = replace(
 
 @cache
 def moved(width, head_times=1.0):
-    """How far three steps move logits and features, root mean square over the tokens."""
+    """Return the RMS changes of logits and features over the tokens in three steps."""
     hp = at_width(SMALL, 1, width // 16, width)
     head = replace(hp.adam.head, learning_rate=head_times * hp.adam.head.learning_rate)
     hp = replace(hp, adam=replace(hp.adam, head=head))
@@ -171,5 +171,5 @@ def test_steps_move_features_and_logits_as_far_at_four_times_the_width():
     narrow, wide = moved(32), moved(128)
     assert np.array(wide) == pytest.approx(np.array(narrow), rel=0.3)
     assert min(narrow) > 0.1
-    # With the rate of the narrow head the wide one's logits run away.
+    # With the narrow head's rate, the wide head's logits change far too much.
     assert moved(128, 4.0)[1] > 2 * narrow[1]

@@ -1,4 +1,4 @@
-"""The rules of the house, read from the code: who may import whom, and how long the tour is."""
+"""The house rules, checked in the code: which modules may import which, and lengths."""
 
 import ast
 import subprocess
@@ -17,8 +17,8 @@ MODULES = {
     for path in (ROOT / "nanogpt").rglob("*.py")
     if path.name != "__init__.py" and path.parent != CODE
 }
-# Rooms from the top to the bottom: each imports itself and those of the rows below. What lies in
-# nanogpt/ itself, beside the rooms, is plain data for all.
+# Packages from top to bottom: each imports itself and those in the rows below. Modules directly in
+# nanogpt/ are plain data for all.
 FLOORS = (
     {"report"},
     {"runs"},
@@ -45,7 +45,7 @@ def is_for_type_checkers(node):
 
 @cache
 def imports(path):
-    """The names of the modules that a file imports, those for type checkers only left out."""
+    """Return the modules that a file imports, except those for type checkers only."""
     waiting, found = [ast.parse(path.read_text(encoding="utf-8"))], set()
     while waiting:
         node = waiting.pop()
@@ -97,7 +97,7 @@ def test_plain_data_is_loaded_without_jax(name):
 
 def test_the_model_knows_no_optimizer_the_data_no_device_and_the_step_no_console():
     def packages(module):
-        """The packages and rooms that a module reaches, by whatever way."""
+        """Return the packages that a module imports, directly or indirectly."""
         seen, waiting = set(), {module}
         while waiting:
             seen |= waiting
@@ -142,4 +142,4 @@ def test_every_room_says_in_a_sentence_what_it_is_for(folder):
     assert text
     assert len(text.splitlines()) == 1
     if folder.name != "nanogpt":
-        assert "skip" in text or "Read " in text  # whether a reader of the algorithm needs it
+        assert "skip" in text or "Read " in text  # says whether readers of the algorithm need it

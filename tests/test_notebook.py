@@ -1,4 +1,4 @@
-"""The notebook, all of it, on a CPU; and once more, as after a session that was cut off."""
+"""The whole notebook on a CPU, and once more, as after an interrupted session."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ OPTIONS = "{" ".join(SMALL)} --preset laptop"
 
 
 def executed(folder, count=None):
-    """What the first code cells of the notebook, or all, print or show when run in a folder."""
+    """Run the notebook's first code cells, or all, in a folder; return what they print or show."""
     notebook = nbformat.read(ROOT / "notebooks" / "tpu.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"][:count]
     notebook.cells = cells

@@ -1,4 +1,4 @@
-"""Shards from text: what is in them, and that nothing on the way there changes a byte of them."""
+"""Shards from text: their contents, which stay bit-identical after any interruption."""
 
 import http.server
 import io
@@ -44,10 +44,10 @@ def shard_bytes(tokens):
 
 
 def expected_shards(texts, limit, name="text"):
-    """The shards of bytes tokens by name, by other means."""
+    """Return the expected shards of byte tokens by name, computed independently."""
     digests = [int(blake2b(text.encode(), digest_size=8).hexdigest(), 16) for text in texts]
     total, below = sum(map(len, texts)), 2**64 // 100
-    if len(texts) < 1000:  # the least digests that have a tenth of the text
+    if len(texts) < 1000:  # the smallest digests, with a tenth of the text
         by_digest = sorted(zip(digests, map(len, texts), strict=True))
         ends = np.cumsum([length for _, length in by_digest])
         below = by_digest[int(np.searchsorted(ends, total / 10))][0] + 1
@@ -71,7 +71,7 @@ def contents(folder):
 
 
 def run(*arguments):
-    """Run the script in this process: its exit status."""
+    """Run the script in this process; return its exit status."""
     return prepare_data.main(list(map(str, arguments)))
 
 
@@ -80,7 +80,7 @@ def bytes_of(*arguments):
     return ["--tokenizer", "bytes", "--processes", "1", *arguments]
 
 
-# A script like prepare_data.py that saves and hands out work more often, so that there is much to
+# A script like prepare_data.py that saves and distributes work more often, so that there is more to
 # interrupt.
 BUSY = """
 import sys
@@ -125,7 +125,7 @@ def test_shards_are_what_a_writer_of_twenty_lines_makes(tmp_path, capsys):
     assert run(tmp_path / "in", "--out", out, *bytes_of("--shard-tokens", 5000)) == 0
     expected = expected_shards(texts, 5000)
     assert contents(out) == expected
-    assert len(expected) > 5  # so that documents go on in the next shard
+    assert len(expected) > 5  # so that documents continue in the next shard
     assert capsys.readouterr().out.startswith("500 documents: ")
     hidden = {path.name for path in out.iterdir()} - set(expected)
     assert hidden == {".lock", "prepared.json", "SHA256SUMS"}
@@ -206,7 +206,7 @@ def test_after_kill_9_at_any_moment_the_shards_have_the_same_bytes(tmp_path, sta
     record, reached, kills = out / "prepared.json", [-1, -1], 0
     for rounds in (1, 3, 6):
         process = start(*arguments)
-        for _ in range(rounds):  # so many more saves, then an end
+        for _ in range(rounds):  # this many more saves, then it is killed
             before = reached
             while process.poll() is None and reached == before:
                 reached = json.loads(record.read_text())["next"] if record.exists() else before
@@ -315,7 +315,7 @@ def test_a_shard_that_was_deleted_is_named(tmp_path, capsys):
 
 
 def one_sentence(capsys):
-    """The last thing said on standard error."""
+    """Return the last line on standard error."""
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.endswith(".")
     return line
@@ -448,7 +448,7 @@ class Hub:
 
     def __init__(self, files, configs):
         self.files, self.configs, self.gets = files, configs, []
-        self.sha = self.newest = "1" * 40  # the only revision with files, and what main is
+        self.sha = self.newest = "1" * 40  # the only revision with files, to which main points
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -563,7 +563,7 @@ def test_after_an_interruption_the_revision_is_the_same_and_what_is_done_not_dow
     tmp_path, hub, monkeypatch, capsys
 ):
     out, known = tmp_path / "out", hub.files.pop("some/two/0.parquet")
-    hub.files["some/two/0.parquet"] = None  # listed, but not to be had
+    hub.files["some/two/0.parquet"] = None  # listed, but not available
     monkeypatch.setattr(prepare_module, "SAVE_SECONDS", 0.0)
     monkeypatch.setattr("nanogpt.data.text.encode.BATCH", 5000)
     arguments = ["--hub", "o/d", "--out", out, *bytes_of()]

@@ -1,4 +1,4 @@
-"""The project's own promises: its documents name what exists, and CI everywhere runs the same."""
+"""The project's consistency: documents name what exists, and all CI runs the same commands."""
 
 import os
 import re
@@ -17,7 +17,7 @@ PAGES += sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 WORKFLOW = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
 TARGETS = re.search(r"^\.PHONY: (.*)", (ROOT / "Makefile").read_text(), re.M)[1].split()
-# A path in one of our folders, or the name of a program; not a link's text, and not runs/<name>.
+# A path in one of our folders, or the name of a script; not a link's text, and not runs/<name>.
 NAMED = re.compile(
     r"(?<![\w./~[-])(?:(?:nanogpt|tests|benchmarks|launch|docs|records)/[\w./-]*\w"
     r"|\w+\.(?:py|sh|sbatch))(?![\w*<]|:\d)"
@@ -27,7 +27,7 @@ of_each_page = pytest.mark.parametrize("page", [ROOT / page for page in PAGES], 
 
 
 def slug(heading):
-    """The anchor that GitHub gives a heading."""
+    """Return GitHub's anchor for a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -98,7 +98,7 @@ def test_hooks_have_the_version_of_ruff_that_lint_has():
 def test_make_trains_unless_it_is_told_otherwise_and_lists_its_targets():
     def make(*arguments):
         command = ["make", "--always-make", *arguments]
-        # Not what a make that runs the tests was told itself.
+        # Without the settings of a make that runs the tests.
         told = re.compile("MAKE|(ARGS|PYTHON|VENV|ACCELERATOR)$")
         env = {name: value for name, value in os.environ.items() if not told.match(name)}
         done = subprocess.run(

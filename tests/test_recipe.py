@@ -1,10 +1,9 @@
-"""The speedrun preset takes the steps of the record that it follows, to the accuracy of float32.
+"""The speedrun preset makes the same steps as the record it follows, up to float32 rounding.
 
-record_2026_01_19.json has what modded-nanogpt's train_gpt.py of commit 93f0e6b9 did at the size
-below, in float64 on a CPU, from the numbers and on the tokens that are made here. For that its
-kernels were replaced by plain PyTorch, with four differences, which docs/recipe.md names: a window
-counts a query's own key, nothing but attention is told of the document before, and pairs of tokens
-are hashed by our function.
+record_2026_01_19.json has the results of modded-nanogpt's train_gpt.py of commit 93f0e6b9 at the
+size below, in float64 on a CPU, from the parameters and tokens generated here. Its kernels were
+replaced by plain PyTorch, and it was changed as docs/recipe.md describes: a window counts a query's
+own key, only attention sees the previous document, and token pairs are hashed by our function.
 """
 
 import json
@@ -43,7 +42,7 @@ def a_sixteenth(windows):
     return windows and tuple(window // 16 for window in windows)
 
 
-# The preset, 16 times thinner; its stages have 2, 2, 2 and 6 of the 12 steps. (The record splits
+# The preset, 16 times narrower; its stages have 2, 2, 2 and 6 of the 12 steps. (The record splits
 # embedding and head after Adam's first step in the third stage, which here is its only one.)
 STAGES = tuple(
     replace(
@@ -79,7 +78,7 @@ TINY = replace(
     ),
 )
 
-# The numbers that the parameters began with: how far they are spread about what.
+# The distribution of the initial parameters: standard deviation and mean.
 SPREAD = {
     "embed": (0.05, 0.0),
     "value_embed": (0.3, 0.0),
@@ -110,7 +109,7 @@ def numbers(name, shape):
 
 
 def first_params():
-    """The same in our form, where the head is the embedding, and q and k turn by halves."""
+    """Convert to our form, where the head is the embedding, and q and k are rotated in halves."""
     shapes = jax.eval_shape(lambda: init_params(TINY.model, jax.random.key(0)))
     params = {}
     for name, array in traverse_util.flatten_dict(shapes, sep=".").items():
@@ -135,7 +134,7 @@ def some_documents(seed):
 
 @cache
 def twelve_steps(folder):
-    """The losses of the steps, what becomes of the parameters, and the validation loss."""
+    """Return the losses of the steps, the changes of the parameters, and the validation loss."""
     for name, seed in {"train": 7, "val": 8}.items():
         write_shard(folder / f"{name}.bin", some_documents(seed))
     mesh, schedule, optimizer = make_mesh(1, 1), TINY.schedule, optimizer_of(TINY)
@@ -197,7 +196,7 @@ def test_the_validation_loss_is_the_records(run):
 
 
 def test_rates_are_the_records_but_in_the_first_steps_of_two_stages():
-    # There the record has the next stage's batch already, and still the rate of the one before.
+    # There the record already has the next stage's batch, but still the previous stage's rate.
     for step, its in enumerate(RECORD["steps"], start=1):
         rate, momentum, weights = TINY.schedule.rates(step)
         assert momentum == pytest.approx(its["momentum"])

@@ -1,4 +1,4 @@
-"""Continuing a prompt with a small run, and the answers to mistakes."""
+"""Continuing a prompt with a small run, and messages about mistakes."""
 
 import importlib
 import json
@@ -28,7 +28,7 @@ def run(base):
 
 @pytest.fixture
 def text(capsys):
-    """What sample.py prints with these arguments."""
+    """Return the output of sample.py with these arguments."""
 
     def text(*arguments):
         assert sample.main([*map(str, arguments), "--max-new-tokens", "12"]) == 0
@@ -82,7 +82,7 @@ def test_it_is_a_script_that_runs_anywhere_with_any_input_and_terminal(run, text
     )
     assert (done.returncode, done.stderr) == (0, b"")
     written = text(run, "--prompt", "def f(x):\r\n\té")
-    assert done.stdout == written.encode("ascii", "replace")  # what it cannot show ends no text
+    assert done.stdout == written.encode("ascii", "replace")  # no error
 
 
 def test_several_samples_come_under_their_headings_and_the_first_is_that_of_one(run, text):
@@ -207,12 +207,12 @@ def test_the_page_is_served_with_the_model(run, tmp_path, cache):
         assert (process.end(), process.stderr) == (0, "")
     assert end == {"done": "length"}
     assert len(tokens) == 12
-    for token in tokens:  # at temperature zero each is the likeliest
+    for token in tokens:  # at temperature zero each is the most likely
         assert token["probability"] == pytest.approx(token["alternatives"][0][1], rel=1e-5)
 
 
 def generated(address):
-    """The tokens that the page gets, and the end."""
+    """Return the tokens that the page receives, and the end."""
     order = {"prompt": "def ", "num_tokens": 12, "temperature": 0, "top_k": None, "top_p": 1}
     request = urllib.request.Request(
         f"{address}/generate",

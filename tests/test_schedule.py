@@ -1,4 +1,4 @@
-"""The stages of a run and the rates of its steps, by hand at their corners."""
+"""The stages of a run, and its rates at the corners, computed by hand."""
 
 import json
 from dataclasses import asdict, replace
@@ -12,7 +12,7 @@ from nanogpt.schedule import Schedule, Stage
 
 
 def schedule(*stages, **how):
-    """Without stages of its own, and with neither cooldown nor change of momentum."""
+    """Return a schedule, by default of a single stage, without cooldown and momentum changes."""
     settings = dict(
         stages=stages or (Stage(),),
         num_steps=100,
@@ -96,8 +96,8 @@ def test_tokens_are_those_of_all_steps_so_far(num_steps):
 
 
 def test_rates_of_three_stages_are_those_of_modded_nanogpts_record_of_2025_11_29():
-    # Thirds at 1, 1.52 and 1.73; from 45 % of the steps on linearly to 0.1. So the second stage
-    # falls from its own rate, and the third is entered in the midst of it.
+    # Thirds at 1, 1.52 and 1.73; from 45% of the steps on a linear decay to 0.1. So the second
+    # stage decays from its own rate, and the third starts in the middle of the decay.
     run = schedule(
         Stage(rate=1.0),
         Stage(rate=1.52),

@@ -1,6 +1,6 @@
-"""The main job from end to end: a few small runs as a user starts them, and every mistake's answer.
+"""The main job end to end: a few small runs as a user starts them, and messages about mistakes.
 
-Those that many tests look at are made once: see small_runs.py.
+Runs used by several tests are trained once: see small_runs.py.
 """
 
 import ast
@@ -77,7 +77,7 @@ def test_the_first_line_names_preset_data_devices_and_accumulation(base):
 
 
 def test_the_log_is_the_console(base):
-    # The sample may hold bytes that a console does not show.
+    # The sample may have bytes that a console does not show.
     log, console = (lines[: lines.index("sample:")] for lines in (base.log, base.console))
     assert log == console
     assert not any("\x1b" in line for line in base.console + base.log)
@@ -212,7 +212,7 @@ def test_the_speedrun_takes_its_tokens_and_rates_from_one_stage_after_the_other(
     tokens = np.repeat([384 * stage.batch for stage in hp.stages], counts)
     np.testing.assert_allclose(staged.column("tokens"), np.cumsum(tokens))
     np.testing.assert_allclose(np.diff(staged.column("tokens"))[[0, 10, 20]], [128, 256, 384])
-    # Rates stand, then fall in a straight line to a tenth.
+    # Rates are constant, then decay linearly to a tenth.
     updates, end = np.arange(STAGED_STEPS), STAGED_STEPS * (1 - hp.hold_fraction)
     begin = end * (1 - hp.cooldown_fraction)
     first, last = np.repeat([stage.rate for stage in hp.stages], counts), 0.1
@@ -243,8 +243,8 @@ def test_weights_of_a_stage_are_loaded_with_its_windows_and_rotations(
     config = nnx.merge(graph, params).config
     assert config.windows == (stages[stage].validation_windows or stages[stage].windows)
     assert config.rotary_windows == tuple(max(each.windows) for each in stages[: stage + 1])
-    # Each document alone has the loss that the run found for all of them, and by other rotations
-    # and across documents another.
+    # The documents one by one have the loss that the run computed for all of them; with other
+    # rotations, or across documents, the loss differs.
     file = shared_folder(tmp_path_factory) / "documents/val.bin"
     found = staged.metrics[step - 1]["val_loss"]
     loss_of = partial(mean_loss, params=params, shard=file, count=STAGED_VAL_TOKENS, T=64)
@@ -295,7 +295,7 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(base, cache, tmp_path, monk
     assert status == 2 and "is from another run, with model.width 32 instead of 64" in text
 
 
-# Runs that must be alike
+# Runs that must agree
 
 
 def test_accumulation_and_devices_do_not_change_the_losses(base, tmp_path_factory):
@@ -349,7 +349,7 @@ def test_what_memory_cannot_hold_is_halved_then_rematerialized_and_the_losses_st
 
 
 def heading_of(cache, monkeypatch, memory, *arguments):
-    """How SMALL begins on eight devices with so much memory each."""
+    """Start SMALL on eight devices with this much memory each."""
     monkeypatch.setattr("nanogpt.training.plan.device_memory", lambda device: memory)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     hp = tyro.cli(Hyperparameters, args=[*SMALL, *arguments], default=PRESETS["laptop"])
@@ -462,7 +462,7 @@ SPEEDRUN = ["--preset", "speedrun", "--model.num-layers", "11"]
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty place to work, but for shards with a token that bytes do not have, and a ruin."""
+    """A working directory with shards, one of them with a token beyond bytes, one damaged."""
     tokens = np.arange(2000) % 256
     write_shard(tmp_path / "train.bin", tokens)
     write_shard(tmp_path / "val.bin", tokens)
@@ -578,7 +578,7 @@ def test_arguments_that_cannot_be_read_are_pointed_at(folder, capsys, monkeypatc
 
 
 def test_two_devices_validate_on_as_many_batches_as_the_laptop_preset_has(tmp_path, cache):
-    """So many that each device of a CPU waits for the other in another program, if let."""
+    """With this many batches, CPU devices could wait for each other in different programs."""
     laptop, T = PRESETS["laptop"], 16
     rows = laptop.val_tokens // laptop.sequence_length
     shape = (
@@ -596,7 +596,7 @@ def test_two_devices_validate_on_as_many_batches_as_the_laptop_preset_has(tmp_pa
 
 
 def meanings(cls):
-    """The fields of a dataclass and the strings that stand below them, from its source."""
+    """Return the fields of a dataclass and the docstrings below them, from its source."""
     (definition,) = (
         node
         for node in ast.walk(ast.parse(Path(sys.modules[cls.__module__].__file__).read_text()))

@@ -1,4 +1,4 @@
-"""The checker of annotations, for whoever runs tests with them checked:
+"""Checks annotations at run time, for tests run with
 
 pytest --jaxtyping-packages=nanogpt,tests.typechecker.check tests/model
 """
@@ -14,5 +14,5 @@ _check = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int may pass as
 
 
 def check(function: Callable) -> Callable:
-    """The function, with what it is called with and returns checked."""
+    """Return the function with checks of its arguments and its result."""
     return function if function.__qualname__ in PYTREES else _check(function)

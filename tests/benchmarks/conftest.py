@@ -1,4 +1,4 @@
-"""What tests of the benchmarks share."""
+"""Fixtures for tests of the benchmarks."""
 
 import multiprocessing
 import sys
@@ -12,7 +12,7 @@ from tests.programs import FORKED, run_to_end
 
 @pytest.fixture
 def forked(monkeypatch, cache):
-    """Runs that a benchmark starts are forked: they need not import all again."""
+    """Fork the runs that a benchmark starts, so that they need not import everything again."""
     start = processes.output_of
 
     def output_of(command, folder, environment=None, *, shown=True):

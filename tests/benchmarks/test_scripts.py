@@ -1,4 +1,4 @@
-"""Every script in benchmarks/: its --help answers at once, and its --tiny run works."""
+"""Every script in benchmarks/: its --help appears at once, and its --tiny run works."""
 
 import re
 import subprocess
@@ -20,7 +20,7 @@ TINY = [
     for name in SCRIPTS
     if "tiny: bool" in (ROOT / (name.replace(".", "/") + ".py")).read_text()
 ]
-# Their tiny runs have tests of their own, that see more of them than the one here.
+# Their tiny runs have their own tests, which check more than the one here.
 TESTED_ELSEWHERE = {
     "benchmarks.compiled.scaling": "compiled/test_scaling.py",
     "benchmarks.cpu.tokenize_text": "cpu/test_tokenize_text.py",
@@ -32,7 +32,7 @@ TESTED_ELSEWHERE = {
 
 
 def written():
-    """What scripts may write, each with the time of its last change."""
+    """Return the files that scripts may write, with their modification times."""
     places = (ROOT / "benchmarks" / "results", ROOT / "records", ROOT / "runs")
     paths = [path for place in places for path in place.rglob("*")]
     return {path: path.stat().st_mtime for path in [*paths, ROOT / "docs" / "scaling.png"]}
@@ -70,7 +70,7 @@ def test_an_unknown_option_is_a_mistake(script, capsys):
 def test_a_tiny_run_saves_its_figures_or_names_what_to_install(
     script, monkeypatch, tmp_path, capsys, request
 ):
-    if script != "benchmarks.cpu.micro_batch":  # which starts Pythons as all do
+    if script != "benchmarks.cpu.micro_batch":  # which starts Python processes as all do
         request.getfixturevalue("forked")
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")

@@ -1,4 +1,4 @@
-"""Batches as a pure function of row numbers, held against rows cut from the raw files."""
+"""Batches as a pure function of row numbers, compared with rows cut from the raw files."""
 
 import os
 import resource
@@ -16,7 +16,7 @@ T = 5
 
 
 def write(folder, *lengths):
-    """Shards of these lengths in which no token occurs twice, so that a token tells its place."""
+    """Write shards of these lengths without repeated tokens, so that a token shows its position."""
     files, first = [], 0
     for i, length in enumerate(lengths):
         files.append(folder / f"{i}.bin")
@@ -26,12 +26,12 @@ def write(folder, *lengths):
 
 
 def raw(file):
-    """The tokens of a shard without the code under test: uint16 after 1024 bytes."""
+    """Read a shard without the code under test: uint16 after 1024 bytes."""
     return np.fromfile(file, "<u2")[512:]
 
 
 def raw_rows(files):
-    """The rows as their definition has them: T + 1 tokens, then T further on, shard by shard."""
+    """Return the rows by definition: T + 1 tokens, starting every T tokens, shard by shard."""
     shards = map(raw, files)
     return np.array([s[i : i + T + 1] for s in shards for i in range(0, len(s) - T, T)])
 
@@ -46,7 +46,7 @@ ROWS_PER_EPOCH = 4 + 0 + 3 + 6
 
 
 def first_tokens(rows, epoch):
-    """Which rows an epoch visits, in order; the first token of a row names it."""
+    """Return the rows of an epoch in order, each identified by its first token."""
     return rows(np.arange(len(rows)) + epoch * len(rows))[:, 0].tolist()
 
 
@@ -130,8 +130,8 @@ def test_the_seed_changes_the_order_and_nothing_else_does(files):
     assert first_tokens(shuffled, 1) == first_tokens(not_shuffled, 1)
 
 
-# These orders were written down when the first version was released. Were they to change, with a
-# new NumPy say, every shuffled run would silently see other data than its record says.
+# These orders were recorded when the first version was released. If they changed, e.g. with a new
+# NumPy, every shuffled run would silently train on other data than recorded.
 @pytest.mark.parametrize(
     ("seed", "epoch", "order"),
     [
@@ -170,7 +170,7 @@ def test_more_shards_than_may_be_open_are_read_all_the_same(tmp_path, monkeypatc
 def test_a_shard_that_is_cut_short_while_it_is_read_is_named(files):
     rows = Rows(files, 4, seed=0, shuffle=False)
     everything = rows(np.arange(len(rows)))
-    files[0].rename(files[0].with_suffix(".away"))  # what is open stays
+    files[0].rename(files[0].with_suffix(".away"))  # a deleted file stays readable while it is open
     assert (rows(np.arange(len(rows))) == everything).all()
     files[0].with_suffix(".away").rename(files[0])
     os.truncate(files[0], 1030)
@@ -189,7 +189,7 @@ SEPARATOR = 0
 
 
 def write_documents(folder, seed, shards=4):
-    """Shards of random documents, of which only the separator occurs twice; the third has none.
+    """Write shards of random documents, in which only the separator repeats; the third has none.
 
     The first begins with the end of a document; the others with a separator, as FineWeb's do.
     """
@@ -212,7 +212,7 @@ def aligned(files, T, max_document, **others):
 
 
 def aligned_rows(pieces, T, max_document):
-    """The rows as their definition has them, token by token, of these pieces of shards."""
+    """Return the rows by definition, token by token, of these pieces of shards."""
     rows = []
     for piece in pieces:
         documents = []
@@ -231,7 +231,7 @@ def aligned_rows(pieces, T, max_document):
 
 
 def pieces_from(files, start):
-    """What lies between shards' ends from an offset on, and then what lies before the offset."""
+    """Return the pieces of shards after an offset, then those before it."""
     after, before = [], []
     for shard in map(raw, files):
         cut = min(max(start, 0), len(shard))
@@ -296,7 +296,7 @@ def test_documents_are_looked_for_only_in_the_shards_that_row_numbers_have_reach
     rows = aligned(files, 5, 9)
     rows(np.arange(here))
     rows.offset(here - 1)
-    for i in (1, 3):  # other documents in place: had the old ones been looked for, it would show
+    for i in (1, 3):  # other documents in place: if the old ones had been searched, it would show
         tokens = np.memmap(files[i], "<u2", "r+", offset=1024)
         tokens[:] = tokens[::-1].copy()
         tokens[7] = SEPARATOR
@@ -322,7 +322,7 @@ def test_a_token_beyond_the_vocabulary_in_a_row_of_documents_is_located(tmp_path
         aligned(files, T, 9, separator=10, vocab_size=15)(np.arange(1))
 
 
-# Going on with rows of another length
+# Continuing with rows of another length
 
 
 @pytest.mark.parametrize("max_document", [None, 9])
@@ -333,7 +333,7 @@ def test_an_epoch_that_starts_at_a_row_is_the_same_epoch_turned_round(tmp_path, 
     for number in range(len(rows)):
         turned = aligned(files, T, max_document, start=rows.offset(number))
         np.testing.assert_array_equal(all_of(turned), np.roll(in_order, -number, axis=0))
-        assert turned.offset(len(rows)) == rows.offset(number)  # where the round ends
+        assert turned.offset(len(rows)) == rows.offset(number)  # where the epoch ends
     assert rows.offset(len(rows)) == 0
 
 
@@ -345,7 +345,7 @@ def test_longer_rows_go_on_in_the_tokens_where_the_shorter_ones_ended(files):
     assert short.offset(8) == len(stream) - last + T
     inputs = [short(np.arange(8))[7, :-1], *long(np.arange(2))[:, :-1]]
     np.testing.assert_array_equal(np.concatenate(inputs), stream[-last : -last + 5 * T])
-    # Then round to the first shard, and in the end to the one row that lies before the offset.
+    # Then it wraps around to the first shard, and ends with the one row before the offset.
     beginnings = long(np.arange(len(long)))[2:, 0].tolist()
     assert beginnings == [0, 2 * T, 5 * T + 3]
 
@@ -364,7 +364,7 @@ def test_longer_rows_go_on_with_the_documents_that_the_shorter_ones_left(tmp_pat
         assert read == aligned_rows(pieces_from(files, start), 16, 20)
         this_round = [row for i, row in enumerate(read) if long.offset(i) >= start]
         used = [t for row in in_short[:number] + this_round for t in row if t != SEPARATOR]
-        assert used == sorted(set(used))  # onwards only, and nothing twice
+        assert used == sorted(set(used))  # forward only, and nothing twice
 
 
 def test_rows_of_documents_go_on_from_an_offset_within_a_document(tmp_path):
@@ -374,16 +374,16 @@ def test_rows_of_documents_go_on_from_an_offset_within_a_document(tmp_path):
         assert read == aligned_rows(pieces_from(files, start), 8, 12)
 
 
-# The rows of a schedule whose stages have rows of their own length
+# The rows of a schedule whose stages have rows of different lengths
 
 
 def schedule(*stages, num_steps):
-    """20 tokens in the batches of a stage whose share is 1, and 4 in its rows."""
+    """Return a schedule with 20 tokens per batch and 4 per row, times a stage's factors."""
     return Schedule(stages, num_steps, 20, 4, 0.0, 0.0, 0.0, 0.95, 0, 0)
 
 
 def trained_on(order, run):
-    """The batch [R, T + 1] of each step."""
+    """Return the batch [R, T + 1] of each step."""
     batches = []
     for step in range(1, run.num_steps + 1):
         stage = run.stage(step)
@@ -396,7 +396,7 @@ def trained_on(order, run):
 
 STAGES = (
     Stage(0.3, 1.0, 1.0),
-    Stage(0.2, 2.0, 1.0),  # larger batches of rows as long
+    Stage(0.2, 2.0, 1.0),  # larger batches, with rows of the same length
     Stage(0.3, 2.0, 2.0),
     Stage(1e-9, 1.0, 5.0),  # too short for a step
     Stage(0.1, 1.0, 5.0),
@@ -415,7 +415,7 @@ def test_a_schedule_reads_every_token_once_and_in_order_whatever_the_length_of_i
     for part, beginning in ((slice(None, -1), 0), (slice(1, None), 1)):  # inputs and targets
         read = np.concatenate([batch[:, part].ravel() for batch in batches])
         np.testing.assert_array_equal(read, np.arange(run.tokens(20)) + beginning)
-    # Steps may be asked for in any order, as a resumed run does.
+    # Steps can be requested in any order, as in a resumed run.
     np.testing.assert_array_equal(train_batch(*order(17), (1, 1))[0], batches[16])
 
 

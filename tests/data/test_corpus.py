@@ -1,4 +1,4 @@
-"""What the embedded corpus promises: real Python source, the same bytes everywhere, built once."""
+"""The embedded corpus: real Python source, the same bytes everywhere, built once."""
 
 import ast
 import os
@@ -25,7 +25,7 @@ def built(tmp_path_factory) -> Corpus:
 
 
 def stream(pattern: str) -> np.ndarray:
-    """All tokens of the shards, read without the code under test: a 1024-byte header, uint16."""
+    """Read all tokens of the shards without the code under test: a 1024-byte header, uint16."""
     return np.concatenate([np.fromfile(path, "<u2")[512:] for path in find_shards(pattern)])
 
 
@@ -36,7 +36,7 @@ def documents(pattern: str) -> list[bytes]:
 
 
 def write_tree(folder: Path, files: dict[str, bytes]) -> Path:
-    """A site-packages with the package `toy`, holding the given files. Returns the package."""
+    """Create a site-packages with the package `toy` of the given files; return the package."""
     for name, text in files.items():
         (folder / "toy" / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / "toy" / name).write_bytes(text)
@@ -160,7 +160,7 @@ def test_another_process_builds_the_same_bytes_without_importing_jax(built, tmp_
     )
     root = Path(corpus.__file__).parents[2]
     environment = os.environ | {"PYTHONHASHSEED": "12345", "PYTHONPATH": str(root)}
-    # Two at once, in one folder: neither may fail, and what they leave must be whole.
+    # Two at once, in one folder: neither may fail, and the result must be complete.
     pair = [
         subprocess.Popen(
             [sys.executable, "-c", build, tmp_path], env=environment, stdout=subprocess.PIPE

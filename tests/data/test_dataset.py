@@ -1,4 +1,4 @@
-"""What a run knows of its data: which content they have, and what is odd about it."""
+"""What a run knows about its data: their content, and warnings about it."""
 
 import os
 from hashlib import sha256
@@ -13,7 +13,7 @@ from tests.small_runs import change_a_token
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two shards to train on, one of them larger than the sample, and one to validate on."""
+    """Two training shards, one of them larger than the sample, and a validation shard."""
     random = np.random.default_rng(0)
     for name, count in (("train_0", 5000), ("train_1", SAMPLE + 200_000), ("val", 3000)):
         write_shard(tmp_path / f"{name}.bin", random.integers(0, 50257, count))
@@ -52,7 +52,7 @@ def test_with_every_token_no_change_of_a_shard_hides(folder):
     now, before = dataset_in(folder, every_token=True), content_of(whole)["train"]
     assert whole.train[1].sample == now.train[1].sample
     assert difference(before, now.train) == "the content of shard train_1.bin changed"
-    # Where one of the two looked at a sample only, nothing else can be compared.
+    # If one of the two has only a sample's digest, nothing else can be compared.
     assert difference(before, dataset_in(folder).train) is None
 
 
@@ -62,7 +62,7 @@ def test_a_digest_that_the_maker_noted_counts_unless_the_shard_is_newer(folder):
     note_sha256(shard, digest)
     note_sha256(folder / "other.bin", "0" * 64)
     assert [each.sha256 for each in dataset_in(folder).train] == [digest, None]
-    # Bits that fall over change no time.
+    # Flipped bits do not change the modification time.
     written = shard.stat()
     change_a_token(shard, 2000)
     os.utime(shard, ns=(written.st_atime_ns, written.st_mtime_ns))

@@ -10,7 +10,7 @@ from nanogpt.data.find import files_below, matches
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Files in folders, one with a name that would be a glob for the other."""
+    """Create files in folders, one whose name is a glob that matches the other."""
     for name in ("d[v2]/a1.bin", "d[v2]/b/a2.bin", "dv/a1.bin", "x[12].bin", "x1.bin", ".h/a.bin"):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -23,9 +23,9 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("pattern", "found"),
     [
-        ("d[v2]/a1.bin", ["d[v2]/a1.bin"]),  # what exists is no glob
+        ("d[v2]/a1.bin", ["d[v2]/a1.bin"]),  # an existing path is not a glob
         ("x[12].bin", ["x[12].bin"]),
-        ("d[v2]/a*.bin", ["d[v2]/a1.bin"]),  # nor is a folder that one begins with
+        ("d[v2]/a*.bin", ["d[v2]/a1.bin"]),  # nor is the folder at the start of one
         ("d[v2]/*/a[12].bin", ["d[v2]/b/a2.bin"]),
         ("d[[]v2]/a*.bin", ["d[v2]/a1.bin"]),
         ("d[v]/a*.bin", ["dv/a1.bin"]),  # there is no such folder

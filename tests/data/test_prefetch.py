@@ -1,4 +1,4 @@
-"""Prefetching: what a thread makes ahead of time, in order, and no more than was asked for."""
+"""Prefetching: a thread computes items ahead of time, in order, and no more than requested."""
 
 import threading
 
@@ -19,7 +19,7 @@ def test_prefetch_keeps_the_order_and_loses_nothing(ahead):
 
 @pytest.mark.parametrize("ahead", [1, 2, 5])
 def test_prefetch_runs_ahead_without_being_asked_but_never_further_than_told(ahead):
-    asked = []  # drawn by the consumer's own thread, so what it holds is no matter of timing
+    asked = []  # drawn by the consumer's thread, so it does not depend on timing
     made = {step: threading.Event() for step in range(10)}
 
     def steps():

@@ -1,4 +1,4 @@
-"""The .bin shard format, held against a reader and a writer of five lines that share no code."""
+"""The .bin shard format, compared with an independent reader and writer of five lines."""
 
 import os
 import struct
@@ -78,7 +78,7 @@ def test_writing_replaces_the_shard_that_was_there(path):
 
 @pytest.fixture
 def small_disk():
-    """No file may grow past 2000 bytes: to a writer the same as a disk that fills up."""
+    """Limit files to 2000 bytes, which to a writer looks like a full disk."""
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
@@ -166,7 +166,7 @@ def test_a_folder_is_no_shard(tmp_path):
 
 
 def tokens_with(bad, count=100_000):
-    """Tokens below 50257, but for the ids `bad` = {position: id}."""
+    """Write tokens below 50257, except the ids `bad` = {position: id}."""
     tokens = np.arange(count, dtype=np.uint16) % 50257
     for position, token in bad.items():
         tokens[position] = token
@@ -188,7 +188,7 @@ def test_the_first_of_several_bad_tokens_is_named():
         check_vocabulary("a.bin", tokens_with({90_000: 65535, 40_000: 60000}), 50257)
 
 
-# A sample: of positions, to see which
+# A sample of positions, to see which
 
 
 POSITIONS = np.arange(100_000)
@@ -209,7 +209,7 @@ def test_a_sample_has_about_the_size_asked_for_or_that_of_the_shard(size):
     assert sample_of(POSITIONS[:size], size).tolist() == [*range(size)]
 
 
-# Whoever changes this makes every run that is resumed refuse its data.
+# If this changes, every resumed run refuses its data.
 def test_a_sample_is_the_same_with_every_version():
     starts = [0, 33_968, 53_938, 71_090, 96_000]
     sample = sample_of(POSITIONS, 20_000)
@@ -221,7 +221,7 @@ def test_a_sample_is_the_same_with_every_version():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """A home folder that is also the current one, with two training shards and another file."""
+    """A home folder, also the working directory, with two training shards and another file."""
     for name in ("x_train_000010.bin", "x_train_000002.bin", "x_val_000000.bin"):
         (tmp_path / name).touch()
     (tmp_path / "x_train_folder.bin").mkdir()

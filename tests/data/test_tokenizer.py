@@ -1,4 +1,4 @@
-"""What the tokenizers promise: exact ids, lossless text, decoding that never raises."""
+"""The tokenizers: exact ids, lossless text, decoding that never raises."""
 
 import os
 import threading
@@ -75,9 +75,9 @@ def test_without_cache_and_network_the_error_says_how_to_provide_the_vocabulary(
     monkeypatch, tmp_path
 ):
     tiktoken = pytest.importorskip("tiktoken")
-    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # forget what other tests loaded
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})  # discard what other tests loaded
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # a port where nobody listens
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # a port on which nothing listens
     monkeypatch.delenv("NO_PROXY", raising=False)
     monkeypatch.delenv("https_proxy", raising=False)
     with pytest.raises(TokenizerError, match=r"set TIKTOKEN_CACHE_DIR .*ProxyError"):

@@ -1,4 +1,4 @@
-"""Validation rows: every token a target once, with its document before it and nothing else."""
+"""Validation rows: every token is a target once, after its document's tokens and no others."""
 
 from functools import partial
 
@@ -14,14 +14,14 @@ SEPARATOR = 255
 
 
 def all_rows(rows, count=3):
-    """The rows read `count` at a time, with those that fill up the last reading."""
+    """Read the rows `count` at a time, including those that pad the last read."""
     batches = [rows(first, count) for first in range(0, len(rows), count)]
     assert all(batch.shape == (count, rows.sequence_length + 1) for batch in batches)
     return np.concatenate(batches)
 
 
 def pairs_of(read):
-    """Every target in the rows, with the token before it."""
+    """Return every target in the rows, with the token before it."""
     inputs, targets = read[:, :-1], read[:, 1:]
     inputs = np.where(inputs < 0, ~inputs, inputs)
     return inputs[targets >= 0], targets[targets >= 0]
@@ -29,7 +29,7 @@ def pairs_of(read):
 
 @pytest.fixture
 def files(tmp_path):
-    return write(tmp_path, 12, 3, 25)  # 39 tokens have one before them
+    return write(tmp_path, 12, 3, 25)  # 39 tokens have a predecessor
 
 
 @pytest.mark.parametrize("num_tokens", [1, T, 4 * T, 4 * T + 2, 27, 32, 39])
@@ -45,8 +45,8 @@ def test_every_token_of_the_prefix_is_a_target_once_after_the_token_before_it(
     assert len(rows) == np.ceil(num_tokens / T)
 
 
-# Lengths of documents, their separators included, in rows of 16: a few in a row, one that fills a
-# row, one that misses it by a token, and some that are longer than one row and than two.
+# Lengths of documents, including separators, for rows of 16: a few per row, one that fills a row,
+# one that is a token shorter, and some that are longer than one row and than two.
 @pytest.mark.parametrize(
     "lengths",
     [(5, 4, 6, 3, 9), (16, 1, 15), (17, 3), (3, 40, 2, 2), (100,), (1, 1, 1, 50, 16, 16, 7)],
@@ -56,7 +56,7 @@ def test_every_token_of_the_prefix_is_a_target_once_after_the_token_before_it(
 def test_a_token_is_predicted_from_its_document_and_nothing_else(
     tmp_path, lengths, first, cut, context
 ):
-    # The data may begin, and the tokens to validate on end, in the midst of a document.
+    # The data may begin, and the validation tokens end, in the middle of a document.
     documents = [[SEPARATOR, *range(n - 1)] for n in lengths]
     stream = np.concatenate(documents)[first:].astype(np.uint16)
     write_shard(tmp_path / "0.bin", stream)
@@ -79,7 +79,7 @@ def test_a_token_is_predicted_from_its_document_and_nothing_else(
             behind = before[: t + 1]
             since = np.flatnonzero(behind == SEPARATOR)
             in_row = t - (since[-1] if len(since) else 0)
-            # All of its document, or as much as the context allows where that is too long.
+            # All of its document, or as much as fits into the context.
             assert in_row == of_document or context <= in_row < of_document
             np.testing.assert_array_equal(behind[t - in_row :], stream[place - in_row : place + 1])
             place += 1
@@ -93,7 +93,7 @@ def test_devices_divide_the_validation_rows_without_changing_them(tmp_path, devi
     expected = np.full(4 * T + 1, -1)
     expected[: 34 - 20] = np.arange(20, 34)
     np.testing.assert_array_equal(np.asarray(on_devices)[:, 1:].ravel(), expected[1:])
-    # What a row begins with is read, but was a target in the row before.
+    # The first tokens of a row are read as context, but were targets in the previous row.
     np.testing.assert_array_equal(~np.asarray(on_devices)[:, 0], [20, 25, 30, 0])
 
 

@@ -1,4 +1,4 @@
-"""What JAX computes on, and what is said where that is not what was asked for or is there."""
+"""The device that JAX uses, and messages if it is not the requested or the available one."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from tests.programs import Process
 
 
 def asks_in_vain(platforms):
-    """Ask for what is not there, as JAX_PLATFORMS does, and then for numbers of 64 bits."""
+    """Request a missing platform, as JAX_PLATFORMS does, then 64-bit numbers."""
     for platform in platforms:
         jax.config.update("jax_platforms", platform)
         try:
@@ -73,7 +73,7 @@ def test_a_gpu_that_jax_does_not_use_is_told_with_what_to_do(tmp_path, monkeypat
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     before = jax.config.values["jax_platforms"]
-    jax.config.update("jax_platforms", "")  # the CPU is used already
+    jax.config.update("jax_platforms", "")  # the CPU is already in use
     try:
         assert unused_gpu() is None
         (tmp_path / "nvidia-smi").write_text("no program")
@@ -82,6 +82,6 @@ def test_a_gpu_that_jax_does_not_use_is_told_with_what_to_do(tmp_path, monkeypat
         (tmp_path / "nvidia-smi").chmod(0o755)
         assert told in (unused_gpu() or "")
         jax.config.update("jax_platforms", "cpu")
-        assert unused_gpu() is None  # nobody wants it
+        assert unused_gpu() is None  # it is not requested
     finally:
         jax.config.update("jax_platforms", before)

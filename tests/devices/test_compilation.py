@@ -1,4 +1,4 @@
-"""What happens before the clock starts: the cache, compiling with progress, and fitting memory."""
+"""What happens before the clock starts: the cache, compiling with progress, fitting memory."""
 
 import io
 import os
@@ -19,7 +19,7 @@ OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9000
 
 
 def preparation(fits):
-    """A `prepare` that has memory for at most `fits` rows, and the rows it was asked for."""
+    """Return a `prepare` with memory for at most `fits` rows, and the list of rows it was given."""
     tried = []
 
     def prepare(rows):
@@ -112,7 +112,7 @@ print(jax.config.jax_compilation_cache_dir)
 
 
 def run(**environment):
-    """The lines that PROGRAM prints in a new process."""
+    """Run PROGRAM in a new process; return the lines it prints."""
     command = [sys.executable, "-c", PROGRAM]
     base = {"PATH": "/usr/bin:/bin", "JAX_PLATFORMS": "cpu", "HOME": "/nonexistent"}
     done = subprocess.run(command, env=base | environment, capture_output=True, text=True)

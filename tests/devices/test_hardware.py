@@ -1,4 +1,4 @@
-"""What a token costs, held against counting, and against the numbers of GPT-2 small's size."""
+"""The cost of a token, compared with counting and with figures for GPT-2 small."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -68,7 +68,7 @@ def test_flops_equal_a_count_over_every_weight_and_every_visible_pair(windows, m
         for query in range(rows):
             for key in range(query + 1):
                 pairs += heads * (query - key < window)
-    # A multiplication and an addition, for the scores and the values; twice that backward.
+    # A multiplication and an addition, for the scores and for the values; twice that backward.
     per_pair = 2 * 2 * config.head_size * 3
     assert flops_per_token(config, T) == pytest.approx(6 * weights + per_pair * pairs / T)
 
@@ -99,12 +99,12 @@ def test_flops_are_those_that_xla_counts_in_the_loss_and_its_gradient(shape):
     rows = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
     lowered = jax.jit(jax.value_and_grad(loss)).lower(params, rows)
     counted = lowered.cost_analysis()["flops"] / (B * T)
-    # XLA multiplies what the mask hides, too: of the keys in a row, all but (1 + row) / 2.
+    # XLA also computes masked products: of the keys in a row, all but (1 + row) / 2.
     mlp_only, paired = config.layers(config.mlp_only), config.layers(config.paired_heads)
     rows_of = [2 * T if layer in paired else T for layer in {*range(config.num_layers)} - mlp_only]
     hidden = sum(row - (1 + row) / 2 for row in rows_of)
     needed = flops_per_token(config, T) + 6 * 2 * config.width * hidden
-    # It also counts what is done element by element: softmax, norms, rotations, tanh, and so on.
+    # It also counts elementwise operations: softmax, norms, rotations, tanh, and so on.
     assert needed < counted < 1.004 * needed
 
 
@@ -125,7 +125,7 @@ def test_the_utilization_of_an_unknown_device_is_not_guessed(kind):
 
 @pytest.mark.parametrize(
     ("kind", "units", "per_unit", "gigahertz"),
-    [  # multiprocessors, and what each multiplies and adds in a clock; the boost clock
+    [  # multiprocessors, FMAs of each per cycle, and the boost clock
         ("NVIDIA A100-SXM4-80GB", 108, 1024, 1.41),
         ("NVIDIA A100 80GB PCIe", 108, 1024, 1.41),
         ("NVIDIA A100-PCIE-40GB", 108, 1024, 1.41),
@@ -196,8 +196,8 @@ def test_the_peak_of_memory_is_what_the_device_counted_and_a_cpu_counts_none():
         (8, 135e9, 8),  # one of eight devices has no more rows than these
         (64, 1e6, 1),
         (64, -1e9, 1),  # the state alone is too large
-        (64, None, 1),  # a CPU does not say; small micro-batches are its fastest anyway
-        (60, 25e9, 20),  # what divides the rows keeps Ng whole
+        (64, None, 1),  # a CPU does not report it; small micro-batches are fastest there
+        (60, 25e9, 20),  # divisors of the rows keep Ng whole
     ],
 )
 def test_the_micro_batch_is_the_largest_that_fits_the_room(rows, room, batch_size):
@@ -231,7 +231,7 @@ def test_a_layer_without_attention_needs_memory_for_its_mlp_only():
 
 @pytest.mark.parametrize("change", [{}, {"mlp_only": (1, 4)}, {"value_embeddings": 2}])
 def test_layers_computed_again_keep_what_is_reckoned_and_no_more(change):
-    """Held against what JAX keeps from the forward to the backward pass, layer by layer."""
+    """The estimate, compared with what JAX stores for the backward pass, layer by layer."""
     T, B = 64, 4
 
     def kept(num_layers):
@@ -284,7 +284,7 @@ def test_layers_computed_again_keep_what_is_reckoned_and_no_more(change):
 def test_a_row_fits_if_there_is_room_for_its_activations(name, T, flash, room, fits):
     config = PRESETS[name].model
     assert row_fits(T * activation_bytes(config, T, "bfloat16", flash), room) is fits
-    # Layers that are computed again need a fraction of it.
+    # Layers that are recomputed need a fraction of it.
     again = activation_bytes(config, T, "bfloat16", flash, rematerialize=True)
     assert again < 0.6 * activation_bytes(config, T, "bfloat16", flash)
     assert row_fits(T * again, room)

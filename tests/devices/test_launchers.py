@@ -1,4 +1,4 @@
-"""What launchers set, and the recipes in launch/ for them, run where the launcher can be had."""
+"""Launchers' environments, and the recipes in launch/, run if the launcher is available."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ WITHOUT_GPUS = ("--ntasks-per-node=2", "--gpus-per-node=0")
 
 @pytest.fixture
 def checkout(place, cache, monkeypatch):
-    """A folder as a user is in: the program, its recipes and data; `python3` is this Python."""
+    """A working directory like a user's: program, recipes and data; `python3` is this Python."""
     Path("train_gpt.py").symlink_to(SCRIPT)
     Path("launch").symlink_to(LAUNCH)
     settings = {
@@ -50,11 +50,11 @@ def test_every_script_is_bash_and_the_executable_ones_say_so():
         assert os.access(script, os.X_OK) == script.read_text().startswith("#!"), script
 
 
-# Start, or go on
+# Starting or resuming
 
 
 def start(name, *arguments):
-    """What launch/start_or_resume.sh makes of a name and arguments, here."""
+    """Run launch/start_or_resume.sh with a name and arguments; return what it does."""
     print_them = 'set -eu; source "$0" "$@"; printf "%s\\n" "${start[@]}"'
     script = LAUNCH / "start_or_resume.sh"
     done = subprocess.run(
@@ -72,7 +72,7 @@ def test_a_job_starts_once_and_then_goes_on_from_its_checkpoints(tmp_path, monke
     assert start("a", *arguments) == [*arguments, "--run-name", "a.0"]
     Path("runs/ab.0/checkpoints/00000007").mkdir(parents=True)
     Path("runs/ab.0/checkpoints/00000007/manifest.json").touch()  # another job's
-    Path("runs/a.0/checkpoints/00000003").mkdir(parents=True)  # not whole
+    Path("runs/a.0/checkpoints/00000003").mkdir(parents=True)  # not complete
     assert start("a", *arguments) == [*arguments, "--run-name", "a.1"]
     Path("runs/a.1/checkpoints/00000007").mkdir(parents=True)
     Path("runs/a.1/checkpoints/00000007/manifest.json").touch()
@@ -108,7 +108,7 @@ def test_open_mpi_starts_them_without_any_argument(straight, checkout):
 
 @contextmanager
 def slurm(folder):
-    """A cluster of one node, this machine, of its own: yields the environment to use it with."""
+    """A private cluster with one node, this machine: yields the environment to use it."""
     with ExitStack() as stack:
         ports = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
         controller, node = (port.getsockname()[1] for port in ports)
@@ -177,7 +177,7 @@ def test_a_slurm_job_that_is_told_to_end_saves_and_comes_back_and_goes_on_to_the
     checkout,
     tmp_path_factory,
 ):
-    folder = tmp_path_factory.mktemp("slurm")  # a socket's path has less than 108 letters
+    folder = tmp_path_factory.mktemp("slurm")  # a socket's path is limited to 107 characters
     with slurm(folder) as env:
         told = subprocess.run(
             [
@@ -191,7 +191,7 @@ def test_a_slurm_job_that_is_told_to_end_saves_and_comes_back_and_goes_on_to_the
         assert told.returncode == 0, told.stderr
         job = told.stdout.strip()
         run = Path(f"runs/slurm-{job}.0")
-        # Held at its first step, so that it does not end before it is told to.
+        # Paused at its first step, so that it does not end before the signal.
         wait_until(lambda: (run / "metrics.jsonl").exists() and losses(run))
         first = int((run / "holder").read_text().split()[1])
         os.kill(first, signal.SIGSTOP)
@@ -227,7 +227,7 @@ def test_the_slurm_job_has_a_process_per_gpu_is_warned_and_comes_back():
 
 
 def test_the_jobset_is_as_jax_looks_for_its_processes():
-    """Field by field as JobSet's v1alpha2 and JAX's K8sCluster have it."""
+    """Each field is as in JobSet's v1alpha2 and JAX's K8sCluster."""
     found = {it["kind"]: it for it in yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())}
     jobset = found["JobSet"]
     assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
@@ -238,7 +238,7 @@ def test_the_jobset_is_as_jax_looks_for_its_processes():
     job = replicated["template"]["spec"]
     assert job["completionMode"] == "Indexed"  # sets JOB_COMPLETION_INDEX
     assert job["parallelism"] == job["completions"] > 1  # JAX counts by parallelism
-    # Any process that ends badly has all restarted.
+    # If any process fails, all are restarted.
     assert job["backoffLimit"] == 0
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
     pod = job["template"]["spec"]
@@ -260,7 +260,7 @@ def test_the_jobset_is_as_jax_looks_for_its_processes():
 
 
 def test_jax_finds_the_jobset_s_processes_with_no_more_than_it_may_ask(monkeypatch):
-    """By JAX's own code, in a cluster that answers as JobSet's controller would have filled it."""
+    """With JAX's own code, in a fake cluster with the fields that JobSet's controller sets."""
     from jax._src.clusters import K8sCluster
 
     found = {it["kind"]: it for it in yaml.safe_load_all((LAUNCH / "jobset.yaml").read_text())}
@@ -351,7 +351,7 @@ def test_a_tpu_pod_is_asked_to_run_it_on_all_hosts(tmp_path):
     )
 
 
-# What a launcher sets
+# Launchers' environments
 
 
 SLURM = dict.fromkeys(LAUNCHERS["SLURM_STEP_NUM_TASKS"], "2")

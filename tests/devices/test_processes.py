@@ -1,4 +1,4 @@
-"""Several processes that train together, real ones, over the loopback interface."""
+"""Several real processes that train together over the loopback interface."""
 
 import json
 import os
@@ -24,14 +24,14 @@ QUIET = {"GLOO_LOG_LEVEL": "ERROR"}
 
 
 def impatient(arguments):
-    """The main job, which waits a shorter time for a sign of life of the others."""
+    """The main job, with a shorter timeout for heartbeats of the others."""
     nanogpt.devices.processes.LOST_AFTER = 10
     nanogpt.devices.processes.SEEN_WITHIN = 1
     return train_gpt.main(arguments)
 
 
 def joined(arguments, cwd, cache, port, number, count=2, devices=2, limit=NO_LIMIT):
-    """`train_gpt.py` as one of several processes."""
+    """Start `train_gpt.py` as one of several processes."""
     where = "--coordinator-address", f"127.0.0.1:{port}", "--num-processes", count
     arguments = [*where, "--process-id", number, *arguments]
     settings = {"environment": QUIET, "limit": limit, "main": impatient}
@@ -40,7 +40,7 @@ def joined(arguments, cwd, cache, port, number, count=2, devices=2, limit=NO_LIM
 
 @contextmanager
 def processes(arguments, cwd, cache, count=2, devices=2):
-    """`train_gpt.py` in so many processes with so many devices each, joined by arguments."""
+    """Run `train_gpt.py` in several processes with several devices each, joined by arguments."""
     port = free_port()
     with ExitStack() as stack:
         started = [
@@ -49,7 +49,7 @@ def processes(arguments, cwd, cache, count=2, devices=2):
             )
             for number in range(count)
         ]
-        # The others are read all the time: a process whose output nobody reads waits.
+        # The others are read continuously: a process blocks if its output is not read.
         threads = stack.enter_context(ThreadPoolExecutor(count))
         yield started, [threads.submit(process.end) for process in started[1:]]
 
@@ -73,7 +73,7 @@ def assert_same(found, expected):
 
 
 def forget_launchers(monkeypatch):
-    """What launchers set is not set."""
+    """Unset the variables that launchers set."""
     launchers = "SLURM_", "OMPI_", "PMI_", "WORLD_", "KUBERNETES_", "JOB_", "TPU_", "MEGASCALE_"
     launchers += ("CUDA_VISIBLE_",)
     for name in list(os.environ):
@@ -82,9 +82,9 @@ def forget_launchers(monkeypatch):
 
 
 def without_gloo(text):
-    """Output but for what Gloo says of its connections, on the standard output.
+    """Return the output without Gloo's messages about connections on standard output.
 
-    Its threads write at the same time, so that a count of theirs may stand on a line alone.
+    Its threads write at the same time, so a number of theirs may be on its own line.
     """
     gloo = re.compile(r"Gloo|peer ranks|^\s*\d*\s*$")
     return [line for line in text if not gloo.search(line)]
@@ -106,7 +106,7 @@ def test_two_processes_train_as_one_does_even_where_one_cannot_save_and_the_firs
     for step, warning in zip((7, 14, 20), warnings, strict=True):
         assert warning.startswith(f"WARNING: {failed.format(step)}")
     assert one.stderr.startswith(failed.format(20))
-    # What the first was still writing of the last as it ended, the next save deletes.
+    # A partial save left by the first process when it exited is deleted by the next save.
     assert not [*Path("runs/a/checkpoints").glob("*/manifest.json")]
     assert_same(losses("runs/a"), losses(straight))
     assert (
@@ -126,7 +126,7 @@ def test_two_processes_train_as_one_does_even_where_one_cannot_save_and_the_firs
     assert config["process_id"] is None  # another launch has other numbers
 
 
-# What a process says that misses another: JAX's service, or the collective that was under way.
+# Messages of a process that loses another: from JAX's service, or the current collective.
 LOST = re.compile("another task died|Connection (reset|closed) by peer")
 
 
@@ -157,12 +157,12 @@ def test_one_that_is_killed_as_they_save_or_cannot_begin_ends_all_and_nothing_is
     place,
     cache,
 ):
-    """Neither is the first, so that the first must miss it: both at once, to wait only once."""
+    """Two losses that the first process must detect, tested in parallel to wait only once."""
     saves, elsewhere, port = Path("runs/a/checkpoints"), place / "elsewhere", free_port()
     elsewhere.mkdir()  # there is no data
 
     def saving():
-        """Whether a save is under way, and not the first."""
+        """Return whether a save is in progress that is not the first."""
         return len({(x / "manifest.json").exists() for x in saves.glob("*")}) == 2
 
     often = [*RUN, "--batch-size", "2", "--checkpoint-every", "1", "--keep-checkpoints", "99"]
@@ -223,7 +223,7 @@ def test_processes_that_were_started_differently_all_say_so(place, cache, what, 
 
 
 def test_when_one_is_told_to_end_all_save_after_the_same_step(straight, place, cache):
-    # So long a run that it cannot end before the signal is minded.
+    # The run is so long that it cannot end before the signal takes effect.
     long = [*RUN, "--batch-size", "2", "--run-name", "a", "--num-steps", "900"]
     with processes(long, place, cache) as ((one, two), (end,)):
         one.read_until("step 4/")
@@ -286,7 +286,7 @@ def test_a_port_that_is_taken_is_told(place, cache):
 
 
 def test_a_single_task_of_a_machine_takes_all_its_gpus():
-    """What JAX itself would have done: give it the one with its local number."""
+    """JAX itself would have given it the one with its local number."""
     slurm = {
         "SLURM_JOB_ID": "7",
         "SLURM_STEP_NODELIST": "localhost",

@@ -1,4 +1,4 @@
-"""Parameters in parts, heads and MLPs shared: the losses are those of one device all the same."""
+"""Sharded parameters, shared heads and MLPs: the losses are still those of one device."""
 
 import re
 from dataclasses import replace
@@ -27,8 +27,8 @@ from nanogpt.training.step import (
 )
 from tests.training.test_step import RATES, T, collectives, placed, some_rows, train_plainly
 
-# Heads for four devices in pairs, and every trick that heads and values have. Skips are not gated:
-# at first the gradients of such gates are rounding errors, of which Adam makes steps like any.
+# Pairs of heads for four devices, and every trick with heads and values. Skips are not gated: at
+# first the gradients of such gates are rounding errors, which Adam turns into full-size steps.
 CONFIG = GPTConfig(
     vocab_size=100,
     num_layers=3,
@@ -62,7 +62,7 @@ def weighted(rates):
 
 @cache
 def compiled(data, model=1, shard_params=False, micro_batches=1, config=CONFIG):
-    """A step, its first state, and its mesh."""
+    """Return a step, its initial state, and its mesh."""
     mesh = make_mesh(data, model)
     optimizer = optimizer_on(mesh, shard_params)
     state = make_init(config, optimizer, mesh, shard_params)(jax.random.key(0))
@@ -73,7 +73,7 @@ def compiled(data, model=1, shard_params=False, micro_batches=1, config=CONFIG):
 
 
 def train(data, model=1, shard_params=False, micro_batches=1, config=CONFIG):
-    """The metrics of every step, and the last state."""
+    """Return the metrics of every step, and the last state."""
     step, state, mesh = compiled(data, model, shard_params, micro_batches, config)
     state, metrics = jax.tree.map(jnp.copy, state), []
     for rows, rates in zip(some_rows(), RATES, strict=True):
@@ -119,7 +119,7 @@ def test_without_tables_and_within_documents_values_are_shared_like_their_heads(
 
 
 def test_the_gradient_of_each_parameter_is_that_of_one_device():
-    # At numbers other than those that training begins with, many of which are zero.
+    # With random parameters, since many initial ones are zero.
     config = replace(CONFIG, skips=((0, 2),), value_gate=False)
     mesh, rows = make_mesh(2, 4), some_rows(1)[0]
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
@@ -148,7 +148,7 @@ def test_the_gradient_of_each_parameter_is_that_of_one_device():
         np.testing.assert_allclose(found, want, atol=1e-4 * size + 1e-6, err_msg=name)
 
 
-# Who holds what
+# Which device holds what
 
 
 def test_each_device_holds_its_part_of_parameters_and_of_the_optimizers_state():
@@ -169,7 +169,7 @@ def test_each_device_holds_its_part_of_parameters_and_of_the_optimizers_state():
         "['embed']",
         "['head']",
         "['bigram_embed']",
-    ):  # Adam's means are divided like these
+    ):  # Adam's moments are sharded like these
         assert {s for path, s in shares.items() if name in path and "inner" not in path} == {4}
     each = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(state))
     assert each < whole / 3.5
@@ -197,7 +197,7 @@ def test_layouts_name_every_large_parameter():
         assert divided == (leaf.size > 1000), path
 
 
-# What they send each other
+# Communication
 
 
 def test_parameters_in_parts_are_gathered_and_their_gradients_scattered_once_per_step():
@@ -206,11 +206,11 @@ def test_parameters_in_parts_are_gathered_and_their_gradients_scattered_once_per
     assert inside == []
     sizes = [leaf.size for leaf in jax.tree.leaves(state.params) if leaf.size > 1000]
     whole = sum(size for operation, size in outside if operation == "all-gather")
-    assert whole == sum(sizes)  # and none for Muon, whose devices exchange parts
+    assert whole == sum(sizes)  # and none for Muon, which exchanges shards
     scattered = sum(size for operation, size in outside if operation == "reduce-scatter")
     assert scattered == sum(sizes) // 4
     reduced = sum(size for operation, size in outside if operation == "all-reduce")
-    assert reduced < sum(sizes) / 20  # of what is whole, and means for Muon
+    assert reduced < sum(sizes) / 20  # of replicated parameters, and for Muon
 
 
 def test_devices_that_share_heads_and_mlps_sum_twice_per_layer_in_either_direction():
@@ -223,7 +223,7 @@ def test_devices_that_share_heads_and_mlps_sum_twice_per_layer_in_either_directi
     assert {operation for operation, _ in inside} == {"all-reduce"}
 
 
-# What cannot be
+# Refused shardings
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the tests with Hugging Face's libraries share."""
+"""Fixtures for the tests with Hugging Face's libraries."""
 
 import pytest
 

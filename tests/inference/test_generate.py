@@ -1,4 +1,4 @@
-"""Decoding from a cache, held against whole passes over the text, and against its softmax."""
+"""Decoding with a cache, compared with full passes over the text, and with the softmax."""
 
 from dataclasses import replace
 from functools import cache, partial
@@ -20,10 +20,10 @@ from tests.conftest import with_every_trick
 
 CONTEXT = 20  # between the windows of 8 and 24 that the layers have in turn
 PROMPTS = ([99, 3, 41, 7, 7, 20, 64, 5], [4], [8, 9, *[1, 2, 3, 7, 5] * 4])  # the last is cut
-TOKENS = 40  # no multiple of CHUNK
+TOKENS = 40  # not a multiple of CHUNK
 GREEDY = Sampling(temperature=0)
 
-# Each has its way to look back; the first has no layer without a window.
+# Each accesses earlier tokens differently; the first has no layer without a window.
 MODELS = {
     "every trick": replace(with_every_trick(), document_separator=7),
     "dense": replace(
@@ -39,7 +39,7 @@ MODELS = {
 
 @cache
 def trained(name):
-    """A model's graph and its parameters, none of which is zero as it would be before training."""
+    """Return a model's graph and parameters, none of them zero as some are before training."""
     config = MODELS[name]
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
@@ -57,7 +57,7 @@ def written(
     alternatives=3,
     **how,
 ):
-    """All that is told of the tokens, over all chunks."""
+    """Return all that is reported about the tokens, over all chunks."""
     chunks = list(
         generate(
             graph,
@@ -75,9 +75,9 @@ def written(
 
 
 def whole_pass(name, monkeypatch):
-    """A function from a text to the probabilities of the next token, by the model as it trains.
+    """Return a function from a text to next-token probabilities, by the training forward pass.
 
-    Its windows are at most CONTEXT tokens; its rotations are those that it was trained with.
+    Windows are at most CONTEXT tokens; rotations are those of training.
     """
     config = MODELS[name]
     _, params = trained(name)
@@ -93,7 +93,7 @@ def whole_pass(name, monkeypatch):
     def next_probabilities(text):
         with monkeypatch.context() as patch:
             patch.setattr(nanogpt.model.gpt, "rotation", lambda _: turns)
-            row = np.zeros(64, np.int32)  # what follows a token does not change what it sees
+            row = np.zeros(64, np.int32)  # later tokens do not change what a token sees
             row[: len(text)] = text
             last = np.asarray(logits(row)[len(text) - 1], "f8")[:100]
         odds = np.exp(last - last.max())
@@ -115,7 +115,7 @@ def test_each_token_is_predicted_as_by_a_whole_pass_for_prompts_of_any_length_an
     for number, prompt in enumerate(PROMPTS):
         text = prompt[-CONTEXT:]
         for step in range(TOKENS):
-            expected = np.log(next_probabilities(text))  # logits, but for what all have in common
+            expected = np.log(next_probabilities(text))  # logits, up to a common constant
             assert np.ptp(expected) > 3
             token, order = tokens[step, number], likeliest[step, number]
             assert sorted(order) == list(range(100))
@@ -123,7 +123,7 @@ def test_each_token_is_predicted_as_by_a_whole_pass_for_prompts_of_any_length_an
             np.testing.assert_allclose(np.log(theirs[step, number]), expected[order], atol=1e-4)
             assert (np.diff(theirs[step, number]) <= 0).all()
             text = [*text, token]
-    assert len(set(tokens.ravel().tolist())) >= 30  # few tokens again and again prove little
+    assert len(set(tokens.ravel().tolist())) >= 30  # a few repeated tokens would prove little
 
 
 def test_a_greedy_text_is_that_of_whole_passes(monkeypatch):
@@ -182,11 +182,11 @@ def test_tokens_one_by_one_see_of_their_document_what_they_see_in_whole_rows(win
         features, cache = go_on(cache, texts[every, here])
         np.testing.assert_allclose(features, whole[every, here], atol=2e-4, err_msg=step)
     assert cache.position.tolist() == [14, 16, 10]
-    assert cache.reach.tolist() == [2, 6, 10]  # so many tokens of the last document
+    assert cache.reach.tolist() == [2, 6, 10]  # this many tokens of the last document
 
 
 def test_logits_from_the_cache_are_those_of_a_whole_pass_at_positions_in_the_thousands():
-    # In float32 a product of speed and position would be off by 1e-4 there, and scores by more.
+    # In float32 the product of speed and position would be off by 1e-4 there, and scores by more.
     config = GPTConfig(
         40, num_layers=2, num_heads=2, width=32, mlp_width=16, rope_base=64.0, paired_heads=(1,)
     )
@@ -221,7 +221,7 @@ def test_in_bfloat16_the_probabilities_are_nearly_those_of_float32():
         written(*trained("every trick"), PROMPTS, num_tokens=1, dtype=dtype, alternatives=100)
         for dtype in ("float32", "bfloat16")
     )
-    # Both list all tokens: put into the order of their numbers.
+    # Both list all tokens; sort them by id.
     exact, rough = (np.take_along_axis(x[3], np.argsort(x[2]), -1) for x in (exact, rough))
     assert 1e-4 < abs(exact - rough).max() < 0.1
     np.testing.assert_allclose(rough.sum(-1), 1, atol=0.01)
@@ -293,7 +293,7 @@ def test_greedy_text_does_not_depend_on_the_seed():
 def test_tokens_are_drawn_as_often_as_the_softmax_of_their_logits_says(sampling):
     config = GPTConfig(5, num_layers=1, num_heads=1, width=12, mlp_width=8, value_embeddings=0)
     graph, params = graph_of(config), jax.jit(partial(init_params, config))(jax.random.key(0))
-    # All tokens look alike to this model, so that every draw is from the same distribution.
+    # All tokens are alike to this model, so every sample is from the same distribution.
     params["embed"] = jnp.broadcast_to(params["embed"][0], params["embed"].shape)
     params["head"] = 0.5 * jax.random.normal(jax.random.key(3), params["head"].shape)
 
@@ -316,7 +316,7 @@ def test_tokens_are_drawn_as_often_as_the_softmax_of_their_logits_says(sampling)
     deviation = np.sqrt(expected * (1 - expected) / tokens.size)
     assert (abs(drawn - expected) <= 4 * deviation).all()
     assert (expected > 0.05).sum() >= 2
-    # What is told of a token is the model's own, whatever the sampling.
+    # The reported probabilities are the model's own, independent of the sampling.
     own = np.exp(logits) / np.exp(logits).sum()
     np.testing.assert_allclose(probabilities, own[tokens], atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""HellaSwag's file and its scores, against a plain loop over the endings in NumPy."""
+"""HellaSwag's file and its scores, compared with a plain loop over the endings in NumPy."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ SEPARATOR, T = 99, 64
 
 
 def made_items(counts, vocabulary=SEPARATOR, seed=0):
-    """Items of random tokens, with so many in the context and in each ending."""
+    """Return items of random tokens, with these lengths of context and endings."""
     random = np.random.default_rng(seed)
 
     def tokens(count):
@@ -35,7 +35,7 @@ def made_items(counts, vocabulary=SEPARATOR, seed=0):
 
 
 def file_of(items):
-    """What llm.c's dev/data/data_common.py would write."""
+    """Return what llm.c's dev/data/data_common.py would write."""
     content = struct.pack("<256i", 20240522, 1, len(items), 9999, *[0] * 252)
     for number, (context, endings, label) in enumerate(items):
         words = [65535, 0, number, label, 4]
@@ -48,7 +48,7 @@ def file_of(items):
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Make a file of these items the one and only HellaSwag."""
+    """Write these items to a file and make it the expected one."""
 
     def write(items):
         path = tmp_path / "hellaswag_val.bin"
@@ -138,7 +138,7 @@ def test_an_ending_is_whole_even_where_it_is_longer_than_any_row():
 
 @pytest.fixture(scope="module")
 def items():
-    """The last but one has a context, and the last an ending, that is too long for the model."""
+    """The second to last has a context, and the last an ending, too long for the model."""
     return made_items(
         [(9, (1, 3, 8, 2)), (50, (20, 14, 5, 9)), (90, (4, 30, 6, 5)), (5, (70, 9, 14, 1))]
     )
@@ -146,7 +146,7 @@ def items():
 
 @pytest.fixture(scope="module")
 def expected(items, model):
-    """The summed loss of each ending, one after the other, from logits on in NumPy."""
+    """Return the summed loss of each ending, one by one, computed with NumPy from the logits."""
     graph, params = model
     logits_of = jax.jit(lambda tokens: nnx.merge(graph, params)(tokens[None])[0])
     losses = []
@@ -154,7 +154,7 @@ def expected(items, model):
         for ending in endings:
             tokens = [SEPARATOR, *context.tolist(), *ending.tolist()]
             tokens = np.array(tokens[-(max(T, len(ending)) + 1) :])
-            # Filled up to one length, which is one program: tokens see only earlier ones.
+            # Padded to one length, so one program: tokens see only earlier ones.
             filled = np.pad(tokens, (0, 128 - len(tokens)))
             logs = log_softmax(np.asarray(logits_of(filled), np.float64), axis=-1)
             places = np.arange(len(tokens) - len(ending), len(tokens))

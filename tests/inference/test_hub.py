@@ -1,4 +1,4 @@
-"""Exported models that are pushed to a hub on the loopback interface, and used from there."""
+"""Exported models, pushed to a hub on the loopback interface and used from there."""
 
 import base64
 import hashlib
@@ -22,7 +22,7 @@ NAME, COMMIT, TOKEN = "ada/gpt", "0123456789abcdef0123456789abcdef01234567", "hf
 
 
 class Hub:
-    """A hub that keeps what is pushed, and serves it to whoever asks."""
+    """A hub that stores what is pushed, and serves it."""
 
     def __init__(self):
         self.files, self.status, self.requests, self.tokens = {}, 200, [], set()
@@ -57,7 +57,7 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 
     def answer_to(self, path, content):
-        """The body of an answer; None where there is nothing."""
+        """Return the body of an answer; None for status 404."""
         api, name = f"/api/models/{NAME}", path.rpartition("/")[2]
         if path == "/api/repos/create":
             found = {"url": f"{self.url}/{NAME}"}
@@ -93,7 +93,7 @@ def hub():
 
 @pytest.fixture
 def program(hub, cache, tmp_path):
-    """Runs a program to its end, in a process that knows no other hub."""
+    """Runs a program to its end, in a process that only knows this hub."""
 
     def program(main, *arguments, **environment):
         environment = {
@@ -146,7 +146,7 @@ def test_a_pushed_model_is_sampled_evaluated_and_fine_tuned_by_its_name(
     (first,) = records(tmp_path / "runs" / "tuned")
     assert first["train_loss"] < 5 < math.log(256)  # as random weights have
 
-    # Without the hub, what is in the cache serves; damaged, it is dropped.
+    # Without the hub the cache is used; damaged files are deleted.
     hub.status = 503
     assert program(sample.main, f"hf://{NAME}", *how, HF_HUB_OFFLINE="1") == written
     (arrays,) = (tmp_path / "hf").rglob("model.safetensors")

@@ -1,4 +1,4 @@
-"""Exported models in transformers: the real libraries read the folder, and its numbers are ours."""
+"""Exported models in transformers: the real libraries load them and compute the same numbers."""
 
 import json
 import os
@@ -25,15 +25,15 @@ torch = pytest.importorskip("torch", reason="needs the extra hf")
 transformers = pytest.importorskip("transformers", reason="needs the extra hf")
 
 pytestmark = pytest.mark.usefixtures("own_caches")
-torch.set_num_threads(1)  # more have to wait for each other where JAX computes, too
+torch.set_num_threads(1)  # more would wait for each other while JAX computes, too
 
-T = 16  # tokens of a training row, beyond which texts go on
+T = 16  # tokens of a training row; texts are longer
 SOURCE = {"run": "a", "step": 5, "tokens": 500}
 SETTINGS = {"tokenizer": "bytes", "sequence_length": T, "dtype": "float32", "from": SOURCE}
 
 
 def thin(name):
-    """The shape of a preset, with few and narrow heads, layers and words."""
+    """Return a preset's model with fewer and smaller heads, layers and vocabulary."""
     preset = PRESETS[name]
     stages = range(len(preset.stages))
     model = preset.schedule.used(preset.model, stages[-1])
@@ -56,7 +56,7 @@ SHAPES = CONFIGS | {name: thin(name) for name in ("laptop", "speedrun", "baselin
 
 
 def written(folder, config):
-    """The folder of an exported model with random weights, and these."""
+    """Export a model with random weights; return the folder and the weights."""
     params = alive(config)
     save_model(folder, config, params, SETTINGS, huggingface_files(config, SETTINGS, folder))
     return params
@@ -171,7 +171,7 @@ def test_in_bfloat16_the_probabilities_are_nearly_those_of_float32(folder, model
     assert (whole - rounded).abs().mean() < 2e-3
 
 
-# There and back
+# Round trips
 
 
 def arrays_of(folder):
@@ -202,7 +202,7 @@ def test_a_model_that_was_saved_in_bfloat16_comes_back_with_its_numbers(folder, 
     np.testing.assert_array_equal(params["head"], half.head.float().numpy())
 
 
-# A run, exported as a user does
+# A run, exported as users do
 
 
 def test_a_pipeline_writes_what_our_sampler_writes(base, exported):

@@ -1,4 +1,4 @@
-"""EleutherAI's evaluation harness on an exported model: it finds what evaluate.py finds."""
+"""EleutherAI's evaluation harness on an exported model: its results are evaluate.py's."""
 
 import json
 
@@ -42,7 +42,7 @@ metric_list: [{metric: bits_per_byte}]
 
 @pytest.fixture
 def harness(exported, tmp_path):
-    """Runs the harness on a task made of these documents: its results, and those by document."""
+    """Runs the harness on a task with these documents; returns its results, also by document."""
 
     def harness(task, documents, **more):
         lines = "".join(f"{json.dumps(document)}\n" for document in documents)
@@ -56,7 +56,7 @@ def harness(exported, tmp_path):
             "hf",
             {"pretrained": str(exported), "trust_remote_code": True, "device": "cpu"} | more,
             [task],
-            # Its own tasks, of which it reads thousands of files, are left out.
+            # Its own tasks, thousands of files, are left out.
             task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         )
         return found["results"][task], found["samples"][task]

@@ -1,4 +1,4 @@
-"""MODEL.md: its program makes the model's logits from the arrays, and it names them all."""
+"""MODEL.md: its program computes the model's logits from the arrays, and it lists them all."""
 
 import re
 from dataclasses import replace
@@ -18,7 +18,7 @@ SOURCE = {"run": "a", "step": 5, "tokens": 500, "commit": "abc", "val_loss": 1.2
 SETTINGS = {"tokenizer": "bytes", "sequence_length": 16, "dtype": "float32", "from": SOURCE}
 
 
-# Whatever a setting changes in the program stands here in each of its ways.
+# Every setting that changes the program appears here with each of its effects.
 EVERY_TRICK = replace(
     test_model.EVERY_TRICK, document_separator=4, value_gate=True, skips=((0, 2), (1, 4), (3, 4))
 )

@@ -1,6 +1,6 @@
-"""The local page against hostile requests, on a real server, and in a browser where there is one.
+"""The local page: hostile requests to a real server, and a browser if one is installed.
 
-The model is a script: it writes words it is told to, and counts who runs it and who stops it.
+The model is a stub: it generates given words, and counts how often it is started and stopped.
 """
 
 import base64
@@ -41,7 +41,7 @@ WORDS = [" upon", " a", " time", ",", " there", " was", "\n", " <script>alert(1)
 
 
 class Model:
-    """Writes WORDS over and over, a token every `pause` seconds, and remembers what happened."""
+    """Generates WORDS repeatedly, a token every `pause` seconds, and records what happens."""
 
     def __init__(self, pause=0.0, words=WORDS, error=None, padding=""):
         self.pause, self.words, self.error, self.padding = pause, words, error, padding
@@ -72,7 +72,7 @@ class Model:
 
 @contextmanager
 def serving(model, title="runs/test", **options):
-    """The port of a server that runs in a thread as long as the context lasts."""
+    """Run a server in a thread while in this context; yields its port."""
     listener = socket.create_server(("127.0.0.1", 0))
     server = playground._Server(playground.make_app(model, title, **options))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -97,7 +97,7 @@ def port(model):
 
 
 def ask(port, method="GET", path="/", body=None, **headers):
-    """Status, headers and body of one request; a dictionary as body is sent as JSON."""
+    """Send a request, with a dictionary as JSON; return status, headers and body."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
     if isinstance(body, dict):
         body = json.dumps(body)
@@ -112,14 +112,14 @@ def ask(port, method="GET", path="/", body=None, **headers):
 
 
 def told(port, order=ORDER):
-    """The objects that /generate answers with."""
+    """Return the objects that /generate answers with."""
     status, _, text = ask(port, "POST", "/generate", order)
     assert status == 200, text
     return [json.loads(line) for line in text.splitlines()]
 
 
 def raw(port, *pieces):
-    """What comes back on a socket for these bytes, until the server closes it."""
+    """Send these bytes on a socket; return all that is received until the server closes it."""
     with socket.create_connection(("127.0.0.1", port), timeout=10) as connection:
         reply = b""
         try:
@@ -128,12 +128,12 @@ def raw(port, *pieces):
             while data := connection.recv(65536):
                 reply += data
         except ConnectionError:
-            pass  # the server may hang up on what it does not want to read
+            pass  # the server may close the connection before reading everything
         return reply
 
 
 def begin(port, order=LONG):
-    """An open socket on which the answer to `order` comes, its first line already here."""
+    """Return an open socket with the answer to `order`, after its first line was received."""
     body = json.dumps(order).encode()
     connection = socket.create_connection(("127.0.0.1", port), timeout=20)
     connection.sendall(post(f"Content-Length: {len(body)}") + body)
@@ -149,7 +149,7 @@ def post(*headers):
 
 
 def eventually(true, seconds=10):
-    """Wait for it, and say whether it came."""
+    """Wait for a condition; return whether it became true."""
     end = time.monotonic() + seconds
     while not (came := true()) and time.monotonic() < end:
         time.sleep(0.02)
@@ -340,7 +340,7 @@ def chunks(size):
 def test_a_body_above_64_kb_is_refused_unread(model, port, pieces):
     before = len(model.orders)
     reply = raw(port, *pieces)
-    # Where the server hung up on bytes under way, its answer may be lost.
+    # If the server closed the connection while bytes were in flight, its answer may be lost.
     assert reply.startswith(b"HTTP/1.1 413 ") or (reply == b"" and sum(map(len, pieces)) > 10**6)
     assert len(model.orders) == before
     assert ask(port)[0] == 200
@@ -412,7 +412,7 @@ def test_a_request_that_came_with_the_one_before_may_take_longer(monkeypatch):
     with serving(Model(pause=0.1)) as port:
         first = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
         reply = raw(port, first + post(f"Content-Length: {len(body)}") + body)
-    assert b'{"done": ' in reply  # which the page does not say
+    assert b'{"done": ' in reply  # the page does not show it
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost:1", "LOCALHOST", "[::1]:8000"])
@@ -622,7 +622,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser):
-    """Opens the page of a server; at the end, nothing was complained about or asked elsewhere."""
+    """Opens a server's page; afterwards there must be no errors and no requests elsewhere."""
     pages = []
 
     def visit(port, **options):
@@ -647,7 +647,7 @@ def visit(browser):
 
 
 def status(page, text):
-    """Wait until the page says so."""
+    """Wait until the page shows this status."""
     from playwright.sync_api import expect
 
     expect(page.get_by_role("status")).to_have_text(text, timeout=10_000)
@@ -669,7 +669,7 @@ def test_what_is_asked_on_the_page_is_what_the_model_gets(visit):
         page.locator("#seed").fill("123")
         write_text(page, "Once é", 3)
         status(page, "3 tokens.")
-        # What a screen reader says of a slider, and what is written over it.
+        # What a screen reader says for a slider, and its label.
         assert page.locator("#top_k").evaluate("slider => slider.ariaValueText") == "40"
         page.locator("#top_k").fill("0")
         assert page.locator("#top_k").evaluate("slider => slider.ariaValueText") == "all"
@@ -679,7 +679,7 @@ def test_what_is_asked_on_the_page_is_what_the_model_gets(visit):
             status(page, "1 tokens.")
     assert model.orders == [
         ("Once é", 3, Sampling(1.25, 40, 0.5, 123)),
-        # Another seed, another text: but for one that is kept.
+        # Another seed gives another text, unless the seed is kept.
         *[("", 1, Sampling(1.25, None, 0.5, 124))] * 2,
     ]
 
@@ -742,7 +742,7 @@ def test_a_token_tells_its_probability_and_what_else_could_have_followed(visit, 
     assert tip.locator("li").all_text_contents() == ["·else25.0%", "·time18.8%"]
     page.mouse.move(0, 0)
     assert tip.count() == 0
-    # With the keyboard alone: the text is one tab stop, and arrows go through it.
+    # With the keyboard only: the text is one tab stop, and arrow keys move through it.
     page.locator("#seed").focus()
     for _ in range(3):
         page.keyboard.press("Tab")
@@ -774,7 +774,7 @@ def test_stop_and_escape_stop_the_model(visit, how):
         page.keyboard.press("Control+Enter")
         page.locator(".token").nth(3).wait_for()
         assert page.get_by_role("status").inner_text() == "Writing…"
-        page.keyboard.press("Control+Enter")  # does nothing while it writes
+        page.keyboard.press("Control+Enter")  # does nothing during generation
         stop.click() if how == "button" else page.keyboard.press("Escape")
         page.get_by_text(re.compile(r"Stopped after \d+ tokens\.")).wait_for()
         assert eventually(lambda: model.closed == 1)
@@ -806,7 +806,7 @@ def test_a_server_that_is_gone_is_told_in_words(browser):
 
 
 def test_spaces_break_the_line_where_it_ends(visit):
-    # As code has them, and more: by default those at the end of a line hang out of its box.
+    # As in code, and more: by default spaces at the end of a line overflow its box.
     with serving(lambda *order: (Token(" ", 0.5) for _ in range(300))) as port:
         page = visit(port, viewport={"width": 360, "height": 740})
         write_text(page, "x", 300)

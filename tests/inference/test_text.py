@@ -1,4 +1,4 @@
-"""What is shown of tokens that come one by one."""
+"""The text that is shown for tokens arriving one by one."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ from train_gpt import PRESETS
 
 @pytest.fixture
 def shown(monkeypatch):
-    """The tokens that `write` tells of when the model writes these texts, one per prompt."""
+    """Return the tokens that `write` yields if the model generates these texts, one per prompt."""
     asked = []
 
     def shown(*texts, chunk=3, tokenizer=None, **how):
@@ -111,7 +111,7 @@ def test_of_what_could_be_a_stop_string_nothing_is_shown_before_that_is_known(sh
 def test_texts_end_each_for_itself_and_nothing_is_written_after_the_last(shown):
     tokens = shown(b"a.bcdefghijk", b"abcde.ghijkl", stop=["."])
     assert (joined(tokens, 0), joined(tokens, 1)) == ("a", "abcde")
-    assert shown.asked[1:] == ["more"]  # of four chunks the first two were asked for
+    assert shown.asked[1:] == ["more"]  # the first two of four chunks were requested
     assert [number for number, _ in tokens] == [0, 1, 0, 1, 1, 1, 1, 1]
 
 
@@ -143,7 +143,7 @@ def test_a_model_writes_through_it():
         )
     )
     assert [number for number, _ in tokens] == [0, 1] * 20
-    # A new model finds all tokens alike.
+    # To a new model all tokens are alike.
     for _, token in tokens:
         assert token.probability == pytest.approx(1 / 100, rel=1e-4)
         assert [odds for _, odds in token.alternatives] == pytest.approx([1 / 100] * 2, rel=1e-4)

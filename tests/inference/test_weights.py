@@ -1,4 +1,4 @@
-"""Runs that begin with the weights of another: what they take over, and what is refused."""
+"""Runs that start from another run's weights: what they take over, and what is refused."""
 
 import json
 import math
@@ -37,7 +37,7 @@ TUNED = [
 
 @pytest.fixture(scope="module")
 def first(base):
-    """The run whose weights the others begin with."""
+    """The run whose weights the others start from."""
     return base.folder
 
 
@@ -49,7 +49,7 @@ def exported(first, tmp_path_factory):
 
 
 def write_data(folder):
-    """A text to go on with, and a shard with an id that bytes do not have."""
+    """A text to continue training on, and a shard with an id beyond bytes."""
     text = np.frombuffer(Path(__file__).read_bytes(), np.uint8)
     write_shard(folder / "train.bin", text[:4000])
     write_shard(folder / "val.bin", text[4000:6000])
@@ -58,7 +58,7 @@ def write_data(folder):
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with data, where this process is."""
+    """A working directory with data."""
     write_data(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -66,7 +66,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tuned(first, cache, tmp_path_factory):
-    """A run that began with the weights of a copy of the first one, which then was deleted."""
+    """A run that started from the weights of a copy of the first run, deleted since."""
     place = tmp_path_factory.mktemp("tuned")
     write_data(place)
     shutil.copytree(first, place / "runs" / "copy")
@@ -78,7 +78,7 @@ def tuned(first, cache, tmp_path_factory):
 
 
 def asked(*arguments):
-    """The settings of `train_gpt.py` with these arguments."""
+    """Return the settings of `train_gpt.py` with these arguments."""
     override = partial(tyro.cli, Hyperparameters, args=[*map(str, arguments)])
     return settings(override(), PRESETS, lambda start: override(default=start))
 
@@ -101,12 +101,12 @@ def test_steps_schedule_and_optimizer_begin_anew(first, tuned):
     # The laptop preset's: constant for half of the steps, then down to zero.
     factors = [record["learning_rate_factor"] for record in records(tuned)]
     assert factors == pytest.approx([1, 1, 1, 0.5])
-    # Adam's very first step goes exactly as far as the rate, whatever the gradient.
+    # Adam's first step has exactly the size of the rate, for any gradient.
     head = np.asarray(load_run(first, make_mesh(1))[2]["head"])
     after = arrays(tuned, 1)["['params']['head']"]
     moved = np.abs(np.frombuffer(after[2], "f4").reshape(after[1]) - head)
     same = np.isclose(moved, PRESETS["laptop"].adam.head.learning_rate, atol=1e-6)
-    assert same.mean() > 0.99  # the others have next to no gradient
+    assert same.mean() > 0.99  # the others have almost no gradient
 
 
 def test_an_exported_model_begins_the_same_run_on_another_number_of_devices(
@@ -187,7 +187,7 @@ def test_the_model_is_that_of_the_stage_in_which_the_weights_were_saved(
 
 
 def tied(run, folder):
-    """A copy of the run, as if its head had been tied in the first half of its 6 steps."""
+    """Copy the run, as if its head had been tied in the first half of its 6 steps."""
     stages = Stage(), Stage(split_head=True)
     config = json.loads((run / "config.json").read_text())
     config |= {"stages": [asdict(stage) for stage in stages], "num_steps": 6}
@@ -285,12 +285,12 @@ def test_a_setting_of_the_model_is_refused_exactly_when_the_shapes_depend_on_it(
             assert shapes(changed) != shapes(tiny), name
             refused.add(name)
     assert refused >= {"width", "num_heads", "mlp_only", "backout", "smear", "skips", "value_gate"}
-    # As many layers may have attention, and other numbers of them value tables with gates.
+    # The same number of layers can have attention, but a different number gated value tables.
     other = replace(tiny, mlp_only=(2,))
     assert shapes(other) != shapes(tiny)
     with pytest.raises(ConfigError, match=r"^model\.mlp_only cannot be \(2,\): "):
         settings_with(weights, PRESETS["laptop"], lambda hp: replace(hp, model=other))
-    # What the tables are padded to is what counts, and of layers and skips how many there are.
+    # The padded vocabulary counts, and of layers and skips only their number.
     same = replace(tiny, vocab_size=128, mlp_only=(-3,), backout=0, skips=((1, 3),))
     assert shapes(same) == shapes(tiny)
     settings_with(weights, PRESETS["laptop"], lambda hp: replace(hp, model=same))

@@ -1,6 +1,6 @@
-"""Attention, held against a softmax over each query's own keys in float64 NumPy.
+"""Attention, compared with a softmax over each query's visible keys in float64 NumPy.
 
-The kernel of nanogpt/model/kernels/flash_attention.py has its own tests.
+The kernel in nanogpt/model/kernels/flash_attention.py has its own tests.
 """
 
 from dataclasses import asdict
@@ -75,7 +75,7 @@ def test_large_scores_do_not_overflow():
     np.testing.assert_allclose(out, chosen, atol=1e-5)
 
 
-# Two heads as one
+# Paired heads
 
 
 def test_heads_are_paired_by_taking_a_token_of_each_in_turn_and_parted_again():
@@ -163,7 +163,7 @@ def test_a_float32_run_on_a_gpu_gets_xla_and_is_told_why(monkeypatch):
 
 
 def as_this_machine_has_it(q, k, v, documents, **how):
-    # There is no cuDNN on a CPU: what JAX raises here is what it would with a broken driver.
+    # There is no cuDNN on a CPU: JAX raises the same error as with a broken driver.
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
 
 
@@ -249,7 +249,7 @@ def test_a_kernel_must_be_right_for_the_windows_of_every_stage(monkeypatch, late
 @on_cpu
 @pytest.mark.parametrize(("window", "chosen"), [(10, "cudnn"), (20, "pallas")])
 def test_a_kernel_must_be_right_for_the_window_of_paired_heads(monkeypatch, window, chosen):
-    # Their keys count one by one: a window of 10 is not one of 20.
+    # Their keys count separately: a window of 10 is not one of 20.
     kernels = {"cudnn": that_looks_too_far_with_a_window_of_20, "pallas": as_the_reference}
     model = some_model(windows=(48, window), paired_heads=(1,))
     kernel, _ = choice_on_a_gpu(monkeypatch, model, **kernels)
@@ -298,6 +298,6 @@ def test_on_a_gpu_kernels_and_their_gradients_equal_the_reference(kernel, head_s
     exact = output_and_gradients("xla", *(x.astype("float32") for x in (q, k, v)))
     for name, got, expected in zip(("out", "dq", "dk", "dv"), fast, exact, strict=True):
         got, expected = np.asarray(got, "f4"), np.asarray(expected)
-        # A window of one leaves the softmax nothing to learn: its gradients are zero.
+        # With a window of one the softmax is constant: its gradients are zero.
         error, size = np.abs(got - expected).max(), max(1.0, np.abs(expected).max())
         assert error / size < 0.03, name

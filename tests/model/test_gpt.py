@@ -1,4 +1,4 @@
-"""The model, held against a second one in NumPy and against what its tricks promise."""
+"""The model, compared with a second one in NumPy and with the formulas of its tricks."""
 
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from nanogpt.training.step import graph_of, init_params
 
 
 def alive(config, seed=0):
-    """Random parameters, so that nothing stands at the zero it starts from."""
+    """Return random parameters, so that none is at its initial zero."""
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: 0.4 * rng.standard_normal(leaf.shape, "f4"), shapes)
@@ -38,7 +38,7 @@ def relative_error(actual, expected):
     return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
 
 
-# The whole forward pass, a second time: float64, one layer after another, nothing shared.
+# The whole forward pass a second time: float64, layer by layer, no shared code.
 
 
 def sigmoid(x):
@@ -50,7 +50,7 @@ def rms_norm(x):
 
 
 def numpy_rotation(config):
-    """Speed of each pair of a head, and the scale of q·k, with YaRN pair by pair."""
+    """Return the rotation speed of each pair of a head, and the scale of q·k, with YaRN."""
     pairs = config.head_size // 2
     turning = round(config.rope_fraction * pairs)
     speeds, scale = [0.0] * pairs, config.attention_scale
@@ -72,13 +72,13 @@ def numpy_logits(config, params, tokens):
     begins = tokens == config.document_separator  # False where there is none
     begins[:, 0] = True
 
-    def turned(x, places):  # a pair is a complex number, and a turn a product with another
+    def turned(x, places):  # a pair is a complex number, and a rotation a product with another
         turn = np.exp(-1j * places[:, :, None] * speeds)
         z = (x[..., : H // 2] + 1j * x[..., H // 2 :]) * turn
         return np.concatenate([z.real, z.imag], axis=-1)
 
     def softmax_attention(q, k, v, window, places, mates):
-        """Each head sees the keys of its mates at places before its own, and at its own."""
+        """Each head sees the keys of its mates at earlier positions and at its own."""
         out = np.zeros_like(v)
         documents = np.cumsum(begins, axis=1)
         for b, t, n in np.ndindex(B, T, N):
@@ -93,7 +93,7 @@ def numpy_logits(config, params, tokens):
     x = p["embed"][tokens]
     if config.smear:
         gate = sigmoid(x[:, :, :12] @ p["smear"]["gate"])
-        for t in reversed(range(T)):  # from the end, as each reads what its neighbour was
+        for t in reversed(range(T)):  # from the end, because each reads its neighbour's old value
             before = np.where(begins[:, t, None], 0, x[:, t - 1])
             x[:, t] += p["smear"]["share"] * gate[:, t] * before
     bigrams = np.zeros_like(x)
@@ -107,7 +107,7 @@ def numpy_logits(config, params, tokens):
     outputs, first_values, num_tables = [], None, 0
     with_attention = [layer for layer in range(L) if layer not in config.mlp_only]
     for layer in range(L):
-        mirror = L - 1 - layer  # the first layer returns in the last, the second before it, ...
+        mirror = L - 1 - layer  # first to last, second to second to last, ...
         if config.skips is None and mirror < layer:
             x = x + p["skips"][layer - (L - L // 2)] * outputs[mirror]
         for number, (source, target) in enumerate(config.skips or ()):
@@ -292,7 +292,7 @@ def test_a_new_model_adds_nothing_to_the_stream_and_has_no_two_matrices_alike(ti
         return params, nnx.merge(graph_of(tiny), params).features(tokens)
 
     params, features = new(jax.random.key(0))
-    # Every projection back into the stream starts at zero: the embedding passes through.
+    # Every projection back to the stream starts at zero: the embedding passes through.
     x = np.asarray(params["embed"], "f8")[tokens]
     np.testing.assert_allclose(features, x / np.sqrt((x**2).mean(-1, keepdims=True)), atol=1e-5)
     for matrices in (params["attention"]["qkv"], params["mlp"]["up"]):
@@ -360,10 +360,10 @@ T = 14
 
 
 def influence(config):
-    """For each token table: does position j (column) move the output of position t (row)?
+    """For each token table: does position j (column) affect the output at position t (row)?
 
-    No token comes twice, so that the gradient of a row of a table is the gradient of the one
-    position that looks it up.
+    No token is repeated, so the gradient of a row of a table is the gradient of the one position
+    that looks it up.
     """
     params = alive(config)
     tokens = jnp.asarray(np.random.default_rng(1).permutation(config.vocab_size)[:T][None])
@@ -397,7 +397,7 @@ def influence(config):
         ({"windows": (5, 2)}, 4 + 1 + 4, 4 + 1 + 4, 4 + 1 + 4),
         # Only the embedding is smeared.
         ({"windows": (3, 2), "smear": True, "mlp_only": (1,)}, 1 + 2 + 0 + 2, 2 + 0 + 2, 2 + 0 + 2),
-        # Value embeddings are not in the keys of the layer they come to.
+        # Value embeddings are not in the keys of the layer they are added to.
         ({"windows": (3, 2), "key_offset": (0, 1)}, 3 + 2 + 2, 3 + 2 + 2, 2 + 2 + 2),
         # A token has two keys where heads are paired, and the first of them is its own place.
         ({"windows": (5, 2), "paired_heads": (0, 1)}, 2 + 1 + 4, 2 + 1 + 4, 2 + 1 + 4),
@@ -427,11 +427,11 @@ def test_the_gradient_reaches_exactly_the_positions_that_may_be_seen(
 
 
 def test_no_output_depends_on_a_later_token(tiny):
-    # In full, not by gradient: bigram buckets are chosen by integers, which have none.
+    # By changing tokens, not by gradients: bigram buckets depend on integers, which have none.
     tokens = some_tokens(tiny, B=1, T=T)
     changed = (tokens + np.eye(T, dtype=int)) % tiny.vocab_size  # row j has another token j
     model = build(tiny, alive(tiny))
-    # One row at a time: the bits of a product may depend on where in a batch it stands.
+    # One row at a time: the bits of a product may depend on its position in the batch.
     logits = jax.jit(lambda rows: jax.lax.map(lambda row: model(row[None])[0], rows))(
         np.concatenate([tokens, changed])
     )
@@ -443,7 +443,7 @@ def test_no_output_depends_on_a_later_token(tiny):
 def test_each_document_of_a_row_has_the_logits_that_it_has_alone(paired):
     config = replace(EVERY_TRICK, paired_heads=paired)
     separator = config.document_separator
-    # What a row begins with may be the middle of a document.
+    # A row may begin in the middle of a document.
     documents = [[9, 16, 33, 2], [separator, 7, 7, 50, 9, 12, 2], [separator, 33, 2, 8, 61, 40]]
     row = jnp.array([[token for document in documents for token in document]])
     params = alive(config)
@@ -455,23 +455,23 @@ def test_each_document_of_a_row_has_the_logits_that_it_has_alone(paired):
     together = logits(config, row)
     alone = [logits(config, jnp.array([document])) for document in documents]
     np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-4)
-    # Without a separator they would look into each other.
+    # Without a separator they would see each other.
     mixed = logits(replace(config, document_separator=None), row)
     differs = abs(mixed - together).max(axis=1) > 0.05
     assert differs.tolist() == [False] * 4 + [True] * 13
 
 
-# The tricks one by one, each by its formula
+# The tricks one by one, compared with their formulas
 
 
 def fixed(*shape, seed=0):
-    """Numbers near one, of both signs, float32."""
+    """Return numbers near one, of both signs, float32."""
     return np.random.default_rng(seed).standard_normal(shape).astype("f4")
 
 
 @pytest.fixture
 def run_on_values(monkeypatch):
-    """Runs a model whose queries each take the value of their own token, and look no further.
+    """Runs a model in which each query takes the value of its own token only.
 
     Returns its features, which layers had attention, and the values of each.
     """
@@ -706,7 +706,7 @@ def test_the_half_of_a_key_that_is_not_rotated_is_that_of_the_token_before():
         lambda: [model.attend(past, layer, *map(jnp.asarray, (q, k, v))) for layer in range(2)]
     )()
 
-    # Of 4 pairs (i, i + 4) two turn, by 1 and 0.1 radians per token, and two stand still.
+    # Of 4 pairs (i, i + 4) two rotate, by 1 and 0.1 radians per token, and two do not.
     turn = np.exp(-1j * np.outer(np.arange(5), [1, 0.1, 0, 0]))[:, None]
     turned_q, turned_k = (rms_norm(x.astype("f8")) for x in (q, k))
     turned_q, turned_k = ((x[..., :4] + 1j * x[..., 4:]) * turn for x in (turned_q, turned_k))
@@ -737,7 +737,7 @@ def test_logits_are_those_of_a_rescaled_sigmoid_but_for_a_constant():
 
 
 def test_the_tokens_after_the_next_are_scored_up_to_the_end_of_a_row():
-    # All features are alike: so are the logits, and a loss is that of its target alone.
+    # All features are equal, so are the logits, and a loss depends only on its target.
     params, tokens = alive(BARE), jnp.zeros((1, 5), int)
     targets = jnp.array([[7, 8, -1, 9, 10]])
     model = build(BARE, params)
@@ -816,7 +816,7 @@ def test_layers_computed_again_have_the_same_losses_and_gradients_and_keep_less(
     assert again_found == pytest.approx(float(found), rel=1e-6)
     for one, other in zip(*map(jax.tree.leaves, (gradients, again_gradients)), strict=True):
         assert relative_error(other, one) < 1e-5
-    # No scores, a number per query and key, wait for the backward pass.
+    # No scores, a number per query and key, are stored for the backward pass.
 
     def scores(pullback):
         shapes = [leaf.shape for leaf in jax.tree.leaves(pullback)]
@@ -850,12 +850,12 @@ def test_in_bfloat16_the_model_agrees_with_float32_to_the_accuracy_of_bfloat16()
     exact, rough = run("float32", params), run("bfloat16", params)
     assert [array.dtype for array in rough] == ["bfloat16", "float32"]
     for found, expected in zip(rough, exact, strict=True):
-        # bfloat16 rounds to 8 bits, 0.4 %: the error is a few of these, and it is not none.
+        # bfloat16 rounds to 8 bits, 0.4%: the error is a few of these, but not zero.
         assert 2e-3 < relative_error(found, expected) < 0.03
 
 
 def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
-    # In bfloat16 a sum of 2048 terms like each other stops growing at some hundreds.
+    # In bfloat16 a sum of 2048 equal terms stops growing at a few hundred.
     tokens = jnp.zeros((8, 256), int)
     params = alive(BARE)
 

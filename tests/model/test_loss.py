@@ -1,4 +1,4 @@
-"""The head and its cross-entropy, held against float64 NumPy and its finite differences."""
+"""The head and its cross-entropy, compared with float64 NumPy and finite differences."""
 
 from functools import lru_cache, partial
 
@@ -23,20 +23,20 @@ WAYS = [(kernel, fp8) for kernel in ("xla", "pallas") for fp8 in (False, True)]
 
 @pytest.fixture(autouse=True)
 def interpreted_kernel(monkeypatch):
-    """The kernel itself, interpreted, and rows of V ids in pieces of 16, 16, 4 and 1."""
+    """Use the kernel itself, interpreted, with rows of V ids in blocks of 16, 16, 4 and 1."""
     monkeypatch.setattr(loss, "_two_passes", partial(cross_entropy.one_pass, interpret=True))
     monkeypatch.setattr(cross_entropy, "CHUNK", 16)
 
 
 def numpy_losses(logits, targets, cap):
-    """The loss of each target, [..., K]."""
+    """Return the loss of each target, [..., K]."""
     capped = cap.bound * np.tanh((np.asarray(logits, "f8") + cap.shift) / cap.width)
     log_p = capped - np.log(np.exp(capped).sum(axis=-1, keepdims=True))
     return np.where(targets < 0, 0.0, -np.take_along_axis(log_p, np.maximum(targets, 0), axis=-1))
 
 
 def numpy_gradient(logits, targets, cap, weights, h=1e-5):
-    """Of each token's objective by its own logits; tokens do not mix, so one id moves for all."""
+    """Differentiate each token's objective by its logits, all tokens at once: they do not mix."""
     logits = np.asarray(logits, "f8")
 
     def objective(logits):
@@ -49,18 +49,18 @@ def numpy_gradient(logits, targets, cap, weights, h=1e-5):
 
 def some_targets(shape, K, ids=V):
     targets = np.random.default_rng(1).integers(0, ids, (*shape, K))
-    targets[0, 0] = 0  # the first id is an id, not a sign of absence
+    targets[0, 0] = 0  # the first id is an id, not a missing target
     targets[0, 1] = ids - 1
     targets[1, 2] = targets[2, 4] = -1
     targets[2, 0] = -100
-    # Of more than one target some may be missing, or the same.
+    # Of several targets some may be missing, or equal.
     targets[0, 3, 1:] = targets[1, 0, :-1] = -1
     targets[1, 1, 1:] = targets[1, 1, 0]
     return jnp.asarray(targets)
 
 
 def some_inputs(dtype, spread=1.0, K=1):
-    """Features, a head and targets; bfloat16 holds the logits without rounding."""
+    """Return features, a head and targets; bfloat16 represents the logits exactly."""
     rng = np.random.default_rng(0)
     features = jnp.asarray(rng.choice([-1.0, -0.5, 0.5, 1.0], (3, 5, D)), dtype)
     head = jnp.asarray(rng.integers(-5, 6, (D, V)) / 8 * spread, dtype)
@@ -69,7 +69,7 @@ def some_inputs(dtype, spread=1.0, K=1):
 
 @lru_cache
 def expected(dtype, cap, spread, weights):
-    """Losses, and both gradients of the sum of objectives times `factors`, in float64."""
+    """Return losses, and both gradients of the sum of objectives times `factors`, in float64."""
     features, head, targets = some_inputs(dtype, spread, len(weights))
     x, w = np.asarray(features, "f8"), np.asarray(head, "f8")
     dlogits = factors()[..., None] * numpy_gradient(x @ w, targets, cap, weights)
@@ -78,14 +78,14 @@ def expected(dtype, cap, spread, weights):
 
 
 def factors():
-    """What the gradient of each token's objective is multiplied by from above."""
+    """Return factors on the gradients of the tokens' objectives."""
     return np.random.default_rng(2).uniform(0.5, 2.0, (3, 5)).astype("f4")
 
 
 def losses_and_gradients(features, head, targets, cap=CAP, factors=1.0, **way):
-    """Objective, loss, and the gradients by features and head of the sum of objective * factors.
+    """Return objective, loss, and the gradients of the sum of objective * factors.
 
-    The loss is for the log alone: whatever gradient is said to come from it must not matter.
+    The loss is only for the log: a gradient with respect to it must have no effect.
     """
 
     @jax.jit
@@ -99,7 +99,7 @@ def losses_and_gradients(features, head, targets, cap=CAP, factors=1.0, **way):
 
 
 def assert_near(got, want, tolerance):
-    """No element is further off than a part of the largest one, or of 1."""
+    """Assert that errors are small relative to the largest element, or to 1."""
     got, want = np.asarray(got, "f8"), np.asarray(want, "f8")
     assert got.shape == want.shape
     np.testing.assert_array_less(np.abs(got - want), tolerance * max(1.0, np.abs(want).max()))
@@ -132,7 +132,7 @@ def test_losses_and_gradients_equal_float64_and_its_finite_differences(
     want, want_dfeatures, want_dhead = expected(dtype, cap, spread, weights)
     dtypes = (jnp.float32, jnp.float32, features.dtype, head.dtype)
     assert (objective.dtype, loss.dtype, dfeatures.dtype, dhead.dtype) == dtypes
-    # bfloat16 rounds gradients, but nothing on the way to the losses.
+    # bfloat16 rounds gradients, but not the losses.
     undifferentiated = linear_cross_entropy(
         features, head, targets, cap, weights=weights, kernel=kernel
     )
@@ -226,7 +226,7 @@ def test_a_softcap_can_be_the_sigmoid_of_the_speedrun():
 
 
 def wide_inputs(K):
-    """RMS-normalized features and a head of the size that training makes; bfloat16."""
+    """Return RMS-normalized features and a head as large as after training; bfloat16."""
     rng = np.random.default_rng(3)
     features = rng.standard_normal((6, 32, 64))
     features /= np.sqrt(np.mean(features**2, axis=-1, keepdims=True))
@@ -268,7 +268,7 @@ def test_8_bit_floats_err_by_their_rounding_and_no_more(kernel, cap, weights):
 
 
 def equations(jaxpr, name):
-    """All equations of a primitive, in this jaxpr and those within it."""
+    """Return all equations of a primitive, in this jaxpr and nested ones."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == name:
             yield eqn
@@ -319,7 +319,7 @@ def test_too_large_weights_and_features_saturate_in_8_bits():
     ):
         assert np.all(np.isfinite(got))
         np.testing.assert_array_equal(got, want)
-    # Up to the bounds nothing is lost: these few digits fit into 8 bits.
+    # Within the bounds there is no rounding: these few digits fit into 8 bits.
     np.testing.assert_allclose(same[0], losses_and_gradients(*bounded)[0], rtol=1e-5)
 
 
@@ -358,7 +358,7 @@ def test_8_bit_gradients_of_too_many_ids_for_32_bit_addresses_are_made_in_parts(
 
 
 def kept_for_the_backward_pass(loss_of):
-    """Shapes and dtypes of what the forward pass hands to the backward pass of a small head."""
+    """Return shapes and dtypes of a small head's residuals, stored for the backward pass."""
     features = jnp.ones((64, 16), "bfloat16")
     head = jnp.ones((16, 256), "bfloat16")
     targets = jnp.arange(192).reshape(64, 3)
@@ -384,9 +384,9 @@ def test_a_float32_copy_of_the_logits_would_be_seen():
 
 
 def on_devices(mesh, kernel, fp8):
-    """The mean objective and its gradients as a training step takes them, and sums over tokens.
+    """Return the mean objective and its gradients as in a training step, and sums over tokens.
 
-    Features and targets are divided over the devices, the head is not.
+    Features and targets are sharded over the devices, the head is not.
     """
     pair_of = partial(linear_cross_entropy, cap=TILTED, weights=THREE, kernel=kernel, fp8=fp8)
 
@@ -409,7 +409,7 @@ def on_devices(mesh, kernel, fp8):
 
 @pytest.mark.parametrize(("kernel", "fp8"), WAYS)
 def test_devices_that_share_the_tokens_get_the_gradients_of_one(kernel, fp8, monkeypatch):
-    monkeypatch.undo()  # JAX cannot interpret a kernel inside shard_map; on CPUs XLA stands in
+    monkeypatch.undo()  # JAX cannot interpret a kernel inside shard_map; CPUs use XLA instead
     rng = np.random.default_rng(5)
     features = jnp.asarray(rng.standard_normal((16, 3, D)), "float32")
     head = jnp.asarray(0.3 * rng.standard_normal((D, V)), "float32")

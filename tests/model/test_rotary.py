@@ -1,4 +1,4 @@
-"""Rotary positions, held against complex numbers and against YaRN written out pair by pair."""
+"""Rotary positions, compared with complex numbers and with YaRN written out pair by pair."""
 
 from itertools import pairwise
 from math import log, pi
@@ -15,7 +15,7 @@ def model(H=16, **how):
     return GPTConfig(num_heads=2, width=2 * H, **how)
 
 
-# How fast
+# Speeds
 
 
 def test_half_of_the_pairs_turn_the_fastest_by_one_radian_per_token_and_the_rest_stand_still():
@@ -42,7 +42,7 @@ def test_a_fraction_of_the_pairs_turns(fraction, expected):
 
 
 def yarn(config, windows):
-    """Speeds and scale after the longest window went through these, one pair and change at a time.
+    """Return speeds and scale after these longest windows, one pair and one change at a time.
 
     The formulas are those of modded-nanogpt.
     """
@@ -75,7 +75,7 @@ def test_rotations_and_scale_follow_the_longest_window_from_stage_to_stage(windo
     ("turns", "factor"), [(40, 1), (32, 1), (24.25, 0.875), (16.5, 0.75), (1, 0.5), (0.01, 0.5)]
 )
 def test_a_window_twice_as_long_halves_the_speed_of_what_turned_less_than_once(turns, factor):
-    # Two pairs turn: one by a radian per token, one by 1 / base, so often in a window of 256.
+    # Two pairs rotate, one by a radian per token, one by 1 / base: this often in a window of 256.
     base = 256 / (2 * pi * turns)
     speed, scale = rotation(model(rotary_windows=(256, 512), rope_base=base, rope_fraction=2 / 8))
     np.testing.assert_allclose(speed, [1, factor / base, 0, 0, 0, 0, 0, 0], rtol=1e-12)
@@ -90,7 +90,7 @@ def test_windows_that_stay_as_long_change_neither_rotations_nor_scale(rotary_win
 
 
 def test_the_windows_in_use_do_not_change_rotations():
-    # A model may be used with longer windows than those that it was trained with.
+    # A model can be used with longer windows than in training.
     trained, used = (
         model(windows=windows, rotary_windows=(128, 256)) for windows in ((256,), (512, 0))
     )
@@ -102,7 +102,7 @@ def test_the_windows_in_use_do_not_change_rotations():
 
 
 def angles(x, speed):
-    """Of all places of x, one after another."""
+    """Rotate all positions of x, one by one."""
     return turned(jnp.arange(x.shape[1])[None], x.shape[1], speed)
 
 
@@ -125,12 +125,12 @@ def test_rotary_multiplies_pairs_as_complex_numbers_with_those_of_the_unit_circl
     z, found = (a[..., : H // 2] + 1j * a[..., H // 2 :] for a in (x.astype("f8"), turned))
     circle = np.exp(-1j * np.outer(np.arange(T), speed))[:, None]
     np.testing.assert_allclose(found, z * circle, atol=1e-6)
-    np.testing.assert_array_equal(found[..., 4:], z[..., 4:])  # those that stand still: to the bit
+    np.testing.assert_array_equal(found[..., 4:], z[..., 4:])  # unrotated ones: bit for bit
     np.testing.assert_array_equal(found[:, 0], z[:, 0])
 
 
 def test_positions_are_exact_far_into_a_row_though_the_model_computes_in_bfloat16():
-    # Whether angles are rounded: at position 4095 those of bfloat16 would be off by up to 16.
+    # Angles must not be rounded: at position 4095 those in bfloat16 would be off by up to 16.
     T, speed = 4096, np.array([1.0, 0.01])
     x = jnp.tile(jnp.array([1, 1, 0, 0], "bfloat16"), (1, T, 1, 1))
     turned = np.asarray(rotary(x, angles(x, speed)).astype("float32"))[0, :, 0]

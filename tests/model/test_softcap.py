@@ -1,4 +1,4 @@
-"""The soft cap, held against float64 NumPy."""
+"""The soft cap, compared with float64 NumPy."""
 
 import jax.numpy as jnp
 import numpy as np

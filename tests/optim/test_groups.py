@@ -1,4 +1,4 @@
-"""Which rule moves which parameter, and how far: held against the papers' formulas in NumPy."""
+"""Which rule updates which parameter, and by how much: compared with the papers' formulas."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -66,7 +66,7 @@ def init(optimizer, params):
 
 
 def updates_of(optimizer, gradients, params, rates=None, momenta=None):
-    """The updates of one step after another, and the last state."""
+    """Return the updates of successive steps, and the last state."""
     state, update, updates = init(optimizer, params), jax.jit(optimizer.update), []
     rates, momenta = rates or [1.0] * len(gradients), momenta or [0.9] * len(gradients)
     for gradient, rate, momentum in zip(gradients, rates, momenta, strict=True):
@@ -79,7 +79,7 @@ def updates_of(optimizer, gradients, params, rates=None, momenta=None):
 
 
 def adam_of_kingma_and_ba(gradients, rate):
-    """What each gradient moves a parameter by, with the betas 0.8 and 0.95."""
+    """Return a parameter's updates for these gradients, with betas 0.8 and 0.95."""
     m, v, moved = 0.0, 0.0, []
     for t, g in enumerate(gradients, start=1):
         m, v = 0.8 * m + 0.2 * g, 0.95 * v + 0.05 * g**2
@@ -120,7 +120,7 @@ def test_every_group_follows_the_rate():
     (half, eighth), _ = updates_of(optimizer_with(), [gradients] * 2, params, [0.5, 0.125])
     for name in SHAPES:
         np.testing.assert_allclose(half[name], 0.5 * full[name], rtol=1e-6, err_msg=name)
-        # A gradient that stays moves its parameter by as much again, whatever the rule.
+        # With a constant gradient each rule repeats the same update.
         np.testing.assert_allclose(eighth[name], 0.125 * full[name], rtol=1e-3, atol=1e-6)
 
 
@@ -130,7 +130,7 @@ def test_every_group_follows_the_rate():
 @pytest.mark.parametrize("name", BY_ADAM)
 def test_the_first_step_of_adam_moves_by_the_rate_of_the_group_against_the_gradient(name):
     gradients = some(1)
-    # However small the gradient: that of a rare token is 1e-9 of a batch's loss.
+    # For any size of the gradient: that of a rare token is 1e-9 of a batch's loss.
     gradients = {key: 1e-6 * (g + np.sign(g)) for key, g in gradients.items()}
     (moved,), _ = updates_of(optimizer_with(), [gradients], some(0))
     np.testing.assert_allclose(moved[name], -RATES[name] * np.sign(gradients[name]), rtol=1e-3)
@@ -146,7 +146,7 @@ def test_later_steps_of_adam_are_those_of_kingma_and_ba():
 
 
 def test_the_state_keeps_its_structure_shapes_and_dtypes():
-    # Checkpoints, donation, and leaving out a bad batch rely on that.
+    # Checkpoints, donation, and skipping a bad batch rely on this.
     params, optimizer = some(0), optimizer_with()
     _, after = updates_of(optimizer, [some(1)], params)
     before, after = (
@@ -162,10 +162,10 @@ def test_the_state_keeps_its_structure_shapes_and_dtypes():
 def test_matrices_move_by_muons_rate_along_orthogonal_directions():
     gradients = some(1)
     (moved,), _ = updates_of(optimizer_with(), [gradients], some(0))
-    # On the first step each output moves by as much as the others: by the rate times
+    # In the first step each output changes by the same amount: the rate times
     # sqrt(outputs / inputs) times sqrt(inputs / outputs).
     np.testing.assert_allclose(np.linalg.norm(moved["up"], axis=1) / RATES["up"], 1, rtol=0.15)
-    # And, but for those sizes, along the singular vectors of the gradient, against it.
+    # And, except for those sizes, along the gradient's singular vectors, in the opposite direction.
     u, _, vt = np.linalg.svd(gradients["up"].astype("f8"), full_matrices=False)
     orthogonal = -u @ vt
     orthogonal /= np.linalg.norm(orthogonal, axis=1, keepdims=True)
@@ -192,7 +192,7 @@ def test_cautious_decay_shrinks_only_weights_that_the_update_brings_nearer_to_ze
     weights = {"w": jnp.array([3.0, -3.0, -3.0, 3.0, 3.0, 0.0], "f4")}
     rule = cautious_decay(0.1)
     found, _ = rule.update(updates, rule.init(weights), weights, rate=0.5)
-    # 0.1 * 0.5 * 3 = 0.15 more where both have one sign.
+    # 0.1 * 0.5 * 3 = 0.15 more if both have the same sign.
     np.testing.assert_allclose(found["w"], [0.35, -0.35, 0.2, -0.2, 0, 0.2], rtol=1e-6)
 
 
@@ -202,7 +202,7 @@ def test_weight_decay_goes_with_the_squares_of_rate_and_shape_and_is_of_matrices
     (without,), _ = updates_of(optimizer_with(), gradients, params, [rate])
     (decayed,), _ = updates_of(optimizer_with(weight_decay=3.0), gradients, params, [rate])
     w, u = params["up"].astype("f8"), -np.asarray(without["up"], "f8")
-    # Of a matrix [8, 12] with its shape's factor, too, as in modded-nanogpt (2025-11-29).
+    # For a matrix [8, 12] also with the factor of its shape, as in modded-nanogpt (2025-11-29).
     shape = (12 / 8) ** 0.5
     expected = -shape * (rate * RATES["up"]) ** 2 * 3.0 * np.where(u * w > 0, w, 0)
     np.testing.assert_allclose(decayed["up"] - without["up"], expected, atol=1e-7)
@@ -222,7 +222,7 @@ def test_cautious_decay_of_adam_is_that_of_each_group():
     np.testing.assert_array_equal(decayed["embed"], without["embed"])
 
 
-# Fewer steps of Adam
+# Adam in every second step
 
 
 def test_adam_acts_at_every_second_step_on_the_mean_of_both_gradients():

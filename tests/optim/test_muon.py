@@ -1,4 +1,4 @@
-"""Muon, held against the papers' formulas in NumPy, and against singular value decompositions."""
+"""Muon, compared with the papers' formulas in NumPy, and with singular value decompositions."""
 
 import re
 
@@ -12,11 +12,11 @@ from nanogpt.devices.mesh import REPLICATED, make_mesh
 from nanogpt.optim.muon import POLAR_EXPRESS, SAFETY, orthogonalize, scale_by_muon
 
 SHAPES = {"qkv": (5, 3, 16, 16), "out": (5, 16, 16), "up": (5, 16, 40), "down": (5, 40, 16)}
-JORDAN = [(3.4445, -4.7750, 2.0315)] * 5  # what Muon had before: one quintic, five times over
+JORDAN = [(3.4445, -4.7750, 2.0315)] * 5  # Muon's former method: one quintic, five times
 
 
 def gradients_at(step, scale=1.0):
-    """Random gradients, in which some rows and columns are much larger than others."""
+    """Return random gradients in which some rows and columns are much larger than others."""
     rng = np.random.default_rng(step)
     uneven = {
         name: rng.standard_normal(shape) * np.geomspace(0.3, 3, shape[-1])
@@ -26,14 +26,14 @@ def gradients_at(step, scale=1.0):
 
 
 def composed(polynomials, s):
-    """Where one odd quintic after another takes a singular value."""
+    """Return a singular value after a sequence of odd quintics."""
     for a, b, c in polynomials:
         s = a * s + b * s**3 + c * s**5
     return s
 
 
 def orthogonalized(matrices):
-    """The same singular vectors, and the singular values through the published polynomials."""
+    """Keep the singular vectors, and apply the published polynomials to the singular values."""
     u, s, vt = np.linalg.svd(np.asarray(matrices, "f8"), full_matrices=False)
     s = composed(POLAR_EXPRESS, s / (1.02 * np.linalg.norm(s, axis=-1, keepdims=True)))
     return u * s[..., None, :] @ vt
@@ -51,9 +51,9 @@ def matrix_with(singular_values, I, O):  # noqa: E741
 
 
 def nearest_quintic(low, high):
-    """a, b, c of the odd quintic whose largest distance from one on [low, high] is least.
+    """Return a, b, c of the odd quintic with the smallest maximum distance from one on [low, high].
 
-    It deviates by as much at both ends and at its two extrema, to either side in turn (Remez).
+    It deviates equally at both ends and at its two extrema, with alternating signs (Remez).
     """
     inner = np.array([(3 * low + high) / 4, (low + 3 * high) / 4])
     for _ in range(50):
@@ -67,8 +67,8 @@ def nearest_quintic(low, high):
 def test_each_polynomial_is_the_best_for_what_the_one_before_it_left():
     low, high, derived = 1e-3, 1.0, []
     for step in range(5):
-        # The paper's cushion: very small singular values are not raised at the others' expense,
-        # but what is left of the polynomial's range is centred on one again.
+        # The paper's cushion: very small singular values are not raised at the expense of others,
+        # but the remaining range of the polynomial is centred on one again.
         quintic = nearest_quintic(max(low, 0.02 * high), high)
         quintic *= 2 / (composed([quintic], low) + composed([quintic], high))
         if step < 4:  # p(s / 1.02): its safety factor
@@ -112,7 +112,7 @@ def test_bfloat16_comes_close_to_float32():
     exact, rough = jax.jit(lambda x: (orthogonalize(x), orthogonalize(x, jnp.bfloat16)))(x)
     assert rough.dtype == jnp.float32
     error = jnp.linalg.norm(rough - exact) / jnp.linalg.norm(exact)
-    assert 1e-2 < error < 0.1  # twenty roundings of 0.4 %, and not none
+    assert 1e-2 < error < 0.1  # twenty roundings of 0.4%, but not zero
 
 
 # Momentum and neurons
@@ -123,7 +123,7 @@ def init(muon):
 
 
 def normalized_by_neuron(update, mean_square):
-    """One matrix after NorMuon, neuron by neuron; `mean_square`, a list, goes on in place."""
+    """Return a matrix after NorMuon, neuron by neuron; updates the list `mean_square` in place."""
     rows, columns = update.shape
     neurons = list(update) if rows > columns else list(update.T)
     for j, neuron in enumerate(neurons):
@@ -156,7 +156,7 @@ def test_updates_are_nesterovs_momentum_orthogonalized_and_normalized_by_neuron(
 def test_without_a_gradient_nothing_moves_and_the_first_one_moves_by_the_usual_norm():
     muon = scale_by_muon()
     update, state = jax.jit(muon.update), init(muon)
-    # Behind projections that start at zero, that is how training begins.
+    # Training starts like this before projections that are initially zero.
     zeros = jax.tree.map(np.zeros_like, gradients_at(0))
     for _ in range(2):
         updates, state = update(zeros, state, momentum=0.9)
@@ -179,7 +179,7 @@ def test_a_neuron_without_a_gradient_stays_and_the_others_move():
     for neurons in (updates["up"].mT, updates["down"]):
         sizes = np.linalg.norm(neurons, axis=-1)
         np.testing.assert_allclose(sizes[:, 7], 0, atol=1e-3)
-        # After the first step all have the same size.
+        # After the first step all are of the same size.
         np.testing.assert_allclose(np.delete(sizes, 7, axis=1), sizes[:, :1] * np.ones(39), 1e-3)
 
 
@@ -209,7 +209,7 @@ def test_each_of_eight_devices_has_an_eighth_of_the_groups():
     stack = {"qkv": jax.ShapeDtypeStruct((96, 24, 24), jnp.float32)}
     state = jax.eval_shape(muon.init, stack)
     program = jax.jit(muon.update).lower(stack, state, momentum=0.9).compile().as_text()
-    # 96 matrices are 12 groups of 8: at most two for each device, in one loop of two turns.
+    # 96 matrices are 12 groups of 8: at most two per device, in one loop of two iterations.
     assert "f32[2,8,24,24]" in program
     assert '"known_trip_count":{"n":"2"}' in program
 
@@ -219,7 +219,7 @@ def test_what_devices_gather_does_not_grow_with_their_number():
     stack = {"qkv": jax.ShapeDtypeStruct((20, 24, 24), jnp.float32)}
     state = jax.eval_shape(muon.init, stack)
     program = jax.jit(muon.update).lower(stack, state, momentum=0.9).compile().as_text()
-    # 20 matrices are 3 groups of 8: four devices gather as many as they are, and four do the same.
+    # 20 matrices are 3 groups of 8: four devices compute and gather four, and four do the same.
     (gathered,) = re.findall(r"= f32\[(\d+),8,24,24\]\S* all-gather\(", program)
     assert int(gathered) == 4
     assert "replica_groups={{0,1,2,3},{4,5,6,7}}" in program or "[2,4]<=[8]" in program

@@ -1,4 +1,4 @@
-"""Curves are read from what runs wrote, and what cannot be read is named in one sentence."""
+"""Curves are read from runs' files; unreadable files are named in one sentence."""
 
 import json
 
@@ -17,7 +17,7 @@ CIRCUMSTANCES = {
 
 
 def records(num_steps, seed=0, first=10.8, last=3.2):
-    """What a run that learns writes: a record per step, every tenth with a validation loss."""
+    """Return a learning run's records: one per step, every tenth with a validation loss."""
     rng = np.random.default_rng(seed)
     made = []
     for step in range(1, num_steps + 1):
@@ -42,7 +42,7 @@ def records(num_steps, seed=0, first=10.8, last=3.2):
 
 
 def write(folder, made, tokenizer="gpt2", **config):
-    """A run's folder."""
+    """Create a run's folder."""
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(f"{json.dumps(each)}\n" for each in made))
     config = {"preset": "speedrun", "tokenizer": tokenizer, **config}
@@ -53,7 +53,7 @@ def write(folder, made, tokenizer="gpt2", **config):
 
 
 def failure(capsys, *arguments):
-    """The sentence with which the command refuses its arguments."""
+    """Return the sentence with which the command refuses its arguments."""
     assert main([str(argument) for argument in arguments]) == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.count("\n") == 1
@@ -94,7 +94,7 @@ def test_a_broken_line_is_named_but_the_last_one_is_not_read(tmp_path, capsys, l
     metrics.write_text("\n".join([*lines, line]))
     np.testing.assert_array_equal(read_run(folder, "run").metrics["step"], [1, 2, 3, 4])
     if line:
-        metrics.write_text("\n".join([*lines, line, ""]))  # it was written whole, but is wrong
+        metrics.write_text("\n".join([*lines, line, ""]))  # it was written completely, but is wrong
         assert f"{metrics}, line 5{told}" in failure(capsys, folder)
     metrics.write_text("\n".join([*lines[:2], line, *lines[2:]]))
     said = failure(capsys, folder)

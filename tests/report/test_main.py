@@ -1,4 +1,4 @@
-"""The command: what it writes where, and what it says when it cannot."""
+"""The command: what it writes where, and its messages when it cannot."""
 
 import os
 import re
@@ -52,7 +52,7 @@ def test_all_of_a_folder_can_be_drawn_whatever_else_lies_there(tmp_path, capsys,
     write(Path("runs/a"), records(20))
     write(Path("runs/begun"), [])
     Path("runs/notes").mkdir()
-    for _ in range(2):  # the second time the first report is among them
+    for _ in range(2):  # the second time they include the first report
         assert main([str(place) for place in sorted(Path("runs").iterdir())]) == 0
         output = capsys.readouterr()
         assert output.out == "runs/report.png\nruns/report.html\n"
@@ -63,7 +63,7 @@ def test_all_of_a_folder_can_be_drawn_whatever_else_lies_there(tmp_path, capsys,
     ]
     names = Page(Path("runs/report.html").read_text()).rows[0][1:]
     assert [name.split()[-1] for name in names] == ["a"]
-    assert main(["runs/a", "runs/b"]) == 2  # a name that was mistyped is not passed over
+    assert main(["runs/a", "runs/b"]) == 2  # a mistyped name is not skipped silently
 
 
 def test_neither_pyplot_nor_jax_is_loaded_and_matplotlib_is_left_as_it_was(tmp_path):

@@ -1,4 +1,4 @@
-"""The page tells what the files of the runs say, and needs no other file."""
+"""The page shows what is in the runs' files, and needs no other file."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from tests.report.test_curves import CIRCUMSTANCES, records, write
 
 
 class Page(HTMLParser):
-    """What a browser would load, and run, and the text of the table's cells."""
+    """Collects what a browser would load and run, and the text of the table's cells."""
 
     def __init__(self, text):
         super().__init__()
@@ -43,7 +43,7 @@ class Page(HTMLParser):
 
 
 def page(*folders):
-    """The page without its panels, which take longest."""
+    """The page without its panels, which take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PANELS", ())
         return Page(module.page([read_run(folder, folder.name) for folder in folders]))

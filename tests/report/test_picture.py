@@ -1,4 +1,4 @@
-"""What is drawn is what the files of the runs say."""
+"""The picture shows what is in the runs' files."""
 
 import numpy as np
 import pytest

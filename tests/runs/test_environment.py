@@ -1,4 +1,4 @@
-"""What is noted of a process, and that a benchmark's figures come with it."""
+"""What is recorded about a process, also with a benchmark's figures."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def git(repository, *words):
 
 @pytest.fixture
 def repository(tmp_path):
-    """A repository with this module and a benchmark's results in it, all committed."""
+    """A repository with this module and a benchmark's results, all committed."""
     for folder in ("nanogpt", "benchmarks/results", "records"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "file").write_text("as it was")
@@ -157,7 +157,7 @@ def test_a_processor_without_a_name_is_told_by_its_kind(tmp_path, monkeypatch, t
 
 
 def test_accelerators_are_counted_by_kind_and_processors_are_none(monkeypatch):
-    assert environment()["accelerators"] == []  # JAX runs on processors here
+    assert environment()["accelerators"] == []  # JAX runs on the CPU here
     kinds = [("cpu", "cpu"), *8 * [("gpu", "NVIDIA H200")], ("gpu", "NVIDIA L4")]
     devices = [SimpleNamespace(platform=p, device_kind=kind) for p, kind in kinds]
     monkeypatch.setattr(jax, "devices", lambda: devices)

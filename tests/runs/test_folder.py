@@ -1,4 +1,4 @@
-"""Run folders, and what goes to the console and the files."""
+"""Run folders, and what is written to the console and the files."""
 
 import io
 import json
@@ -84,7 +84,7 @@ def test_without_a_name_runs_are_called_after_the_preset_and_the_time(tmp_path):
 
 
 def start_at_once(parent, name, count):
-    """The folders, or errors, of this many runs that start at the same time."""
+    """Return the folders, or errors, of this many runs that start at the same time."""
 
     def start(_):
         try:
@@ -98,7 +98,7 @@ def start_at_once(parent, name, count):
 
 @pytest.fixture
 def slow_looks(monkeypatch):
-    """Whoever looks whether a path exists acts on an old answer, as in the worst of races."""
+    """Make checks whether a path exists return an outdated answer, as in the worst race."""
     look = Path.exists
 
     def slow(path):
@@ -157,7 +157,7 @@ def test_a_folder_is_free_again_when_its_run_has_ended_or_was_killed(run):
         assert f"process {os.getpid()} " in (run.folder / "holder").read_text()
 
 
-# Going on with a run
+# Resuming a run
 
 
 def test_a_run_that_goes_on_keeps_the_records_of_the_steps_before_and_appends(run):
@@ -165,7 +165,7 @@ def test_a_run_that_goes_on_keeps_the_records_of_the_steps_before_and_appends(ru
         run.record({"step": step, "loss": 0.5})
     run.say("first")
     with (run.folder / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "lo')  # the last breath of a process
+        file.write('{"step": 5, "lo')  # written by a process as it was killed
     run.__exit__(None, None, None)
     with Run(run.folder) as again:
         again.rewind(2)
@@ -178,7 +178,7 @@ def test_a_run_that_goes_on_keeps_the_records_of_the_steps_before_and_appends(ru
 def test_a_damaged_record_is_dropped_with_a_warning_and_costs_no_other(run, capsys):
     lines = [b'{"step": %d, "train_loss": 0.5}' % step for step in range(1, 10)]
     lines[1:1] = [b"", b"[]", b"{}", b"\x80\xff\0", b'{"step": "2"}', b"[" * 100_000]
-    lines[1:1] = [b'{"step": 99}', b'{"step": 1}']  # from there on nothing would be kept, or twice
+    lines[1:1] = [b'{"step": 99}', b'{"step": 1}']  # later lines would be lost or repeated
     path = run.folder / "metrics.jsonl"
     path.write_bytes(b"\n".join(lines[:-1]) + b"\n\x80" + lines[-1])
     run.rewind(7)
@@ -235,7 +235,7 @@ def test_without_a_console_the_run_goes_on_and_the_log_is_whole(tmp_path):
     assert (tmp_path / "log.txt").read_text().splitlines() == [f"line {n}" for n in range(100)]
 
 
-# What is told
+# Messages
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Which steps a trace holds, and what its table says: of real runs on a CPU, and of made ones."""
+"""The steps in a trace, and its table: of real runs on a CPU, and of synthetic traces."""
 
 import gzip
 import inspect
@@ -17,7 +17,7 @@ from nanogpt.config import ConfigError
 from nanogpt.runs import profile as module
 from nanogpt.runs.profile import Op, Trace, ops_in, origins, steps_of, table_of
 
-PRODUCTS = 40  # in a step; enough that a step is not done when it has been dispatched
+PRODUCTS = 40  # in a step; enough that it is not finished when its dispatch returns
 
 
 def layer(x):
@@ -34,7 +34,7 @@ def program():
 
 
 class Clock:
-    """In place of Progress: remembers what was not training."""
+    """Replaces Progress, and records what was not training."""
 
     def __init__(self):
         self.calls = []
@@ -45,7 +45,7 @@ class Clock:
 
 
 def train(folder, steps, program, num_steps=7, stop_after=None):
-    """A training loop; returns what was said, the result, and the clock."""
+    """Run a training loop; return its messages, the result, and the clock."""
     said, clock, state = [], Clock(), 0.01 * jnp.ones((256, 256))
     with Trace(folder, steps, said.append) as trace:
         for step in range(1, num_steps + 1):
@@ -59,7 +59,7 @@ def train(folder, steps, program, num_steps=7, stop_after=None):
 
 @pytest.fixture(scope="module")
 def traced(tmp_path_factory, program):
-    """The folder of a run of 7 steps of which 3 to 5 were traced, and what was said of it."""
+    """A run of 7 steps with a trace of 3 to 5: its folder and its messages."""
     folder = tmp_path_factory.mktemp("run") / "profile"
     return folder, *train(folder, steps_of("3:5", 1, 7), program)
 
@@ -145,7 +145,7 @@ def test_what_else_traces_already_is_left_alone_and_costs_a_line(tmp_path, progr
     try:
         said, _, _ = train(tmp_path / "mine", range(2, 4), program)
     finally:
-        jax.profiler.stop_trace()  # which would fail, had it been stopped
+        jax.profiler.stop_trace()  # which would fail if it had been stopped
     assert len(said) == 1 and said[0].startswith("WARNING: no trace of step 2 and later: ")
 
 
@@ -182,7 +182,7 @@ print("all steps made")
 
 
 def made(*planes):
-    """A profile: planes of (name, lines), lines of (name, events), events of
+    """Build a profile: planes of (name, lines), lines of (name, events), events of
     (name, start in ns, duration in ns, stats)."""
     text = []
     for plane, lines in planes:
@@ -210,7 +210,7 @@ def made(*planes):
 
 
 def costs(profile):
-    """Nanoseconds and runs of each operation, the costliest first."""
+    """Return nanoseconds and runs of each operation, the costliest first."""
     return [(op.module, op.name, round(1e9 * op.seconds), op.count) for op in ops_in(profile)]
 
 
@@ -309,7 +309,7 @@ def test_an_empty_profile_has_a_table_without_rows():
 
 
 def program_text(name, *ops):
-    """A compiled program's text, of operations (name, path)."""
+    """Return the text of a compiled program with operations (name, path)."""
     lines = [f'  %{op} = f32[] add(%x, %y), metadata={{op_name="{path}"}}' for op, path in ops]
     return "\n".join([f"HloModule {name}, is_scheduled=true", *lines, ""])
 
@@ -335,7 +335,7 @@ def test_an_origin_is_given_only_if_it_is_sure():
         ["same", "jit(f)/add"],
         ["other"],
         ["same"],  # of another program
-        ["same", "jit(f)/add"],  # of one that the device does not tell
+        ["same", "jit(f)/add"],  # of one that the device does not report
     ]
 
 

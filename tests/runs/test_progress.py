@@ -24,7 +24,7 @@ def records(run):
 
 
 class Loss:
-    """A number on the device: remembers that it was waited for."""
+    """A number on the device, which records that it was waited for."""
 
     def __init__(self, value, reads):
         self.value, self.reads = value, reads
@@ -36,13 +36,13 @@ class Loss:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes only when a test says so."""
+    """A clock that advances only when a test says so."""
     clock = SimpleNamespace(now=100.0)
     monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 
-# Two steps of 1,000 tokens, and two of 3,000 at twice the rate, which falls from the start.
+# Two steps of 1,000 tokens, and two of 3,000 at twice the rate, which decays from the start.
 SCHEDULE = Schedule(
     stages=(Stage(batch=1 / 3), Stage(rate=2.0)),
     num_steps=4,
@@ -72,7 +72,7 @@ def test_a_step_is_reported_when_the_next_has_started_and_not_waited_for_before(
     assert [record["step"] for record in records(run)] == [1]
     clock.now += 1
     progress.report()
-    progress.report()  # nothing is left to tell
+    progress.report()  # nothing is left to report
     assert reads == [5.0, 4.0]
     assert [record["step"] for record in records(run)] == [1, 2]
 
@@ -103,7 +103,7 @@ def test_times_are_those_between_arrivals_and_leave_validation_out(run, clock):
         (3, 3.0, 0.125, 5000, 4.0, 9.0, 750.0),
         (4, 2.0, 0.0625, 8000, 1.0, 10.0, 3000.0),
     ]
-    # The share of the steps that is left when each begins, twice that in the second stage.
+    # The fraction of steps left at the start of each, twice that in the second stage.
     assert [r["learning_rate_factor"] for r in records(run)] == [1, 3 / 4, 2 * 2 / 4, 2 * 1 / 4]
     assert [r.get("val_loss") for r in records(run)] == [None, 3.25, None, None]
     assert [r["epoch"] for r in records(run)] == [0.25, 0.5, 1.25, 2.0]  # of 4,000 tokens
@@ -117,7 +117,7 @@ def test_times_are_those_between_arrivals_and_leave_validation_out(run, clock):
         ("4/4", "2.0000"),
     ]
     assert [re.search(r"([\d,]+) tok/s", s)[1] for s in steps] == ["500", "333", "750", "3,000"]
-    # What is left at the tokens' mean pace so far: 7 * 2/1, 6 * 5/2, 3 * 9/5 and nothing.
+    # Time left at the mean rate of tokens so far: 7 * 2/1, 6 * 5/2, 3 * 9/5 and zero.
     assert [s.split("ETA ")[1] for s in steps] == ["0:00:14", "0:00:15", "0:00:05", "0:00:00"]
     (validation,) = (line for line in lines if "val loss" in line)
     assert re.search(r"^step 2/4 .*val loss 3\.2500 .*2,000 tokens .*5\.0 s", validation)
@@ -232,7 +232,7 @@ def test_a_record_waits_for_its_validation_even_where_that_is_broken_off(run, cl
 def test_time_goes_on_from_where_earlier_processes_left_it(run, clock):
     progress = progress_of(run, training_seconds=10.0)
     clock.now += 50
-    progress.paused("compile")  # what was before is no training
+    progress.paused("compile")  # the time before is not training
     progress.started(3, {"loss": 5.0, "grad_norm": 1.0, **CALM})
     clock.now += 2
     progress.report()

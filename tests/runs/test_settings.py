@@ -1,4 +1,4 @@
-"""Where the settings of a run start."""
+"""Where a run's settings come from."""
 
 import shutil
 from dataclasses import replace
@@ -15,10 +15,10 @@ from train_gpt import PRESETS
     [
         ("speedrun", "bytes", 256, 255),
         ("speedrun", "gpt2", 50257, 50256),
-        ("laptop", "gpt2", 50257, None),  # attends across documents, whatever separates them
+        ("laptop", "gpt2", 50257, None),  # attends across documents, with any separator
     ],
 )
-@pytest.mark.parametrize("data", [("some.txt",), ()])  # text of one's own, or shards
+@pytest.mark.parametrize("data", [("some.txt",), ()])  # the user's own text, or shards
 def test_the_vocabulary_is_that_of_the_tokenizer_and_its_separator_is_used_where_the_preset_has_one(
     preset, tokenizer, vocab_size, separator, data
 ):

@@ -1,4 +1,4 @@
-"""Curves in TensorBoard and Weights & Biases, read back from what their own libraries wrote."""
+"""Curves in TensorBoard and Weights & Biases, read back from the files of their own libraries."""
 
 import json
 import os
@@ -25,7 +25,7 @@ CONFIG = {"num_steps": 30, "model": {"windows": (8, 0)}, "resume": None}
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
-    """W&B keeps to this machine: offline, and were it not, its server would be nobody."""
+    """Keep W&B on this machine: offline, and with a server that does not exist."""
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -43,12 +43,12 @@ def folder(tmp_path):
 
 
 def record(step):
-    """A line of metrics.jsonl whose numbers need all digits of a double."""
+    """Return a line of metrics.jsonl with numbers that need all digits of a double."""
     return {"step": step, "train_loss": 5 / 3 / step, "tokens": 2048 * step, "val_loss": 7 / step}
 
 
 def tensorboard_curves(folder):
-    """{name: {step: value}} as TensorBoard shows it; a step shown twice fails."""
+    """Return {name: {step: value}} as TensorBoard shows it; fails if a step is shown twice."""
     shown = EventAccumulator(str(folder / "tensorboard")).Reload()
     curves = {
         tag: [(e.step, e.value) for e in shown.Scalars(tag)] for tag in shown.Tags()["scalars"]
@@ -58,7 +58,7 @@ def tensorboard_curves(folder):
 
 
 def wandb_records(folder):
-    """The records of each process of a W&B run, the first process first.
+    """Return the records of each process of a W&B run, the first process first.
 
     The file is a log as LevelDB's: after 7 bytes, blocks of 32 KiB with chunks of records, each
     with a checksum, a length and whether it begins or ends a record.
@@ -81,7 +81,7 @@ def wandb_records(folder):
 
 
 def wandb_curves(records):
-    """{name: {step: value}} of what was logged."""
+    """Return what was logged, as {name: {step: value}}."""
     curves = {}
     for entry in records:
         if entry.HasField("history"):
@@ -173,7 +173,7 @@ def test_every_number_that_a_step_records_has_a_name_in_a_group(folder):
     assert (metrics["train/loss"], metrics["val/loss"]) == (1.0, 3.0)
 
 
-# Going on with a run
+# Resuming a run
 
 
 def test_tensorboard_shows_a_resumed_run_without_the_steps_that_were_lost(folder):
@@ -212,7 +212,7 @@ def test_steps_that_wandb_has_already_are_not_sent_again(folder, monkeypatch):
     assert logged == [30, 31, 32]
 
 
-# Nothing asked, nothing there, nothing works
+# Not requested, not installed, not working
 
 
 def test_nothing_is_imported_or_made_that_was_not_asked_for(folder):

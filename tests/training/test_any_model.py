@@ -1,4 +1,4 @@
-"""Whatever model is accepted can be trained, saved, resumed, exported and sampled from."""
+"""Any model that is accepted can be trained, saved, resumed, exported and sampled from."""
 
 import random
 from dataclasses import replace
@@ -22,7 +22,7 @@ from train_gpt import PRESETS
 
 
 def some_settings(seed):
-    """Settings of a small model, drawn until they are accepted; the first has a single layer."""
+    """Draw settings of a small model until they are accepted; the first has a single layer."""
     draw = random.Random(seed)
     while True:
         L, N = draw.choice((1, 1, 2, 3, 4)) if seed else 1, draw.choice((1, 2, 3))
@@ -71,7 +71,7 @@ def some_settings(seed):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_model_that_is_accepted_can_be_trained_saved_resumed_exported_and_sampled(seed, tmp_path):
-    """Training is traced, for its shapes; what is saved is random, to the bit."""
+    """Training is only traced, for its shapes; the saved state is random, compared bit for bit."""
     hp, mesh, draw = some_settings(seed), make_mesh(1), np.random.default_rng(seed)
     optimizer, graph = optimizer_of(hp, mesh), graph_of(hp.model)
     shapes = jax.eval_shape(make_init(hp.model, optimizer, mesh), jax.random.key(0))

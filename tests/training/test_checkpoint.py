@@ -1,4 +1,4 @@
-"""Checkpoints: every bit comes back, whatever is killed, full, cut short or flipped meanwhile."""
+"""Checkpoints: restored bit for bit, despite kills, full disks, truncation and bit flips."""
 
 import ast
 import json
@@ -42,7 +42,7 @@ def say_nothing_is_wrong(line):
 
 @pytest.fixture
 def shapes(tiny):
-    """Those of a state with the real optimizer, by number of devices."""
+    """The shapes of a state with the real optimizer, by number of devices."""
 
     def shapes(devices):
         mesh = make_mesh(devices)
@@ -54,7 +54,7 @@ def shapes(tiny):
 
 @pytest.fixture
 def state(shapes):
-    """A state of random bits, NaNs among them, on so many devices: what no computation gives."""
+    """Return a state of random bits, including NaNs, on this many devices."""
 
     def state(step, devices=1):
         bits = np.random.default_rng(step)
@@ -64,7 +64,7 @@ def state(shapes):
             return jax.device_put(words.view(s.dtype) if s.shape else s.dtype.type(3), s.sharding)
 
         filled = jax.tree.map(leaf, shapes(devices))
-        head = jnp.full_like(filled.params["head"], -0.0)  # a fill value may pass for it
+        head = jnp.full_like(filled.params["head"], -0.0)  # a fill value could be mistaken for it
         step = jax.device_put(jnp.int32(step), filled.step.sharding)
         return replace(filled, step=step, params=filled.params | {"head": head})
 
@@ -83,7 +83,7 @@ def run(tmp_path, tmp_path_factory, tiny, state):
 
 
 def configure(folder, **changed):
-    """Write the config.json of a run of the laptop preset with these settings."""
+    """Write the config.json of a laptop run with these settings."""
     settings = asdict(replace(PRESETS["laptop"], **changed))
     (folder / "config.json").write_text(json.dumps(settings))
 
@@ -166,7 +166,7 @@ def test_the_best_checkpoint_stays_besides_the_newest_ones_if_asked_for(tmp_path
 
     with Checkpoints(tmp_path, 1, say_nothing_is_wrong, keep_best=True) as checkpoints:
         for step, of in {10: {}, 20: {"s10": 2.0}, 30: {"s10": 2.0, "s20": 3.0}}.items():
-            losses(**of)  # of the step that is saved nothing is known yet
+            losses(**of)  # nothing is known about the saved step yet
             checkpoints.save(state(step), {"tokens": 1})
             checkpoints.wait()
         assert saves(tmp_path) == ["00000010", "00000030"]
@@ -182,7 +182,7 @@ def test_a_state_that_training_consumes_during_the_save_is_saved_as_it_was(tmp_p
     state = train_step(jax.device_put(simple_state(0, 1 << 20)))
     before = state.params["w"].unsafe_buffer_pointer()
     state = train_step(state)
-    # Else this test shows nothing: a step writes where its input was.
+    # Otherwise this test shows nothing: a step overwrites its input.
     assert state.params["w"].unsafe_buffer_pointer() == before
 
     with Checkpoints(tmp_path, 100, say_nothing_is_wrong) as checkpoints:
@@ -199,7 +199,7 @@ def test_a_state_that_training_consumes_during_the_save_is_saved_as_it_was(tmp_p
 
 
 def simple_state(step, size):
-    """A state that is `step` everywhere."""
+    """Return a state with `step` everywhere."""
     full = np.full(size, step, np.float32)
     known = {"step": np.int32(step), "params": {"w": full, "v": full}, "opt_state": (full,)}
     return TrainState(**{f.name: known.get(f.name, np.float32(step)) for f in fields(TrainState)})
@@ -235,7 +235,7 @@ def test_the_newest_are_kept(tmp_path, state, keep):
 
 def test_only_good_ones_count_among_those_kept(run, state):
     flip_a_byte(run / "checkpoints" / "00000030")
-    save(run, state, 25, keep=2)  # as a run does that went on from step 20
+    save(run, state, 25, keep=2)  # as in a run that was resumed from step 20
     assert saves(run) == ["00000020", "00000025"]
 
 
@@ -294,7 +294,7 @@ def test_the_same_step_is_not_saved_twice_unless_it_failed(tmp_path, state, monk
 
 
 def a_file(folder):
-    """The largest file: arrays."""
+    """Return the largest file, which holds arrays."""
     return max(
         (path for path in folder.rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
     )
@@ -376,7 +376,7 @@ def copy_an_older_one_over_it(folder):
 
 
 def rewrite_the_manifest(folder, **changes):
-    """With a digest that is right."""
+    """Add a correct digest."""
     manifest = json.loads((folder / "manifest.json").read_text()) | changes
     del manifest["sha256"]
     manifest["sha256"] = module.digest_of(manifest)
@@ -497,7 +497,7 @@ def test_a_pickle_among_the_files_is_never_run(run, state, shapes, tmp_path, mon
     for folder in (checkpoint.folder, *checkpoint.folder.rglob("*/")):
         for name in ("state.pkl", "_METADATA.pkl", "treedef", "checkpoint", "a.pickle"):
             (folder / name).write_bytes(bomb)
-    checkpoint = newest_checkpoint(run, say_nothing_is_wrong)  # its own files are unharmed
+    checkpoint = newest_checkpoint(run, say_nothing_is_wrong)  # its own files are undamaged
     assert_same_bits(load_state(checkpoint, shapes(1)), state(30))
     load_run(run, make_mesh(1))
     (checkpoint.folder / "manifest.json").write_bytes(bomb)
@@ -530,7 +530,7 @@ def test_no_module_imports_what_would_run_code_from_a_file():
 
 def test_a_save_without_space_is_not_begun_and_costs_no_other(run, state, monkeypatch):
     told, needed = [], 1.2 * sum(a.nbytes for a in jax.tree.leaves(state(40)))
-    with monkeypatch.context() as full:  # the older two would not make room for it
+    with monkeypatch.context() as full:  # deleting the older two would not make enough room
         full.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 0, 0))
         full.setattr(saving, "SPACE", 12)
         with pytest.raises(CheckpointError, match="step 40"):
@@ -604,7 +604,7 @@ def test_leaving_by_an_exception_waits_and_does_not_hide_it(run, state, monkeypa
 
 
 def child(script, *arguments, **options):
-    """A process that runs the script with `state(step)`, 3 MB that are different at every step."""
+    """Run the script in a process, with `state(step)`: 3 MB that differ at every step."""
     common = """
 import os, sys
 from pathlib import Path
@@ -672,7 +672,7 @@ print(*os.listdir(run / "checkpoints"))
     process = child(script, tmp_path, stderr=subprocess.PIPE)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    assert "absl" not in errors  # pages of tracebacks; TensorStore may still say a few words
+    assert "absl" not in errors  # pages of tracebacks; TensorStore may still print a few lines
     lines = [
         f"The checkpoint of step {1 + limit} was not written: File too large; "
         "those before it are kept."
@@ -685,7 +685,7 @@ print(*os.listdir(run / "checkpoints"))
 
 def test_whenever_a_save_is_killed_a_good_checkpoint_remains(tmp_path):
     # One process imports, then forks one child after another, which saves step after step until it
-    # is killed; the next one goes on from what is left.
+    # is killed; the next one continues from what is left.
     script = """
 for line in sys.stdin:
     reading, writing = os.pipe()
@@ -727,7 +727,7 @@ for line in sys.stdin:
     finally:
         process.kill()
         process.communicate()
-    assert leftovers  # else no save was interrupted, and this test shows nothing
+    assert leftovers  # otherwise no save was interrupted, and this test shows nothing
     with Checkpoints(tmp_path, 2, say_nothing_is_wrong) as checkpoints:
         checkpoints.save(jax.device_put(simple_state(step + 1, 9)), {})
     assert saves(tmp_path) == [f"{step:08}", f"{step + 1:08}"]
@@ -766,7 +766,7 @@ def test_a_loaded_run_is_the_model_that_was_configured_with_its_newest_weights(
         (87, (16, 12), (8, 16)),
         (60, (16, 12), (8, 16)),
         (30, (32, 40), (8, 16, 24)),  # the windows of validation
-        (29, (32, 40), (8, 16, 24)),  # resumed with fewer steps than it had made
+        (29, (32, 40), (8, 16, 24)),  # resumed with fewer steps than it had done
     ],
 )
 def test_the_model_of_a_loaded_run_is_that_of_the_stage_its_weights_were_saved_in(

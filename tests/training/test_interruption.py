@@ -1,4 +1,4 @@
-"""Signals to real runs, at every stage: what is saved, with which status they end, and how soon."""
+"""Signals to real runs in every phase: what is saved, the exit status, and how fast they exit."""
 
 import json
 import shutil
@@ -30,11 +30,11 @@ AT_ONCE = 5.0  # seconds: far less than what the interrupted work would still ta
 
 
 def no_half_files(folder):
-    """Whether everything that lies below `folder` is under a final name."""
+    """Return whether there are no temporary files below `folder`."""
     return not [path for path in folder.rglob("*") if "tmp" in path.name]
 
 
-# While it trains
+# During training
 
 
 @pytest.mark.parametrize(("sent", "status"), [(TERM, 143), (INT, 130), (HUP, 129)])
@@ -64,7 +64,7 @@ def test_a_second_signal_ends_at_once_and_what_was_saved_is_whole(straight, plac
     with started(place, cache) as process:
         process.read_until("step 7/")
         wait_until(lambda: steps(run) == [7])
-        # Nothing more is read: the run is held before it can end after its step.
+        # Nothing more is read: the run blocks before it can exit after its step.
         process.send(TERM)
         time.sleep(0.5)
         assert process.poll() is None
@@ -79,7 +79,7 @@ def test_a_second_signal_ends_at_once_and_what_was_saved_is_whole(straight, plac
 
 
 def test_a_run_started_to_survive_its_terminal_does(place, cache):
-    """As with nohup, which has the signal ignored."""
+    """As with nohup, under which the signal is ignored."""
     with started(place, cache, "--num-steps", "9", ignored=[HUP]) as process:
         process.read_until("step 3/")
         process.send(HUP)
@@ -102,20 +102,20 @@ def test_a_console_that_is_closed_ends_neither_the_training_nor_the_log(straight
     assert "weights and metrics of 20 steps are in runs/a" in log
 
 
-# While it validates
+# During validation
 
 
-LONG = ["--val-tokens", "600000"]  # 2,344 passes: seconds in which the signal comes
+LONG = ["--val-tokens", "600000"]  # 2,344 passes take seconds: time for the signal
 SHORT = ["--val-tokens", f"{VAL_TOKENS}"]
 
 
 def validates_long(place):
-    """Make it enough data for that."""
+    """Write enough data for that."""
     write_shard(place / "val.bin", np.tile(read_shard(place / "val.bin"), 301))
 
 
 def test_a_kill_in_a_validation_costs_no_step_and_the_next_process_makes_up_for_it(place, cache):
-    """The last validation, after which there is nothing else to do, unless steps are added."""
+    """The last validation, after which nothing is left to do, unless steps are added."""
     validates_long(place)
     run = place / "runs" / "a"
     arguments = ["--val-loss-every", "4", "--checkpoint-every", "4", "--cooldown-fraction", "0"]
@@ -126,7 +126,7 @@ def test_a_kill_in_a_validation_costs_no_step_and_the_next_process_makes_up_for_
         process.end()
     assert not any("val loss" in line for line in process.lines), "the signal came too late"
     assert [record["step"] for record in records(run)] == [1, 2, 3]
-    # The next process makes up for it, and is killed before it ends.
+    # The next process repeats it, and is killed before it ends.
     with Process(["--resume", "runs/a", *SHORT], place, cache) as process:
         assert "step 4/4 | val loss " in process.read_until("/4 | ")
         wait_until(lambda: records(run)[-1]["step"] == 4)
@@ -145,7 +145,7 @@ def test_a_kill_in_a_validation_costs_no_step_and_the_next_process_makes_up_for_
     assert [step for step in (4, 6) if arrays(longer, step) != arrays(other, step)] == []
 
 
-# Before and after
+# Before and after training
 
 
 @pytest.mark.parametrize(("sent", "status"), [(TERM, 143), (INT, 130)])
@@ -167,7 +167,7 @@ def test_a_signal_while_jax_is_loaded_ends_at_once_and_leaves_nothing(
         before = time.monotonic()
         output, errors = process.communicate(timeout=PATIENCE)
         assert time.monotonic() - before < AT_ONCE
-    assert process.returncode in (status, -sent)  # a shell says `status` of both
+    assert process.returncode in (status, -sent)  # a shell reports `status` for both
     assert output == "", "the signal came too late"
     assert "Traceback" not in errors
     assert checkpoints(place / "runs" / "a") == []
@@ -214,7 +214,7 @@ def test_a_signal_while_it_writes_its_sample_ends_at_once_and_the_run_is_whole(
 
 
 def member(arguments):
-    """A process of two that do nothing but take steps together."""
+    """One of two processes that only make steps together."""
     from jax.experimental.multihost_utils import sync_global_devices
 
     from nanogpt.devices.processes import join_processes, wait_for_others

@@ -1,4 +1,4 @@
-"""What a run will do, decided without compiling anything or looking at a device."""
+"""The plan of a run, made without compiling anything and without a device."""
 
 import math
 from dataclasses import FrozenInstanceError, replace
@@ -94,7 +94,7 @@ def test_the_speedrun_fits_tpus_of_16_gb_with_room_to_spare(devices):
     # What XLA plans for the program of the last stage is in docs/tpu.md.
     assert plan.batch_size == 1 and plan.kernels.rematerialize
     assert needed(plan) < 0.85 * v5e.memory
-    # Eight that divide the state need not compute anything again.
+    # Eight devices that shard the state need no recomputation.
     if devices == 8:
         plan = plan_of("speedrun", v5e, "splash", shard_params=True)
         assert plan.batch_size == 1 and not plan.kernels.rematerialize
@@ -128,7 +128,7 @@ def test_gradients_and_copies_have_the_size_that_they_have_in_the_step(mesh, sha
     plan = plan_of("speedrun", mesh=mesh, shard_params=shard_params, model=c)
     sharers = plan.sharers
     V, D = c.padded_vocab_size, c.width
-    matrices = 10 * 4 * D * D + 11 * 2 * D * c.mlp_width  # divided by those that share a row
+    matrices = 10 * 4 * D * D + 11 * 2 * D * c.mlp_width  # divided among those that share a row
     of_values, others = 3 * V * D, V * D + c.bigram_buckets * D
     gradients = 4 * ((matrices + of_values) / sharers + others + V * D)
     copies = 2 * (matrices / sharers + V * D)  # of the head, too

@@ -1,8 +1,8 @@
-"""Runs that died in every way we know of, and went on: the result is that of a run that did not.
+"""Runs that died in all known ways and were resumed end like an uninterrupted run.
 
-Faults are real: processes are killed, files damaged, disks full. The run that a test stops is held
-by its console, which it waits for like any program whose output is not read; so nothing here
-depends on being quick.
+Faults are real: processes are killed, files damaged, disks full. A test pauses a run through its
+console: the run blocks like any program whose output is not read, so nothing here depends on
+timing.
 """
 
 import json
@@ -70,9 +70,9 @@ def test_a_run_that_was_killed_is_free_and_goes_on_after_its_last_checkpoint_to_
     with started(place, cache) as first:
         first.read_until("step 7/")
         wait_until(lambda: steps(run) == [7])
-        time.sleep(0.2)  # for what is not waited for to be written
+        time.sleep(0.2)  # for asynchronous writes
         before = contents(run)
-        # Until then it has one process at a time.
+        # Until then only one process at a time has it.
         second, status, errors = resume(run, cache)
         assert (status, second.lines) == (2, [])
         (sentence,) = errors.splitlines()
@@ -137,7 +137,7 @@ def test_a_run_goes_on_with_another_number_of_devices_on_the_same_tokens(straigh
         assert (ours["step"], ours["tokens"]) == (theirs["step"], theirs["tokens"])
         for name in ours.keys() & {"train_loss", "val_loss"}:
             assert ours[name] == pytest.approx(theirs[name], rel=1e-5)
-    # Other rows have other losses, by more than ten times what is allowed for above.
+    # On other rows losses differ by more than ten times the tolerance above.
     losses = [record["train_loss"] for record in records(straight)]
     assert np.abs(np.diff(losses)).min() > 10 * 1e-5 * max(losses)
 
@@ -152,7 +152,7 @@ def test_a_run_stopped_in_the_validation_that_ends_a_stage_goes_on_with_the_next
     hp = json.loads((straight / "config.json").read_text())
     files = [f"--{name}-files={hp[f'{name}_files']}" for name in ("train", "val")]
     end = STAGE_ENDS[0]
-    # So many tokens that the signal comes while it validates, as it then does for the first time.
+    # So many tokens that the signal arrives during its first validation.
     long = ["--val-loss-every", end, "--val-tokens", "50000", "--checkpoint-every", "0"]
     arguments = [*SMALL, *STAGED, *files, *long, "--run-name", "a"]
     run = place / "runs" / "a"
@@ -167,7 +167,7 @@ def test_a_run_stopped_in_the_validation_that_ends_a_stage_goes_on_with_the_next
     )
     assert (status, errors) == (0, "")
     assert f"resuming runs/a after step {end}" in process.lines
-    # The first process had not validated before, which is no part of the training.
+    # The first process had not validated before, and validation is not part of the training.
     expected = without_times(straight)
     for record in expected[: end - 1]:
         record.pop("val_loss", None)
@@ -207,11 +207,11 @@ def test_a_number_of_steps_that_moves_a_stage_which_has_been_trained_is_refused(
     assert contents(run / "checkpoints") == whole
 
 
-# What may change, and what may not
+# Which settings may change
 
 
 def another(value):
-    """Some other value of the same type."""
+    """Return another value of the same type."""
     if isinstance(value, GPTConfig):
         return replace(value, num_layers=value.num_layers + 1)
     if isinstance(value, AdamGroups):
@@ -274,7 +274,7 @@ def test_lengths_and_intervals_may_change(straight, place, cache):
     assert [record["step"] for record in records(run)] == [*range(1, 19)]
     assert [r["step"] for r in records(run) if "val_loss" in r] == [4, 8, 12, 15, 18]
     assert steps(run) == [14, 16, 18]
-    # What the run was resumed with is what it is resumed with next.
+    # The next resume uses the settings of this one.
     assert json.loads((run / "config.json").read_text())["num_steps"] == 18
 
 
@@ -466,11 +466,11 @@ def test_when_every_checkpoint_is_damaged_each_is_named_and_nothing_is_done(
     assert contents(run / "checkpoints") == before
 
 
-# A disk that is full: no file may grow beyond what is left
+# A full disk: files cannot grow beyond a limit
 
 
 def allow(process, limit=NO_LIMIT):
-    """Let no file of a process grow beyond `limit` bytes from now on."""
+    """Limit all files of a process to `limit` bytes from now on."""
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, NO_LIMIT))
 
 
@@ -488,7 +488,7 @@ def test_a_checkpoint_that_does_not_fit_is_loud_and_the_training_goes_on(straigh
     assert "The checkpoint of step 20 was not written" in process.stderr.splitlines()[-1]
     assert "Traceback" not in process.stderr
     assert without_times(run) == without_times(straight)
-    # What was saved before is still good: with room again the run goes on from there.
+    # Earlier checkpoints are still intact: once there is room, the run continues from there.
     assert steps(run) == [7]
     assert arrays(run, 7) == arrays(straight, 7)
 
@@ -518,7 +518,7 @@ def test_a_disk_that_is_full_from_the_start_is_told_in_one_sentence(straight, pl
     ):
         with Process(arguments, place, cache, limit=limit) as process:
             status = process.end()
-        # JAX warns first where it cannot keep a program that it compiled.
+        # JAX warns first if it cannot cache a compiled program.
         *_, sentence = process.stderr.splitlines()
         assert (status, sentence[-1]) == (2, ".")
         assert "File too large" in sentence
@@ -530,7 +530,7 @@ def test_a_disk_that_is_full_from_the_start_is_told_in_one_sentence(straight, pl
 def test_the_best_checkpoint_is_kept_of_a_run_that_gets_worse(place, cache):
     arguments = ["--learning-rate-factor", "100", "--num-steps", "5", "--val-loss-every", "1"]
     arguments += ["--checkpoint-every", "0", "--keep-checkpoints", "1", "--keep-best"]
-    arguments += ["--adam.head.learning-rate", "1"]  # soon far too sure of itself
+    arguments += ["--adam.head.learning-rate", "1"]  # soon far too confident
     with started(place, cache, *arguments) as process:
         assert (process.end(), process.stderr) == (0, "")
     run = place / "runs" / "a"
@@ -559,7 +559,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(place, cach
     assert leaves
     assert all(np.isfinite(leaf).all() for leaf in leaves)
     before = arrays(run, 2)
-    # It is no accident of the first process: the same step stops the next.
+    # It is reproducible: the same step stops the next process.
     _, status, again = resume(run, cache)
     assert (status, again) == (3, said)
     assert steps(run) == [1, 2]
@@ -584,7 +584,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run_too(place, cache):
     assert "step 2" in line
     assert "nan" in line
     for line in (place / "runs" / "a" / "metrics.jsonl").read_text().splitlines():
-        json.loads(line, parse_constant=pytest.fail)  # NaN is no JSON
+        json.loads(line, parse_constant=pytest.fail)  # NaN is not JSON
 
 
 def assert_stopped_at(step, said, where):
@@ -617,7 +617,7 @@ def test_verify_data_finds_a_token_that_the_sample_misses(place, capsys):
     assert not (place / "runs").exists()
 
 
-# What is promised
+# The documented promises
 
 
 def test_every_fault_on_the_page_on_reliability_names_tests_and_all_of_them_exist():

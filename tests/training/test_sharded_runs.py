@@ -1,4 +1,4 @@
-"""Runs whose parameters lie in parts over processes, and go on over other devices."""
+"""Runs with parameters sharded over processes, resumed on other devices."""
 
 import shutil
 from pathlib import Path
@@ -15,7 +15,7 @@ ARGUMENTS = [*RUN, "--model.num-heads", "4"]  # which two devices share, in pair
 
 
 def assert_close(found, expected):
-    """The same losses: rounding, which differs, grows from step to step."""
+    """Assert equal losses, up to rounding errors, which grow from step to step."""
     assert found.keys() == expected.keys()
     for step, pair in expected.items():
         rel = 1e-5 if step <= 5 else 1e-4
@@ -24,7 +24,7 @@ def assert_close(found, expected):
 
 
 def alone_and_in_parts(place, cache):
-    """The same run on one device, and divided over four of two processes in both ways."""
+    """The same run on one device, and with both shardings on four devices of two processes."""
     with Process([*ARGUMENTS, "--run-name", "alone"], place, cache) as process:
         assert (process.end(), process.stderr) == (0, "")
     divided = ["--mesh", "data=2,model=2", "--shard-params", "--batch-size", "2"]

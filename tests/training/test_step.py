@@ -1,4 +1,4 @@
-"""Training steps: the same on any number of devices, talking once, and learning what there is."""
+"""Training steps: the same on any number of devices, one reduction, and learning to the limit."""
 
 import re
 from dataclasses import replace
@@ -49,7 +49,7 @@ def some_optimizer():
 
 
 def some_rows(steps=STEPS, seed=0):
-    """Batches that can be learned: a token is followed by one of two."""
+    """Return batches that can be learned: each token is followed by one of two."""
     rng = np.random.default_rng(seed)
     rows = rng.integers(0, CONFIG.vocab_size, (steps, ROWS_PER_STEP, T + 1), np.int32)
     for t in range(T):
@@ -67,7 +67,7 @@ def first_params(config=CONFIG):
 
 
 def train(devices=1, micro_batches=1, dtype="float32", target_weights=(1.0,), config=CONFIG):
-    """The metrics of every step, and every state."""
+    """Return the metrics of every step, and every state."""
     mesh, optimizer = make_mesh(devices), some_optimizer()
     params = jax.tree.map(jnp.copy, first_params(config))
     mean, variance = jnp.zeros([]), jnp.zeros([])
@@ -88,13 +88,13 @@ def train(devices=1, micro_batches=1, dtype="float32", target_weights=(1.0,), co
 
 @cache
 def train_plainly(target_weights=(1.0,), config=CONFIG):
-    """The same steps on one device, as a textbook has them: no mesh, no accumulation."""
+    """Make the same steps on one device as in a textbook: no mesh, no accumulation."""
     optimizer, graph = some_optimizer(), graph_of(config)
 
     def objective_and_loss(params, rows):
         log_p = jax.nn.log_softmax(nnx.merge(graph, params)(rows[:, :-1]))
 
-        def summed(ahead):  # the cost of the tokens so far ahead, of all that are still in the row
+        def summed(ahead):  # the loss of targets this far ahead, as far as they are in the row
             predicting = log_p[:, : T + 1 - ahead]
             return -jnp.take_along_axis(predicting, rows[:, ahead:, None], axis=-1).sum()
 
@@ -142,7 +142,7 @@ def test_devices_and_micro_batches_change_neither_losses_nor_gradients(
     np.testing.assert_allclose(metrics[:, 0], plain[:, 0], rtol=1e-5)
     np.testing.assert_allclose(metrics[:, 1], plain[:, 1], rtol=1e-5)
     assert metrics[0, 0] == pytest.approx(np.log(128), rel=1e-6)  # a new model knows nothing
-    assert np.ptp(metrics[:, 0]) > 0.1  # and the steps did something
+    assert np.ptp(metrics[:, 0]) > 0.1  # and the steps changed something
 
 
 def test_the_objective_is_minimized_and_the_loss_of_the_next_token_reported(plain):
@@ -150,7 +150,7 @@ def test_the_objective_is_minimized_and_the_loss_of_the_next_token_reported(plai
     metrics, _ = train(devices=2, micro_batches=2, target_weights=weights)
     np.testing.assert_allclose(metrics, train_plainly(weights), rtol=1e-5)
     assert metrics[0, 0] == pytest.approx(np.log(128), rel=1e-6)  # of one target, not of three
-    # Another objective has other gradients, and leads elsewhere.
+    # Another objective has other gradients, and leads to other parameters.
     assert abs(metrics[0, 1] / plain[0, 1] - 1) > 0.1
     assert abs(metrics[-1, 0] - plain[-1, 0]) > 1e-3
 
@@ -176,7 +176,7 @@ def test_a_tied_head_stays_the_embedding_and_learns_by_the_sum_of_both_gradients
         rows = jnp.asarray(some_rows()[0])
         return model.loss(rows[:, :-1], rows[:, 1:])[0].sum()
 
-    # The first step of Adam goes by the sign of the gradient.
+    # Adam's first step depends only on the gradient's sign.
     gradient = np.asarray(jax.jit(jax.grad(loss))(first["embed"]))
     clear = np.abs(gradient) > 1e-5
     assert clear.mean() > 0.7
@@ -219,7 +219,7 @@ COLLECTIVE = re.compile(
 
 
 def computations(hlo):
-    """The lines of each computation of a compiled program, by name."""
+    """Return the lines of each computation of a compiled program, by name."""
     found, lines = {}, None
     for line in hlo.splitlines():
         if header := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
@@ -230,7 +230,7 @@ def computations(hlo):
 
 
 def called_by(name, program):
-    """A computation and all that it calls, directly or not."""
+    """Return a computation and all that it calls, directly or indirectly."""
     reached, waiting = set(), [name]
     while waiting:
         name = waiting.pop()
@@ -243,7 +243,7 @@ def called_by(name, program):
 
 
 def collectives(compiled):
-    """(operation, number of elements) of each collective: those inside loops, those outside."""
+    """Return (operation, number of elements) of the collectives inside loops, and outside."""
     program = computations(compiled.as_text())
     everything = [line for lines in program.values() for line in lines]
     loops = [re.search(r"body=%?([\w.\-]+)", line)[1] for line in everything if " while(" in line]
@@ -269,7 +269,7 @@ def collectives(compiled):
 
 @cache
 def compiled():
-    """A step on four devices, compiled before there are rates, and the batch and state it takes."""
+    """A step on four devices, compiled before there are rates, with a batch and a state for it."""
     mesh, optimizer = make_mesh(4), some_optimizer()
     state = make_init(CONFIG, optimizer, mesh)(jax.random.key(0))
     batch = placed(mesh, BATCH, some_rows(1).reshape(2, 4, T + 1))
@@ -282,8 +282,8 @@ def test_devices_reduce_each_gradient_once_per_step_and_not_in_the_accumulation_
     program, _, state = compiled()
     inside, outside = collectives(program)
     assert inside == []
-    # However XLA groups them into operations: as many numbers are reduced as there are
-    # parameters, and one loss.
+    # However XLA groups them into operations, as many numbers are reduced as there are
+    # parameters, plus one loss.
     assert {operation for operation, _ in outside} == {"all-reduce"}
     assert sum(size for _, size in outside) == 1 + sum(
         p.size for p in jax.tree.leaves(state.params)
@@ -295,8 +295,8 @@ def test_one_program_serves_all_rates():
     state = replace(state, params=state.params | {"head": state.params["embed"].T})
 
     def moved(rate, momentum):
-        """By how much the parameters, and what the first gradient left in Muon's momentum."""
-        copy = jax.tree.map(jnp.copy, state)  # the step consumes it
+        """Return the change of the parameters, and Muon's momentum after the first gradient."""
+        copy = jax.tree.map(jnp.copy, state)  # the step donates it
         after, _ = program(copy, batch, Rates(rate, momentum))
         moves = jax.tree.map(lambda new, old: np.array(new - old), after.params, state.params)
         return moves, np.array(optax.tree.get(after.opt_state, "momentum")["mlp"]["down"])
@@ -316,7 +316,7 @@ def test_one_program_serves_all_rates():
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_a_collective_in_a_loop_would_be_noticed(nested):
-    # What the test above looks for, put there on purpose.
+    # What the test above searches for, added on purpose.
     def body(total, x):
         if nested:
             return total + jax.lax.cond(x[0] > 0, lambda: jax.lax.psum(x, "data"), lambda: x), None
@@ -364,7 +364,7 @@ def step_of(skip_spikes):
 
 
 def stepper(skip_spikes=0.0):
-    """A training step, and a state before any."""
+    """Return a training step, and an initial state."""
     init = make_init(CONFIG, some_optimizer(), make_mesh(2))
     return step_of(skip_spikes), init(jax.random.key(0))
 
@@ -379,7 +379,7 @@ def same(one, other):
 
 
 def held(state):
-    """What an update changes, out of reach of donation."""
+    """Return copies of what an update changes, which donation cannot overwrite."""
     return jax.tree.map(np.array, (state.params, state.opt_state))
 
 
@@ -389,10 +389,10 @@ def test_a_step_that_is_not_finite_changes_neither_parameters_nor_optimizer(harm
     rows = some_rows()
     state, metrics = train_step(state, batch_of(rows[0]), RATES[0])
     assert metrics["applied"]
-    if harm == "loss":  # a number that is none, in the row of one token
+    if harm == "loss":  # a NaN in the row of one token
         embed = state.params["embed"].at[rows[1, 0, 0]].set(jnp.nan)
         params = state.params | {"embed": embed}
-    else:  # what the MLPs compute is huge, but nothing of it is read: only its gradient is felt
+    else:  # the MLPs' output is huge, but multiplied by zero: only the gradient is affected
         mlp = {"up": 1e14 * state.params["mlp"]["up"]}
         mlp["down"] = jnp.zeros_like(state.params["mlp"]["down"])
         params = state.params | {"mlp": mlp}
@@ -408,7 +408,7 @@ def test_a_step_that_is_not_finite_changes_neither_parameters_nor_optimizer(harm
 
 
 def losses_with_a_spike(skip_spikes):
-    """Of 100 batches the last is of another kind: its metrics, and the states around it."""
+    """The last of 100 batches is of another kind: its metrics, and the states before and after."""
     train_step, state = stepper(skip_spikes)
     losses = []
     for rows in some_rows(99, seed=3):
@@ -471,10 +471,10 @@ def test_evaluation_sums_the_losses_of_all_targets_on_any_number_of_devices():
 
 
 def markov_chain(rng, rows, length, symbols=4):
-    """Rows of a second-order Markov source, and the probability that it gave each next symbol.
+    """Return rows of a second-order Markov source, and its probability of each next symbol.
 
-    The first symbol of a row has none. The second has only one symbol before it: its probability
-    is a mean over the symbols that the stationary source may have had before that.
+    The first symbol of a row has none. The second has only one predecessor: its probability is a
+    mean over the symbols that the stationary source may have produced before that.
     """
     source = np.random.default_rng(7).dirichlet(np.full(symbols, 0.5), (symbols, symbols))
     pair = np.full((symbols, symbols), symbols**-2.0)
@@ -506,8 +506,8 @@ def test_a_source_of_known_entropy_is_learned_to_within_2_percent_and_never_belo
         rates = Rates(min(1.0, 2 * (1 - step / steps)), min(0.95, 0.85 + step / 500))
         state, _ = train_step(state, placed(mesh, BATCH, batch), rates)
 
-    # On fresh rows, against the surprise of the source itself at these very symbols. To fall
-    # below it, a model would have to see what it predicts.
+    # On new rows, compared with the source's own log-probabilities of these symbols. To be better,
+    # a model would have to see what it predicts.
     rows, probability = markov_chain(rng, 512, 33)
     entropy = -np.log(probability).mean()
     total = make_eval_step(graph, mesh, "float32")(state.params, placed(mesh, ROWS, rows))

@@ -1,4 +1,4 @@
-"""The speedrun's training steps, compiled for H200s: what they hold can be read without one."""
+"""The speedrun's training steps, compiled for H200s: what can be verified without a GPU."""
 
 import re
 from collections import Counter
@@ -51,7 +51,7 @@ def compiled(stage, kernels, num_devices=1):
     return step, Program(step)
 
 
-# Stage, kernels and devices: each compiles for some seconds, and serves several tests.
+# Stage, kernels and devices: each takes a few seconds to compile, and is used by several tests.
 THIRD = (2, CHOSEN)  # the largest batch
 THIRD_BY_CUDNN = (2, CUDNN)
 FIRST_BY_OWN = (0, OWN)  # three targets, and a tied head
@@ -63,7 +63,7 @@ def custom_calls(program, target):
 
 
 def stored_logits(program, dtype):
-    """Arrays of a number for each token and id that reach the memory."""
+    """Return the arrays with a number per token and id that are stored in memory."""
     shape = re.compile(rf"\b{dtype}\[(\d{{4,}}|\d+,\d{{4,}}),{V}\]")
     return [x for x in program.kernels() if shape.search(x.shape)]
 
@@ -119,7 +119,7 @@ def test_layers_computed_again_need_the_memory_that_is_reckoned_for_them():
     kept = step.memory_analysis().temp_size_in_bytes
     whole, again = (rows * T * activation_bytes(model, T, "bfloat16", True, r) for r in (0, 1))
     assert kept < 0.5 * whole
-    # The gradient of the logits is written over them.
+    # The gradient of the logits overwrites them.
     in_place = again - 2 * rows * T * V
     assert 0.8 * in_place < kept < 1.05 * in_place
 
@@ -178,12 +178,12 @@ def test_eight_gpus_gather_the_matrices_that_each_orthogonalized_in_bfloat16():
     _, program = compiled(*LAST_ON_EIGHT)
     gathered = [re.search(r"\w+\[[\d,]+\]", x.shape)[0] for x in collectives(program)["all-gather"]]
     # 16 square matrices are two groups of eight. 10 oblong ones are two groups as well, the second
-    # not full. A quarter of the devices does the work of each.
+    # not full. Each is computed by a quarter of the devices.
     assert sorted(gathered) == ["bf16[2,8,768,3072]", "bf16[2,8,768,768]"]
 
 
 def in_order(step, *marks):
-    """What each instruction is of which a mark tells, in the order of the schedule."""
+    """Return the kinds of the instructions with a known mark, in the order of the schedule."""
     from benchmarks.compiled.program import Program
 
     text = step.as_text()
@@ -217,7 +217,7 @@ def test_gradients_are_on_their_way_before_the_backward_pass_has_ended():
     step = small_baseline(False)
     program = Program(step)
     assert "is_scheduled=true" in step.as_text()
-    # Two attention products of gradients are one kernel; four matrices and a head have two each.
+    # Attention's two products for gradients are one kernel; four matrices and a head have two each.
     assert sum(map(is_backward_product, program)) >= 4 * (1 + 2 * 4)
     whole, early = reduced(program, 8)
     parameters = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(step.in_avals[0][0].params))

@@ -1,4 +1,4 @@
-"""The plans in the documentation are those that runs would make."""
+"""The plans in the documentation match those of runs."""
 
 from benchmarks.command import ROOT
 from benchmarks.compiled import plans

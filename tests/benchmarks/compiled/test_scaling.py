@@ -1,4 +1,4 @@
-"""What benchmarks/compiled/scaling.py reads from a program, and what it makes of it."""
+"""What benchmarks/compiled/scaling.py reads from a program, and its predictions."""
 
 import json
 from importlib.util import find_spec
@@ -72,7 +72,7 @@ def test_rings_send_what_nccl_counts():
     # nccl-tests, doc/PERFORMANCE.md: bus over algorithm bandwidth, by kind, on 8 devices.
     for kind, factor in {"all-reduce": 1.75, "all-gather": 0.875, "reduce-scatter": 0.875}.items():
         assert wire_bytes(kind, 8, 1000) == pytest.approx(1000 * factor)
-    # There the size of an all-to-all is that of one device, of which one part of eight stays.
+    # There the size of an all-to-all is that of one device, which keeps an eighth of it.
     assert wire_bytes("all-to-all", 8, 8 * 1000) == pytest.approx(875)
 
 
@@ -109,7 +109,7 @@ def test_a_prediction_lies_between_all_that_is_sent_hidden_and_nothing():
     assert step["sending"] == pytest.approx(sum(seconds))
     assert step["none_hidden"] == pytest.approx(step["computing"] + sum(seconds))
     assert step["all_hidden"] == pytest.approx(step["computing"] + seconds[1])
-    # With next to nothing to compute, next to nothing hides.
+    # With almost no computation, almost nothing can overlap.
     alone = predicted(case, 1)
     assert alone["all_hidden"] == pytest.approx(alone["none_hidden"], rel=0.01)
 

@@ -1,4 +1,4 @@
-"""Small runs, compiled for slices of TPUs: what their steps hold can be read without one."""
+"""Small runs, compiled for TPU slices: what can be verified without a TPU."""
 
 import re
 from collections import Counter
@@ -56,7 +56,7 @@ RUNS = {
 
 @pytest.fixture(scope="module")
 def quickly():
-    """A third of the compiler's time; the programs are slower and larger, and hold the same."""
+    """Options with a third of the compile time; programs are slower and larger, but do the same."""
     effort = "jax_exec_time_optimization_effort"
     if effort not in jax.config.values:  # of a newer JAX
         yield
@@ -143,7 +143,7 @@ def test_data_parallel_chips_reduce_each_gradient_once_in_float32_and_nothing_in
 
     step, program = compiled("speedrun")
     found = collectives(program)
-    assert set(found) == {"all-reduce", "all-gather"}  # Muon gathers what each orthogonalized
+    assert set(found) == {"all-reduce", "all-gather"}  # Muon gathers its results
     assert all("bf16" not in x.shape for x in found["all-reduce"])
     assert numbers(found["all-reduce"]) == sum(sizes_of_parameters(step)) + 1  # and the loss
     (loop,) = program.loops()
@@ -186,7 +186,7 @@ def test_chips_that_share_rows_exchange_the_stream_in_the_loop_and_gradients_aft
 def test_memory_is_what_the_choice_of_the_micro_batch_reckons_with(name):
     memory, plan = compiled(name)[0].memory_analysis(), plan_of(name)
     assert memory.argument_size_in_bytes == pytest.approx(plan.device_state_bytes, rel=0.05)
-    # A compiler that hurries needs more: with all its care half of what is reckoned.
+    # With fast compilation programs need more; fully optimized, half of the estimate.
     assert memory.temp_size_in_bytes < 1.3 * (plan.working_bytes + plan.activation_bytes)
 
 

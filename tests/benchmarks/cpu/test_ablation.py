@@ -1,4 +1,4 @@
-"""The ablation: what each run of it leaves out, and one small enough for a test."""
+"""The ablation: what each of its runs leaves out, and one small enough for a test."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def test_every_piece_is_in_one_of_the_proxies():
 
 
 def test_a_run_ends_with_the_loss_of_its_validation():
-    """Bytes that nothing was learnt of yet cost ln 256."""
+    """An untrained model's loss on bytes is ln 256."""
     shape = {"num_layers": 1, "num_heads": 2, "width": 32, "mlp_width": 64}
     how = {"num_steps": 1, "total_batch_size": 4096, "val_tokens": 1024}
     hp = on_bytes("baseline", shape, stages=(Stage(rate=1e-6),), **how)
@@ -72,7 +72,7 @@ def test_a_head_that_is_not_tied_leaves_the_embedding_to_learn_as_tables_do(hp):
 
 
 def test_the_text_for_a_gpu_is_what_python_s_packages_hold(tmp_path, monkeypatch):
-    class Words:  # stands in for GPT-2's vocabulary, which may not be at hand
+    class Words:  # replaces GPT-2's vocabulary, which may not be available
         separator = 50256
 
         def encode(self, text):

@@ -12,7 +12,7 @@ from nanogpt.data.tokenizer import TokenizerError, gpt2_encoding
 
 @pytest.fixture
 def measure(monkeypatch, tmp_path):
-    """Run it on one core and little text; return the figures."""
+    """Run it on one core with little text; return the figures."""
     try:
         gpt2_encoding()
     except TokenizerError as error:

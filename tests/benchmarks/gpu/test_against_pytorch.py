@@ -1,7 +1,7 @@
-"""The comparison with PyTorch: one tiny run from end to end, its arithmetic, and every mistake.
+"""The comparison with PyTorch: one tiny run end to end, its arithmetic, and every mistake.
 
-The tests of the PyTorch side need a Python that has PyTorch: the environment variable TORCH_PYTHON
-names one, else it is this one.
+The tests of the PyTorch side need a Python that has PyTorch: the one in the environment variable
+TORCH_PYTHON, by default this one.
 """
 
 import json
@@ -58,7 +58,7 @@ step:11/1480 train_loss:7.1010 train_time:160ms step_avg:160.41ms
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """An empty place to work and to save in, on a machine of one CPU."""
+    """An empty working directory, with results saved in it, on a machine with one CPU device."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
@@ -80,7 +80,7 @@ def checkout(folder):
 
 @pytest.fixture
 def ours(monkeypatch):
-    """In place of train_gpt.py, an H200, faster in the first run; the list of the runs made."""
+    """Pretend that train_gpt.py ran on an H200, faster in the first run; the list of its runs."""
     runs = []
 
     def run_ours(size):
@@ -95,13 +95,13 @@ def ours(monkeypatch):
 
 
 def program(path, line):
-    """An executable shell script."""
+    """Write an executable shell script."""
     path.write_text(f"#!/bin/sh\n{line}\n")
     path.chmod(0o755)
     return str(path)
 
 
-# From end to end
+# End to end
 
 
 def test_a_tiny_run_measures_both_sides_and_saves_their_ratio(folder, checkout, forked):
@@ -129,7 +129,7 @@ def test_a_tiny_run_measures_both_sides_and_saves_their_ratio(folder, checkout, 
         assert torch["tokens_per_s"] == pytest.approx(128 / (torch["ms_per_step"] / 1000))
         assert torch["ratio"] == pytest.approx(slower / torch["tokens_per_s"])
         assert math.isfinite(torch["first_step_s"])
-        # A model that was not trained guesses uniformly; then it remembers.
+        # An untrained model guesses uniformly; then it memorizes.
         assert torch["first_loss"] == pytest.approx(math.log(50304), abs=0.05)
         assert torch["last_loss"] < torch["first_loss"] - 0.05
         assert torch["flops_per_token"] == 19_908_864
@@ -185,7 +185,7 @@ def gpt2_flops():
 
 
 def ran(monkeypatch, device):
-    """What run_ours makes of a run of known times on `device`; its command; its shards."""
+    """Call run_ours with known times on `device`; return its figures, command and shards."""
     seen = []
 
     def train(command, folder, environment, shown):
@@ -215,7 +215,7 @@ def test_our_time_is_the_median_of_the_steps_after_the_warm_up(monkeypatch):
         "flops_per_token": flops_per_token(shape, 16),
         "device": "NVIDIA H200",
     }
-    assert len(train) > 5 * 256  # no token is met twice
+    assert len(train) > 5 * 256  # no token is repeated
     assert len(val) > 16
     assert train.max() < 50257
     assert "train_gpt.py --preset baseline --train-files train.bin --val-files val.bin" in command
@@ -244,7 +244,7 @@ def test_times_and_tokens_are_read_from_what_nanogpt_and_modded_nanogpt_print():
     assert times(NANOGPT) == statistics.median([1500.5, 1400.5, 1450.5])
     assert times(MODDED) == 86.67
     assert times(MODDED_2024) == 160.41
-    assert times(MODDED_2024.splitlines()[0]) is None  # nan is no time
+    assert times(MODDED_2024.splitlines()[0]) is None  # nan is not a time
     assert times(MODDED.splitlines()[1]) is None  # nor is the validation before the first step
     assert times("step 1/3 | train loss 10.8 | 400.0 ms") is None
     assert sides.printed_tokens_per_step(NANOGPT) == 491_520
@@ -266,7 +266,7 @@ def test_all_sides_see_the_first_gpu_and_no_other(monkeypatch, visible, first):
 
 
 def answer(capsys, *arguments):
-    """The sentence of a mistake, and what is below it; nothing was saved."""
+    """Return the sentence about a mistake, and the lines below it; nothing may be saved."""
     assert main(list(arguments)) == 2
     sentence, *below = capsys.readouterr().err.splitlines()
     assert sentence.endswith(":" if below else ".")

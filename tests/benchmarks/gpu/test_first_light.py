@@ -1,4 +1,4 @@
-"""The first minutes on a GPU: a tiny run of all sections, and what ends one early."""
+"""The first minutes on a GPU: a tiny run of all sections, and reasons to end early."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from train_gpt import PRESETS
 
 
 class ForkedRun(Process):
-    """train_gpt.py, forked, in place of processes.Watched; of pytest, what it might print."""
+    """Replace processes.Watched: train_gpt.py is forked, and pytest's output is made up."""
 
     def __new__(cls, command, folder, settings):
         return super().__new__(cls if command[1] != "-m" else Printed)
@@ -40,7 +40,7 @@ class ForkedRun(Process):
 
 
 class Printed:
-    """A command that printed the result of one test."""
+    """A command with the output of one test."""
 
     output = "tests/model/test_loss.py::test_of_a_loss PASSED [100%]\n"
 
@@ -49,18 +49,18 @@ class Printed:
 
 
 def nothing(tiny):
-    """In place of making shards in another process."""
+    """Use small shards instead of writing them in another process."""
 
 
 @pytest.fixture
 def folder(monkeypatch, tmp_path):
-    """Where results go."""
+    """The folder for results."""
     monkeypatch.setattr(results, "FOLDER", tmp_path)
     return tmp_path
 
 
 def saved(folder):
-    """The JSON and the table."""
+    """Return the JSON and the table."""
     (file,) = folder.glob("first_light_*.json")
     return json.loads(file.read_text()), file.with_suffix(".md").read_text()
 
@@ -104,7 +104,7 @@ def test_a_tiny_run_measures_every_section(folder, forked, monkeypatch, tmp_path
         assert all(f"| {row} |" in table for row in each)
 
 
-# What ends early
+# Ending early
 
 
 def that_starts_another_and_hangs(section, context, record):
@@ -149,7 +149,7 @@ def that_measures_one_row(section, context, record, folder):
 
 
 def main_in(arguments):
-    """`main` with one slow section, which writes into the first argument."""
+    """Run `main` with one slow section, which writes to the first argument."""
     results.FOLDER = type(results.FOLDER)(arguments[0])
     first_light.in_a_process = that_measures_one_row
     return main(["--only", "device"])
@@ -173,7 +173,7 @@ def test_without_a_gpu_nothing_is_measured_unless_it_is_tiny(folder):
     assert not list(folder.iterdir())
 
 
-# What is made of it
+# Results
 
 
 def test_lines_of_pytest_are_counted_and_failures_named():

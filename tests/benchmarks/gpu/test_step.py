@@ -1,4 +1,4 @@
-"""The benchmark of the step: one tiny run from end to end, its arithmetic, and what may fail."""
+"""The benchmark of the step: one tiny run end to end, its arithmetic, and possible failures."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from nanogpt.devices.hardware import PEAK_BANDWIDTH, PEAK_FLOPS
 SIZE = replace(TINY, hp=stage_alone(TINY.hp, 2))
 BASE = Variant("xla", 2)
 PARTS = ["products of the layers", "products with the head", "attention", "loss", "optimizer"]
-# Of the variants, those that are compiled here; each takes seconds.
+# The variants that are compiled here; each takes seconds.
 COMPILED = "base", "1 rows", "FP8 head", "pallas attention", "without document mask, cudnn"
 STEPS = {*COMPILED, "fastest of each", "base again", "base, traced"}
 
@@ -38,7 +38,7 @@ def some_variants(base):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A tiny run: the figures that it saved, what it printed, and the folder of the trace."""
+    """A tiny run: the figures it saved, its output, and the folder of the trace."""
     folder, printed = tmp_path_factory.mktemp("step"), StringIO()
     quickly = "jax_disable_most_optimizations"  # to compile in half the time
     before = jax.config.values[quickly]
@@ -46,7 +46,7 @@ def run(tmp_path_factory):
         patch.setattr(results, "FOLDER", folder)
         patch.setattr(measurement, "variants_of", some_variants)
         patch.setattr(compilation, "use_compilation_cache", lambda: None)
-        patch.setattr(rows.gc, "collect", lambda: None)  # as long as all else of a tiny row
+        patch.setattr(rows.gc, "collect", lambda: None)  # takes as long as the rest of a tiny row
         jax.config.update(quickly, True)
         try:
             assert main(["--tiny", "--trace", str(folder / "trace")]) == 0
@@ -58,7 +58,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def pretend(monkeypatch, tmp_path):
-    """Measures nothing: `pretend(ms)` runs all with `ms(section, row)` as times; what it saved."""
+    """`pretend(ms)` runs everything with the times `ms(section, row)`; returns what it saved."""
 
     def run(ms, *options):
         saved = []
@@ -147,7 +147,7 @@ def test_every_variant_computes_what_the_base_does(run):
     first = math.log(256)
     for row in steps:
         assert steps[row]["last_loss"] == pytest.approx(steps["base"]["last_loss"], abs=0.1)
-        assert steps[row]["last_loss"] < first - 0.1  # the state was trained, and not thrown away
+        assert steps[row]["last_loss"] < first - 0.1  # the state was trained, not discarded
     assert steps["base"]["last_loss"] == steps["base again"]["last_loss"]
     assert steps["1 rows"]["variant"] == {**steps["base"]["variant"], "batch_size": 1}
 
@@ -184,11 +184,11 @@ def test_the_trace_is_written(run):
     assert list(trace.rglob("*.xplane.pb"))
 
 
-# The loop: nothing is left out, nothing is computed once for all rounds.
+# The loop: nothing is eliminated or hoisted out of it.
 
 
 def dots(text: str) -> tuple[int, int]:
-    """Products of matrices in a program: in its loops, and in all."""
+    """Count the matmuls in a program: those in its loops, and all."""
     blocks = re.findall(
         r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.DOTALL | re.MULTILINE
     )
@@ -204,7 +204,7 @@ def dots(text: str) -> tuple[int, int]:
 
 @pytest.fixture
 def looped_program(monkeypatch):
-    """The compiled loop of a row: `looped_program(section, row)` is its text."""
+    """`looped_program(section, row)` returns the text of a row's compiled loop."""
     jobs = {job[:2]: job[2] for job in part_jobs(SIZE, "xla")}
     texts = []
 
@@ -366,7 +366,7 @@ def test_the_fastest_of_each_thing_are_combined(pretend):
     assert steps["fastest of each"] == {"ms": 89.0}
 
 
-# What may fail.
+# Failures.
 
 
 def test_a_row_that_fails_stops_no_other(pretend):

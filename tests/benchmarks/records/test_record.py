@@ -1,4 +1,4 @@
-"""Records: which runs make one, the t-test against its closed forms and tables, and the folder."""
+"""Records: which runs qualify, the t-test against closed forms and tables, and the folder."""
 
 import json
 import math
@@ -26,14 +26,14 @@ LOSSES = (3.2779, 3.2761, 3.2784)
 
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
-    """An empty folder for runs/ and records/, and a console that breaks no line."""
+    """An empty folder for runs/ and records/, and a console that does not wrap lines."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     Path("records").mkdir()
 
 
 def make_run(name, seed=0, val_loss=3.277, steps=4, *, environment=(), metrics=None, **settings):
-    """runs/<name> as train_gpt.py would leave it after so many steps."""
+    """Write runs/<name> as train_gpt.py would after this many steps."""
     folder = Path("runs", name)
     folder.mkdir(parents=True)
     config = asdict(train_gpt.PRESETS["speedrun"]) | {
@@ -59,7 +59,7 @@ def make_run(name, seed=0, val_loss=3.277, steps=4, *, environment=(), metrics=N
 
 @pytest.fixture
 def runs():
-    """Three runs that make a record."""
+    """Three runs that qualify as a record."""
     return [make_run(f"r{seed}", seed, loss) for seed, loss in enumerate(LOSSES)]
 
 
@@ -68,7 +68,7 @@ def make_record(*runs, folder="records/some"):
 
 
 def refusal(capsys, *runs, folder="records/some"):
-    """What record.py says to runs that make no record; it must leave nothing behind."""
+    """Return record.py's message for runs that do not qualify; it must write nothing."""
     before = sorted(Path("records").rglob("*"))
     assert make_record(*runs, folder=folder) == 2
     output = capsys.readouterr()
@@ -109,7 +109,7 @@ def test_p_of_two_runs_is_that_of_a_cauchy_distribution():
 
 
 @pytest.mark.parametrize(
-    # Critical values of t at p = 0.01, one-sided, as tables print them.
+    # Critical values of t at p = 0.01, one-sided, from tables.
     ("n", "critical"),
     [(4, 4.541), (5, 3.747), (10, 2.821), (21, 2.528)],
 )

@@ -1,4 +1,4 @@
-"""The soak in small: a run that is killed three times ends like one that is not."""
+"""A small soak test: a run that is killed three times ends like an uninterrupted one."""
 
 import json
 
@@ -14,7 +14,7 @@ from benchmarks.reliability.left_behind import digest, metrics
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
-    """One device as on a laptop, and figures that go elsewhere."""
+    """Use one device, as on a laptop, and another folder for the figures."""
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # to compile in half the time
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")

@@ -1,4 +1,4 @@
-"""Text of one's own for a run: the shards it gets, and when they are made again."""
+"""A run's shards of the user's own text, and when they are created again."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Which files are read, and which documents are for validation."""
+"""Which files are read, and which documents are used for validation."""
 
 import os
 from hashlib import blake2b
@@ -86,7 +86,7 @@ def test_of_a_few_documents_about_a_tenth_of_the_text_is_for_validation(seed):
     if split.below is not None:
         share = sum(n for digest, n in documents if split.is_validation(digest))
         assert 0.1 <= share / sum(n for _, n in documents) <= 0.2
-    else:  # the least digests had more: of every document the last tenth is
+    else:  # the smallest digests had more: the last tenth of every document
         least = sorted(documents)
         ends = np.cumsum([n for _, n in least]) / sum(n for _, n in least)
         assert ends[np.searchsorted(ends, 0.1)] > 0.2
@@ -98,7 +98,7 @@ def test_of_a_few_documents_about_a_tenth_of_the_text_is_for_validation(seed):
         ([(7, 5), (3, 5000)], Split(None)),  # either would have too much or too little
         ([(3, 5), (7, 5000)], Split(None)),
         ([(3, 600), (7, 5000)], Split(4)),
-        ([(9, 70), (9, 70), (9, 70)], Split(None)),  # copies: no other side
+        ([(9, 70), (9, 70), (9, 70)], Split(None)),  # copies: the same side
         ([(9, 70), (8, 35), (8, 35), (7, 1)], Split(None)),
         ([(7, 3), (3, 3), (5, 5)], Split(4)),  # too short to be cut
         ([(7, 3)], Split(None)),

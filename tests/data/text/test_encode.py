@@ -1,4 +1,4 @@
-"""How many processes encode text."""
+"""The number of processes that encode text."""
 
 import os
 

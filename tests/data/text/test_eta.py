@@ -1,4 +1,4 @@
-"""How far a job is: what is told of it, and where."""
+"""The progress of a job: what is shown, and where."""
 
 import io
 import sys
@@ -30,7 +30,7 @@ class Console(io.StringIO):
 
 
 def test_share_speed_and_time_left_are_those_since_the_first_line(clock):
-    # Three files of 1, 3 and 4 MB; the job goes on where another stopped, in the middle of the 2nd.
+    # Three files of 1, 3 and 4 MB; the job continues where another stopped, inside the second.
     job = Pace([1_000_000, 3_000_000, 4_000_000])
     assert job.line(1, 1 / 3, 2_000_000, 600_000) == "encoded 25.0% | 600,000 tokens"
     clock.now += 4

@@ -1,4 +1,4 @@
-"""Documents from files of every kind, and what is said of those that cannot be read."""
+"""Documents from files of every kind, and messages about those that cannot be read."""
 
 import bz2
 import csv
@@ -23,7 +23,7 @@ USUAL = 2**64 // 100  # digests below it are for validation
 
 
 def read(path, field="text", split=Split(USUAL)):  # noqa: B008
-    """The texts in a file, and the problems as strings."""
+    """Return the texts in a file, and the problems as strings."""
     texts, problems = [], []
     for unit in units(path, field, split):
         try:
@@ -34,7 +34,7 @@ def read(path, field="text", split=Split(USUAL)):  # noqa: B008
 
 
 def write(path, data):
-    """Write bytes, packed as the name says."""
+    """Write bytes, compressed by the suffix of the name."""
     packing = {".gz": gzip, ".bz2": bz2, ".xz": lzma}.get(path.suffix)
     data = packing.compress(data) if packing else data
     if path.suffix == ".zst":
@@ -93,7 +93,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 
 def random_text(seed):
-    """Words, and white space of every kind."""
+    """Return words, and white space of every kind."""
     words = ["don't", "naïve", "三十", "12345", "!?", "a", " ", "\u3000", "\x1c", "\x85", "\ufeff"]
     spaces = [" ", "\n", "  ", "\n\n\n", "\t", "\r\n", "\u00a0 ", " \u2003", ""]
     draw = np.random.default_rng(seed)
@@ -226,7 +226,7 @@ def test_a_file_that_vanished_is_named(tmp_path, name):
     assert "No such file" in problem
 
 
-# What is bounded
+# Limits
 
 
 def test_text_without_white_space_is_read_in_linear_time_up_to_a_bound(tmp_path, monkeypatch):
@@ -234,7 +234,7 @@ def test_text_without_white_space_is_read_in_linear_time_up_to_a_bound(tmp_path,
     seen = 0
 
     class Counted:
-        """The pattern that looks for a place to cut, counting the characters it is shown."""
+        """The pattern that searches for a place to cut, counting the characters it is given."""
 
         def match(self, text):
             nonlocal seen
@@ -323,7 +323,7 @@ def test_a_line_of_a_table_that_is_not_utf_8_is_named(tmp_path):
     assert read(path) == (["a", "b"], [f"{path}, line 3: is not UTF-8 at byte 0"])
 
 
-# What is no text
+# Files that are not text
 
 
 def zipped():

@@ -1,4 +1,4 @@
-"""Flash attention: its interpreted kernels, held against softmax and gradients in float64 NumPy."""
+"""Flash attention: its interpreted kernels, compared with float64 NumPy, also in gradients."""
 
 from functools import partial
 
@@ -17,20 +17,20 @@ NAMES = ("out", "dq", "dk", "dv")
 
 
 def some_inputs(B=2, T=48, N=2, H=16, dtype="float32"):
-    """q, k, v and the gradient of the output."""
+    """Return q, k, v and the gradient of the output."""
     x = np.random.default_rng(0).standard_normal((4, B, T, N, H))
     return [jnp.asarray(part, dtype) for part in x]
 
 
 def some_documents(B, T, longest=20):
-    """Documents of random lengths; ids grow, but not always by one."""
+    """Return documents of random lengths; ids increase, but not always by one."""
     rng = np.random.default_rng(1)
     rows = [np.repeat(np.arange(T) * 3, rng.integers(1, longest, T))[:T] for _ in range(B)]
     return jnp.asarray(np.stack(rows), jnp.int32)
 
 
 def numpy_attention(q, k, v, dout, documents=None, *, scale, window=None):
-    """Output and gradients of q, k and v, query by query."""
+    """Compute the output and the gradients of q, k and v, query by query."""
     q, k, v, dout = (np.asarray(x, "f8") for x in (q, k, v, dout))
     out, dq, dk, dv = (np.zeros_like(q) for _ in NAMES)
     for b, t, n in np.ndindex(q.shape[:3]):
@@ -52,7 +52,7 @@ def numpy_attention(q, k, v, dout, documents=None, *, scale, window=None):
     return out, dq, dk, dv
 
 
-# Most of the time goes into compiling, so it is done without much optimization.
+# Most of the time is spent compiling, so it is done with little optimization.
 @partial(
     jax.jit,
     static_argnames=("scale", "window", "block"),
@@ -136,7 +136,7 @@ def test_one_document_does_not_change_another():
         assert not same[8:29].any(), name
 
 
-# Each poisons one block of 16 tokens that no other block may touch.
+# Each poisons one block of 16 tokens that no other block may read.
 @pytest.mark.parametrize(
     ("window", "documents"),
     [(9, None), (None, np.repeat([0, 1, 2], [24, 8, 48])), (9, np.repeat([3, 4], [33, 47]))],
@@ -144,7 +144,7 @@ def test_one_document_does_not_change_another():
 def test_blocks_that_are_not_seen_are_not_computed(window, documents):
     inputs = some_inputs(B=1, T=80)
     documents = None if documents is None else jnp.asarray(documents[None])
-    # Were a block computed and masked, zero times not-a-number would give it away.
+    # If a block were computed and masked, zero times NaN would reveal it.
     poisoned = [x.at[:, :16].set(jnp.nan) for x in inputs]
     how = {"scale": 0.3, "window": window, "block": 16}
     clean, got = flash(*inputs, documents, **how), flash(*poisoned, documents, **how)
@@ -179,7 +179,7 @@ def test_gradients_in_a_sharded_training_step_are_those_without_one(packed):
         return (attend(q @ weight, k @ weight, v @ weight, documents) ** 2).mean()
 
     def gradient(attend, weight, q, k, v, documents):
-        """As in training/step.py: devices accumulate over their micro-batches, then all average."""
+        """As in training/step.py: devices accumulate over their micro-batches, then average."""
         weight = jax.lax.pcast(weight, "data", to="varying")
 
         def accumulate(total, batch):
