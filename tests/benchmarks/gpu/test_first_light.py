@@ -127,20 +127,20 @@ def is_running(pid):
         return False
 
 
-def test_a_section_whose_time_is_over_ends_with_all_that_it_started(forked, tmp_path):
-    rows = {}
-    context, work = Context(True, 3.0, {}), that_starts_another_and_hangs
-    why = in_a_process("steps", context, rows.__setitem__, tmp_path, work)
-    assert why.startswith("Its time ran out after 3 s.")
-    wait_until(lambda: not is_running(rows["child"]["pid"]))
-
-
 def test_a_section_that_crashes_keeps_its_rows_and_says_how_it_ended(forked, tmp_path):
     rows = {}
     context = Context(True, 60.0, {})
     why = in_a_process("steps", context, rows.__setitem__, tmp_path, that_crashes)
     assert rows == {"first": {"ms": 1.0}}
     assert why.startswith("It ended with status -6.") and "no such kernel" in why
+
+
+def test_a_section_whose_time_is_over_ends_with_all_that_it_started(forked, tmp_path):
+    rows = {}
+    context, work = Context(True, 10.0, {}), that_starts_another_and_hangs
+    why = in_a_process("steps", context, rows.__setitem__, tmp_path, work)
+    assert why.startswith("Its time ran out after 10 s.")
+    wait_until(lambda: not is_running(rows["child"]["pid"]))
 
 
 def that_measures_one_row(section, context, record, folder):
