@@ -75,9 +75,9 @@ def export(run: Path, out: Path, repository: str | None = None) -> str:
     names = "tokenizer", "sequence_length", "dtype"
     settings = {name: getattr(hp, name) for name in names} | {"from": origin_of(checkpoint)}
     texts = {NOTE: note(model, settings, params)} | huggingface_files(model, settings, run_of(run))
-    address = make_repository(repository) if repository else None
+    address = make_repository(repository) if repository is not None else None
     save_model(out, model, params, settings, texts)
-    if repository:
+    if repository is not None:
         push(out, repository)
     return (
         f"the weights of {run} after step {checkpoint.step:,} are in {out}"

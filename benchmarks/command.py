@@ -38,6 +38,9 @@ def run(
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
 
 
 def check_positive(options: Any, *names: str) -> None:

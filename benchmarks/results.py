@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from benchmarks.command import Mistake
 from nanogpt.files import write_whole
 from nanogpt.runs.environment import environment
 
@@ -17,10 +18,13 @@ def save(
 
     Results of a test with --tiny are saved in `<name>_tiny.json`. Returns all that is saved.
     """
-    FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}{'_tiny' if tiny else ''}.json"
     saved = environment() | figures
-    write_whole(path, json.dumps(saved, indent=2) + "\n")
+    try:
+        FOLDER.mkdir(exist_ok=True)
+        write_whole(path, json.dumps(saved, indent=2) + "\n")
+    except OSError as error:
+        raise Mistake(f"{path} cannot be written ({error.strerror}): make room there.") from error
     if shown:
         print(f"written to {path}")
     return saved

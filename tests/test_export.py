@@ -118,7 +118,9 @@ def test_an_empty_folder_may_be_written_and_a_taken_one_is_left_as_it_was(
     run, exported, tmp_path, capsys
 ):
     (tmp_path / "empty").mkdir()
+    inode = (tmp_path / "empty").stat().st_ino  # that of a mount point, or of a shell's folder
     assert export.main([str(run), "--out", str(tmp_path / "empty")]) == 0
+    assert (tmp_path / "empty").stat().st_ino == inode
     same = [
         (tmp_path / "empty" / file.name).read_bytes() == file.read_bytes()
         for file in exported.iterdir()
@@ -209,6 +211,10 @@ def array_of_halves(folder):
     rewrite(folder, lambda arrays: arrays.update(head=arrays["head"].astype("f2")))
 
 
+def array_of_nan(folder):
+    rewrite(folder, lambda arrays: arrays.update(head=arrays["head"] * np.float32("nan")))
+
+
 def no_config(folder):
     (folder / "config.json").unlink()
 
@@ -223,7 +229,21 @@ def config_of(folder, **changes):
 
 
 def config_of_another_program(folder):
-    (folder / "config.json").write_text('{"architectures": ["GPT2LMHeadModel"]}')
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+
+
+def vocabulary_too_small(folder):
+    config_of(folder, tokenizer="gpt2")
+
+
+def no_arrays(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def arrays_elsewhere(folder):
+    no_arrays(folder)
+    index = {"weight_map": {"head": "../a.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def config_that_is_a_list(folder):
@@ -246,14 +266,18 @@ def no_rows(folder):
     ("harm", "told"),
     [
         (truncated, ["model.safetensors is damaged"]),
+        (no_arrays, ["model.safetensors is missing"]),
+        (arrays_elsewhere, ["has a file outside of its folder", "../a.safetensors"]),
+        (array_of_nan, ["head has values that are not finite"]),
         (empty, ["model.safetensors is damaged"]),
-        (array_missing, ["nothing", "attention.qkv", "[2, 3, 32, 32]"]),
-        (array_too_many, ["nothing", "lm_bias", "[3]"]),
+        (array_missing, ["attention.qkv is missing", "[2, 3, 32, 32]"]),
+        (array_too_many, ["lm_bias", "[3]", "should be absent"]),
         (array_misshapen, ["head", "[32, 256]", "[256, 32]"]),
         (array_of_halves, ["head", "F32[32, 256]", "F16[32, 256]"]),
         (no_config, ["config.json cannot be read (No such file or directory)"]),
         (config_cut_short, ["config.json is not valid JSON"]),
-        (config_of_another_program, ["config.json: tokenizer is missing"]),
+        (config_of_another_program, ["is a model of type gpt2, which export.py did not write"]),
+        (vocabulary_too_small, ["model.vocab_size 256 is less than the 50,257 ids"]),
         (config_that_is_a_list, ["config.json must be an object, not [1, 2]"]),
         (model_of_words, ['config.json: model.width must be an integer, not "wide"']),
         (unknown_tokenizer, ["config.json", "tokenizer"]),

@@ -29,12 +29,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from itertools import chain, count
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from benchmarks import results
-from benchmarks.command import Mistake, check_positive
+from benchmarks.command import Mistake
 from benchmarks.command import run as run_command
 from benchmarks.cpu.python_sources import python_sources
 from benchmarks.gpu.rows import Figures
@@ -53,7 +54,7 @@ class Options:
     budget: float = BUDGET
     """Time limit for all sections together, in seconds."""
     only: tuple[str, ...] = ()
-    """Run only these sections, in their usual order; none given: run all."""
+    """Run only these sections after the first, in their usual order; none given: run all."""
     tiny: bool = False
     """Use sizes so small that a CPU takes seconds: to test this script, not to measure."""
 
@@ -65,11 +66,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(options: Options) -> None:
     """Run the sections; all rows measured so far are on disk, however this ends."""
-    check_positive(options, "budget")
+    if not 60 <= options.budget <= 86_400:
+        raise Mistake(f"--budget must be from 60 to 86400 seconds, not {options.budget:g}.")
+    if not os.access(results.FOLDER, os.W_OK):
+        raise Mistake(f"{results.FOLDER} cannot be written: use a writable copy of this project.")
     if unknown := set(options.only) - set(SECTIONS):
         raise Mistake(f"There is no section {min(unknown)}: choose from {', '.join(SECTIONS)}.")
-    chosen = [name for name in SECTIONS if name in (options.only or SECTIONS)]
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    chosen = [name for name in SECTIONS if name in ("device", *(options.only or SECTIONS))]
+    ends = signal.SIGTERM, signal.SIGHUP
+    before = [signal.signal(end, lambda number, _: sys.exit(128 + number)) for end in ends]
     spawn = multiprocessing.get_context("spawn")
     text = spawn.Process(target=python_sources, args=(options.tiny,), daemon=True)
     if "curve" in chosen:  # prepare its text on the CPU in the meantime
@@ -83,7 +88,8 @@ def measure(options: Options) -> None:
                 report.begin(name)
                 report.end(name, in_a_process(name, context, report.record, Path(folder)))
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for end, handler in zip(ends, before, strict=True):
+            signal.signal(end, handler)
         if text.pid:
             text.kill()
         if any(report.rows.values()):
@@ -96,19 +102,22 @@ class Report:
 
     def __init__(self, tiny: bool):
         self.rows: dict[str, Rows] = {}
-        self._tiny, self._device, self._section = tiny, "unknown", ""
+        self._tiny, self._section = tiny, ""
         self._sections: dict[str, Figures] = {}
+        self._found("unknown")
 
-    @property
-    def name(self) -> str:
-        """The files' name without suffix."""
-        device = re.sub(r"\W+", "_", self._device)
-        return f"first_light_{device}_{date.today()}"
+    def _found(self, device: str) -> None:
+        """Name the files after the device; earlier ones of the same day are kept."""
+        base = f"first_light_{re.sub(r'[^A-Za-z0-9]+', '_', device)}_{date.today()}"
+        names = chain([base], (f"{base}_{number}" for number in count(2)))
+        self._device, self._name = device, next(names)
+        while self.path.exists():
+            self._name = next(names)
 
     @property
     def path(self) -> Path:
         """The file of the table."""
-        return results.FOLDER / f"{self.name}{'_tiny' if self._tiny else ''}.md"
+        return results.FOLDER / f"{self._name}{'_tiny' if self._tiny else ''}.md"
 
     def begin(self, section: str) -> None:
         """Start a section, to which the next rows belong."""
@@ -121,7 +130,8 @@ class Report:
         if figures.get("platform") == "cpu" and not self._tiny:
             raise Mistake("JAX finds no GPU, only a CPU; to test the script here, use --tiny.")
         self.rows[self._section][row] = figures
-        self._device = figures.get("device", self._device) if row == "device" else self._device
+        if row == "device" and "device" in figures:
+            self._found(figures["device"])
         self._sections[self._section]["seconds"] = time.monotonic() - self._begun
         print(f"{self._section} | {row} | {figures.get('failed') or cell(figures)}", flush=True)
         self.write()
@@ -135,7 +145,7 @@ class Report:
     def write(self) -> None:
         """Write all measurements so far."""
         figures = {"device": self._device, "sections": self._sections}
-        saved = results.save(self.name, figures, self._tiny, shown=False)
+        saved = results.save(self._name, figures, self._tiny, shown=False)
         write_whole(self.path, markdown(saved))
 
 

@@ -51,7 +51,8 @@ def patiently(
             if wait > LONGEST_WAIT:
                 raise
             left = f"{len(waits)} more time{'s' * (len(waits) != 1)} after that"
-            print(f"{error} Trying again in {wait} s, and {left}.", flush=True)
+            left = f", and {left}" if waits else " for the last time"
+            print(f"{error} Trying again in {wait} s{left}.", flush=True)
             time.sleep(wait)
 
 
@@ -67,8 +68,8 @@ def into_cache(name: str, get: Callable[[], str], remedy: str = AGAIN) -> Path:
         return Path(patiently(name, get, remedy=remedy))
     except OSError as error:
         raise DownloadError(
-            f"{name} cannot be saved in the cache of the Hugging Face hub ({error.strerror}): make "
-            "room there, or set HF_HOME to a writable folder."
+            f"{name} cannot be downloaded ({error.strerror}: {error.filename}): make room there, "
+            "or set HF_HOME to a writable folder."
         ) from error
 
 

@@ -26,6 +26,8 @@ from safetensors.numpy import save_file
 
 from nanogpt.checks import ConfigError
 from nanogpt.config import GPTConfig, ModelSettings
+from nanogpt.data.find import why_no_file
+from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.files import found_in, read_json
 from nanogpt.inference.huggingface import CLASSES
 from nanogpt.training.resume import refuse_earlier_version
@@ -33,7 +35,14 @@ from nanogpt.training.step import Params, init_params
 
 ARRAYS, CONFIG, NOTE = "model.safetensors", "config.json", "MODEL.md"
 INDEX = f"{ARRAYS}.index.json"
-EXPORT_AGAIN = "export the run again"
+CONFIGURATION = "configuration_nanogpt.py"  # also stays in folders that transformers writes
+EXPORT_AGAIN = "export, save or download the model again"
+
+
+class Kind(TypedDict, total=False):
+    """The field of config.json that says whose model it is; old exports do not have it."""
+
+    model_type: str
 
 
 class Index(TypedDict):
@@ -49,10 +58,11 @@ def save_model(
     settings: Mapping[str, Any],
     texts: Mapping[str, str],
 ) -> None:
-    """Write an exported model to a folder, atomically.
+    """Write an exported model to a folder, atomically if it is new.
 
     Args:
-        folder: must be new or empty.
+        folder: must be new or empty. An empty one stays the same folder, since it may be a mount
+            point or somebody's working directory, and gets the arrays last.
         settings: tokenizer, sequence_length, dtype, and any other settings that JSON can hold.
         texts: the contents of all other files, by name.
 
@@ -66,14 +76,19 @@ def save_model(
     texts = {CONFIG: json.dumps(config, indent=2) + "\n", **texts}
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        inside = folder if folder.exists() else folder.parent
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=inside) as temporary:
             whole = Path(temporary) / "model"
             whole.mkdir()
             for name, text in texts.items():
                 (whole / name).write_text(text, encoding="utf-8")
             save_file(arrays, whole / ARRAYS, metadata={"format": "pt"})  # transformers insists
             shutil.copymode(whole / CONFIG, whole / ARRAYS)  # save_file lets only the owner read
-            os.replace(whole, folder)
+            if inside == folder:
+                for name in (*texts, ARRAYS):
+                    os.replace(whole / name, folder / name)
+            else:
+                os.replace(whole, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
@@ -88,16 +103,22 @@ def check_free(folder: Path) -> None:
 
 
 def is_exported(folder: Path) -> bool:
-    """Return whether this is the folder of an exported model rather than of a run."""
-    return any(os.path.exists(folder / name) for name in (ARRAYS, INDEX))
+    """Return whether a folder is an exported model, complete or not, rather than a run."""
+    return any(os.path.exists(folder / name) for name in (ARRAYS, INDEX, CONFIGURATION))
 
 
 def array_files(folder: Path) -> list[Path]:
-    """Return the files with an exported model's arrays; ConfigError if the index is damaged."""
-    if os.path.exists(folder / ARRAYS):
-        return [folder / ARRAYS]
-    names = read_json(folder / INDEX, Index, EXPORT_AGAIN, others=True)["weight_map"].values()
-    return [folder / name for name in sorted(set(names))]
+    """Return the files with an exported model's arrays; ConfigError if one cannot be read."""
+    paths = [folder / ARRAYS]
+    if os.path.exists(folder / INDEX) and not os.path.exists(folder / ARRAYS):
+        index = read_json(folder / INDEX, Index, EXPORT_AGAIN, others=True)
+        paths = [folder / name for name in sorted({*index["weight_map"].values()})]
+    for path in paths:
+        if path.parent != folder or path.name == "..":
+            raise ConfigError(f"{folder / INDEX} has a file outside of its folder: {path}.")
+        if not path.is_file():
+            raise ConfigError(f"{path} {why_no_file(path) or 'is missing'}: {EXPORT_AGAIN}.")
+    return paths
 
 
 def model_in(folder: Path) -> ModelSettings:
@@ -107,23 +128,33 @@ def model_in(folder: Path) -> ModelSettings:
     an array does not match the settings; the message names it.
     """
     refuse_earlier_version(folder / CONFIG)
+    kind = read_json(folder / CONFIG, Kind, EXPORT_AGAIN, others=True).get("model_type")
+    if kind not in (None, CLASSES["model_type"]):
+        raise ConfigError(f"{folder} is a model of type {kind}, which export.py did not write.")
     settings = read_json(folder / CONFIG, ModelSettings, EXPORT_AGAIN, others=True)
     with found_in(folder / CONFIG, EXPORT_AGAIN):
         settings.model.check()
+        if settings.model.vocab_size < TOKENIZERS[settings.tokenizer].vocab_size:
+            raise ConfigError(
+                f"model.vocab_size {settings.model.vocab_size:,} is less than the "
+                f"{TOKENIZERS[settings.tokenizer].vocab_size:,} ids of its tokenizer"
+            )
     wanted, found = shapes_of(settings.model), {}
     for path in array_files(folder):
         try:
             with safe_open(path, "numpy") as file:
                 slices = {name: file.get_slice(name) for name in file.offset_keys()}
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             raise ConfigError(f"{path} is damaged ({error}): {EXPORT_AGAIN}.") from error
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read ({error}): {EXPORT_AGAIN}.") from error
         found |= {name: f"{s.get_dtype()}{s.get_shape()}" for name, s in slices.items()}
     alike = {name: array.replace("BF16", "F32") for name, array in found.items()}
     if different := alike.items() ^ wanted.items():
         name, _ = min(different)
         raise ConfigError(
-            f"{folder / ARRAYS} does not match the model in {CONFIG}, which has "
-            f"{wanted.get(name, 'nothing')} as {name} where it has {found.get(name, 'nothing')}: "
+            f"The arrays in {folder} do not match the model in {CONFIG}: {name} is "
+            f"{found.get(name, 'missing')}, but should be {wanted.get(name, 'absent')}: "
             f"{EXPORT_AGAIN}."
         )
     return settings

@@ -4,13 +4,14 @@ The user's token is found by the hub's own library.
 """
 
 import re
+from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
 from nanogpt.data.hub import DownloadError, into_cache, patiently
 from nanogpt.files import sha256_of
 
-HUB = "hf://"
+HUB, NAME = "hf://", r"[\w-][\w.-]*/[\w-][\w.-]*"
 CHECK = "check the name and the network connection, and log in with `hf auth login` if needed"
 
 
@@ -21,13 +22,17 @@ def folder_of(name: str) -> Path:
     Weights and settings are downloaded if they are not cached yet, code never. Without a network
     the cached files are used. Raises DownloadError if there are none, or if they are damaged.
     """
-    if not name.startswith(HUB):
+    if not re.match("(hf|https?):", name, re.IGNORECASE):
         return Path(name)
+    if not re.fullmatch(HUB + NAME, name):
+        raise DownloadError(f"A model on the Hugging Face hub is hf://user/name, not {name!r}.")
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors"]
+    wanted = ["config.json", "model.safetensors*", "model-*.safetensors"]
     get = partial(snapshot_download, name.removeprefix(HUB), allow_patterns=wanted)
     folder = into_cache(name, get, CHECK)
+    if not [*folder.glob("model*.safetensors")]:
+        raise DownloadError(f"{name} has no weights (model.safetensors): {CHECK}.")
     for file in folder.glob("*.safetensors"):
         content = file.resolve()  # the cache names a file by its digest
         if re.fullmatch("[0-9a-f]{64}", content.name) and sha256_of(content) != content.name:
@@ -44,10 +49,11 @@ def make_repository(name: str) -> str:
 
     Raises DownloadError if that fails.
     """
+    if not re.fullmatch(NAME, name):
+        raise DownloadError(f"--push-to-hub takes user/name, not {name!r}.")
     from huggingface_hub import create_repo
 
-    make = partial(create_repo, name, exist_ok=True)
-    return str(patiently(name, make, remedy=CHECK, verb="upload to"))
+    return str(_upload(name, partial(create_repo, name, exist_ok=True), CHECK))
 
 
 def push(folder: Path, name: str) -> None:
@@ -55,5 +61,13 @@ def push(folder: Path, name: str) -> None:
     from huggingface_hub import upload_folder
 
     upload = partial(upload_folder, repo_id=name, folder_path=folder)
-    remedy = f"{folder} is complete; upload it later with `hf upload {name} {folder}`"
-    patiently(name, upload, remedy=remedy, verb="upload to")
+    _upload(name, upload, f"{folder} is complete; upload it later with `hf upload {name} {folder}`")
+
+
+def _upload(name: str, ask: Callable[[], object], remedy: str) -> object:
+    """Return what `ask` gets from the hub; DownloadError if that fails."""
+    try:
+        return patiently(name, ask, remedy=remedy, verb="upload to")
+    except OSError as error:  # such as a token that cannot be read
+        reason = f"{error.strerror}: {error.filename}"
+        raise DownloadError(f"Cannot upload to {name} ({reason}): {remedy}.") from error

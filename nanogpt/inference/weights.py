@@ -178,6 +178,8 @@ def load_model(folder: Path, mesh: "Mesh") -> "tuple[ModelSettings, nnx.GraphDef
         with safe_open(path, "numpy") as file:
             for name in file.offset_keys():  # one at a time: all may not fit into host memory
                 array = file.get_tensor(name).astype(np.float32, copy=False)
+                if not np.isfinite(array).all():
+                    raise ConfigError(f"{path}: {name} has values that are not finite numbers.")
                 params[name] = put(mesh, REPLICATED, array.shape, array.__getitem__)
     params = traverse_util.unflatten_dict(params, sep=".")
     return settings, graph_of(settings.model), params, origin

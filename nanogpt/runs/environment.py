@@ -27,7 +27,7 @@ def environment() -> dict[str, Any]:
     python, jax, jaxlib, flax, optax, orbax-checkpoint, numpy     their versions
     """
     return {
-        "command": shlex.join(["python", *map(_without_folders, sys.orig_argv[1:])]),
+        "command": shlex.join(["python", *map(without_folders, sys.orig_argv[1:])]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "hardware": f"{os.cpu_count()} x {_processor()}",
@@ -37,7 +37,7 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _without_folders(word: str) -> str:
+def without_folders(word: str) -> str:
     """Shorten /a/b to b and --option=/a/b to --option=b: folders depend on the machine."""
     return re.sub(r"^(--[\w.-]+=)?/(.*/)?(?=[^/])", r"\1", word)
 

@@ -12,7 +12,7 @@ from nanogpt.data.dataset import content_of
 from nanogpt.devices.hardware import peak_memory
 from nanogpt.devices.processes import check_all_see, told_by_first
 from nanogpt.runs.description import heading, outlook, table, warnings
-from nanogpt.runs.environment import environment
+from nanogpt.runs.environment import environment, without_folders
 from nanogpt.runs.folder import Run, SilentRun, check_name, delete_if_no_run, new_folder
 from nanogpt.runs.profile import steps_of
 from nanogpt.runs.progress import Progress
@@ -106,7 +106,8 @@ def begin(run: Run, plan: Plan, start: Start) -> Progress:
     elif hp.init_from:
         run.say(f"starting from the weights in {hp.init_from}")
     config = asdict(replace(hp, **OF_A_PROCESS))
-    content = {"name": str(data), **content_of(data)}
+    name = " ".join(map(without_folders, str(data).split(" ")))
+    content = {"name": name, **content_of(data)}
     run.configure(config, environment() | {"data": content})
     run.trackers = open_trackers(
         run.folder,

@@ -103,7 +103,7 @@ def test_the_other_tiny_runs_have_tests_of_their_own():
         ("cpu.sampling", ["--context", "3"], "--context must be above"),
         ("cpu.tokenize_text", ["--megabytes", "0"], "--megabytes must be above 0"),
         ("cpu.against_nanogpt", ["--nanogpt", "docs"], "docs is not a checkout of nanoGPT"),
-        ("gpu.first_light", ["--budget", "0"], "--budget must be above 0, not 0"),
+        ("gpu.first_light", ["--budget", "0"], "--budget must be from 60 to 86400 seconds, not 0"),
         ("gpu.first_light", ["--only", "heat"], "There is no section heat: choose from device,"),
         ("reliability.soak", ["--kills", "0"], "--kills must be above 0, not 0."),
         ("reliability.soak", ["--steps", "5"], "--steps must be 0 or at least"),

@@ -134,7 +134,7 @@ def test_a_pushed_model_is_sampled_evaluated_and_fine_tuned_by_its_name(
     assert written == program(sample.main, "gpt", *how)
     assert written[0] == 0
     downloaded = {each.rpartition("/")[2] for each in hub.requests if each.startswith("GET /ada")}
-    assert downloaded == {name for name in folder if re.search(r"\.(json|safetensors)$", name)}
+    assert downloaded == {"config.json", "model.safetensors"}
 
     status, told, _ = program(evaluate.main, f"hf://{NAME}", "--val-tokens", VAL_TOKENS)
     loss = base.metrics[-1]["val_loss"]
@@ -169,6 +169,13 @@ def test_what_the_hub_refuses_is_told_in_one_sentence_before_anything_is_written
     one_sentence(program(sample.main, f"hf://{NAME}"), *told)
     hub.status = 200
     one_sentence(program(sample.main, f"hf://{NAME}"), "HTTP 404", "check the name")
-    one_sentence(program(sample.main, "hf://a/b/c"), "hf://a/b/c", "check the name")
+    for wrong in ("hf://a/b/c", "hf://a", "hf:/a/b", "HF://a/b", "hf://a b/c"):
+        one_sentence(program(sample.main, wrong), "is hf://user/name", repr(wrong))
+    for wrong in ("b", "", "a/b/c"):
+        pushed = program(export.main, base.folder, "--out", "gpt", "--push-to-hub", wrong)
+        one_sentence(pushed, "--push-to-hub takes user/name", repr(wrong))
+    unreadable = {"HF_TOKEN": "", "HF_TOKEN_PATH": str(tmp_path)}  # a folder
+    args = base.folder, "--out", "gpt", "--push-to-hub", NAME
+    one_sentence(program(export.main, *args, **unreadable), "Is a directory", str(tmp_path))
     nobody = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the discard port
     one_sentence(program(sample.main, f"hf://{NAME}", **nobody), NAME, "network")

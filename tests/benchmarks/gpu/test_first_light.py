@@ -155,14 +155,27 @@ def main_in(arguments):
     return main(["--only", "device"])
 
 
-def test_what_was_measured_is_on_disk_when_the_command_is_cut_off(folder, cache):
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+)
+def test_what_was_measured_is_on_disk_when_the_command_is_cut_off(folder, cache, number, status):
     with Process([folder], folder, cache, main=main_in) as process:
         process.read_until("device | device |")
-        process.send(signal.SIGTERM)
-        assert process.end() == 128 + signal.SIGTERM
+        process.send(number)
+        assert process.end() == status
+    assert process.stderr == ("Interrupted.\n" if number == signal.SIGINT else "")
     figures, table = saved(folder)
     assert figures["sections"]["device"]["ended"] == "cut off"
     assert figures["device"] == "NVIDIA H200" and "| device | NVIDIA H200 |" in table
+
+
+def test_a_second_measurement_on_a_day_keeps_the_first(folder):
+    for _ in range(2):
+        report = Report(tiny=False)
+        report.begin("device")
+        report.record("device", {"device": "NVIDIA H200", "platform": "gpu"})
+    assert len([*folder.glob("first_light_NVIDIA_H200_*.json")]) == 2
+    assert len([*folder.glob("first_light_NVIDIA_H200_*.md")]) == 2
 
 
 def test_without_a_gpu_nothing_is_measured_unless_it_is_tiny(folder):
