@@ -453,7 +453,7 @@ def test_a_folder_without_a_run_that_got_somewhere_is_told_in_one_sentence(
     if missing == "checkpoints":
         folder.mkdir(parents=True)
         shutil.copy(base / "config.json", folder)
-    told = "has no usable checkpoint" if missing == "checkpoints" else "it has no config.json"
+    told = "has no usable checkpoint" if missing == "checkpoints" else "it does not exist"
     assert evaluate.main([str(folder)]) == 2
     assert re.fullmatch(rf"{folder} .*{told}.*\.\n", capsys.readouterr().err)
     assert not (folder / "evaluation.json").exists()

@@ -166,7 +166,7 @@ def test_ctrl_c_leaves_nothing_and_no_traceback(run, tmp_path, capsys, monkeypat
 def test_only_a_run_can_be_exported(exported, tmp_path, capsys):
     harmed = tmp_path / "harmed"
     (harmed / "config.json").mkdir(parents=True)  # a file that cannot be read
-    told = {tmp_path / "nothing": "no config.json", exported: "give the run", harmed: "restore it"}
+    told = {tmp_path / "nothing": "does not exist", exported: "give the run", harmed: "restore it"}
     for folder, words in told.items():
         assert export.main([str(folder), "--out", str(tmp_path / "gpt")]) == 2
         output = capsys.readouterr()

@@ -224,16 +224,22 @@ def generated(address):
     return tokens, end
 
 
-@pytest.mark.parametrize("missing", ["everything", "config.json", "checkpoints"])
+@pytest.mark.parametrize(
+    ("missing", "told"),
+    [
+        ("everything", "it does not exist"),
+        ("config.json", "it has no config.json"),
+        ("checkpoints", "has no usable checkpoint"),
+    ],
+)
 def test_a_folder_without_a_run_that_got_somewhere_is_told_in_one_sentence(
-    tmp_path, capsys, missing
+    tmp_path, capsys, missing, told
 ):
     folder = tmp_path / "runs" / "a"
     if missing != "everything":
         (folder / "checkpoints").mkdir(parents=True)
     if missing == "checkpoints":
         (folder / "config.json").write_text(json.dumps(asdict(PRESETS["laptop"])))
-    told = "has no usable checkpoint" if missing == "checkpoints" else "it has no config.json"
     assert sample.main([str(folder)]) == 2
     output = capsys.readouterr()
     assert output.out == ""

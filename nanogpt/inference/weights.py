@@ -107,9 +107,10 @@ def load_run(folder: Path, mesh: "Mesh") -> "tuple[RunSettings, nnx.GraphDef, Pa
     run = run_of(folder)
     config = run / "config.json"
     if not os.path.exists(config):
+        reason = "it has no config.json" if os.path.exists(run) else "it does not exist"
         raise ConfigError(
-            f"{run} is not a run folder: it has no config.json; give a folder that train_gpt.py "
-            "created, such as runs/<name>."
+            f"{run} is not a run folder: {reason}; give a folder that train_gpt.py created, such "
+            "as runs/<name>."
         )
     refuse_earlier_version(config)
     hp = read_json(config, RunSettings, RESTORE, others=True)
