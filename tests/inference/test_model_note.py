@@ -20,7 +20,11 @@ SETTINGS = {"tokenizer": "bytes", "sequence_length": 16, "dtype": "float32", "fr
 
 # Every setting that changes the program appears here with each of its effects.
 EVERY_TRICK = replace(
-    test_model.EVERY_TRICK, document_separator=4, value_gate=True, skips=((0, 2), (1, 4), (3, 4))
+    test_model.EVERY_TRICK,
+    vocab_size=300,
+    document_separator=4,
+    value_gate=True,
+    skips=((0, 2), (1, 4), (3, 4)),
 )
 CONFIGS = {
     "every trick": EVERY_TRICK,
