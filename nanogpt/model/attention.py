@@ -102,7 +102,7 @@ def pallas_attention(*arrays: Any, **how: Any) -> Float[Array, "B T N H"]:
     return flash_attention(*arrays, **how)
 
 
-KERNELS = {
+KERNELS: dict[AttentionKernel, Callable[..., Array]] = {
     "xla": reference_attention,
     "cudnn": cudnn_attention,
     "pallas": pallas_attention,
@@ -117,7 +117,7 @@ def attention(
     documents: Int[Array, "B T"] | None = None,
     *,
     scale: float,
-    window: int | None = None,
+    window: int | Int[Array, ""] | None = None,
     kernel: AttentionKernel = "xla",
 ) -> Float[Array, "B T N H"]:
     """Causal attention of every query over itself and the tokens before it.
@@ -127,7 +127,8 @@ def attention(
         documents: the number of each token's document, increasing along a row; a query sees only
             the keys of its own document. None: no document mask.
         scale: factor on the products q·k before the softmax.
-        window: number of keys that a query sees, its own included; None for all earlier ones.
+        window: number of keys that a query sees, its own included; None for all earlier ones. An
+            array is accepted by "xla", and with documents by "pallas".
         kernel: the implementation; see the top of this file.
     """
     return KERNELS[kernel](q, k, v, documents, scale=scale, window=window)
