@@ -185,7 +185,7 @@ def test_a_file_that_cannot_be_read_or_named_is_refused(run, capsys):
     for option in ("--resume", "--init-from", "--config"):
         assert refusal(capsys, run, train_gpt, option, "x" * 5000).endswith(".")
     for program, *more in ((sample,), (evaluate,), (export, "--out", "gpt")):
-        assert "no config.json" in refusal(capsys, run, program, "x" * 5000, *more)
+        assert "does not exist" in refusal(capsys, run, program, "x" * 5000, *more)
 
 
 # A run of an earlier version
@@ -289,7 +289,7 @@ def test_a_field_of_an_exported_model_is_named(run, capsys, path, value, told):
     for program in ("sample", "begin with its weights"):
         sentence = refusal(capsys, run, *PROGRAMS[program])
         assert sentence.startswith(f"runs/a/config.json: {told}")
-        assert sentence.endswith(": export the run again.")
+        assert sentence.endswith(": export, save or download the model again.")
 
 
 # The record of prepared text
