@@ -232,10 +232,6 @@ def config_of_another_program(folder):
     (folder / "config.json").write_text('{"model_type": "gpt2"}')
 
 
-def vocabulary_too_small(folder):
-    config_of(folder, tokenizer="gpt2")
-
-
 def no_arrays(folder):
     (folder / "model.safetensors").unlink()
 
@@ -277,7 +273,6 @@ def no_rows(folder):
         (no_config, ["config.json cannot be read (No such file or directory)"]),
         (config_cut_short, ["config.json is not valid JSON"]),
         (config_of_another_program, ["is a model of type gpt2, which export.py did not write"]),
-        (vocabulary_too_small, ["model.vocab_size 256 is less than the 50,257 ids"]),
         (config_that_is_a_list, ["config.json must be an object, not [1, 2]"]),
         (model_of_words, ['config.json: model.width must be an integer, not "wide"']),
         (unknown_tokenizer, ["config.json", "tokenizer"]),

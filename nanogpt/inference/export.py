@@ -27,7 +27,6 @@ from safetensors.numpy import save_file
 from nanogpt.checks import ConfigError
 from nanogpt.config import GPTConfig, ModelSettings
 from nanogpt.data.find import why_no_file
-from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.files import found_in, read_json
 from nanogpt.inference.huggingface import CLASSES
 from nanogpt.training.resume import refuse_earlier_version
@@ -134,11 +133,6 @@ def model_in(folder: Path) -> ModelSettings:
     settings = read_json(folder / CONFIG, ModelSettings, EXPORT_AGAIN, others=True)
     with found_in(folder / CONFIG, EXPORT_AGAIN):
         settings.model.check()
-        if settings.model.vocab_size < TOKENIZERS[settings.tokenizer].vocab_size:
-            raise ConfigError(
-                f"model.vocab_size {settings.model.vocab_size:,} is less than the "
-                f"{TOKENIZERS[settings.tokenizer].vocab_size:,} ids of its tokenizer"
-            )
     wanted, found = shapes_of(settings.model), {}
     for path in array_files(folder):
         try:
