@@ -41,7 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        written = (options.out / "config.json").exists()  # only the upload is missing
+        from nanogpt.inference.export import ARRAYS
+
+        written = (options.out / ARRAYS).exists()  # the last file: only the upload is missing
         told = f"{options.out} is complete" if written else "nothing was written"
         print(f"Interrupted: {told}.", file=sys.stderr)
         return 130
@@ -62,13 +64,15 @@ def export(run: Path, out: Path, repository: str | None = None) -> str:
     from nanogpt.devices.accelerator import use_device
     from nanogpt.devices.mesh import make_mesh
     from nanogpt.inference.export import NOTE, check_free, save_model
-    from nanogpt.inference.hub import make_repository, push
+    from nanogpt.inference.hub import check_name, make_repository, push
     from nanogpt.inference.huggingface import huggingface_files
     from nanogpt.inference.model_note import note
     from nanogpt.inference.weights import load_run, origin_of
     from nanogpt.training.checkpoint import run_of
 
     check_free(out)
+    if repository is not None:
+        check_name(repository)
     use_device()
     hp, graph, params, checkpoint = load_run(run, make_mesh(1))
     model = nnx.merge(graph, params).config

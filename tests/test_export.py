@@ -131,6 +131,9 @@ def test_an_empty_folder_may_be_written_and_a_taken_one_is_left_as_it_was(
     (tmp_path / "file").write_text("something")
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()
+    long = "x" * 5000
+    assert export.main([str(run), "--out", str(tmp_path / long)]) == 2
+    assert one_sentence(capsys.readouterr().err, long, "File name too long")
     for name in ("taken", "file"):
         assert export.main([str(run), "--out", str(tmp_path / name)]) == 2
         output = capsys.readouterr()

@@ -73,7 +73,9 @@ def measure(options: Options) -> None:
     if unknown := set(options.only) - set(SECTIONS):
         raise Mistake(f"There is no section {min(unknown)}: choose from {', '.join(SECTIONS)}.")
     chosen = [name for name in SECTIONS if name in ("device", *(options.only or SECTIONS))]
-    ends = signal.SIGTERM, signal.SIGHUP
+    ends = [signal.SIGTERM, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:  # by nohup
+        ends.remove(signal.SIGHUP)
     before = [signal.signal(end, lambda number, _: sys.exit(128 + number)) for end in ends]
     spawn = multiprocessing.get_context("spawn")
     text = spawn.Process(target=python_sources, args=(options.tiny,), daemon=True)

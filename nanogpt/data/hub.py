@@ -68,9 +68,14 @@ def into_cache(name: str, get: Callable[[], str], remedy: str = AGAIN) -> Path:
         return Path(patiently(name, get, remedy=remedy))
     except OSError as error:
         raise DownloadError(
-            f"{name} cannot be downloaded ({error.strerror}: {error.filename}): make room there, "
-            "or set HF_HOME to a writable folder."
+            f"{name} cannot be downloaded ({of_disk(error)}): make room there, or set HF_HOME to a "
+            "writable folder."
         ) from error
+
+
+def of_disk(error: OSError) -> str:
+    """Return the reason for an error of the disk, and the file if known."""
+    return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
 
 
 @contextmanager

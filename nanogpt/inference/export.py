@@ -28,20 +28,13 @@ from nanogpt.checks import ConfigError
 from nanogpt.config import GPTConfig, ModelSettings
 from nanogpt.data.find import why_no_file
 from nanogpt.files import found_in, read_json
-from nanogpt.inference.huggingface import CLASSES
+from nanogpt.inference.huggingface import CLASSES, EXPORT_AGAIN, check_kind
 from nanogpt.training.resume import refuse_earlier_version
 from nanogpt.training.step import Params, init_params
 
 ARRAYS, CONFIG, NOTE = "model.safetensors", "config.json", "MODEL.md"
 INDEX = f"{ARRAYS}.index.json"
 CONFIGURATION = "configuration_nanogpt.py"  # also stays in folders that transformers writes
-EXPORT_AGAIN = "export, save or download the model again"
-
-
-class Kind(TypedDict, total=False):
-    """The field of config.json that says whose model it is; old exports do not have it."""
-
-    model_type: str
 
 
 class Index(TypedDict):
@@ -97,8 +90,14 @@ def save_model(
 
 def check_free(folder: Path) -> None:
     """Raise ConfigError unless the folder is new or empty."""
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ConfigError(f"{folder} exists already and is not an empty folder: choose another.")
+    try:
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ConfigError(
+                f"{folder} exists already and is not an empty folder: choose another."
+            )
+    except OSError as error:  # no permission to look, or too long a name
+        reason = error.strerror
+        raise ConfigError(f"{folder} cannot be used ({reason}): choose another folder.") from error
 
 
 def is_exported(folder: Path) -> bool:
@@ -127,9 +126,7 @@ def model_in(folder: Path) -> ModelSettings:
     an array does not match the settings; the message names it.
     """
     refuse_earlier_version(folder / CONFIG)
-    kind = read_json(folder / CONFIG, Kind, EXPORT_AGAIN, others=True).get("model_type")
-    if kind not in (None, CLASSES["model_type"]):
-        raise ConfigError(f"{folder} is a model of type {kind}, which export.py did not write.")
+    check_kind(str(folder), folder / CONFIG)
     settings = read_json(folder / CONFIG, ModelSettings, EXPORT_AGAIN, others=True)
     with found_in(folder / CONFIG, EXPORT_AGAIN):
         settings.model.check()

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
-from nanogpt.data.hub import DownloadError, into_cache, patiently
+from nanogpt.data.hub import DownloadError, into_cache, of_disk, patiently
 from nanogpt.files import sha256_of
+from nanogpt.inference.huggingface import check_kind
 
 HUB, NAME = "hf://", r"[\w-][\w.-]*/[\w-][\w.-]*"
 CHECK = "check the name and the network connection, and log in with `hf auth login` if needed"
@@ -28,9 +29,11 @@ def folder_of(name: str) -> Path:
         raise DownloadError(f"A model on the Hugging Face hub is hf://user/name, not {name!r}.")
     from huggingface_hub import snapshot_download
 
-    wanted = ["config.json", "model.safetensors*", "model-*.safetensors"]
-    get = partial(snapshot_download, name.removeprefix(HUB), allow_patterns=wanted)
-    folder = into_cache(name, get, CHECK)
+    get = partial(snapshot_download, name.removeprefix(HUB))
+    folder = into_cache(name, partial(get, allow_patterns="config.json"), CHECK)
+    check_kind(name, folder / "config.json")  # before large files are downloaded
+    arrays = ["model.safetensors*", "model-*.safetensors"]
+    into_cache(name, partial(get, allow_patterns=arrays, revision=folder.name), CHECK)
     if not [*folder.glob("model*.safetensors")]:
         raise DownloadError(f"{name} has no weights (model.safetensors): {CHECK}.")
     for file in folder.glob("*.safetensors"):
@@ -44,13 +47,17 @@ def folder_of(name: str) -> Path:
     return folder
 
 
+def check_name(repository: str) -> None:
+    """Raise DownloadError unless it is user/name."""
+    if not re.fullmatch(NAME, repository):
+        raise DownloadError(f"--push-to-hub takes user/name, not {repository!r}.")
+
+
 def make_repository(name: str) -> str:
     """Create the public repository user/name if it does not exist; return its address.
 
     Raises DownloadError if that fails.
     """
-    if not re.fullmatch(NAME, name):
-        raise DownloadError(f"--push-to-hub takes user/name, not {name!r}.")
     from huggingface_hub import create_repo
 
     return str(_upload(name, partial(create_repo, name, exist_ok=True), CHECK))
@@ -69,5 +76,4 @@ def _upload(name: str, ask: Callable[[], object], remedy: str) -> object:
     try:
         return patiently(name, ask, remedy=remedy, verb="upload to")
     except OSError as error:  # such as a token that cannot be read
-        reason = f"{error.strerror}: {error.filename}"
-        raise DownloadError(f"Cannot upload to {name} ({reason}): {remedy}.") from error
+        raise DownloadError(f"Cannot upload to {name} ({of_disk(error)}): {remedy}.") from error

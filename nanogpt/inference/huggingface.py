@@ -19,16 +19,31 @@ from nanogpt.files import read_json
 
 CODE = Path(__file__).with_name("pytorch")
 SEPARATOR = "<|endoftext|>"
+EXPORT_AGAIN = "export, save or download the model again"
 
 # Fields of config.json by which AutoConfig and AutoModelForCausalLM find that code.
+MODEL_TYPE = "nanogpt"
 CLASSES = {
-    "model_type": "nanogpt",
+    "model_type": MODEL_TYPE,
     "architectures": ["NanoGPTForCausalLM"],
     "auto_map": {
         "AutoConfig": "configuration_nanogpt.NanoGPTConfig",
         "AutoModelForCausalLM": "modeling_nanogpt.NanoGPTForCausalLM",
     },
 }
+
+
+class Kind(TypedDict, total=False):
+    """The field of config.json that says whose model it is; old exports do not have it."""
+
+    model_type: str
+
+
+def check_kind(name: str, config: Path) -> None:
+    """Raise ConfigError if a model's config.json was not written for this project's models."""
+    kind = read_json(config, Kind, EXPORT_AGAIN, others=True)
+    if (found := kind.get("model_type", MODEL_TYPE)) != MODEL_TYPE:
+        raise ConfigError(f"{name} is a model of type {found}, which export.py did not write.")
 
 
 class RunFile(TypedDict, total=False):

@@ -166,7 +166,8 @@ def load_model(folder: Path, mesh: "Mesh") -> "tuple[ModelSettings, nnx.GraphDef
     from safetensors import safe_open
 
     from nanogpt.devices.mesh import REPLICATED, put
-    from nanogpt.inference.export import CONFIG, EXPORT_AGAIN, array_files, is_exported, model_in
+    from nanogpt.inference.export import CONFIG, array_files, is_exported, model_in
+    from nanogpt.inference.huggingface import EXPORT_AGAIN
     from nanogpt.training.step import graph_of
 
     if not is_exported(folder):

@@ -179,3 +179,6 @@ def test_what_the_hub_refuses_is_told_in_one_sentence_before_anything_is_written
     one_sentence(program(export.main, *args, **unreadable), "Is a directory", str(tmp_path))
     nobody = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the discard port
     one_sentence(program(sample.main, f"hf://{NAME}", **nobody), NAME, "network")
+    hub.files = {"config.json": b'{"model_type": "gpt2"}', "model.safetensors": b"large"}
+    one_sentence(program(sample.main, f"hf://{NAME}"), f"hf://{NAME} is a model of type gpt2")
+    assert not any("model.safetensors" in each for each in hub.requests)

@@ -169,6 +169,15 @@ def test_what_was_measured_is_on_disk_when_the_command_is_cut_off(folder, cache,
     assert figures["device"] == "NVIDIA H200" and "| device | NVIDIA H200 |" in table
 
 
+def test_a_closed_terminal_does_not_end_what_was_started_by_nohup(folder, cache):
+    started = Process([folder], folder, cache, main=main_in, ignored=[signal.SIGHUP])
+    with started as process:
+        process.read_until("device | device |")
+        process.send(signal.SIGHUP)
+        process.send(signal.SIGTERM)
+        assert process.end() == 128 + signal.SIGTERM
+
+
 def test_a_second_measurement_on_a_day_keeps_the_first(folder):
     for _ in range(2):
         report = Report(tiny=False)
