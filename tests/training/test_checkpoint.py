@@ -855,7 +855,7 @@ def weights_of_another_program(run):
 @pytest.mark.parametrize(
     ("harm", "what"),
     [
-        (no_folder, "no config.json"),
+        (no_folder, "is not a run folder: it does not exist"),
         (no_checkpoint, "no usable checkpoint: there is none"),
         (no_good_checkpoint, "none of 3 is intact"),
         (config_of_another_program, "config.json: tokenizer is missing: restore it"),
