@@ -38,7 +38,7 @@ from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.runs.folder import Run
 from nanogpt.runs.profile import Trace, steps_of
 from nanogpt.runs.progress import BadNumbers
-from nanogpt.runs.settings import join_others, leave, settings, with_own_text
+from nanogpt.runs.settings import join_others, leave, settings, settings_here
 from nanogpt.runs.trackers import check_trackers
 from nanogpt.schedule import Schedule, Stage, Stages
 from nanogpt.sizes import at_width
@@ -98,6 +98,10 @@ class Hyperparameters:
     init_from, the settings of that run."""
     config: str | None = None
     """config.json of an earlier run, to use its settings as defaults instead of a preset's."""
+    depth: Positive | None = None
+    """Number of layers; width, tokens, batch, rates and schedule follow; see docs/sizes.md."""
+    minutes: AboveZero | None = None
+    """Choose depth, unless given, and tokens so that the run takes this many minutes here."""
 
     # Data
     train_files: str | None = "fineweb10B/fineweb_train_*.bin"
@@ -359,15 +363,13 @@ PRESETS = {
 
 # The larger sizes of GPT-2 with `baseline`'s recipe, for one epoch of FineWeb10B: 10 billion
 # tokens, as many as llm.c trains its GPT-2s on.
-GPT2_SIZES: dict[Preset, tuple[int, int, int]] = {
-    "gpt2-medium": (24, 16, 1024),
-    "gpt2-large": (36, 20, 1280),
-    "gpt2-xl": (48, 25, 1600),
-}
-PRESETS |= {
-    name: replace(at_width(PRESETS["baseline"], *shape), preset=name, num_steps=19_000)
-    for name, shape in GPT2_SIZES.items()
-}
+for name, *shape in (
+    ("gpt2-medium", 24, 16, 1024),
+    ("gpt2-large", 36, 20, 1280),
+    ("gpt2-xl", 48, 25, 1600),
+):
+    larger = at_width(PRESETS["baseline"], *shape)
+    PRESETS[name] = replace(larger, preset=name, num_steps=19_000)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -381,9 +383,8 @@ def main(arguments: list[str] | None = None) -> int:
             override(default=settings(given, PRESETS, lambda start: start))
         with Interruption() as interruption:
             join_others(given)
-            hp = settings(given, PRESETS, lambda start: override(default=start))
-            hp.check()
-            status = train(with_own_text(hp), interruption)
+            hp = settings_here(given, PRESETS, lambda start: override(default=start))
+            status = train(hp, interruption)
             from nanogpt.devices.processes import wait_for_others
 
             wait_for_others()

@@ -111,7 +111,7 @@ def test_a_larger_preset_is_the_baseline_but_for_size_length_and_the_rate_of_its
         num_heads=N,
         width=D,
         mlp_width=4 * D,
-        attention_scale=1 / 8,  # heads of 64 as in GPT-2
+        attention_scale=pytest.approx(1 / 8),  # heads of 64 as in GPT-2
     )
     assert hp.adam == replace(
         base.adam, head=Adam(pytest.approx(0.008 * 768 / D), base.adam.embedding.betas)

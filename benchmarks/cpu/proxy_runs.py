@@ -44,8 +44,10 @@ def on_bytes(preset: str, model: Mapping[str, Any], **changes: Any) -> Hyperpara
     )
 
 
-def final_loss(hp: Hyperparameters, change: Change | None, cores: Queue | None) -> float:
-    """Train after `change`, on one of `cores` if given; return the last validation loss."""
+def last_record(
+    hp: Hyperparameters, change: Change | None, cores: Queue | None
+) -> dict[str, float]:
+    """Train after `change`, on one of `cores` if given; return the record of the last step."""
     if cores is not None:
         core = cores.get()
         os.sched_setaffinity(0, {core})
@@ -58,16 +60,23 @@ def final_loss(hp: Hyperparameters, change: Change | None, cores: Queue | None) 
         if status:
             raise RuntimeError(f"A run ended with status {status}.")
         (run,) = Path("runs").iterdir()
-        loss = logged(run)[-1]["val_loss"]
+        record = logged(run)[-1]
     if cores is not None:
         cores.put(core)
-    return loss
+    return record
 
 
 def final_losses(
     runs: Mapping[Name, tuple[Hyperparameters, Change | None]], own_core: bool
 ) -> dict[Name, float]:
-    """Return the final loss of each run; one per CPU core runs at a time, or one in all."""
+    """Return the final validation loss of each run; see `last_records`."""
+    return {name: last["val_loss"] for name, last in last_records(runs, own_core).items()}
+
+
+def last_records(
+    runs: Mapping[Name, tuple[Hyperparameters, Change | None]], own_core: bool
+) -> dict[Name, dict[str, float]]:
+    """Return the last record of each run; one per CPU core runs at a time, or one in all."""
     context = multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         cores = manager.Queue() if own_core else None
@@ -75,7 +84,7 @@ def final_losses(
             cores.put(core)
         workers = cores.qsize() if own_core else 1
         with ProcessPoolExecutor(workers, context, max_tasks_per_child=1) as pool:
-            started = {name: pool.submit(final_loss, *run, cores) for name, run in runs.items()}
+            started = {name: pool.submit(last_record, *run, cores) for name, run in runs.items()}
             for run in track(as_completed(started.values()), "training", len(started)):
                 run.result()
     return {name: run.result() for name, run in started.items()}

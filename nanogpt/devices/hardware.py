@@ -4,6 +4,7 @@ import os
 from typing import TYPE_CHECKING
 
 from nanogpt.config import ConfigError, GPTConfig
+from nanogpt.schedule import Schedule
 
 if TYPE_CHECKING:
     import jax
@@ -77,6 +78,16 @@ def flops_per_token(config: GPTConfig, sequence_length: int) -> float:
         w = min(c.window(layer) or T, T)
         keys += w - w * (w - 1) / 2 / T  # the mean over T queries: the first w - 1 see fewer than w
     return float(6 * weights + 6 * 2 * c.width * keys)
+
+
+def training_flops(config: GPTConfig, schedule: Schedule, step: int) -> float:
+    """Return the FLOPs of training a model up to and including this step of its schedule."""
+    flops = 0.0
+    for stage, end in enumerate(schedule.ends):
+        steps = max(0, min(step, end) - schedule.first_step(stage) + 1)
+        each = flops_per_token(schedule.model(config, stage), schedule.row_length(stage))
+        flops += steps * schedule.tokens_per_step(stage) * each
+    return flops
 
 
 def check_size(config: GPTConfig, sequence_length: int, devices: int, memory: float | None) -> None:

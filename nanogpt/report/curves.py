@@ -1,7 +1,7 @@
 """The curves and settings of runs, read from their folders."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import nan
 from pathlib import Path
 from typing import Any, TypedDict
@@ -10,8 +10,11 @@ import numpy as np
 from jaxtyping import Float64
 
 from nanogpt.checks import ConfigError, checked
+from nanogpt.config import GPTConfig
+from nanogpt.devices.hardware import training_flops
 from nanogpt.files import read_json
 from nanogpt.runs.folder import Circumstances, RunError
+from nanogpt.schedule import Schedule
 from nanogpt.training.records import FILE, read_records
 
 LABELS = {  # each metric's axis label and units, with the smallest value for which each is used
@@ -23,7 +26,10 @@ LABELS = {  # each metric's axis label and units, with the smallest value for wh
     "learning_rate_factor": ("learning-rate factor", {}),
     "grad_norm": ("gradient norm", {}),
     "tokens_per_s": ("tokens per second", {1e6: "millions", 1e3: "thousands"}),
+    "flops": ("FLOPs", {}),  # of training so far, from the settings and the tokens
 }
+
+SCHEDULE = [field.name for field in fields(Schedule)]
 
 
 class Settings(TypedDict, total=False):
@@ -82,13 +88,29 @@ def read_run(folder: Path, name: str) -> History:
         raise NoNumbers(f"{path} has no numbers yet: wait for the run's first step.")
     log = folder / "log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+    metrics = dict(zip(LABELS, np.array(rows).T, strict=True))
+    config = _told_in(folder / "config.json", Settings)
     return History(
         name,
-        dict(zip(LABELS, np.array(rows).T, strict=True)),
-        _told_in(folder / "config.json", Settings),
+        metrics | {"flops": _flops(config, metrics["tokens"])},
+        config,
         _told_in(folder / "run.json", Circumstances),
         (re.findall(r"^parameters: ([\d,]+)$", text, re.MULTILINE) or ["unknown"])[-1],
     )
+
+
+def _flops(
+    config: dict[str, Any], tokens: Float64[np.ndarray, "steps"]
+) -> Float64[np.ndarray, "steps"]:
+    """Return the FLOPs of training on so many tokens; NaN if the settings are unknown."""
+    try:
+        model = checked(config.get("model"), GPTConfig)
+        schedule = checked({name: config.get(name) for name in SCHEDULE}, Schedule)
+    except ConfigError:
+        return np.full(len(tokens), nan)
+    ends = [0, *schedule.ends]
+    flops = [training_flops(model, schedule, end) for end in ends]
+    return np.interp(tokens, [*map(schedule.tokens, ends)], flops)
 
 
 def _told_in(path: Path, kind: type) -> dict[str, Any]:

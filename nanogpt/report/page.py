@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt.report.curves import LABELS, History
-from nanogpt.report.picture import HOW_TO_READ, INK, LOOKS, PANELS, draw, new_figure, own_style
+from nanogpt.report.picture import HOW_TO_READ, INK, LOOKS, draw, new_figure, own_style, panels_for
 
 
 def page(runs: Sequence[History]) -> str:
@@ -33,7 +33,7 @@ def page(runs: Sequence[History]) -> str:
         "title": escape(runs[0].name) if len(runs) == 1 else f"{len(runs)} runs",
         "legend": "".join(f"<li>{look}</li>" for look in looks),
         "how_to_read": HOW_TO_READ,
-        "panels": "\n".join(_svg(runs, *panel) for panel in PANELS),
+        "panels": "\n".join(_svg(runs, *panel) for panel in panels_for(runs)),
         "table": f"<thead><tr><td></td>{heads}</tr></thead><tbody>{rows}</tbody>",
     }
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")

@@ -6,7 +6,7 @@ the small picture in a run's folder.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from itertools import cycle
+from itertools import cycle, zip_longest
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float64
 from scipy.ndimage import median_filter
 
+from nanogpt.report.compute import fit
 from nanogpt.report.curves import LABELS, History, read_run
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ PANELS = (
     *(("tokens", "train_loss"), ("step", "train_loss"), ("time_s", "train_loss")),
     *(("step", "learning_rate_factor"), ("step", "grad_norm"), ("step", "tokens_per_s")),
 )
+COMPUTE = "flops", "val_loss"  # a panel for runs that can be compared by their FLOPs
 HOW_TO_READ = "Lines: running medians; every step is faint behind them. Marks: validation loss."
 TARGET = 3.28  # target validation loss of speedruns, for GPT-2 tokens of FineWeb
 MOST_POINTS = 800  # per line: a panel is about half as many pixels wide
@@ -51,10 +53,15 @@ def overview(runs: Sequence[History]) -> "Figure":
     from matplotlib.lines import Line2D
 
     names = [name if len(name := run.name) <= 40 else f"{name[:39]}…" for run in runs]
+    panels = panels_for(runs)
+    columns = -(-len(panels) // 2)
     with own_style():
-        figure = new_figure(11.4, 6.8)
-        for axes, panel in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
-            draw(axes, runs, *panel)
+        figure = new_figure(3.8 * columns, 6.8)
+        for axes, panel in zip_longest(figure.subplots(2, columns).flat, panels):
+            if panel:
+                draw(axes, runs, *panel)
+            else:
+                axes.remove()
         legend = figure.legend(
             [
                 Line2D([], [], c=colour, ls=line, marker=mark)
@@ -68,6 +75,13 @@ def overview(runs: Sequence[History]) -> "Figure":
             text.set_parse_math(False)
         figure.supxlabel(HOW_TO_READ, x=0.006, ha="left", fontsize="medium")
     return figure
+
+
+def panels_for(runs: Sequence[History]) -> tuple[tuple[str, str], ...]:
+    """Return the metrics of each panel; loss against compute for several runs of one kind."""
+    validated = [run for run in runs if run.series(*COMPUTE).size]
+    alike = len({run.config.get("tokenizer") for run in validated}) == 1
+    return (*PANELS, COMPUTE) if len(validated) > 1 and alike else PANELS
 
 
 def loss_png(folder: Path) -> Path:
@@ -88,6 +102,8 @@ def draw(axes: "Axes", runs: Sequence[History], x: str, y: str) -> None:
     """Draw one metric of the runs against another; the training loss with validation losses."""
     from matplotlib.ticker import LogLocator
 
+    if (x, y) == COMPUTE:
+        return _draw_compute(axes, runs)
     (x_unit, x_label), (y_unit, y_label) = _unit(runs, x), _unit(runs, y)
     axes.set(xlabel=x_label, ylabel=y_label)
     axes.locator_params("x", nbins=4)  # more labels would overlap
@@ -117,6 +133,25 @@ def draw(axes: "Axes", runs: Sequence[History], x: str, y: str) -> None:
         axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
     else:
         axes.set_ylim(0, 1.15 * highest or 1)
+
+
+def _draw_compute(axes: "Axes", runs: Sequence[History]) -> None:
+    """Draw the last validation loss of each run against its FLOPs, and a power law if it fits."""
+    ends = []
+    for run, (colour, _, mark, _) in zip(runs, cycle(LOOKS), strict=False):
+        if (found := run.series(*COMPUTE)).size:
+            ends.append(found[:, -1])
+            axes.plot(*ends[-1], c=colour, ls="", marker=mark)
+    flops, losses = np.array(ends).T
+    if law := fit(flops, losses):
+        (E, _, power), errors = law.values, np.sqrt(np.diag(law.covariance))
+        x = np.geomspace(flops.min(), flops.max(), 100)
+        axes.plot(x, law.loss(x), c=INK, lw=1)
+        axes.set_title(
+            f"power {-power:.3f} ± {errors[2]:.3f}, towards {E:.2f} ± {errors[0]:.2f}",
+            fontsize="small",
+        )
+    axes.set(xscale="log", xlabel=LABELS["flops"][0], ylabel=LABELS["val_loss"][0])
 
 
 def _thinned(

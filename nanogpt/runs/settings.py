@@ -15,6 +15,7 @@ from nanogpt.checks import ConfigError
 from nanogpt.data.text.cache import prepare
 from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.devices.launchers import launched_with_others
+from nanogpt.sizes import at_depth
 from nanogpt.training.resume import resumed_settings, run_to_resume, saved_settings
 
 if TYPE_CHECKING:
@@ -46,16 +47,49 @@ def leave(status: int) -> int:
     return status
 
 
-def settings(
+def settings_here(
     given: "Hyperparameters", presets: Mapping[str, "Hyperparameters"], override: "Override"
 ) -> "Hyperparameters":
-    """Return the settings of a run: defaults chosen by the options in `given`, then `override`."""
+    """Return the settings of a run, checked, with the shards of own text and what fits `minutes`.
+
+    Raises ConfigError if they are invalid.
+    """
+    hp = settings(given, presets, override)
+    hp.check()
+    hp = with_own_text(hp)
+    if given.minutes is None:
+        return hp
+    from nanogpt.training.budget import afford
+
+    def choose(depth: int, tokens: float | None) -> "Hyperparameters":
+        return settings(replace(given, depth=depth), presets, override, tokens)
+
+    return afford(hp, choose)
+
+
+def settings(
+    given: "Hyperparameters",
+    presets: Mapping[str, "Hyperparameters"],
+    override: "Override",
+    tokens: float | None = None,
+) -> "Hyperparameters":
+    """Return the settings of a run: defaults chosen by the options in `given`, then `override`.
+
+    Args:
+        tokens: number of tokens to train on at given.depth, instead of what the depth implies.
+    """
     kind = type(given)
     sources = [name for name in ("resume", "init_from", "config") if getattr(given, name)]
     if len(sources) > 1:
         raise ConfigError(
             f"{' and '.join(sources)} each give the starting settings: use only one of them."
         )
+    for name in ("depth", "minutes"):
+        if sources and getattr(given, name) is not None:
+            raise ConfigError(
+                f"{name} chooses the size of a new model, but {sources[0]} gives one: use only one "
+                "of them."
+            )
     if given.resume is not None:
         return resumed_settings(kind, run_to_resume(given.resume), override)
     if given.config is not None:
@@ -76,9 +110,15 @@ def settings(
         start = weights.settings
     else:
         start = presets[preset_for_hardware(given.device)]
+    if given.depth is not None:
+        start = at_depth(start, given.depth, tokens)
     start = suited_to_data(start, override(start))
     if weights is None:
         hp = override(start)
+        if given.minutes is not None and hp.num_steps != start.num_steps:
+            raise ConfigError(
+                "num_steps and minutes each decide how long to train: use only one of them."
+            )
     else:
         from nanogpt.inference.weights import settings_with
 

@@ -51,7 +51,13 @@ CHANGEABLE = {
 # Names, paths and sources of settings. Data is identified by its content instead.
 PLACES = {"run_name", "preset", "config", "init_from", "train_files", "val_files", "data"}
 # Settings that older runs do not have, with values that do not change those runs.
-ADDED = {"learning_rate_factor": 1.0, "checkpoint_minutes": None, "keep_best": False}
+ADDED = {
+    "depth": None,
+    "minutes": None,
+    "learning_rate_factor": 1.0,
+    "checkpoint_minutes": None,
+    "keep_best": False,
+}
 
 
 def run_to_resume(resume: str) -> Path:

@@ -45,7 +45,7 @@ class Page(HTMLParser):
 def page(*folders):
     """The page without its panels, which take most of the time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "PANELS", ())
+        patch.setattr(module, "panels_for", lambda runs: ())
         return Page(module.page([read_run(folder, folder.name) for folder in folders]))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.cpu import python_sources as sources
 from benchmarks.cpu.pieces import BUILT_IN, CPU, GPU, PIECES
-from benchmarks.cpu.proxy_runs import final_loss, on_bytes
+from benchmarks.cpu.proxy_runs import last_record, on_bytes
 from nanogpt.data.shards import read_shard
 from nanogpt.schedule import Stage
 
@@ -31,7 +31,7 @@ def test_a_run_ends_with_the_loss_of_its_validation():
     shape = {"num_layers": 1, "num_heads": 2, "width": 32, "mlp_width": 64}
     how = {"num_steps": 1, "total_batch_size": 4096, "val_tokens": 1024}
     hp = on_bytes("baseline", shape, stages=(Stage(rate=1e-6),), **how)
-    assert final_loss(hp, None, None) == pytest.approx(np.log(256), abs=1e-4)
+    assert last_record(hp, None, None)["val_loss"] == pytest.approx(np.log(256), abs=1e-4)
 
 
 PARAMETERS = "jax.eval_shape(lambda: init_params(CPU.model, jax.random.key(0)))"

@@ -1,0 +1,104 @@
+"""The size of a run from the minutes it may take, on machines whose speed is known."""
+
+import re
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+
+import pytest
+
+from nanogpt.checks import ConfigError
+from nanogpt.devices.hardware import flops_per_token
+from nanogpt.sizes import at_depth
+from nanogpt.training import budget
+from nanogpt.training.budget import afford
+from tests.programs import run_to_end
+from tests.small_runs import shared_cache
+from train_gpt import PRESETS
+
+LAPTOP = PRESETS["laptop"]
+
+
+@dataclass
+class Machine:
+    """A machine with a fixed time for each step, token and FLOP, and a clock of its own."""
+
+    per_step: float
+    per_token: float
+    per_flop: float
+    compiling: float = 20.0
+    now: float = 1000.0
+
+    def training(self, hp):
+        tokens = hp.schedule.tokens(hp.num_steps)
+        flops = tokens * flops_per_token(hp.model, hp.sequence_length)
+        return hp.num_steps * self.per_step + tokens * self.per_token + flops * self.per_flop
+
+    def validating(self, hp):
+        return 6 * hp.val_tokens * self.per_token / 3
+
+    def use(self, monkeypatch):
+        def try_out(hp, console):
+            self.now += self.compiling
+            programs = SimpleNamespace(plan=SimpleNamespace(hp=hp))
+            return budget.Trial(programs, self.training(hp))
+
+        monkeypatch.setattr(budget, "try_out", try_out)
+        monkeypatch.setattr(budget, "validation_seconds", lambda trial: self.validating(trial.hp))
+        monkeypatch.setattr(budget.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(budget, "use_compilation_cache", lambda: None)
+
+
+MACHINES = {
+    "a fast one": (1e-3, 1e-6, 5e-12),
+    "a slow one": (5e-3, 5e-5, 1e-10),
+    "one with slow steps": (0.1, 1e-7, 1e-13),
+}
+
+
+def choose(depth, tokens):
+    return replace(at_depth(LAPTOP, depth, tokens), minutes=1.0)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("minutes", [3, 10, 30, 480])
+def test_the_run_takes_the_time_asked_for(monkeypatch, machine, minutes):
+    here = Machine(*MACHINES[machine])
+    here.use(monkeypatch)
+    begun = here.now
+    hp = afford(replace(LAPTOP, minutes=minutes), choose)
+    took = here.now - begun + here.training(hp) + here.validating(hp)
+    assert took == pytest.approx(60 * minutes, rel=0.1)
+    # The depth is the rule's for that time, but for rounding.
+    rule = here.training(at_depth(LAPTOP, hp.model.num_layers))
+    assert 1 / 3 < rule / here.training(hp) < 3
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_depth_that_is_given_is_kept(monkeypatch, machine):
+    here = Machine(*MACHINES[machine])
+    here.use(monkeypatch)
+    begun = here.now
+    hp = afford(replace(choose(3, None), minutes=10), lambda _, tokens: choose(3, tokens))
+    assert hp.model.num_layers == 3
+    took = here.now - begun + here.training(hp) + here.validating(hp)
+    assert took == pytest.approx(600, rel=0.1)
+
+
+def test_too_short_a_time_is_refused_in_a_sentence(monkeypatch):
+    Machine(*MACHINES["a slow one"]).use(monkeypatch)
+    with pytest.raises(ConfigError, match=r"^minutes must be more than 0\.5: .*\.$"):
+        afford(replace(LAPTOP, minutes=0.5), choose)
+
+
+def test_a_run_of_a_fraction_of_a_minute(tmp_path, tmp_path_factory):
+    """What is chosen is what is trained, and config.json repeats it."""
+    arguments = "--preset laptop --depth 1 --minutes 0.6 --val-tokens 512 --sample-tokens 0"
+    ran = run_to_end(arguments.split(), tmp_path, shared_cache(tmp_path_factory))
+    assert ran.returncode == 0, ran.stderr
+    found = re.search(r"^chosen for 0\.6 minutes: depth 1, ([\d,]+) tokens$", ran.stdout, re.M)
+    assert re.search(rf"^tokens .*\b{found[1]} in ", ran.stdout, re.M)
+    (folder,) = (tmp_path / "runs").iterdir()
+    again = ["--config", str(folder / "config.json"), "--dry-run"]
+    planned = run_to_end(again, tmp_path, shared_cache(tmp_path_factory))
+    assert planned.returncode == 0, planned.stderr
+    assert f"tokens: {found[1]} in " in planned.stdout
