@@ -98,7 +98,7 @@ class Hyperparameters:
     init_from, the settings of that run."""
     config: str | None = None
     """config.json of an earlier run, to use its settings as defaults instead of a preset's."""
-    depth: Positive | None = None
+    depth: Annotated[int, Meta(ge=1, le=128)] | None = None
     """Number of layers; width, tokens, batch, rates and schedule follow; see docs/sizes.md."""
     minutes: AboveZero | None = None
     """Choose depth, unless given, and tokens so that the run takes this many minutes here."""

@@ -146,6 +146,10 @@ def test_a_run_repeated_from_its_configuration_is_the_same_to_the_last_bit_but_f
         (["--config", "{config}", "--resume", "auto"], "resume and config each give"),
         (["--config", "{config}", "--init-from", "runs/a"], "init_from and config each give"),
         (["--config", "{config}", "--preset", "laptop"], "preset and config both give"),
+        (["--config", "{config}", "--depth", "3"], "depth chooses the size of a new model, but"),
+        (["--init-from", "runs/a", "--minutes", "3"], "minutes chooses the size of a new model"),
+        (["--preset", "laptop", "--minutes", "3", "--num-steps", "9"], "num_steps and minutes"),
+        (["--depth", "0"], "depth must be"),
         (["--config", "none/config.json"], "none/config.json cannot be read (No such file"),
         (["--config", train_gpt.__file__], "train_gpt.py is not valid JSON"),
     ],
@@ -414,6 +418,8 @@ def test_fineweb_shards_are_read_in_order_each_token_once(tmp_path, tmp_path_fac
     assert run.console[0].startswith("baseline preset | ")
     assert f"fineweb_train_*.bin, {4 * count + 2} tokens | 1 x " in run.console[0]
     assert run.console[0].endswith(" = 2")
+    told = json.loads((run.folder / "run.json").read_text())["data"]["name"]
+    assert told.startswith("fineweb_train_*.bin, ") and str(tmp_path) not in told
     uniform = math.log(50304)
     assert run.metrics[0]["train_loss"] == pytest.approx(uniform, abs=1e-2)
     assert min(run.column("train_loss")) > uniform - 0.05

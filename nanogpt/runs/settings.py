@@ -5,13 +5,13 @@ JAX is imported only where needed, so that `--help` and errors in the arguments 
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanogpt.checks import ConfigError
+from nanogpt.checks import ConfigError, checked
 from nanogpt.data.text.cache import prepare
 from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.devices.launchers import launched_with_others
@@ -79,6 +79,7 @@ def settings(
         tokens: number of tokens to train on at given.depth, instead of what the depth implies.
     """
     kind = type(given)
+    checked(asdict(given), kind)
     sources = [name for name in ("resume", "init_from", "config") if getattr(given, name)]
     if len(sources) > 1:
         raise ConfigError(

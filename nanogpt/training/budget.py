@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 MOST_TRIALS = 3
 TIMED_SECONDS = 2.0  # per stage
-DEEPEST, MOST_BATCHES = 128, 5
+DEEPEST = 128  # as Hyperparameters.depth allows
+MOST_BATCHES = 5
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ TINY = [
 # Their tiny runs have their own tests, which check more than the one here.
 TESTED_ELSEWHERE = {
     "benchmarks.compiled.scaling": "compiled/test_scaling.py",
+    "benchmarks.cpu.depths": "cpu/test_depths.py",
     "benchmarks.cpu.tokenize_text": "cpu/test_tokenize_text.py",
     "benchmarks.gpu.first_light": "gpu/test_first_light.py",
     "benchmarks.gpu.step": "gpu/test_step.py",
@@ -35,7 +36,8 @@ def written():
     """Return the files that scripts may write, with their modification times."""
     places = (ROOT / "benchmarks" / "results", ROOT / "records", ROOT / "runs")
     paths = [path for place in places for path in place.rglob("*")]
-    return {path: path.stat().st_mtime for path in [*paths, ROOT / "docs" / "scaling.png"]}
+    paths += (ROOT / "docs").glob("*.png")
+    return {path: path.stat().st_mtime for path in paths}
 
 
 def test_there_are_scripts_and_each_of_their_folders_says_what_it_is_for():

@@ -1,13 +1,18 @@
 """The picture shows what is in the runs' files."""
 
+from dataclasses import asdict, fields
+
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from nanogpt.config import GPTConfig
 from nanogpt.report.__main__ import report
 from nanogpt.report.curves import read_run
 from nanogpt.report.picture import LOOKS, draw, loss_png, overview
+from nanogpt.schedule import Schedule, Stage
 from tests.report.test_curves import records, write
+from train_gpt import PRESETS
 
 
 def drawn(folders, x, y):
@@ -148,3 +153,38 @@ def test_of_a_long_run_some_points_are_drawn_and_its_extremes_among_them(tmp_pat
     assert {12_346, 23_457} <= set(raw.get_xdata())
     for file in report([folder], tmp_path):
         assert file.stat().st_size < 300_000
+
+
+def shaped(folder, made, width, tokenizer="bytes"):
+    """Create a run's folder with settings whose FLOPs are known."""
+    model = asdict(GPTConfig(vocab_size=128, num_layers=1, num_heads=1, width=width, mlp_width=8))
+    schedule = {field.name: getattr(PRESETS["baseline"], field.name) for field in fields(Schedule)}
+    stages = [asdict(stage) for stage in (Stage(), Stage(length=0.5))]
+    given = {"num_steps": len(made), "total_batch_size": 300_000, "sequence_length": 32}
+    return write(folder, made, tokenizer, model=model, **schedule | given | {"stages": stages})
+
+
+def test_loss_against_compute_has_a_point_for_the_end_of_each_run(tmp_path):
+    widths, made = (16, 32, 64, 128), records(40)
+    folders = [shaped(tmp_path / f"{D}", made, D) for D in widths]
+    axes = drawn(folders, "flops", "val_loss")
+    points = [line.get_xydata()[0] for line in axes.lines if line.get_marker() != "None"]
+    for (flops, loss), D in zip(points, widths, strict=True):
+        weights = 4 * D * D + 2 * D * 8 + D * 128
+        # Half of the tokens are in rows of 32, whose queries see 16.5 keys on average.
+        each = [6 * weights + 12 * D * (T + 1) / 2 for T in (32, 16)]
+        assert flops == pytest.approx(20 * 300_000 * sum(each))
+        assert loss == made[-1]["val_loss"]
+    assert axes.get_xscale() == "log"
+
+
+@pytest.mark.parametrize(
+    ("tokenizers", "panels"), [(("bytes",) * 4, 7), (("bytes", "gpt2") * 2, 6), (("bytes",), 6)]
+)
+def test_only_runs_on_the_same_tokens_are_compared_by_compute(tmp_path, tokenizers, panels):
+    folders = [
+        shaped(tmp_path / f"{i}", records(20, last=4 - i / 2), 16 << i, tokenizer)
+        for i, tokenizer in enumerate(tokenizers)
+    ]
+    figure = overview([read_run(folder, folder.name) for folder in folders])
+    assert len(figure.axes) == panels
