@@ -142,7 +142,9 @@ def evaluate(options: Options) -> None:
     items, failure = [], None
     if options.hellaswag:
         try:
-            items = retokenized(read_items(hellaswag_file())[: options.hellaswag_items], tokenizer)
+            with Console(stderr=True).status("fetching HellaSwag"):
+                file = hellaswag_file()
+            items = retokenized(read_items(file)[: options.hellaswag_items], tokenizer)
         except DownloadError as error:
             failure = error  # the loss can be measured without it
 

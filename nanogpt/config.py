@@ -58,7 +58,7 @@ class GPTConfig:
     vocab_size: Positive = 50257
     """Number of token ids, V; padded to a multiple of 128."""
 
-    num_layers: Positive = 12
+    num_layers: Annotated[int, Meta(ge=1, le=1000)] = 12
     """Number of transformer layers, L."""
 
     num_heads: Positive = 6

@@ -56,6 +56,7 @@ def test_a_shape_comes_back_from_json(tiny):
     [
         ({"vocab_size": 0}, "vocab_size must be at least 1, not 0"),
         ({"num_layers": 0}, "num_layers must be at least 1, not 0"),
+        ({"num_layers": 10**9}, "num_layers must be at most 1,000, not 1000000000"),
         ({"num_heads": -2}, "num_heads must be at least 1, not -2"),
         ({"width": 0}, "width must be at least 1, not 0"),
         ({"mlp_width": 0}, "mlp_width must be at least 1, not 0"),
@@ -100,7 +101,7 @@ def test_a_shape_comes_back_from_json(tiny):
         ({"softcap": 40.5}, "softcap must be at most 40, not 40.5"),
         ({"softcap": float("nan")}, "softcap .* nan"),
         ({"width": True}, "width must be an integer, not True"),
-        ({"num_layers": 10**30}, "num_layers must be at most 2,147,483,647, not 10{30}"),
+        ({"width": 10**30}, "width must be at most 2,147,483,647, not 10{30}"),
         ({"smear": 1}, "smear must be true or false, not 1"),
     ],
 )
