@@ -1,5 +1,5 @@
-# Source this with a name and arguments of train_gpt.py. It sets `start` to arguments that start the
-# run, or resume it if a job of this name ended before; its folder then has the settings.
+# Source this with a name and arguments of train_gpt.py. It sets `start` to the arguments that start the
+# run, or that resume it if an earlier job of this name left a checkpoint; its folder has the settings.
 tries=0
 for folder in runs/"$1".[0-9]*; do
     if compgen -G "$folder/checkpoints/*/manifest.json" >/dev/null; then
