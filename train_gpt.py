@@ -100,7 +100,7 @@ class Hyperparameters:
     """config.json of an earlier run, to use its settings as defaults instead of a preset's."""
     depth: Annotated[int, Meta(ge=1, le=128)] | None = None
     """Number of layers; width, tokens, batch, rates and schedule follow; see docs/sizes.md."""
-    minutes: AboveZero | None = None
+    minutes: Annotated[float, Meta(gt=0, le=1e6)] | None = None
     """Choose depth, unless given, and tokens so that the run takes this many minutes here."""
 
     # Data
@@ -363,13 +363,15 @@ PRESETS = {
 
 # The larger sizes of GPT-2 with `baseline`'s recipe, for one epoch of FineWeb10B: 10 billion
 # tokens, as many as llm.c trains its GPT-2s on.
-for name, *shape in (
-    ("gpt2-medium", 24, 16, 1024),
-    ("gpt2-large", 36, 20, 1280),
-    ("gpt2-xl", 48, 25, 1600),
-):
-    larger = at_width(PRESETS["baseline"], *shape)
-    PRESETS[name] = replace(larger, preset=name, num_steps=19_000)
+GPT2_SIZES: dict[Preset, tuple[int, int, int]] = {
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+PRESETS |= {
+    name: replace(at_width(PRESETS["baseline"], *shape), preset=name, num_steps=19_000)
+    for name, shape in GPT2_SIZES.items()
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -378,6 +380,7 @@ def main(arguments: list[str] | None = None) -> int:
     override = partial(parse, Hyperparameters, arguments)
     help_only = {"-h", "--help"} & set(arguments)
     given = parse(Hyperparameters, [x for x in arguments if x not in help_only])
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # JAX's own default is 0.75
     try:
         if help_only:  # with the defaults of the preset that would run
             override(default=settings(given, PRESETS, lambda start: start))
@@ -396,7 +399,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def train(hp: Hyperparameters, interruption: Interruption) -> int:
     """Train a model in a new folder under runs/, or resume one; return the exit status."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # JAX's own default is 0.75
     from nanogpt.data.prefetch import prefetch
     from nanogpt.devices.accelerator import use_device
     from nanogpt.devices.compilation import use_compilation_cache

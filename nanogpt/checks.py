@@ -56,6 +56,10 @@ class ConfigError(UserError):
     """Settings that are invalid, by themselves or together."""
 
 
+class DoesNotFit(ConfigError):
+    """Settings that need more memory than there is."""
+
+
 def checked(
     values: Any, kind: type[Kind], where: object = "", remedy: str = "", others: bool = False
 ) -> Kind:

@@ -23,7 +23,7 @@ def at_depth(base: "Hyperparameters", depth: int, tokens: float | None = None) -
         batch         B0 * sqrt(tokens / tokens0), as the critical batch size (Zhang et al.,
                       arXiv:2410.21676), but B0 times a power of two
         rates         those of `at_width`, times sqrt(B / B0) (Malladi et al., arXiv:2205.10287)
-                      and (tokens / tokens0)^(-1/4), so that they stay but for the batch's rounding;
+                      and (tokens / tokens0)^(-1/4), which cancel except for the batch's rounding;
                       Bjorck et al. (arXiv:2409.19913) find a power of -0.32
         weight decay  rate^2 * decay * steps stays, so that a weight loses the same share of itself
                       over the run (Wang and Aitchison, arXiv:2405.13698)
@@ -31,7 +31,7 @@ def at_depth(base: "Hyperparameters", depth: int, tokens: float | None = None) -
         rows          as long as in `base`, unless they hold several documents each: then a smaller
                       batch has shorter rows, not fewer, for as many devices
 
-    docs/sizes.md shows what was measured of it.
+    docs/sizes.md has measurements.
     """
     had, per_step = base.schedule.tokens(base.num_steps), base.schedule.tokens_per_step
     hp = at_width(base, depth, *shape_of(base.model, depth))
@@ -44,11 +44,12 @@ def at_depth(base: "Hyperparameters", depth: int, tokens: float | None = None) -
     num_steps = max(1, round(base.num_steps * tokens / had / times_batch))
     longer = num_steps / base.num_steps
     faster = sqrt(times_batch) * (tokens / had) ** -0.25
-    decay = 1 / (faster**2 * longer)
 
-    def scaled(group: Adam) -> Adam:
-        rate, shrink = group.learning_rate * faster, group.weight_decay * decay
-        return replace(group, learning_rate=rate, weight_decay=shrink)
+    def scaled(name: str) -> Adam:
+        group, old = getattr(hp.adam, name), getattr(base.adam, name)
+        rate = group.learning_rate * faster
+        decay = old.weight_decay * (old.learning_rate / rate) ** 2 / longer if rate else 0.0
+        return replace(group, learning_rate=rate, weight_decay=decay)
 
     shorter = min(1.0, times_batch) if base.max_document_length else 1.0
     return replace(
@@ -59,8 +60,8 @@ def at_depth(base: "Hyperparameters", depth: int, tokens: float | None = None) -
         total_batch_size=int(base.total_batch_size * times_batch),
         num_steps=num_steps,
         learning_rate=base.learning_rate * faster,
-        weight_decay=base.weight_decay * decay,
-        adam=AdamGroups(**{name: scaled(group) for name, group in vars(hp.adam).items()}),
+        weight_decay=base.weight_decay / faster**2 / longer,
+        adam=AdamGroups(**{name: scaled(name) for name in vars(hp.adam)}),
         momentum_warmup_steps=round(base.momentum_warmup_steps * longer),
         momentum_cooldown_steps=round(base.momentum_cooldown_steps * longer),
         val_loss_every=base.val_loss_every and max(1, round(base.val_loss_every * longer)),
@@ -75,7 +76,7 @@ def shape_of(model: GPTConfig, depth: int) -> tuple[int, int]:
     """
     pair, grain = 2 if model.paired_heads else 1, 128 if model.head_size % 128 == 0 else 8
     width = model.width * depth / model.num_layers
-    num_heads = pair * max(1, round(width / (pair * model.head_size)))
+    num_heads = pair * max(1, int(width / (pair * model.head_size) + 0.5))
     return num_heads, num_heads * grain * max(1, round(width / (num_heads * grain)))
 
 

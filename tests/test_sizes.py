@@ -90,14 +90,14 @@ def test_weight_decay_takes_the_same_share_of_a_weight_over_any_run(depth):
 
     def shares(hp):
         groups = [(hp.learning_rate, hp.weight_decay)]
-        groups += [(g.learning_rate, g.weight_decay) for g in (hp.adam.tables, hp.adam.gates)]
+        groups += [(group.learning_rate, group.weight_decay) for group in vars(hp.adam).values()]
         return [rate**2 * decay * hp.num_steps for rate, decay in groups]
 
     assert shares(hp) == pytest.approx(shares(base))
 
 
 @pytest.mark.parametrize("depth", [2, 5, 8, 16, 22])
-def test_special_layers_keep_their_company(depth):
+def test_special_layers_stay_together(depth):
     """In the record, layers with long windows are those with the key offset."""
     hp = at_depth(PRESETS["speedrun"], depth)
     for stage in hp.stages:

@@ -13,7 +13,7 @@ from jax.stages import Compiled, Lowered
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from nanogpt.config import ConfigError
+from nanogpt.checks import DoesNotFit
 from nanogpt.files import cache_folder
 
 CACHE_BYTES = 5_000_000_000  # most bytes of compiled programs to keep
@@ -100,7 +100,7 @@ def first_that_fits(
         plan: the first plan to try.
         smaller: returns the plan to try after one that did not fit, or None if there is none.
 
-    Raises ConfigError if no plan fits.
+    Raises DoesNotFit if no plan does.
     """
     while True:
         try:
@@ -112,7 +112,7 @@ def first_that_fits(
         # The error is freed here, and with its traceback everything the attempt had allocated.
         less = smaller(plan)
         if less is None:
-            raise ConfigError(
+            raise DoesNotFit(
                 "The device has too little memory for a single row: use a smaller model or a "
                 f"shorter sequence_length ({told})."
             )

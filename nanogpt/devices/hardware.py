@@ -3,7 +3,8 @@
 import os
 from typing import TYPE_CHECKING
 
-from nanogpt.config import ConfigError, GPTConfig
+from nanogpt.checks import DoesNotFit
+from nanogpt.config import GPTConfig
 from nanogpt.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def training_flops(config: GPTConfig, schedule: Schedule, step: int) -> float:
 
 
 def check_size(config: GPTConfig, sequence_length: int, devices: int, memory: float | None) -> None:
-    """Raise ConfigError if a model cannot fit on this number of devices in any way.
+    """Raise DoesNotFit if a model cannot fit on this number of devices in any way.
 
     The lower bound is 8 bytes per parameter, with one value of optimizer state, and one row's
     stream between layers. On CPUs, where `memory` is None, the machine's memory is used.
@@ -102,7 +103,7 @@ def check_size(config: GPTConfig, sequence_length: int, devices: int, memory: fl
     need = c.width * (tables + layers) * 8 / devices + row
     have = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > have:
-        raise ConfigError(
+        raise DoesNotFit(
             f"The model, its optimizer and one row need at least {need / 1e9:,.0f} GB on each "
             f"device, which has {have / 1e9:,.0f} GB: use a smaller model, a shorter "
             "sequence_length, or more devices with --shard-params."

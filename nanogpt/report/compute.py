@@ -34,14 +34,14 @@ class PowerLaw:
     def __str__(self) -> str:
         (E, A, a), errors = self.values, np.sqrt(np.diag(self.covariance))
         return (
-            f"{E:.3f} ± {errors[0]:.3f} + {A:.3f} ± {errors[1]:.3f} "
+            f"({E:.3f} ± {errors[0]:.3f}) + ({A:.3f} ± {errors[1]:.3f}) * "
             f"(FLOPs / {self.unit:.2e})^-({a:.3f} ± {errors[2]:.3f})"
         )
 
 
 def fit(flops: Sequence[float], losses: Sequence[float]) -> PowerLaw | None:
-    """Fit the power law by least squares; None if it cannot be told from these points."""
-    from scipy.optimize import OptimizeWarning, curve_fit  # type: ignore
+    """Fit the power law by least squares; None if these points do not determine its exponent."""
+    from scipy.optimize import curve_fit  # type: ignore
 
     if len(set(flops)) < FEWEST:
         return None
@@ -50,9 +50,10 @@ def fit(flops: Sequence[float], losses: Sequence[float]) -> PowerLaw | None:
     start = [y.min() / 2, y.mean() - y.min() / 2, 0.1]
     try:
         values, covariance = curve_fit(_curve, x, y, start, bounds=([0, 0, 0], [np.inf] * 3))
-    except (RuntimeError, OptimizeWarning):
+    except RuntimeError:
         return None
-    return PowerLaw(unit, values, covariance) if np.isfinite(covariance).all() else None
+    determined = np.isfinite(covariance).all() and covariance[2, 2] < values[2] ** 2
+    return PowerLaw(unit, values, covariance) if determined else None
 
 
 def _curve(x: Float64[np.ndarray, "*n"], E: float, A: float, a: float) -> Float64[np.ndarray, "*n"]:

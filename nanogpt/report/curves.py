@@ -16,6 +16,7 @@ from nanogpt.files import read_json
 from nanogpt.runs.folder import Circumstances, RunError
 from nanogpt.schedule import Schedule
 from nanogpt.training.records import FILE, read_records
+from nanogpt.training.resume import ADDED
 
 LABELS = {  # each metric's axis label and units, with the smallest value for which each is used
     "tokens": ("tokens", {1e9: "billions", 1e6: "millions", 1e3: "thousands"}),
@@ -102,7 +103,8 @@ def read_run(folder: Path, name: str) -> History:
 def _flops(
     config: dict[str, Any], tokens: Float64[np.ndarray, "steps"]
 ) -> Float64[np.ndarray, "steps"]:
-    """Return the FLOPs of training on so many tokens; NaN if the settings are unknown."""
+    """Return the FLOPs of training after each number of tokens; NaN if settings are unknown."""
+    config = ADDED | config
     try:
         model = checked(config.get("model"), GPTConfig)
         schedule = checked({name: config.get(name) for name in SCHEDULE}, Schedule)

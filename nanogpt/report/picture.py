@@ -78,10 +78,19 @@ def overview(runs: Sequence[History]) -> "Figure":
 
 
 def panels_for(runs: Sequence[History]) -> tuple[tuple[str, str], ...]:
-    """Return the metrics of each panel; loss against compute for several runs of one kind."""
-    validated = [run for run in runs if run.series(*COMPUTE).size]
-    alike = len({run.config.get("tokenizer") for run in validated}) == 1
-    return (*PANELS, COMPUTE) if len(validated) > 1 and alike else PANELS
+    """Return the metrics of each panel; loss against compute for several runs on the same data."""
+    compared = [run for run in runs if _final(run) is not None]
+    data = [
+        [run.config.get(name) for name in ("tokenizer", "data", "val_files")] for run in compared
+    ]
+    return (*PANELS, COMPUTE) if len(data) > 1 and all(d == data[0] for d in data) else PANELS
+
+
+def _final(run: History) -> Float64[np.ndarray, "2"] | None:
+    """Return FLOPs and validation loss of a finished run; None if not finished or not known."""
+    found = run.series(*COMPUTE)
+    finished = run.metrics["step"][-1] == run.config.get("num_steps")
+    return found[:, -1] if finished and found.size else None
 
 
 def loss_png(folder: Path) -> Path:
@@ -139,16 +148,16 @@ def _draw_compute(axes: "Axes", runs: Sequence[History]) -> None:
     """Draw the last validation loss of each run against its FLOPs, and a power law if it fits."""
     ends = []
     for run, (colour, _, mark, _) in zip(runs, cycle(LOOKS), strict=False):
-        if (found := run.series(*COMPUTE)).size:
-            ends.append(found[:, -1])
-            axes.plot(*ends[-1], c=colour, ls="", marker=mark)
+        if (end := _final(run)) is not None:
+            ends.append(end)
+            axes.plot(*end, c=colour, ls="", marker=mark)
     flops, losses = np.array(ends).T
     if law := fit(flops, losses):
         (E, _, power), errors = law.values, np.sqrt(np.diag(law.covariance))
         x = np.geomspace(flops.min(), flops.max(), 100)
         axes.plot(x, law.loss(x), c=INK, lw=1)
         axes.set_title(
-            f"power {-power:.3f} ± {errors[2]:.3f}, towards {E:.2f} ± {errors[0]:.2f}",
+            f"exponent {-power:.3f} ± {errors[2]:.3f}, limit {E:.2f} ± {errors[0]:.2f}",
             fontsize="small",
         )
     axes.set(xscale="log", xlabel=LABELS["flops"][0], ylabel=LABELS["val_loss"][0])

@@ -4,6 +4,7 @@ JAX is imported only where needed, so that `--help` and errors in the arguments 
 """
 
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from glob import glob
@@ -15,6 +16,8 @@ from nanogpt.checks import ConfigError, checked
 from nanogpt.data.text.cache import prepare
 from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.devices.launchers import launched_with_others
+from nanogpt.runs.folder import check_name
+from nanogpt.runs.trackers import check_trackers
 from nanogpt.sizes import at_depth
 from nanogpt.training.resume import resumed_settings, run_to_resume, saved_settings
 
@@ -54,17 +57,23 @@ def settings_here(
 
     Raises ConfigError if they are invalid.
     """
+    begun = time.monotonic()
     hp = settings(given, presets, override)
     hp.check()
     hp = with_own_text(hp)
     if given.minutes is None:
         return hp
+    # What would be refused later should be refused before the minutes that this takes.
+    check_name(Path("runs"), hp.run_name)
+    check_trackers(hp.tensorboard, hp.wandb)
     from nanogpt.training.budget import afford
 
     def choose(depth: int, tokens: float | None) -> "Hyperparameters":
         return settings(replace(given, depth=depth), presets, override, tokens)
 
-    return afford(hp, choose)
+    hp = afford(hp, choose, begun)
+    hp.check()
+    return hp
 
 
 def settings(
@@ -116,15 +125,31 @@ def settings(
     start = suited_to_data(start, override(start))
     if weights is None:
         hp = override(start)
-        if given.minutes is not None and hp.num_steps != start.num_steps:
-            raise ConfigError(
-                "num_steps and minutes each decide how long to train: use only one of them."
-            )
+        check_free(given, start, override)
     else:
         from nanogpt.inference.weights import settings_with
 
         hp = settings_with(weights, start, override)
     return replace(hp, preset=start.preset)
+
+
+def check_free(given: "Hyperparameters", start: "Hyperparameters", override: "Override") -> None:
+    """Raise ConfigError if `override` sets by hand what `depth` or `minutes` is to decide."""
+    other = replace(
+        start,
+        num_steps=start.num_steps + 1,
+        model=replace(start.model, num_layers=start.model.num_layers + 1),
+    )
+    kept = override(other)  # what the command line sets is the same again
+    if given.minutes is not None and kept.num_steps != other.num_steps:
+        raise ConfigError(
+            "num_steps and minutes each decide how long to train: use only one of them."
+        )
+    sized = "depth" if given.depth is not None else "minutes" if given.minutes is not None else ""
+    if sized and kept.model.num_layers != other.model.num_layers:
+        raise ConfigError(
+            f"model.num_layers and {sized} each decide the number of layers: use only one of them."
+        )
 
 
 def suited_to_data(start: "Hyperparameters", asked: "Hyperparameters") -> "Hyperparameters":

@@ -1,7 +1,7 @@
 """`--minutes`: the depth and the number of tokens that this machine can train in a given time."""
 
 import time
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, log
@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from scipy.optimize import nnls
 
-from nanogpt.checks import ConfigError
+from nanogpt.checks import ConfigError, DoesNotFit
 from nanogpt.devices.accelerator import use_device
 from nanogpt.devices.compilation import use_compilation_cache
 from nanogpt.devices.hardware import training_flops
@@ -29,19 +29,21 @@ if TYPE_CHECKING:
 
     Choose = Callable[[int, float | None], Hyperparameters]
 
-MOST_TRIALS = 3
-TIMED_SECONDS = 2.0  # per stage
 DEEPEST = 128  # as Hyperparameters.depth allows
-MOST_BATCHES = 5
+MOST_DEPTHS = 3
+MOST_BATCHES = 2
+TIMED_SECONDS = 2.0  # per stage
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What training a depth would take, from a few steps of each of its stages."""
+    """What training a depth takes, from a few steps of each of its stages."""
 
     programs: Programs
-    seconds: float
-    """Time of all training steps."""
+    preparing: float
+    """Seconds to compile and try the programs, as the run itself will do again."""
+    training: float
+    """Seconds for all training steps."""
 
     @property
     def hp(self) -> "Hyperparameters":
@@ -54,79 +56,100 @@ class Trial:
         return self.hp.model.num_layers
 
     @property
-    def tokens(self) -> int:
-        """Tokens of the whole run."""
-        return self.hp.schedule.tokens(self.hp.num_steps)
+    def per_token(self) -> float:
+        """Seconds of training per token."""
+        return self.training / tokens_of(self.hp)
+
+    @property
+    def seconds(self) -> float:
+        """Approximate seconds for training and validation."""
+        return self.training * (1 + validation_share(self.hp))
 
 
-def afford(hp: "Hyperparameters", choose: "Choose") -> "Hyperparameters":
-    """Return settings whose run ends about `hp.minutes` after this call, sample excluded.
+def afford(hp: "Hyperparameters", choose: "Choose", begun: float) -> "Hyperparameters":
+    """Return settings whose run ends about `hp.minutes` after it has begun, sample excluded.
 
-    Times the depth of `hp`, then depths that should suit the time better, at most three in all.
-    With the best of them, the number of tokens is what fits, so that it may be up to about twice or
-    half of the rule's.
+    Times a few steps at up to three depths, from small to large. The depth whose run would be
+    nearest to that time gets as many tokens as fit, up to a few times more or fewer than by the
+    rule.
 
     Args:
-        hp: settings at the first depth to time; with `hp.depth`, no other is tried.
+        hp: the preset's settings; with `hp.depth`, only that depth is timed.
         choose: (depth, tokens, or None for the rule's) -> settings.
+        begun: time.monotonic() at the start of the command.
 
     Raises ConfigError if the time is too short.
     """
-    minutes = hp.minutes or 0.0
+    minutes, own = hp.minutes or 0.0, hp.model.num_layers
     use_device(hp.device)
     use_compilation_cache()
-    first = jax.process_index() == 0
-    console = Console(highlight=False, quiet=not first)
-    begun = time.monotonic()
+    quiet = jax.process_index() > 0
+    console = Console(highlight=False, markup=False, soft_wrap=True, quiet=quiet)
 
     def left() -> float:
         """Return the seconds that are left, the same in all processes."""
         return float(told_by_first(lambda: f"{begun + 60 * minutes - time.monotonic()}"))
 
     def trial(new: "Hyperparameters") -> Trial:
-        files = {"train_files": hp.train_files, "val_files": hp.val_files}
-        tried = try_out(replace(new, **files), console)
+        same = {"train_files": hp.train_files, "val_files": hp.val_files, "verify_data": False}
+        tried = try_out(replace(new, **same), console)
         console.print(
-            f"depth {tried.depth}: {tried.tokens:,} tokens would take "
+            f"depth {tried.depth}: {tokens_of(tried.hp):,} tokens would take "
             f"{tried.seconds / 60:.1f} minutes"
         )
         return tried
 
-    trials = [trial(hp)]
-    while not hp.depth and len(trials) < MOST_TRIALS:
-        depth = suited(trials, left(), lambda depth: choose(depth, None))
+    depth = own if hp.depth else ceil(own / 3)
+    trials = [trial(choose(depth, None))]
+    while not hp.depth and len(trials) < MOST_DEPTHS and (wanted := left()) > 0:
+        depth = suited(trials, wanted, lambda depth: choose(depth, None))
         if depth in [each.depth for each in trials]:
             break
         try:
             trials.append(trial(choose(depth, None)))
-        except ConfigError as error:  # it does not fit into memory
+        except DoesNotFit as error:
             console.print(f"depth {depth}: {error}")
             break
     wanted = left()
     best = min(trials, key=lambda each: distance(each.seconds, wanted))
-    validation = validation_seconds(best)
-
-    def filling(best: Trial) -> "Hyperparameters":
-        tokens = best.tokens * (left() - validation) / best.seconds
-        new = choose(best.depth, max(1.0, tokens))
-        if tokens < 1 or new.num_steps < 2:
-            raise ConfigError(
-                f"minutes must be more than {minutes:g}: {minutes - left() / 60:.1f} were "
-                f"used to time the steps, and validation takes {validation / 60:.1f}."
-            )
-        return new
-
-    chosen = filling(best)
+    chosen = filling(best, choose, left())
     for _ in range(MOST_BATCHES):
-        if chosen.total_batch_size == best.hp.total_batch_size:
+        if chosen and chosen.total_batch_size == best.hp.total_batch_size:
             break
-        best = trial(chosen)  # so many tokens have another batch, which takes another time
-        chosen = filling(best)
+        if chosen:  # this number of tokens implies another batch, whose steps must be timed
+            best = trial(chosen)
+            chosen = filling(best, choose, left())
+    if not chosen:
+        used, needed = minutes - left() / 60, best.preparing + 2 * validation_seconds(best)
+        raise ConfigError(
+            f"{minutes:g} minutes are too few: finding the settings took {used:.1f}; give at least "
+            f"--minutes {2 * used + needed / 60 + 0.1:.1f}."
+        )
     console.print(
-        f"chosen for {minutes:g} minutes: depth {best.depth}, "
-        f"{chosen.schedule.tokens(chosen.num_steps):,} tokens"
+        f"chosen for {minutes:g} minutes: depth {best.depth}, {tokens_of(chosen):,} tokens"
     )
     return replace(chosen, train_files=hp.train_files, val_files=hp.val_files)
+
+
+def filling(best: Trial, choose: "Choose", wanted: float) -> "Hyperparameters | None":
+    """Return the settings with as many tokens as fit into the time; None if not even two steps do.
+
+    The time includes compilation and all validations.
+    """
+    each, per_step = validation_seconds(best), best.hp.schedule.tokens(best.hp.num_steps)
+    per_step /= best.hp.num_steps
+
+    def with_steps(steps: int) -> "Hyperparameters":
+        tokens = steps * per_step
+        new = choose(best.depth, tokens)  # with another number of steps if the batch is another
+        return replace(new, num_steps=max(1, round(new.num_steps * tokens / tokens_of(new))))
+
+    def seconds(steps: int) -> float:
+        new = with_steps(steps)
+        return best.preparing + tokens_of(new) * best.per_token + validations(new) * each
+
+    steps = bisect_right(range(1, 2**31), wanted, key=seconds)
+    return with_steps(steps) if steps >= 2 else None
 
 
 def distance(seconds: float, wanted: float) -> float:
@@ -144,20 +167,35 @@ def suited(
     """
     only_flops = len(trials) == 1
     known = np.array([(each.hp.num_steps * (not only_flops), flops(each.hp)) for each in trials])
-    seconds = np.array([each.seconds for each in trials])
-    per_step, per_flop = nnls(known / seconds[:, None], np.ones(len(trials)))[0]
+    times = np.array([each.training for each in trials])
+    per_step, per_flop = nnls(known / times[:, None], np.ones(len(trials)))[0]
 
     def expected(depth: int) -> float:
         hp = at_depth(depth)
-        return hp.num_steps * per_step + flops(hp) * per_flop
+        return (hp.num_steps * per_step + flops(hp) * per_flop) * (1 + validation_share(hp))
 
-    enough = 1 + bisect_left(range(1, DEEPEST), wanted, key=expected)
+    enough = min(DEEPEST, 1 + bisect_left(range(1, DEEPEST), wanted, key=expected))
     return min(max(1, enough - 1), enough, key=lambda depth: distance(expected(depth), wanted))
 
 
+def tokens_of(hp: "Hyperparameters") -> int:
+    """Return the training tokens of a run."""
+    return hp.schedule.tokens(hp.num_steps)
+
+
 def flops(hp: "Hyperparameters") -> float:
-    """Return the FLOPs of a run."""
+    """Return the training FLOPs of a run."""
     return training_flops(hp.model, hp.schedule, hp.num_steps)
+
+
+def validations(hp: "Hyperparameters") -> int:
+    """Return how often a run validates."""
+    return ceil(hp.num_steps / hp.val_loss_every) if hp.val_loss_every else 1
+
+
+def validation_share(hp: "Hyperparameters") -> float:
+    """Return roughly how much longer a run takes for its validations, forward passes only."""
+    return validations(hp) * hp.val_tokens / 3 / tokens_of(hp)
 
 
 def try_out(hp: "Hyperparameters", console: Console) -> Trial:
@@ -166,7 +204,9 @@ def try_out(hp: "Hyperparameters", console: Console) -> Trial:
     plan = plan_here(hp)
     mesh = make_mesh(plan.readers, plan.sharers)
     inputs = Inputs(plan, mesh)
+    begun = time.monotonic()
     programs = prepare_programs(plan, mesh, inputs, Start(), console, console.print)
+    preparing = agreed(time.monotonic() - begun)
     state = programs.first_state(Start())
     seconds = {}
     for stage, train_step in programs.train.items():
@@ -176,18 +216,21 @@ def try_out(hp: "Hyperparameters", console: Console) -> Trial:
         while sum(times) < TIMED_SECONDS:
             begun = time.perf_counter()
             state, _ = jax.block_until_ready(train_step(state, batch, rates))
-            took = time.perf_counter() - begun
-            times.append(float(told_by_first(lambda took=took: f"{took}")))
+            times.append(agreed(time.perf_counter() - begun))
         seconds[stage] = median(times)
     timed = replace(programs, step_seconds=seconds)
-    return Trial(timed, timed.seconds_from(1))
+    return Trial(timed, preparing, timed.seconds_from(1))
 
 
 def validation_seconds(trial: Trial) -> float:
-    """Return the time of all validations of a run, from that of one."""
-    hp, programs = trial.hp, trial.programs
+    """Return the seconds of one validation."""
+    programs = trial.programs
     params = programs.first_state(Start()).params
     begun = time.perf_counter()
-    programs.validation_loss(params, hp.num_steps, lambda: False)
-    took = float(told_by_first(lambda: f"{time.perf_counter() - begun}"))
-    return took * (ceil(hp.num_steps / hp.val_loss_every) if hp.val_loss_every else 1)
+    programs.validation_loss(params, trial.hp.num_steps, lambda: False)
+    return agreed(time.perf_counter() - begun)
+
+
+def agreed(seconds: float) -> float:
+    """Return the time that process 0 measured, in all processes."""
+    return float(told_by_first(lambda: f"{seconds}"))

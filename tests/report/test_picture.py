@@ -1,5 +1,6 @@
 """The picture shows what is in the runs' files."""
 
+import json
 from dataclasses import asdict, fields
 
 import numpy as np
@@ -181,10 +182,26 @@ def test_loss_against_compute_has_a_point_for_the_end_of_each_run(tmp_path):
 @pytest.mark.parametrize(
     ("tokenizers", "panels"), [(("bytes",) * 4, 7), (("bytes", "gpt2") * 2, 6), (("bytes",), 6)]
 )
-def test_only_runs_on_the_same_tokens_are_compared_by_compute(tmp_path, tokenizers, panels):
+def test_only_runs_on_the_same_data_are_compared_by_compute(tmp_path, tokenizers, panels):
     folders = [
         shaped(tmp_path / f"{i}", records(20, last=4 - i / 2), 16 << i, tokenizer)
         for i, tokenizer in enumerate(tokenizers)
     ]
     figure = overview([read_run(folder, folder.name) for folder in folders])
     assert len(figure.axes) == panels
+
+
+def test_a_run_that_is_not_finished_is_no_point(tmp_path):
+    folders = [shaped(tmp_path / f"{D}", records(40), D) for D in (16, 32, 64)]
+    lines = (folders[0] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folders[0] / "metrics.jsonl").write_text("".join(lines[:30]))
+    axes = drawn(folders, "flops", "val_loss")
+    assert len(axes.lines) == 2
+
+
+def test_runs_on_other_text_are_not_compared(tmp_path):
+    folders = [shaped(tmp_path / f"{D}", records(40), D) for D in (16, 32)]
+    config = json.loads((folders[1] / "config.json").read_text())
+    (folders[1] / "config.json").write_text(json.dumps(config | {"data": ["novel.txt"]}))
+    figure = overview([read_run(folder, folder.name) for folder in folders])
+    assert len(figure.axes) == 6

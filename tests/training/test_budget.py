@@ -6,11 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanogpt.checks import ConfigError
+from nanogpt.checks import ConfigError, DoesNotFit
 from nanogpt.devices.hardware import flops_per_token
 from nanogpt.sizes import at_depth
 from nanogpt.training import budget
-from nanogpt.training.budget import afford
+from nanogpt.training.budget import afford, validations
 from tests.programs import run_to_end
 from tests.small_runs import shared_cache
 from train_gpt import PRESETS
@@ -34,13 +34,19 @@ class Machine:
         return hp.num_steps * self.per_step + tokens * self.per_token + flops * self.per_flop
 
     def validating(self, hp):
-        return 6 * hp.val_tokens * self.per_token / 3
+        """Return the time of one validation."""
+        flops = hp.val_tokens * flops_per_token(hp.model, hp.sequence_length)
+        return hp.val_tokens * self.per_token / 3 + flops * self.per_flop / 3
+
+    def running(self, hp):
+        """Return the time of compiling, training and validating."""
+        return self.compiling + self.training(hp) + validations(hp) * self.validating(hp)
 
     def use(self, monkeypatch):
         def try_out(hp, console):
             self.now += self.compiling
             programs = SimpleNamespace(plan=SimpleNamespace(hp=hp))
-            return budget.Trial(programs, self.training(hp))
+            return budget.Trial(programs, self.compiling, self.training(hp))
 
         monkeypatch.setattr(budget, "try_out", try_out)
         monkeypatch.setattr(budget, "validation_seconds", lambda trial: self.validating(trial.hp))
@@ -65,29 +71,55 @@ def test_the_run_takes_the_time_asked_for(monkeypatch, machine, minutes):
     here = Machine(*MACHINES[machine])
     here.use(monkeypatch)
     begun = here.now
-    hp = afford(replace(LAPTOP, minutes=minutes), choose)
-    took = here.now - begun + here.training(hp) + here.validating(hp)
-    assert took == pytest.approx(60 * minutes, rel=0.1)
+    hp = afford(replace(LAPTOP, minutes=minutes), choose, begun)
+    assert here.now - begun + here.running(hp) == pytest.approx(60 * minutes, rel=0.05)
     # The depth is the rule's for that time, but for rounding.
     rule = here.training(at_depth(LAPTOP, hp.model.num_layers))
-    assert 1 / 3 < rule / here.training(hp) < 3
+    assert 1 / 4 < rule / here.training(hp) < 4
 
 
 @pytest.mark.parametrize("machine", MACHINES)
-def test_a_depth_that_is_given_is_kept(monkeypatch, machine):
+@pytest.mark.parametrize(
+    "by_hand",
+    [{}, {"total_batch_size": 512}, {"total_batch_size": 8192}, {"val_loss_every": 10}],
+    ids=str,
+)
+def test_what_is_set_by_hand_stays_and_so_does_the_time(monkeypatch, machine, by_hand):
     here = Machine(*MACHINES[machine])
     here.use(monkeypatch)
     begun = here.now
-    hp = afford(replace(choose(3, None), minutes=10), lambda _, tokens: choose(3, tokens))
+
+    def choose(depth, tokens):
+        return replace(at_depth(LAPTOP, 3, tokens), minutes=10.0, **by_hand)
+
+    hp = afford(choose(3, None), choose, begun)
     assert hp.model.num_layers == 3
-    took = here.now - begun + here.training(hp) + here.validating(hp)
-    assert took == pytest.approx(600, rel=0.1)
+    assert {name: getattr(hp, name) for name in by_hand} == by_hand
+    assert here.now - begun + here.running(hp) == pytest.approx(600, rel=0.05)
+
+
+def test_a_depth_that_does_not_fit_into_memory_is_left_out(monkeypatch, capsys):
+    here = Machine(*MACHINES["a fast one"])
+    here.use(monkeypatch)
+    enough = budget.try_out
+
+    def try_out(hp, console):
+        if hp.model.num_layers > 3:
+            raise DoesNotFit("too little memory.")
+        return enough(hp, console)
+
+    monkeypatch.setattr(budget, "try_out", try_out)
+    begun = here.now
+    hp = afford(replace(LAPTOP, minutes=10), choose, begun)
+    assert re.search(r"^depth [4-9]: too little memory\.$", capsys.readouterr().out, re.M)
+    assert hp.model.num_layers <= 3
+    assert here.now - begun + here.running(hp) == pytest.approx(600, rel=0.05)
 
 
 def test_too_short_a_time_is_refused_in_a_sentence(monkeypatch):
     Machine(*MACHINES["a slow one"]).use(monkeypatch)
-    with pytest.raises(ConfigError, match=r"^minutes must be more than 0\.5: .*\.$"):
-        afford(replace(LAPTOP, minutes=0.5), choose)
+    with pytest.raises(ConfigError, match=r"^0\.5 minutes are too few: .*--minutes [1-9]\.\d\.$"):
+        afford(replace(LAPTOP, minutes=0.5), choose, 1000.0)
 
 
 def test_a_run_of_a_fraction_of_a_minute(tmp_path, tmp_path_factory):
