@@ -115,7 +115,7 @@ class Hyperparameters:
     Parquet; see docs/own-text.md. Rows are then shuffled, documents are used whole, and the
     vocabulary is the tokenizer's, unless set otherwise."""
     data_field: str = "text"
-    """Field (JSON lines) or column (Parquet) of `data` that holds the text."""
+    """Field (JSON lines) or column (Parquet, CSV) of `data` that holds the text."""
     shuffle: bool = False
     """Shuffle rows in the first epoch too; later epochs are always shuffled."""
 
@@ -141,10 +141,10 @@ class Hyperparameters:
     learning_rate_factor: NotNegative = 1.0
     """Factor on all learning rates, e.g. 0.3 to fine-tune on little text; see docs/own-text.md."""
     mlp_out_factor: NotNegative = 4.0
-    """Factor on that rate for the MLPs' output matrices."""
+    """Factor on learning_rate for the MLPs' output matrices."""
     weight_decay: NotNegative = 1.2
     """Cautious weight decay of the layers' matrices: each step shrinks weights by rate^2 times
-    this, only where the update already moves them towards zero."""
+    this, only where the update already moves them toward zero."""
     momentum: Decay = 0.95
     """Muon's momentum after its warm-up from 0.85."""
     momentum_warmup_steps: Count = 300
@@ -154,7 +154,7 @@ class Hyperparameters:
     neuron_decay: Decay | None = 0.95
     """NorMuon's decay rate for the second moment of each neuron; None for plain Muon."""
     adam_every: Positive = 2
-    """Steps between Adam updates (all other parameters), which use the mean gradient."""
+    """Steps between updates of Adam (all other parameters), which uses the mean gradient."""
     adam: AdamGroups = AdamGroups()
     """Adam's settings for each parameter group."""
     hold_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.025

@@ -138,7 +138,7 @@ def test_an_empty_folder_may_be_written_and_a_taken_one_is_left_as_it_was(
         assert export.main([str(run), "--out", str(tmp_path / name)]) == 2
         output = capsys.readouterr()
         assert output.out == ""
-        assert one_sentence(output.err, name, "exists already")
+        assert one_sentence(output.err, name, "already exists")
     assert sorted(tmp_path.rglob("*")) == before
 
 

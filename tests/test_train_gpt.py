@@ -262,7 +262,7 @@ def test_weights_of_a_stage_are_loaded_with_its_windows_and_rotations(
 
 
 TAKEN = (
-    "runs/base exists already: choose another run_name, or resume that run (--resume runs/base).\n"
+    "runs/base already exists: choose another run_name, or resume that run (--resume runs/base).\n"
 )
 
 

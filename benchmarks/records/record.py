@@ -164,7 +164,7 @@ def flat(config: dict[str, Any]) -> dict[str, Any]:
 def write(folder: Path, runs: Sequence[Run], page: str) -> None:
     """Create the folder atomically; raises RecordError if it exists or cannot be written."""
     if folder.exists():
-        raise RecordError(f"{folder} exists already: choose another name, or remove it.")
+        raise RecordError(f"{folder} already exists: choose another name, or remove it.")
     try:
         # It is written beside its final place, then renamed.
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as scratch:

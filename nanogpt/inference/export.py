@@ -93,7 +93,7 @@ def check_free(folder: Path) -> None:
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise ConfigError(
-                f"{folder} exists already and is not an empty folder: choose another."
+                f"{folder} already exists and is not an empty folder: choose another."
             )
     except OSError as error:  # no permission to look, or too long a name
         reason = error.strerror

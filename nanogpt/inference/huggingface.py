@@ -190,6 +190,6 @@ program for it in NumPy.
 
 ## Licence
 
-The code is under the MIT licence. The licence of the weights is up to whoever trained them, subject
+The code is under the MIT license. The license of the weights is up to whoever trained them, subject
 to that of the data: state it here, and as `license:` at the top of this file.
 """

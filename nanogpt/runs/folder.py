@@ -239,9 +239,9 @@ def check_name(parent: Path, name: str) -> None:
 
 
 def taken(folder: Path) -> RunError:
-    """Return the error for a run folder that exists already."""
+    """Return the error for a run folder that already exists."""
     return RunError(
-        f"{folder} exists already: choose another run_name, or resume that run (--resume {folder})."
+        f"{folder} already exists: choose another run_name, or resume that run (--resume {folder})."
     )
 
 

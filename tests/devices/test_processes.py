@@ -252,7 +252,7 @@ def test_what_the_first_cannot_begin_no_other_begins(place, cache):
     ):
         statuses = [one.end(), end.result()]
     assert statuses[0] == 2
-    assert re.fullmatch(r"runs/a exists already.*\n", one.stderr)
+    assert re.fullmatch(r"runs/a already exists.*\n", one.stderr)
     assert statuses[1] == 2
     assert list(Path("runs/a").iterdir()) == []
 

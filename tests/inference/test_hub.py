@@ -160,7 +160,7 @@ def test_what_the_hub_refuses_is_told_in_one_sentence_before_anything_is_written
     base, hub, program, tmp_path
 ):
     taken = program(export.main, base.folder, "--out", base.folder, "--push-to-hub", NAME)
-    one_sentence(taken, "exists already")
+    one_sentence(taken, "already exists")
     assert not hub.requests
     told = "HTTP 401", NAME, "hf auth login"
     hub.status = 401

@@ -65,7 +65,7 @@ def test_a_name_that_is_taken_is_refused_and_its_folder_left_alone(tmp_path):
     taken = tmp_path / "runs" / "a"
     taken.mkdir(parents=True)
     (taken / "log.txt").write_text("precious")
-    with pytest.raises(RunError, match=f"{taken} exists already"):
+    with pytest.raises(RunError, match=f"{taken} already exists"):
         new_folder(tmp_path / "runs", "a", "laptop")
     assert [file.name for file in taken.iterdir()] == ["log.txt"]
     assert (taken / "log.txt").read_text() == "precious"

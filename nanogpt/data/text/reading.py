@@ -194,7 +194,7 @@ def _controls(raw: bytes) -> int:
 def _refuse_control(zeros: int, controls: int, num_bytes: int) -> None:
     """Raise ValueError if bytes are not text, judged by the control characters among them."""
     if zeros:
-        raise ValueError("has zero bytes, so it is not text")
+        raise ValueError("has NUL bytes, so it is not text")
     if controls > MOST_CONTROL * num_bytes:
         share = controls / num_bytes
         raise ValueError(f"has {share:.0%} control characters, so it is not text")

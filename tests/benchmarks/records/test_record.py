@@ -358,7 +358,7 @@ def test_a_file_that_is_not_what_a_run_writes_is_named(good_runs, capsys, name, 
 
 def test_a_folder_that_exists_is_left_as_it_is(good_runs, capsys):
     Path("records/some").mkdir()
-    assert "records/some exists already" in refusal(capsys, *good_runs)
+    assert "records/some already exists" in refusal(capsys, *good_runs)
 
 
 def test_a_folder_that_cannot_be_made_whole_is_not_made_at_all(good_runs, capsys, monkeypatch):

@@ -353,8 +353,8 @@ def tarred():
         ("x.txt", bz2.compress(b"hello"), "is compressed with bzip2: rename it to .bz2"),
         ("x.jsonl", lzma.compress(b"hello"), "is compressed with xz: rename it to .xz"),
         ("x.txt", "hello".encode("utf-16"), "is UTF-16: save it as UTF-8"),
-        ("x.txt", b"abc\0def", "has zero bytes, so it is not text"),
-        ("x.txt", b"long \0" * 100, "has zero bytes, so it is not text"),
+        ("x.txt", b"abc\0def", "has NUL bytes, so it is not text"),
+        ("x.txt", b"long \0" * 100, "has NUL bytes, so it is not text"),
         ("x.txt", b"\x1b[1m" * 30, "has 25% control characters, so it is not text"),
     ],
 )
