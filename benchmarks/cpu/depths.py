@@ -1,13 +1,14 @@
-"""Does one number decide everything? Losses of models that `--depth` sizes, and of neighbours.
+"""Does one number decide everything? Losses of models that `--depth` sizes, and of neighbors.
 
     .venv/bin/python -m benchmarks.cpu.depths
 
 The `laptop` preset is trained at several depths, with all settings from the rule in
 `nanogpt/sizes.py`. At two depths its rates or its batch are also halved and doubled: if the rule is
-right, no such neighbour is better by more than seeds differ. Two more depths are trained with the
+right, no such neighbor is better by more than seeds differ. Two more depths are trained with the
 FLOPs of the preset: if the rule's tokens per weight are right, none is better than the preset. A
 power law through the losses of all depths but the largest predicts that of the largest before it is
-trained. Prints the tables of docs/sizes.md and draws docs/sizes.png, in about an hour on two cores.
+trained. Prints the tables of docs/sizes.md and draws docs/sizes.png, in an hour and a half on two
+cores.
 """
 
 import sys
@@ -32,14 +33,14 @@ if TYPE_CHECKING:
 
 SEEDS = {1: 3, 2: 3, 3: 3, 4: 3, 5: 2}  # by depth
 LARGEST = 6
-ENDS = 2, 5  # depths at which neighbours are trained
+ENDS = 2, 5  # depths at which neighbors are trained
 RULE, SAME_FLOPS = "none", "tokens, for the FLOPs of the preset"
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Train the laptop preset at several depths, and neighbours of the rule's settings."""
+    """Train the laptop preset at several depths, and neighbors of the rule's settings."""
 
     tiny: bool = False
     """Train for a few steps at few depths: a test of this script only."""
@@ -198,7 +199,7 @@ def print_sizes(found: list[Result]) -> None:
 
 
 def print_others(found: list[Result]) -> None:
-    """Print how the neighbours differ from the rule, and other depths with the preset's FLOPs."""
+    """Print how the neighbors differ from the rule, and other depths with the preset's FLOPs."""
     from train_gpt import PRESETS
 
     rule = of(found, RULE)

@@ -53,7 +53,7 @@ def test_the_largest_is_predicted_from_the_others_before_it_is_trained(
     assert "| 5 | batch x 0.5 | +0.0000 | 1.00 |" in capsys.readouterr().out
 
 
-def test_neighbours_differ_in_one_thing_and_train_on_as_many_tokens():
+def test_neighbors_differ_in_one_thing_and_train_on_as_many_tokens():
     runs = all_settings(tiny=False)
     for (depth, differs, seed), hp in runs.items():
         hp.check()
