@@ -78,12 +78,11 @@ def overview(runs: Sequence[History]) -> "Figure":
 
 
 def panels_for(runs: Sequence[History]) -> tuple[tuple[str, str], ...]:
-    """Return the metrics of each panel; loss against compute for several runs on the same data."""
-    compared = [run for run in runs if _final(run) is not None]
-    data = [
-        [run.config.get(name) for name in ("tokenizer", "data", "val_files")] for run in compared
-    ]
-    return (*PANELS, COMPUTE) if len(data) > 1 and all(d == data[0] for d in data) else PANELS
+    """Return the metrics of each panel; loss against compute for three sizes on the same data."""
+    ends = [(run, end) for run in runs if (end := _final(run)) is not None]
+    data = [[run.config.get(x) for x in ("tokenizer", "data", "val_files")] for run, _ in ends]
+    sizes = {flops for _, (flops, _) in ends}
+    return (*PANELS, COMPUTE) if len(sizes) > 2 and all(d == data[0] for d in data) else PANELS
 
 
 def _final(run: History) -> Float64[np.ndarray, "2"] | None:

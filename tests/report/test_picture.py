@@ -200,7 +200,7 @@ def test_a_run_that_is_not_finished_is_no_point(tmp_path):
 
 
 def test_runs_on_other_text_are_not_compared(tmp_path):
-    folders = [shaped(tmp_path / f"{D}", records(40), D) for D in (16, 32)]
+    folders = [shaped(tmp_path / f"{D}", records(40), D) for D in (16, 32, 64)]
     config = json.loads((folders[1] / "config.json").read_text())
     (folders[1] / "config.json").write_text(json.dumps(config | {"data": ["novel.txt"]}))
     figure = overview([read_run(folder, folder.name) for folder in folders])
