@@ -88,7 +88,8 @@ def settings(
         tokens: number of tokens to train on at given.depth, instead of what the depth implies.
     """
     kind = type(given)
-    checked(asdict(given), kind)
+    if given.depth is not None or given.minutes is not None:
+        checked(asdict(given), kind)  # before settings follow from them
     sources = [name for name in ("resume", "init_from", "config") if getattr(given, name)]
     if len(sources) > 1:
         raise ConfigError(
@@ -140,13 +141,14 @@ def check_free(given: "Hyperparameters", start: "Hyperparameters", override: "Ov
         num_steps=start.num_steps + 1,
         model=replace(start.model, num_layers=start.model.num_layers + 1),
     )
-    kept = override(other)  # what the command line sets is the same again
-    if given.minutes is not None and kept.num_steps != other.num_steps:
+    # Whatever is set by hand changes at least one of two different values.
+    changes = [(each, override(each)) for each in (start, other)]
+    if given.minutes is not None and any(a.num_steps != b.num_steps for a, b in changes):
         raise ConfigError(
             "num_steps and minutes each decide how long to train: use only one of them."
         )
     sized = "depth" if given.depth is not None else "minutes" if given.minutes is not None else ""
-    if sized and kept.model.num_layers != other.model.num_layers:
+    if sized and any(a.model.num_layers != b.model.num_layers for a, b in changes):
         raise ConfigError(
             f"model.num_layers and {sized} each decide the number of layers: use only one of them."
         )

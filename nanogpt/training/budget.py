@@ -136,19 +136,19 @@ def filling(best: Trial, choose: "Choose", wanted: float) -> "Hyperparameters | 
 
     The time includes compilation and all validations.
     """
-    each, per_step = validation_seconds(best), best.hp.schedule.tokens(best.hp.num_steps)
-    per_step /= best.hp.num_steps
+    each, per_step = validation_seconds(best), tokens_of(best.hp) / best.hp.num_steps
 
     def with_steps(steps: int) -> "Hyperparameters":
         tokens = steps * per_step
-        new = choose(best.depth, tokens)  # with another number of steps if the batch is another
+        new = choose(best.depth, tokens)  # in other steps, if these tokens imply another batch
         return replace(new, num_steps=max(1, round(new.num_steps * tokens / tokens_of(new))))
 
     def seconds(steps: int) -> float:
         new = with_steps(steps)
         return best.preparing + tokens_of(new) * best.per_token + validations(new) * each
 
-    steps = bisect_right(range(1, 2**31), wanted, key=seconds)
+    most = int((wanted - best.preparing) / best.per_token / per_step)  # without validations
+    steps = bisect_right(range(1, max(1, most) + 1), wanted, key=seconds)
     return with_steps(steps) if steps >= 2 else None
 
 
