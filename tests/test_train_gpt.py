@@ -6,6 +6,7 @@ Runs used by several tests are trained once: see small_runs.py.
 import ast
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -427,6 +428,31 @@ def test_fineweb_shards_are_read_in_order_each_token_once(tmp_path, tmp_path_fac
     assert min(run.column("train_loss")) > uniform - 0.05
     assert [record["step"] for record in run.metrics if "val_loss" in record] == [4]
     assert run.metrics[-1]["val_loss"] < uniform - 0.2  # the token of the last step
+
+
+def test_jax_is_told_how_much_memory_to_use_before_it_starts(monkeypatch, capsys):
+    """It reads the share of a GPU's memory once, when it looks for one to choose the preset."""
+    told = []
+
+    def use_device(device="auto"):
+        told.append(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"))
+        raise ConfigError("Enough.")
+
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    monkeypatch.setattr("nanogpt.runs.settings.find_spec", lambda name: True)
+    monkeypatch.setattr("nanogpt.devices.accelerator.use_device", use_device)
+    assert train_gpt.main([]) == 2
+    assert told == ["0.9"]
+
+
+def test_names_that_are_taken_are_told_before_the_minutes_are_measured(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert train_gpt.main(["--preset", "laptop", "--minutes", "9", "--run-name", "a"]) == 2
+    output = capsys.readouterr()
+    assert "already exists" in output.err and "depth" not in output.out
 
 
 # Mistakes

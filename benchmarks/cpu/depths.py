@@ -19,7 +19,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from benchmarks import results
-from benchmarks.command import run
+from benchmarks.command import ROOT, run
 from benchmarks.results import save
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ SEEDS = {1: 3, 2: 3, 3: 3, 4: 3, 5: 2}  # by depth
 LARGEST = 6
 ENDS = 2, 5  # depths at which neighbors are trained
 RULE, SAME_FLOPS = "none", "tokens, for the FLOPs of the preset"
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def settings(
     start = suited_to_data(start, override(start))
     if weights is None:
         hp = override(start)
-        check_free(given, start, override)
+        check_left_to_rule(given, start, override)
     else:
         from nanogpt.inference.weights import settings_with
 
@@ -134,7 +134,9 @@ def settings(
     return replace(hp, preset=start.preset)
 
 
-def check_free(given: "Hyperparameters", start: "Hyperparameters", override: "Override") -> None:
+def check_left_to_rule(
+    given: "Hyperparameters", start: "Hyperparameters", override: "Override"
+) -> None:
     """Raise ConfigError if `override` sets by hand what `depth` or `minutes` is to decide."""
     other = replace(
         start,

@@ -112,15 +112,16 @@ def afford(hp: "Hyperparameters", choose: "Choose", begun: float) -> "Hyperparam
             break
     wanted = left()
     best = min(trials, key=lambda each: distance(each.seconds, wanted))
-    chosen = filling(best, choose, left())
+    validation = validation_seconds(best)
+    chosen = filling(best, validation, choose, left())
     for _ in range(MOST_BATCHES):
         if chosen and chosen.total_batch_size == best.hp.total_batch_size:
             break
         if chosen:  # this number of tokens implies another batch, whose steps must be timed
             best = trial(chosen)
-            chosen = filling(best, choose, left())
+            chosen = filling(best, validation, choose, left())
     if not chosen:
-        used, needed = minutes - left() / 60, best.preparing + 2 * validation_seconds(best)
+        used, needed = minutes - left() / 60, best.preparing + 2 * validation
         raise ConfigError(
             f"{minutes:g} minutes are too few: finding the settings took {used:.1f}; give at least "
             f"--minutes {2 * used + needed / 60 + 0.1:.1f}."
@@ -131,12 +132,14 @@ def afford(hp: "Hyperparameters", choose: "Choose", begun: float) -> "Hyperparam
     return replace(chosen, train_files=hp.train_files, val_files=hp.val_files)
 
 
-def filling(best: Trial, choose: "Choose", wanted: float) -> "Hyperparameters | None":
+def filling(
+    best: Trial, validation: float, choose: "Choose", wanted: float
+) -> "Hyperparameters | None":
     """Return the settings with as many tokens as fit into the time; None if not even two steps do.
 
-    The time includes compilation and all validations.
+    The time includes compilation and all validations, each of which takes `validation` seconds.
     """
-    each, per_step = validation_seconds(best), tokens_of(best.hp) / best.hp.num_steps
+    per_step = tokens_of(best.hp) / best.hp.num_steps
 
     def with_steps(steps: int) -> "Hyperparameters":
         tokens = steps * per_step
@@ -145,7 +148,7 @@ def filling(best: Trial, choose: "Choose", wanted: float) -> "Hyperparameters | 
 
     def seconds(steps: int) -> float:
         new = with_steps(steps)
-        return best.preparing + tokens_of(new) * best.per_token + validations(new) * each
+        return best.preparing + tokens_of(new) * best.per_token + validations(new) * validation
 
     most = int((wanted - best.preparing) / best.per_token / per_step)  # without validations
     steps = bisect_right(range(1, max(1, most) + 1), wanted, key=seconds)
