@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from nanogpt.config import Adam
-from nanogpt.devices.hardware import flops_per_token
+from nanogpt.devices.hardware import flops_per_token, training_flops
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.training.plan import optimizer_of
 from nanogpt.training.step import graph_of, init_params
@@ -99,6 +99,17 @@ def test_flops_are_those_of_palm_and_of_chinchilla_but_for_what_is_masked_or_loo
     assert found == chinchilla - 12 * L * D * masked
     # Attention at this length is a small part of it: the usual 6 N is 3% to 8% too low.
     assert 1.03 < found / (6 * N) < 1.08
+
+
+def test_the_flops_of_a_run_are_those_of_its_tokens_in_each_stage():
+    hp = PRESETS["speedrun"]
+    tokens = {0: 520 * 131_072, 1: 520 * 262_144, 2: 520 * 393_216, 3: 40 * 393_216}
+    each = {
+        stage: count * flops_per_token(hp.schedule.model(hp.model, stage), 16_384)
+        for stage, count in tokens.items()
+    }
+    assert training_flops(hp.model, hp.schedule, 1600) == pytest.approx(sum(each.values()))
+    assert training_flops(hp.model, hp.schedule, 780) == pytest.approx(each[0] + each[1] / 2)
 
 
 @pytest.mark.parametrize("name", [name for name in SIZES if name != "baseline"])
