@@ -25,7 +25,7 @@ from typing import BinaryIO, NamedTuple, NoReturn
 from nanogpt.checks import UserError
 from nanogpt.data.hub import DownloadError, patiently
 from nanogpt.data.shards import ShardError, note_sha256, read_shard
-from nanogpt.files import sha256_of
+from nanogpt.files import cannot_write, sha256_of
 
 REPOSITORY = "kjj0/fineweb10B-gpt2"
 TRAINING_SHARDS = 103
@@ -55,11 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except OSError as error:
-        print(
-            f"Cannot write in {options.folder} ({error.strerror}): make room there or choose "
-            "another --folder, then run this again.",
-            file=sys.stderr,
-        )
+        print(cannot_write(options.folder, error, "choose another --folder"), file=sys.stderr)
         return 1
     return 0
 

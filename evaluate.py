@@ -31,7 +31,7 @@ from nanogpt.data.dataset import difference, look_into
 from nanogpt.data.hub import DownloadError, into_cache
 from nanogpt.data.shards import find_shards, read_shard
 from nanogpt.data.tokenizer import Tokenizer, load_tokenizer
-from nanogpt.files import read_json, write_whole
+from nanogpt.files import cannot_write, read_json, write_whole
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -314,10 +314,7 @@ def write_results(folder: Path, step: int, results: dict[str, Any]) -> None:
     try:
         write_whole(path, json.dumps(everything, indent=2) + "\n")
     except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be written ({error.strerror}): make room there, or copy the run to a "
-            "writable folder."
-        ) from error
+        raise ConfigError(cannot_write(path, error, "copy the run to another folder")) from error
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import Mistake
-from nanogpt.files import write_whole
+from nanogpt.files import cannot_write, write_whole
 from nanogpt.runs.environment import environment
 
 FOLDER = Path(__file__).resolve().parent / "results"
@@ -24,7 +24,7 @@ def save(
         FOLDER.mkdir(exist_ok=True)
         write_whole(path, json.dumps(saved, indent=2) + "\n")
     except OSError as error:
-        raise Mistake(f"{path} cannot be written ({error.strerror}): make room there.") from error
+        raise Mistake(cannot_write(path, error, "use a clone in another folder")) from error
     if shown:
         print(f"written to {path}")
     return saved

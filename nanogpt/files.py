@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from errno import EINVAL, ENOLCK, EOPNOTSUPP
+from errno import EACCES, EDQUOT, EFBIG, EINVAL, ENOLCK, ENOSPC, EOPNOTSUPP, EPERM
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,20 @@ def write_whole(path: Path, text: str) -> None:
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path: object, error: OSError, otherwise: str) -> str:
+    """Return the sentence for a file or folder that cannot be written.
+
+    Args:
+        otherwise: what helps if the disk cannot have more room, nor the user the permission.
+    """
+    first = ""
+    if error.errno in (ENOSPC, EDQUOT, EFBIG):
+        first = "make room there, or "
+    elif error.errno in (EACCES, EPERM):
+        first = "get permission to write there, or "
+    return f"{path} cannot be written ({error.strerror or error}): {first}{otherwise}."
 
 
 def sha256_of(path: Path) -> str:

@@ -1,8 +1,10 @@
 """Files that are read back: a mistake is one sentence with file, field, value and remedy."""
 
 import json
+import os
 import re
 from dataclasses import asdict, fields, replace
+from errno import EACCES, ENOSPC, EROFS
 from math import inf, nan
 
 import pytest
@@ -14,7 +16,7 @@ import sample
 import train_gpt
 from nanogpt.checks import ConfigError, checked
 from nanogpt.config import GPTConfig
-from nanogpt.files import read_json, write_whole
+from nanogpt.files import cannot_write, read_json, write_whole
 from nanogpt.schedule import Stage
 from nanogpt.training.resume import ADDED, saved_settings
 from train_gpt import PRESETS, Hyperparameters
@@ -22,6 +24,18 @@ from train_gpt import PRESETS, Hyperparameters
 RUN = json.loads(json.dumps(asdict(PRESETS["laptop"])))  # the config.json of a run
 EXPORTED = {name: RUN[name] for name in ("tokenizer", "sequence_length", "dtype", "model")}
 DROPPED = object()
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        (ENOSPC, "here cannot be written (No space left on device): make room there, or wait."),
+        (EACCES, "here cannot be written (Permission denied): get permission to write there, or"),
+        (EROFS, "here cannot be written (Read-only file system): wait."),
+    ],
+)
+def test_what_cannot_be_written_says_what_helps(code, sentence):
+    assert cannot_write("here", OSError(code, os.strerror(code)), "wait").startswith(sentence)
 
 
 def changed(values, path, value):

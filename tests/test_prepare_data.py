@@ -371,7 +371,7 @@ def test_a_disk_that_is_full_is_one_sentence_and_with_more_room_it_goes_on(tmp_p
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     last = err.splitlines()[-1]
-    assert "Traceback" not in err and "Cannot write in" in last and "make room" in last
+    assert "Traceback" not in err and "cannot be written" in last and "make room" in last
     assert contents(tmp_path / "out") == {}
     assert json.loads((tmp_path / "out" / "prepared.json").read_text())["next"][1] > 0
     assert start(*arguments).wait(60) == 0

@@ -69,7 +69,7 @@ def measure(options: Options) -> None:
     if not 60 <= options.budget <= 86_400:
         raise Mistake(f"--budget must be from 60 to 86400 seconds, not {options.budget:g}.")
     if not os.access(results.FOLDER, os.W_OK):
-        raise Mistake(f"{results.FOLDER} cannot be written: use a writable copy of this project.")
+        raise Mistake(f"{results.FOLDER} cannot be written: use a clone in another folder.")
     if unknown := set(options.only) - set(SECTIONS):
         raise Mistake(f"There is no section {min(unknown)}: choose from {', '.join(SECTIONS)}.")
     chosen = [name for name in SECTIONS if name in ("device", *(options.only or SECTIONS))]

@@ -30,6 +30,7 @@ from benchmarks.records.check import (
     sentence,
     statistics,
 )
+from nanogpt.files import cannot_write
 from nanogpt.runs.environment import PACKAGES
 
 VAL_TOKENS = 10_485_760  # from the start of FineWeb's validation shard
@@ -177,10 +178,7 @@ def write(folder: Path, runs: Sequence[Run], page: str) -> None:
             (record / "README.md").write_text(page, encoding="utf-8")
             record.rename(folder)
     except OSError as error:
-        raise RecordError(
-            f"{folder} cannot be created ({error.strerror}): make room there, or choose a writable "
-            "place."
-        ) from error
+        raise RecordError(cannot_write(folder, error, "choose another folder")) from error
 
 
 def page(name: str, description: str, runs: Sequence[Run], found: Statistics) -> str:

@@ -88,8 +88,8 @@ def embedded_corpus(folder: Path | None = None) -> Corpus:
         write_once(home / "val_000000.bin", val)
     except (OSError, ShardError) as error:
         raise CorpusError(
-            f"The embedded corpus cannot be written to {home} ({error}):"
-            " set XDG_CACHE_HOME to a writable folder."
+            f"The embedded corpus cannot be written to {home} ({error}): set XDG_CACHE_HOME to "
+            "another folder."
         ) from error
     return Corpus(
         train_files=f"{glob.escape(str(home))}/train_*.bin",

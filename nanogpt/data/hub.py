@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from nanogpt.checks import UserError
+from nanogpt.files import cannot_write
 
 Answer = TypeVar("Answer")
 
@@ -67,15 +68,8 @@ def into_cache(name: str, get: Callable[[], str], remedy: str = AGAIN) -> Path:
     try:
         return Path(patiently(name, get, remedy=remedy))
     except OSError as error:
-        raise DownloadError(
-            f"{name} cannot be downloaded ({of_disk(error)}): make room there, or set HF_HOME to a "
-            "writable folder."
-        ) from error
-
-
-def of_disk(error: OSError) -> str:
-    """Return the reason for an error of the disk, and the file if known."""
-    return f"{error.strerror}: {error.filename}" if error.filename else str(error.strerror)
+        where = error.filename or "The hub's cache"
+        raise DownloadError(cannot_write(where, error, "set HF_HOME to another folder")) from error
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from nanogpt.checks import UserError
 from nanogpt.data.find import matches, why_no_file
-from nanogpt.files import write_whole
+from nanogpt.files import cannot_write, write_whole
 
 MAGIC = 20240520
 VERSION = 1
@@ -74,10 +74,7 @@ def write_shard(path: str | os.PathLike, tokens: ArrayLike) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise ShardError(
-            f"Cannot write shard {path}: {error.strerror}; "
-            "check the folder, its permissions and its free space."
-        ) from error
+        raise ShardError(cannot_write(path, error, "choose another folder")) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -14,6 +14,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from errno import ENOSPC
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypedDict
@@ -27,7 +28,7 @@ from safetensors.numpy import save_file
 from nanogpt.checks import ConfigError
 from nanogpt.config import GPTConfig, ModelSettings
 from nanogpt.data.find import why_no_file
-from nanogpt.files import found_in, read_json
+from nanogpt.files import cannot_write, found_in, read_json
 from nanogpt.inference.huggingface import CLASSES, EXPORT_AGAIN, check_kind
 from nanogpt.training.resume import refuse_earlier_version
 from nanogpt.training.step import Params, init_params
@@ -81,11 +82,11 @@ def save_model(
                     os.replace(whole / name, folder / name)
             else:
                 os.replace(whole, folder)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"{folder} cannot be written ({reason}): make room there, or choose another."
-        ) from error
+    except OSError as error:
+        raise ConfigError(cannot_write(folder, error, "choose another folder")) from error
+    except SafetensorError as error:  # the folder could be written before the arrays: it is full
+        full = OSError(ENOSPC, f"{error}")
+        raise ConfigError(cannot_write(folder, full, "choose another folder")) from error
 
 
 def check_free(folder: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
 
-from nanogpt.data.hub import DownloadError, into_cache, of_disk, patiently
+from nanogpt.data.hub import DownloadError, into_cache, patiently
 from nanogpt.files import sha256_of
 from nanogpt.inference.huggingface import check_kind
 
@@ -76,4 +76,5 @@ def _upload(name: str, ask: Callable[[], object], remedy: str) -> object:
     try:
         return patiently(name, ask, remedy=remedy, verb="upload to")
     except OSError as error:  # such as a token that cannot be read
-        raise DownloadError(f"Cannot upload to {name} ({of_disk(error)}): {remedy}.") from error
+        reason = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        raise DownloadError(f"Cannot upload to {name} ({reason}): {remedy}.") from error

@@ -31,7 +31,7 @@ from rich.text import Text
 
 from nanogpt.checks import UserError
 from nanogpt.command_line import discard_output
-from nanogpt.files import lock_file, write_whole
+from nanogpt.files import cannot_write, lock_file, write_whole
 from nanogpt.runs.trackers import Trackers
 from nanogpt.training.records import FILE, read_records
 
@@ -248,7 +248,7 @@ def taken(folder: Path) -> RunError:
 def new_folder(parent: Path, name: str, fallback: str) -> Path:
     """Create the folder `parent/name`, or without a name `parent/<fallback>-<date>-<time>`.
 
-    Raises RunError if the name is taken or invalid, or the folder cannot be created.
+    Raises RunError if the name is taken or invalid, or the folder cannot be written.
     """
     check_name(parent, name)
     stamped = f"{fallback}-{datetime.now():%Y%m%d-%H%M%S}"
@@ -262,8 +262,7 @@ def new_folder(parent: Path, name: str, fallback: str) -> Path:
             continue
         except OSError as error:
             raise RunError(
-                f"The run folder {folder} cannot be created ({error.strerror}): start the run in a "
-                "writable folder."
+                cannot_write(folder, error, "start the run in another folder")
             ) from error
     raise taken(parent / candidates[0])
 
@@ -285,10 +284,7 @@ def _hold(folder: Path) -> FileLock:
             f"{folder} is being trained by {who}: wait until it ends, or stop it."
         ) from None
     except OSError as error:
-        raise RunError(
-            f"The run folder {folder} cannot be written ({error.strerror}): start the run in a "
-            "writable folder."
-        ) from error
+        raise RunError(cannot_write(folder, error, "start the run in another folder")) from error
     since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
     _write(holder, f"process {os.getpid()} on {platform.node()} since {since}\n")
     return lock
@@ -299,10 +295,7 @@ def _write(path: Path, text: str) -> None:
     try:
         write_whole(path, text)
     except OSError as error:
-        raise RunError(
-            f"{path} cannot be written ({error.strerror}): make room there, or start the run in a "
-            "writable folder."
-        ) from error
+        raise RunError(cannot_write(path, error, "start the run in another folder")) from error
 
 
 def _append(file: FileIO, line: bytes) -> bool:

@@ -73,7 +73,7 @@ def test_a_name_that_is_taken_is_refused_and_its_folder_left_alone(tmp_path):
 
 def test_where_no_folder_can_be_made_the_error_says_so(tmp_path):
     (tmp_path / "runs").write_text("a file in the way")
-    with pytest.raises(RunError, match="cannot be created"):
+    with pytest.raises(RunError, match="cannot be written"):
         new_folder(tmp_path / "runs", "a", "laptop")
 
 

@@ -39,7 +39,7 @@ from nanogpt.data.text.encode import (
 )
 from nanogpt.data.text.eta import Pace
 from nanogpt.data.text.writer import RECORD, Shards, partial_path, shard_name
-from nanogpt.files import lock_file, read_json, sha256_of, write_whole
+from nanogpt.files import cannot_write, lock_file, read_json, sha256_of, write_whole
 
 FORMAT = 2  # increase it if the same documents would be split, ordered or written differently
 SAVE_SECONDS = 5.0  # most work that an interruption loses
@@ -153,10 +153,7 @@ def make_shards(
             "processes to continue where it stopped."
         ) from error
     except OSError as error:
-        raise DataError(
-            f"Cannot write in {folder} ({error.strerror or error}): make room there or choose "
-            "another folder, then run this again to continue where it stopped."
-        ) from error
+        raise DataError(cannot_write(folder, error, "choose another folder")) from error
 
 
 def fingerprint_of(inputs: Inputs, recipe: Recipe) -> str:

@@ -362,7 +362,7 @@ def test_a_folder_that_exists_is_left_as_it_is(good_runs, capsys):
 
 
 def test_a_folder_that_cannot_be_made_whole_is_not_made_at_all(good_runs, capsys, monkeypatch):
-    assert "cannot be created (No such file" in refusal(capsys, *good_runs, folder="no/where/some")
+    assert "cannot be written (No such file" in refusal(capsys, *good_runs, folder="no/where/some")
     copy, copied = shutil.copyfile, []
 
     def full_after_five(source, target):
@@ -371,7 +371,7 @@ def test_a_folder_that_cannot_be_made_whole_is_not_made_at_all(good_runs, capsys
         copied.append(copy(source, target))
 
     monkeypatch.setattr(shutil, "copyfile", full_after_five)
-    assert "cannot be created (No space left on device)" in refusal(capsys, *good_runs)
+    assert "cannot be written (No space left on device)" in refusal(capsys, *good_runs)
     assert len(copied) == 5
 
 
