@@ -1,6 +1,6 @@
 """Download the tokenized FineWeb10B: the validation shard, then N training shards.
 
-    python3 cached_fineweb10B.py 9     # 900 million training tokens, 2.0 GB in all
+    python3 cached_fineweb10B.py 12    # 1.2 billion training tokens, 2.6 GB in all
     python3 cached_fineweb10B.py       # all 103 training shards, 20.7 GB in all
 
 A shard gets its final name only when its size and SHA-256 match the hub's and its header is valid,

@@ -181,7 +181,7 @@ def load_writer(name: str) -> tuple[Write, str]:
     use_compilation_cache()
     settings, graph, params, origin = load_model(folder_of(name), make_mesh(1))
     parameters = sum(array.size for array in jax.tree.leaves(params))
-    about = f"{parameters:,} parameters, context {settings.sequence_length:,} tokens, "
+    about = f"{parameters:,} parameters, {settings.sequence_length:,}-token context, "
     about += f"trained for {origin['step']:,} steps"
     if "val_loss" in origin:
         about += f", val loss {origin['val_loss']:.4f}"

@@ -42,7 +42,7 @@ def text(capsys):
 def test_the_page_says_how_far_its_model_was_trained(base):
     _, about = sample.load_writer(str(base.folder))
     loss = base.metrics[-1]["val_loss"]
-    assert about.endswith(f"context 32 tokens, trained for 6 steps, val loss {loss:.4f}")
+    assert about.endswith(f"32-token context, trained for 6 steps, val loss {loss:.4f}")
 
 
 def test_the_prompt_is_printed_with_its_continuation(run, text):

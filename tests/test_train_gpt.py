@@ -466,7 +466,7 @@ def test_missing_fineweb_stops_the_speedrun_with_the_command_that_fetches_it(
     output = capsys.readouterr()
     assert output.out == ""
     (sentence,) = output.err.splitlines()
-    assert "`python3 cached_fineweb10B.py`" in sentence
+    assert "`python3 cached_fineweb10B.py 12`" in sentence
     assert "fineweb10B/fineweb_train_*.bin" in sentence
     assert list(tmp_path.iterdir()) == []
 

@@ -19,7 +19,7 @@ def name_of(case: dict) -> str:
 def table_of_sent(cases: Iterable[dict]) -> str:
     """Return a table of the figures read from the programs, in Markdown."""
     lines = [
-        "| size | divided by | devices | GB sent | collectives | reduced early | "
+        "| size | parallelism | devices | GB sent | collectives | reduced early | "
         "GB of state | GB of memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
@@ -41,8 +41,8 @@ def table_of_sent(cases: Iterable[dict]) -> str:
 def table_of_times(cases: Iterable[dict], machine: Machine) -> str:
     """Return a table of predictions, in Markdown; efficiency is relative to the fewest devices."""
     lines = [
-        f"| size | divided by | {machine.device}s | "
-        "ms, strong | efficiency | ms, weak | efficiency |",
+        f"| size | parallelism | {machine.device}s | "
+        "ms, strong scaling | efficiency | ms, weak scaling | efficiency |",
         "|---|---|---|---|---|---|---|",
     ]
     firsts: dict[tuple, dict] = {}

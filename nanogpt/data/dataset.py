@@ -180,6 +180,6 @@ def other_tokenizer(looked_at: Sequence[LookedAt], side: str, tokenizer: str) ->
     for name, other in TOKENIZERS.items():
         if greatest < other.vocab_size < TOKENIZERS[tokenizer].vocab_size:
             yield (
-                f"no {side} token of {seen:,} is above {other.vocab_size - 1}: the shards seem to "
-                f"be of tokenizer {name}, not {tokenizer}"
+                f"none of {seen:,} sampled {side} tokens is above {other.vocab_size - 1}: the "
+                f"shards seem to be for tokenizer {name}, not {tokenizer}"
             )

@@ -189,11 +189,11 @@ def check_all_see(file: Path, text: str) -> None:
 
 
 def processes_line() -> str:
-    """Return a summary: "2 processes, 4 devices in each, coordinator 10.0.0.1:1234"."""
+    """Return a summary: "2 processes, 4 devices each, coordinator 10.0.0.1:1234"."""
     # JAX has no public name for the address that it got from a launcher.
     address = getattr(global_state, "coordinator_address", None)
     return (
-        f"{jax.process_count()} processes, {jax.local_device_count()} devices in each, "
+        f"{jax.process_count()} processes, {jax.local_device_count()} devices each, "
         f"coordinator {address}"
     )
 

@@ -25,7 +25,7 @@ CHUNK = 16  # tokens per text and program call
 class Written(NamedTuple):
     """A few tokens of each of B texts, with their probabilities.
 
-    Probabilities are those of the model, before temperature, top_k and top_p.
+    Probabilities are the model's own, before temperature, top_k and top_p.
     """
 
     tokens: Int32[Array | np.ndarray, "n B"]

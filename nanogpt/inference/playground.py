@@ -198,7 +198,7 @@ def _order(body: bytes) -> _Order:
         # Rejects NaN, infinity and lone surrogates, which Python's JSON reader accepts.
         json.dumps(fields, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError):
-        raise ConfigError("The request is not JSON in UTF-8.") from None
+        raise ConfigError("The request is not valid UTF-8 JSON.") from None
     if not isinstance(fields, dict) or fields.keys() != kinds.keys():
         raise ConfigError(f"The request must be an object with {', '.join(kinds)}.")
     for name, (kind, words) in kinds.items():

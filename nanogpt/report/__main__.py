@@ -26,10 +26,10 @@ class Options:
     """Plot runs on shared axes, and list their differences."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """Folders of the runs, runs/<name>."""
+    """Run folders, e.g. runs/<name>."""
     out: Path | None = None
-    """A .png, a .html, or a folder for both, report.png and report.html; None: the parent folder
-    of the first run."""
+    """Output: a .png or .html file, or a folder for report.png and report.html; None: the parent
+    folder of the first run."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -67,7 +67,7 @@ def report(
     if not runs:
         raise left_out[0]
     for error in left_out:
-        say(f"Skipped {error}")
+        say(f"Skipped: {error}")
     out = out or folders[0].parent
     alone = out.suffix in (".png", ".html") and not out.is_dir()
     files = [out] if alone else [out / "report.png", out / "report.html"]

@@ -86,7 +86,7 @@ def read_run(folder: Path, name: str) -> History:
         elif line.endswith(b"\n"):
             raise RunError(str(record))
     if not rows:
-        raise NoNumbers(f"{path} has no numbers yet: wait for the run's first step.")
+        raise NoNumbers(f"{path} has no metrics yet: wait for the run's first step.")
     log = folder / "log.txt"
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
     metrics = dict(zip(LABELS, np.array(rows).T, strict=True))

@@ -27,7 +27,7 @@ PANELS = (
     *(("step", "learning_rate_factor"), ("step", "grad_norm"), ("step", "tokens_per_s")),
 )
 COMPUTE = "flops", "val_loss"  # a panel for runs that can be compared by their FLOPs
-HOW_TO_READ = "Lines: running medians; every step is faint behind them. Marks: validation loss."
+HOW_TO_READ = "Lines: running median, with every step faint behind it. Markers: validation loss."
 TARGET = 3.28  # target validation loss of speedruns, for GPT-2 tokens of FineWeb
 MOST_POINTS = 800  # per line: a panel is about half as many pixels wide
 
@@ -156,7 +156,7 @@ def _draw_compute(axes: "Axes", runs: Sequence[History]) -> None:
         x = np.geomspace(flops.min(), flops.max(), 100)
         axes.plot(x, law.loss(x), c=INK, lw=1)
         axes.set_title(
-            f"exponent {-power:.3f} ± {errors[2]:.3f}, limit {E:.2f} ± {errors[0]:.2f}",
+            f"exponent {-power:.3f} ± {errors[2]:.3f}, irreducible loss {E:.2f} ± {errors[0]:.2f}",
             fontsize="small",
         )
     axes.set(xscale="log", xlabel=LABELS["flops"][0], ylabel=LABELS["val_loss"][0])

@@ -17,12 +17,12 @@ def heading(plan: Plan, folder: Path) -> list[str]:
     if (plan.hardware.kind, hp.device) == ("cpu", "auto") and (line := unused_gpu()):
         lines.append(line)
     if plan.hardware.processes > 1:
-        lines.append(f"{processes_line()}; if one is lost, all end: resume with --resume {folder}")
+        lines.append(f"{processes_line()}; if one dies, all exit; resume with --resume {folder}")
     lines.append(plan.attention)
     if hp.batch_size and plan.batch_size < hp.batch_size:
         lines.append(
             f"micro-batch: {plan.batch_size} rows instead of batch_size {hp.batch_size}, since a "
-            f"step has no more for each of {plan.readers} devices"
+            f"step has only that many for each of {plan.readers} devices"
         )
     elif hp.batch_size is None:
         available = f"{memory / 1e9:.1f} GB" if memory else "unknown"
@@ -41,7 +41,7 @@ def warnings(plan: Plan) -> list[str]:
     found = list(plan.dataset.warnings)
     if plan.hp.dtype == "bfloat16" and not plan.hardware.bfloat16:
         found.append(
-            f"{plan.hardware.kind} has no units for bfloat16 and converts it to float32 at every "
+            f"{plan.hardware.kind} has no bfloat16 units and converts it to float32 at every "
             "operation: use --dtype float32"
         )
     if epochs(plan) > MANY_EPOCHS:
@@ -106,9 +106,10 @@ def outlook(plan: Plan) -> dict[str, str]:
     if plan.hp.keep_best and kept < saved:
         kept, best = kept + 1, " and the best"
     rows["checkpoints"] = (
-        f"{saved} of {size(plan.state_bytes)}, the newest {kept - bool(best)}{best} kept: up to "
+        f"{saved} of {size(plan.state_bytes)} each; "
+        f"the newest {kept - bool(best)}{best} are kept, up to "
         f"{size(min(saved, kept + 1) * plan.state_bytes)} on disk"
-        + (f", and one whenever {minutes:g} minutes have passed" if minutes else "")
+        + (f"; plus one every {minutes:g} minutes" if minutes else "")
     )
     return rows
 
@@ -122,7 +123,7 @@ def devices(plan: Plan) -> str:
     """Describe the devices and how they share the work."""
     words = f"{plan.num_devices} x {plan.hardware.kind}"
     if plan.hardware.processes > 1:
-        words += f" of {plan.hardware.processes} processes"
+        words += f" in {plan.hardware.processes} processes"
     if plan.sharers > 1:
         words += f" as data={plan.readers},model={plan.sharers}"
     return words + (", parameters sharded" if plan.hp.shard_params else "")

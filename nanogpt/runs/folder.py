@@ -160,7 +160,10 @@ class Run:
         while self._waiting and _append(self._metrics, self._waiting[0]):
             del self._waiting[0]
         if len(self._waiting) == 1:
-            self.say(f"WARNING: {self._metrics.name} cannot be written; its lines wait for space.")
+            self.say(
+                f"WARNING: {self._metrics.name} cannot be written; its lines are held in "
+                "memory until there is space."
+            )
         self.trackers.log(metrics)
 
     def rewind(self, step: int) -> None:
@@ -280,9 +283,7 @@ def _hold(folder: Path) -> FileLock:
         lock = lock_file(folder / "lock")
     except Timeout:
         who = holder.read_text(encoding="utf-8").strip() if holder.exists() else "another process"
-        raise RunError(
-            f"{folder} is being trained by {who}: wait until it ends, or stop it."
-        ) from None
+        raise RunError(f"{folder} is in use by {who}: wait for it to finish, or stop it.") from None
     except OSError as error:
         raise RunError(cannot_write(folder, error, "start the run in another folder")) from error
     since = f"{datetime.now():%Y-%m-%d %H:%M:%S}"

@@ -41,9 +41,8 @@ def steps_of(profile: str | None, first: int, last: int) -> range:
     begin, end = map(int, given.groups()) if given else (0, 0)
     if not first <= begin <= end <= last:
         raise ConfigError(
-            f"profile must be the first and the last step to trace, such as "
-            f"{first}:{min(first + 3, last)}, among the steps {first} to {last} of this run, not "
-            f"{profile}."
+            f"profile must be FIRST:LAST within steps {first} to {last}, e.g. "
+            f"{first}:{min(first + 3, last)}, not {profile}."
         )
     return range(begin, end + 1)
 
@@ -118,7 +117,7 @@ class Trace:
             )
             self._running = True
         except Exception as error:  # no error here may stop training
-            self.say(f"WARNING: no trace of step {self.steps[0]} and later: {error!r}")
+            self.say(f"WARNING: tracing could not start at step {self.steps[0]}: {error!r}")
 
     def _write(self) -> None:
         import jax

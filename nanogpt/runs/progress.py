@@ -86,8 +86,8 @@ class Progress:
         factor = self.schedule.rates(step).rate
         if not (isfinite(loss) and isfinite(grad_norm)):
             raise BadNumbers(
-                f"step {step}: loss {loss}, gradient norm {grad_norm}, at {factor:.3f} times the "
-                "learning rates. The step was not applied."
+                f"step {step}: loss {loss}, gradient norm {grad_norm}, learning rates x "
+                f"{factor:.3f}. The step was not applied."
             )
         spike, applied = float(metrics["spike"]), bool(metrics["applied"])
         record = {
@@ -114,7 +114,7 @@ class Progress:
             f"{1e3 * seconds:.1f} ms | {tokens_per_s:,.0f} tok/s | "
             + (f"MFU {utilization:.1%} | " if utilization is not None else "")
             + eta
-            + (f" | SPIKE, {spike:.1f} standard deviations" if spike > SPIKE else "")
+            + (f" | SPIKE: {spike:.1f} standard deviations above the mean" if spike > SPIKE else "")
             + ("" if applied else ", SKIPPED"),
             short,
         )
@@ -152,8 +152,8 @@ class Progress:
         losses = ", ".join(f"{name} {loss:.4f}" for name, loss in self._losses.items())
         tokens = f"{self.schedule.tokens(step):,}"
         if self._resumed:
-            tokens += f", {self._trained:,} of them since the run was resumed"
-            spent += f" since then; {self.training_seconds:.1f} s of training in all"
+            tokens += f", {self._trained:,} since resuming"
+            spent += f" since resuming; {self.training_seconds:.1f} s of training in total"
         rows = {"final loss": losses, "tokens": tokens, "time": spent}
         if training := self.seconds["train"]:
             utilization = "n/a" if self._utilized is None else f"{self._utilized / training:.1%}"

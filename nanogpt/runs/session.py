@@ -168,7 +168,7 @@ def end(run: Run, progress: Progress, step: int) -> None:
         | progress.summary(step)
         | {"peak memory": f"{peak / 1e9:.1f} GB per device" if peak else "n/a"}
     )
-    run.say(f"weights and metrics of {step:,} steps are in {run.folder}")
+    run.say(f"trained {step:,} steps; weights and metrics are in {run.folder}")
 
 
 def what_next(run: Run) -> str:

@@ -179,7 +179,7 @@ def with_own_text(hp: "Hyperparameters") -> "Hyperparameters":
     before, now = (Path(files or "").parent.name for files in (hp.train_files, text.train_files))
     if hp.resume and before != now:
         raise ConfigError(
-            f"{hp.resume} was trained on other text: {', '.join(hp.data)} changed. "
+            f"{hp.resume} was trained on different text: {', '.join(hp.data)} changed. "
             "Restore it, or start another run."
         )
     return replace(hp, train_files=text.train_files, val_files=text.val_files)

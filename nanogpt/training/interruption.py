@@ -97,7 +97,7 @@ class Interruption:
     def _handle(self, number: int) -> None:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         if not self.patient or self.signal is not None:
-            _write(f"\n{name}: quit immediately.\n")
+            _write(f"\n{name}: quitting immediately.\n")
             os._exit(128 + number)
         self.signal = number
         _write(f"\n{name}: finishing this step, then saving. A second signal quits immediately.\n")

@@ -136,5 +136,6 @@ def check_same_data(run: Path, before: dict[str, Any], now: Dataset) -> None:
     for side, verb in (("train", "trained"), ("val", "validated")):
         if what := difference(before[side], getattr(now, side)):
             raise ConfigError(
-                f"{run} was {verb} on other data: {what}. Restore the data, or start another run."
+                f"{run} was {verb} on different data: {what}. Restore the data, or start another "
+                "run."
             )

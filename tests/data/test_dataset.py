@@ -87,7 +87,7 @@ def test_a_shard_that_is_mostly_one_token_is_told(folder):
 def test_tokens_that_another_tokenizer_makes_are_told(folder):
     write_shard(folder / "val.bin", np.arange(3000) % 256)
     assert dataset_in(folder).warnings == (
-        "no validation token of 3,000 is above 255: the shards seem to be of tokenizer bytes, "
-        "not gpt2",
+        "none of 3,000 sampled validation tokens is above 255: the shards seem to be for tokenizer "
+        "bytes, not gpt2",
     )
     assert dataset_in(folder, "bytes").warnings == ()

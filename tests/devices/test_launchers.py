@@ -99,7 +99,7 @@ def test_open_mpi_starts_them_without_any_argument(straight, checkout):
         timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
-    assert "4 x cpu of 2 processes" in done.stdout
+    assert "4 x cpu in 2 processes" in done.stdout
     assert_same(losses("runs/a"), losses(straight))
 
 
@@ -199,7 +199,7 @@ def test_a_slurm_job_that_is_told_to_end_saves_and_comes_back_and_goes_on_to_the
         os.kill(first, signal.SIGCONT)
         wait_until(lambda: pause() or not asked(env, "squeue", "--noheader", f"--jobs={job}"))
     log = Path("job.log").read_text()
-    assert "4 x cpu of 2 processes" in log
+    assert "4 x cpu in 2 processes" in log
     assert f"Interrupted. Resume with: python3 train_gpt.py --resume {run}" in log
     assert f"resuming {run}" in log
     assert list(Path("runs").iterdir()) == [run]

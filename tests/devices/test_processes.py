@@ -110,13 +110,11 @@ def test_two_processes_train_as_one_does_even_where_one_cannot_save_and_the_firs
     assert not [*Path("runs/a/checkpoints").glob("*/manifest.json")]
     assert_same(losses("runs/a"), losses(straight))
     assert (
-        "| 4 x cpu of 2 processes, parameters sharded | Ng = 256 / (1 * 32 * 4) = 2"
+        "| 4 x cpu in 2 processes, parameters sharded | Ng = 256 / (1 * 32 * 4) = 2"
         in without_gloo(one.lines)[0]
     )
     assert without_gloo(two.lines) == []
-    told = (
-        r"2 processes, 2 devices in each, coordinator 127\.0\.0\.1:\d+; if one is lost, all end: "
-    )
+    told = r"2 processes, 2 devices each, coordinator 127\.0\.0\.1:\d+; if one dies, all exit; "
     told += "resume with --resume runs/a"
     assert re.fullmatch(told, without_gloo(one.lines)[1])
     steps = [line for line in one.lines if "train loss" in line and line.startswith("step")]
@@ -230,8 +228,8 @@ def test_when_one_is_told_to_end_all_save_after_the_same_step(straight, place, c
         two.send(signal.SIGTERM)
         statuses = [one.end(), end.result()]
     assert statuses == [143, 143], (one.stderr, two.stderr)
-    (last,) = (line for line in one.lines if line.startswith("weights and metrics of "))
-    step = int(last.split()[4])
+    (last,) = (line for line in one.lines if "weights and metrics are in" in line)
+    step = int(last.split()[1])
     assert 4 <= step < 900
     assert Path(f"runs/a/checkpoints/{step:08}/manifest.json").exists()
     found = losses("runs/a")
@@ -327,7 +325,7 @@ def test_who_trains_together_is_told_with_the_coordinator_s_address():
         text=True,
         timeout=120,
     )
-    assert done.stdout == f"1 processes, 3 devices in each, coordinator 127.0.0.1:{port}\n"
+    assert done.stdout == f"1 processes, 3 devices each, coordinator 127.0.0.1:{port}\n"
 
 
 @pytest.mark.parametrize(

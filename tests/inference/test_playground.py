@@ -773,7 +773,7 @@ def test_stop_and_escape_stop_the_model(visit, how):
         page.get_by_label("Prompt").fill("Once")
         page.keyboard.press("Control+Enter")
         page.locator(".token").nth(3).wait_for()
-        assert page.get_by_role("status").inner_text() == "Writing…"
+        assert page.get_by_role("status").inner_text() == "Generating…"
         page.keyboard.press("Control+Enter")  # does nothing during generation
         stop.click() if how == "button" else page.keyboard.press("Escape")
         page.get_by_text(re.compile(r"Stopped after \d+ tokens\.")).wait_for()
@@ -801,7 +801,7 @@ def test_a_server_that_is_gone_is_told_in_words(browser):
         page = browser.new_page()
         page.goto(f"http://127.0.0.1:{port}/")
     write_text(page)
-    status(page, "No answer from the server. Is it still running?")
+    status(page, "No response from the server. Is it still running?")
     page.close()
 
 

@@ -69,9 +69,9 @@ def test_a_folder_that_is_no_runs_is_named(tmp_path, capsys):
 
 def test_a_run_without_numbers_is_told_from_one_that_cannot_be_read(tmp_path, capsys):
     folder = write(tmp_path / "run", [])
-    assert "has no numbers yet: wait" in failure(capsys, folder)
+    assert "has no metrics yet: wait" in failure(capsys, folder)
     (folder / "metrics.jsonl").write_text('{"step": 1, "train_l')
-    assert "has no numbers yet: wait" in failure(capsys, folder)
+    assert "has no metrics yet: wait" in failure(capsys, folder)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def test_all_of_a_folder_can_be_drawn_whatever_else_lies_there(tmp_path, capsys,
         output = capsys.readouterr()
         assert output.out == "runs/report.png\nruns/report.html\n"
     told = output.err.splitlines()
-    assert all(line.startswith("Skipped ") for line in told)
+    assert all(line.startswith("Skipped: ") for line in told)
     assert [re.search(r"runs/(\S+)", line)[1] for line in told] == [
         *("begun/metrics.jsonl", "notes", "report.html", "report.png")
     ]

@@ -158,8 +158,8 @@ def test_the_summary_of_a_resumed_run_is_of_all_of_it_and_says_what_is_of_this_p
     clock.now += 2
     progress.report()
     told = progress.summary(2)
-    assert told["tokens"] == "2,000, 1,000 of them since the run was resumed"
-    assert told["time"] == "train 2.0 s since then; 9.0 s of training in all"
+    assert told["tokens"] == "2,000, 1,000 since resuming"
+    assert told["time"] == "train 2.0 s since resuming; 9.0 s of training in total"
 
 
 def test_a_fast_run_shows_a_line_a_second_on_a_terminal_and_each_in_its_log(run, monkeypatch):
@@ -195,7 +195,7 @@ def test_a_step_that_is_not_finite_ends_the_run_and_is_not_recorded(run, clock, 
     clock.now += 1
     progress.started(2, {"loss": float(loss), "grad_norm": float(norm), **CALM, "applied": False})
     clock.now += 1
-    with pytest.raises(BadNumbers, match=rf"^step 2: loss {loss}, .* norm {norm}, at 0\.750 times"):
+    with pytest.raises(BadNumbers, match=rf"^step 2: loss {loss}, .* norm {norm}, .* x 0\.750\."):
         progress.started(3, {"loss": 4.0, "grad_norm": 1.0, **CALM})
     assert [record["step"] for record in records(run)] == [1]
 
@@ -209,8 +209,8 @@ def test_a_spike_is_remarked_upon_and_so_is_a_step_that_was_skipped(run, clock):
     progress.report()
     calm, spiking, skipped = log(run).splitlines()
     assert "SPIKE" not in calm and "SKIPPED" not in calm
-    assert "SPIKE, 6.5 standard deviations" in spiking and "SKIPPED" not in spiking
-    assert "SPIKE, 9.0 standard deviations, SKIPPED" in skipped
+    assert "SPIKE: 6.5 standard deviations above the mean" in spiking and "SKIPPED" not in spiking
+    assert "SPIKE: 9.0 standard deviations above the mean, SKIPPED" in skipped
     assert [record["spike"] for record in records(run)] == [5.9, 6.5, 9.0]
 
 

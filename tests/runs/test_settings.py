@@ -43,6 +43,6 @@ def test_a_resumed_run_whose_text_changed_is_refused_when_its_shards_are_made_ag
     assert with_own_text(resumed) == resumed  # they are there
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(
-        ConfigError, match=r"^runs/a was trained on other text: .*/a\\n.txt changed"
+        ConfigError, match=r"^runs/a was trained on different text: .*/a\\n.txt changed"
     ):
         with_own_text(resumed)

@@ -51,7 +51,7 @@ def test_a_signal_saves_after_the_step_under_way_and_ends_with_its_status(
     assert 3 <= step <= 7
     assert [record["step"] for record in records(run)] == [*range(1, step + 1)]
     assert process.lines[-2:] == [
-        f"weights and metrics of {step} steps are in runs/a",
+        f"trained {step} steps; weights and metrics are in runs/a",
         "Interrupted. Resume with: python3 train_gpt.py --resume runs/a",
     ]
     assert process.stderr.strip() == (
@@ -73,7 +73,7 @@ def test_a_second_signal_ends_at_once_and_what_was_saved_is_whole(straight, plac
         assert process.end() == 143
     first, second = process.stderr.split("\n\n")
     assert "finishing this step" in first
-    assert second == "SIGTERM: quit immediately.\n"
+    assert second == "SIGTERM: quitting immediately.\n"
     assert steps(run) == [7]
     assert arrays(run, 7) == arrays(straight, 7)
 
@@ -99,7 +99,7 @@ def test_a_console_that_is_closed_ends_neither_the_training_nor_the_log(straight
     words = [line.split(" | ")[:2] for line in log if line.startswith("step ")]
     expected = (straight / "log.txt").read_text().splitlines()
     assert words == [line.split(" | ")[:2] for line in expected if line.startswith("step ")]
-    assert "weights and metrics of 20 steps are in runs/a" in log
+    assert "trained 20 steps; weights and metrics are in runs/a" in log
 
 
 # During validation
@@ -188,7 +188,7 @@ def test_a_signal_while_it_traces_or_compiles_ends_at_once(place, cache, sent, s
         process.send(sent)
         assert process.end() == status
         assert time.monotonic() - before < AT_ONCE
-    assert process.stderr.strip() == f"{NAMES[sent]}: quit immediately."
+    assert process.stderr.strip() == f"{NAMES[sent]}: quitting immediately."
     assert not any("compiled" in line for line in process.lines), "the signal came too late"
     assert json.loads((run / "config.json").read_text())["num_steps"] == 20
     assert checkpoints(run) == []
@@ -200,7 +200,7 @@ def test_a_signal_while_it_writes_its_sample_ends_at_once_and_the_run_is_whole(
 ):
     run = place / "runs" / "a"
     with started(place, cache, "--sample-tokens", "100000") as process:
-        process.read_until("weights and metrics of 20 steps")
+        process.read_until("trained 20 steps; weights")
         before = time.monotonic()
         process.send(TERM)
         assert process.end() == 143

@@ -54,10 +54,10 @@ def test_saves_are_due_by_steps_by_minutes_and_with_keep_best_at_every_validatio
     best = replace(plan, hp=replace(plan.hp, keep_best=True))
     assert [step for step in range(1, 1001) if best.saves(step)] == [250, 400, 500, 750, 800, 1000]
     assert outlook(best)["checkpoints"].startswith("6 of ")
-    assert "the newest 2 and the best kept: up to" in outlook(best)["checkpoints"]
+    assert "the newest 2 and the best are kept, up to" in outlook(best)["checkpoints"]
     timed = replace(plan, hp=replace(plan.hp, checkpoint_minutes=5.0))
     assert [timed.saves(401, minutes) for minutes in (4.9, 5.0)] == [False, True]
-    assert outlook(timed)["checkpoints"].endswith(", and one whenever 5 minutes have passed")
+    assert outlook(timed)["checkpoints"].endswith("; plus one every 5 minutes")
 
 
 def test_processes_do_not_save_by_their_clocks():
@@ -200,7 +200,7 @@ def test_the_outlook_tells_epochs_stages_memory_and_disk():
 def test_a_bfloat16_run_on_a_gpu_that_cannot_multiply_it_is_told_so_in_a_sentence():
     t4 = Hardware("Tesla T4", 1, 1, 14.4e9, bfloat16=False)
     (line,) = warnings(plan_of("baseline", t4, "xla"))
-    assert line.startswith("WARNING: Tesla T4 has no units for bfloat16")
+    assert line.startswith("WARNING: Tesla T4 has no bfloat16 units")
     assert line.endswith("use --dtype float32.")
     assert warnings(plan_of("baseline", t4, "xla", dtype="float32")) == []
     assert warnings(plan_of("baseline", Hardware("NVIDIA L4", 1, 1, 21.6e9))) == []

@@ -77,7 +77,7 @@ def test_a_run_that_was_killed_is_free_and_goes_on_after_its_last_checkpoint_to_
         assert (status, second.lines) == (2, [])
         (sentence,) = errors.splitlines()
         assert re.search(
-            rf"^runs/a is being trained by process {first.pid} on \S+ "
+            rf"^runs/a is in use by process {first.pid} on \S+ "
             r"since \d{4}-\d\d-\d\d \d\d:\d\d:\d\d: .*\.$",
             sentence,
         )
@@ -589,7 +589,7 @@ def test_a_validation_loss_that_is_not_finite_stops_the_run_too(place, cache):
 
 def assert_stopped_at(step, said, where):
     (line,) = said.splitlines()
-    assert line.startswith(f"step {step}: loss nan, gradient norm nan, at 1.000 times the learning")
+    assert line.startswith(f"step {step}: loss nan, gradient norm nan, learning rates x 1.000")
     assert where in line
 
 
