@@ -198,8 +198,7 @@ class Hyperparameters:
     seed: Seed = 0
     """Random seed for the initial weights, the data order and the sample."""
     skip_spikes: NotNegative = 0.0
-    """Skip steps whose loss is more than this many standard deviations above the recent mean; 0
-    skips none."""
+    """Skip steps whose loss is this many standard deviations above the recent mean; 0: none."""
     verify_data: bool = False
     """Check every token of the shards before training, not only a sample."""
     run_name: str = ""
@@ -317,7 +316,7 @@ PRESETS = {
             softcap=30.0,
         ),
     ),
-    # A small model of Python code for two CPU cores; benchmarks/README.md explains its size.
+    # A small model of Python code for two CPU cores; docs/sizes.md explains its size.
     "laptop": Hyperparameters(
         preset="laptop",
         train_files=None,
@@ -326,36 +325,37 @@ PRESETS = {
         shuffle=True,
         batch_size=4,
         sequence_length=128,
-        total_batch_size=2048,
-        num_steps=900,
+        total_batch_size=4096,
+        num_steps=1000,
         max_document_length=None,
         stages=(Stage(),),
-        learning_rate=0.03,
+        learning_rate=0.035,
         mlp_out_factor=1.0,
         weight_decay=0.0,
         momentum=0.9,
         momentum_warmup_steps=50,
         momentum_cooldown_steps=0,
         adam_every=1,
-        adam=AdamGroups.alike(tables=0.15, head=0.008, others=0.04, betas=(0.7, 0.95)),
+        adam=AdamGroups.alike(tables=0.17, head=0.012, others=0.046, betas=(0.7, 0.95)),
         hold_fraction=0.0,
         cooldown_fraction=0.5,
         final_learning_rate_factor=0.0,
-        val_loss_every=150,
+        val_loss_every=200,
         val_tokens=262_144,
         dtype="float32",
         sample_tokens=600,
         sample_prompt="import jax\n\n\ndef ",
         model=GPTConfig(
             vocab_size=256,
-            num_layers=4,
+            num_layers=3,
             num_heads=2,
-            width=128,
-            mlp_width=512,
+            width=96,
+            mlp_width=384,
             value_embeddings=2,
             bigram_buckets=16384,
             key_offset=(-1,),
             paired_heads=(-1,),
+            attention_scale=0.14,
         ),
     ),
 }

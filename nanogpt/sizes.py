@@ -141,7 +141,7 @@ def at_width(
     These rules cover width only, not depth, batch size or the number of training tokens.
     """
     model, head = base.model, base.adam.head
-    head = replace(head, learning_rate=head.learning_rate * model.width / width)
+    head = replace(head, learning_rate=head.learning_rate * (model.width / width))
     embedding = head if model.tied_head else base.adam.embedding
     return replace(
         base,

@@ -11,7 +11,7 @@ from nanogpt.sizes import at_depth, matrix_weights, shape_of
 from nanogpt.training.step import init_params
 from train_gpt import PRESETS
 
-DEPTHS = {"laptop": 4, "speedrun": 11, "baseline": 12, "gpt2-medium": 24}
+DEPTHS = {"laptop": 3, "speedrun": 11, "baseline": 12, "gpt2-medium": 24}
 
 
 def with_layers_counted(hp):
@@ -53,18 +53,18 @@ def test_weights_in_matrices_are_those_of_the_model():
 
 
 def test_twice_as_deep_is_twice_as_wide_with_eight_times_the_weights_and_tokens():
-    base, hp = PRESETS["laptop"], at_depth(PRESETS["laptop"], 8)
+    base, hp = PRESETS["laptop"], at_depth(PRESETS["laptop"], 6)
     model = hp.model
-    assert (model.width, model.mlp_width, model.num_heads) == (256, 1024, 4)
-    assert hp.schedule.tokens(hp.num_steps) == 8 * 900 * 2048
+    assert (model.width, model.mlp_width, model.num_heads) == (192, 768, 4)
+    assert hp.schedule.tokens(hp.num_steps) == 8 * 1000 * 4096
     # A batch of sqrt(8) = 2.83 times as many tokens, to the nearest power of two: 4.
-    assert (hp.total_batch_size, hp.num_steps) == (4 * 2048, 8 * 900 // 4)
+    assert (hp.total_batch_size, hp.num_steps) == (4 * 4096, 8 * 1000 // 4)
     faster = 4**0.5 / 8**0.25
-    assert hp.learning_rate == pytest.approx(0.03 * faster)
-    assert hp.adam.tables.learning_rate == pytest.approx(0.15 * faster)
-    assert hp.adam.head.learning_rate == pytest.approx(0.008 / 2 * faster)
-    assert hp.momentum_warmup_steps / hp.num_steps == 50 / 900
-    assert hp.val_loss_every / hp.num_steps == 150 / 900
+    assert hp.learning_rate == pytest.approx(0.035 * faster)
+    assert hp.adam.tables.learning_rate == pytest.approx(0.17 * faster)
+    assert hp.adam.head.learning_rate == pytest.approx(0.012 / 2 * faster)
+    assert hp.momentum_warmup_steps / hp.num_steps == 50 / 1000
+    assert hp.val_loss_every / hp.num_steps == 200 / 1000
     same = ("sequence_length", "momentum", "neuron_decay", "cooldown_fraction", "val_tokens")
     assert all(getattr(hp, name) == getattr(base, name) for name in same)
 
@@ -78,10 +78,10 @@ def test_a_smaller_speedrun_has_as_many_rows_for_as_many_devices(depth):
 
 
 def test_the_number_of_tokens_can_be_given():
-    hp = at_depth(PRESETS["laptop"], 4, tokens=16 * 900 * 2048)
-    assert hp.model.width == 128
-    assert (hp.total_batch_size, hp.num_steps) == (4 * 2048, 4 * 900)
-    assert isclose(hp.learning_rate, 0.03)  # 4^(1/2) = 16^(1/4)
+    hp = at_depth(PRESETS["laptop"], 3, tokens=16 * 1000 * 4096)
+    assert hp.model.width == 96
+    assert (hp.total_batch_size, hp.num_steps) == (4 * 4096, 4 * 1000)
+    assert isclose(hp.learning_rate, 0.035)  # 4^(1/2) = 16^(1/4)
 
 
 @pytest.mark.parametrize("depth", [2, 6, 11, 16])

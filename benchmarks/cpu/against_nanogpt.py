@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -128,13 +128,18 @@ def print_table(name: str, theirs: Result, ours: list[Result]) -> float:
 
 
 def our_arguments(size: Size) -> str:
-    """Return our arguments: the laptop preset with half the layers and context."""
-    betas = " ".join(f"--adam.{each.name}.betas 0.5 0.95" for each in fields(AdamGroups))
+    """Return our arguments: the laptop preset with nanoGPT's width and context, and two layers."""
+    groups = AdamGroups.alike(tables=0.15, head=0.008, others=0.04, betas=(0.5, 0.95))
+    adam = " ".join(
+        f"--adam.{name}.learning-rate {group.learning_rate} --adam.{name}.betas 0.5 0.95"
+        for name, group in vars(groups).items()
+    )
     return (
         "--preset laptop --batch-size 12 --sequence-length 64 --total-batch-size 768 "
-        f"--num-steps {size.our_steps} --learning-rate 0.05 {betas} "
-        "--model.num-layers 2 --model.attention-scale 0.2 --model.bigram-buckets 4096 "
-        "--model.no-smear --model.no-attention-gate --model.key-offset --model.paired-heads "
+        f"--num-steps {size.our_steps} --learning-rate 0.05 {adam} "
+        "--model.num-layers 2 --model.width 128 --model.mlp-width 512 "
+        "--model.attention-scale 0.2 --model.bigram-buckets 4096 --model.no-smear "
+        "--model.no-attention-gate --model.key-offset --model.paired-heads "
         f"--neuron-decay None --val-loss-every 0 --val-tokens {size.val_tokens} --sample-tokens 0"
     )
 

@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import results
 from benchmarks.cpu import depths
-from benchmarks.cpu.depths import LARGEST, RULE, SAME_FLOPS, Result, all_settings, flops, main
+from benchmarks.cpu.depths import ENDS, LARGEST, RULE, SAME_FLOPS, Result, all_settings, flops, main
 from train_gpt import PRESETS
 
 LAPTOP = PRESETS["laptop"]
@@ -20,7 +20,7 @@ def test_a_tiny_run_saves_every_run_and_draws_them(forked, monkeypatch, tmp_path
     assert {file.name for file in tmp_path.iterdir()} == {"depths_tiny.json", "depths_tiny.png"}
     runs = json.loads((tmp_path / "depths_tiny.json").read_text())["runs"]
     assert [(run["depth"], run["differs"]) for run in runs] == [
-        *((2, RULE), (2, "rates x 2"), (2, "batch x 2"), (1, RULE)),
+        *((2, RULE), (2, "rates x 2"), (2, "batch x 2"), (2, SAME_FLOPS), (1, RULE)),
     ]
     assert all(4 < run["loss"] < 6 for run in runs)  # ln 256 = 5.5
 
@@ -34,7 +34,9 @@ def test_the_largest_is_predicted_from_the_others_before_it_is_trained(
     def trained(runs, own_core):
         saved = results.FOLDER / "depths.json"
         if not own_core:  # the largest: the prediction is there already
-            assert {run["depth"] for run in json.loads(saved.read_text())["runs"]} == {*range(1, 6)}
+            assert {run["depth"] for run in json.loads(saved.read_text())["runs"]} == {
+                *range(1, LARGEST)
+            }
         return [
             Result(*name, 0, 0, 0, 0, 0, flops(hp), 1.0, law(flops(hp), name[2]))
             for name, hp in runs.items()
@@ -50,7 +52,7 @@ def test_the_largest_is_predicted_from_the_others_before_it_is_trained(
     assert (last["depth"], last["differs"]) == (LARGEST, RULE)
     assert saved["predicted"] == pytest.approx(last["loss"], abs=0.003)
     assert (tmp_path / "docs/sizes.png").read_bytes().startswith(b"\x89PNG")
-    assert "| 5 | batch x 0.5 | +0.0000 | 1.00 |" in capsys.readouterr().out
+    assert "| 4 | batch x 0.5 | +0.0000 | 1.00 |" in capsys.readouterr().out
 
 
 def test_neighbors_differ_in_one_thing_and_train_on_as_many_tokens():
@@ -72,4 +74,4 @@ def test_neighbors_differ_in_one_thing_and_train_on_as_many_tokens():
         else:
             assert (times[0], rate, hp.seed) == (1, 1, seed)
     ends = {(depth, differs) for depth, differs, _ in runs if differs not in (RULE, SAME_FLOPS)}
-    assert len(ends) == 8 and {depth for depth, _ in ends} == {2, 5}
+    assert len(ends) == 8 and {depth for depth, _ in ends} == {*ENDS}
