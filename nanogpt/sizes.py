@@ -20,11 +20,11 @@ def at_depth(base: "Hyperparameters", depth: int, tokens: float | None = None) -
         width         D0 * L / L0; see `shape_of`
         tokens        in proportion to the layers' matrices, unless given: for the least loss with
                       given compute both grow alike (Hoffmann et al., arXiv:2203.15556)
-        batch         B0 * sqrt(tokens / tokens0), as the critical batch size (Zhang et al.,
-                      arXiv:2410.21676), but B0 times a power of two
+        batch         B0 * (tokens / tokens0)^0.571, as the optimal batch size (Li et al.,
+                      arXiv:2503.04715), but B0 times a power of two
         rates         those of `at_width`, times sqrt(B / B0) (Malladi et al., arXiv:2205.10287)
-                      and (tokens / tokens0)^(-1/4), which cancel except for the batch's rounding;
-                      Bjorck et al. (arXiv:2409.19913) find a power of -0.32
+                      and (tokens / tokens0)^(-1/4), which nearly cancel except for the batch's
+                      rounding; Bjorck et al. (arXiv:2409.19913) find a power of -0.32
         weight decay  rate^2 * decay * steps stays, so that a weight loses the same share of itself
                       over the run (Wang and Aitchison, arXiv:2405.13698)
         warm-ups      the same share of the steps, and as many validations
@@ -40,7 +40,7 @@ def at_depth(base: "Hyperparameters", depth: int, tokens: float | None = None) -
         tokens = had * matrix_weights(hp.model) / matrix_weights(base.model)
     rows = [per_step(n) // base.schedule.row_length(n) for n in range(len(base.stages))]
     most_halvings = (gcd(*rows) & -gcd(*rows)).bit_length() - 1  # whole rows in every step
-    times_batch = 2.0 ** max(round(log2(tokens / had) / 2), -most_halvings)
+    times_batch = 2.0 ** max(round(0.571 * log2(tokens / had)), -most_halvings)
     num_steps = max(1, round(base.num_steps * tokens / had / times_batch))
     longer = num_steps / base.num_steps
     faster = sqrt(times_batch) * (tokens / had) ** -0.25

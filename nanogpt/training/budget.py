@@ -99,7 +99,7 @@ def afford(hp: "Hyperparameters", choose: "Choose", begun: float) -> "Hyperparam
         )
         return tried
 
-    depth = own if hp.depth else ceil(own / 3)
+    depth = own if hp.depth else own // 3 + 1
     trials = [trial(choose(depth, None))]
     while not hp.depth and len(trials) < MOST_DEPTHS and (wanted := left()) > 0:
         depth = suited(trials, wanted, lambda depth: choose(depth, None))

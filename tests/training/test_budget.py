@@ -83,7 +83,7 @@ def test_the_run_takes_the_time_asked_for(monkeypatch, machine, minutes):
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize(
     "by_hand",
-    [{}, {"total_batch_size": 512}, {"total_batch_size": 8192}, {"val_loss_every": 10}],
+    [{}, {"total_batch_size": 1024}, {"total_batch_size": 16384}, {"val_loss_every": 10}],
     ids=str,
 )
 def test_what_is_set_by_hand_stays_and_so_does_the_time(monkeypatch, machine, by_hand):
