@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Required, TypedDic
 
 import numpy as np
 import tyro
-from jaxtyping import Int64
+from jaxtyping import Array, Int64, UInt8
 from rich.console import Console
 from rich.progress import track
 
 from nanogpt.checks import ConfigError, Count, Positive, UserError, checked, shown
 from nanogpt.command_line import discard_output, parse
+from nanogpt.data.canonical import impossible_next
 from nanogpt.data.corpus import embedded_corpus
 from nanogpt.data.dataset import difference, look_into
 from nanogpt.data.hub import DownloadError, into_cache
@@ -61,6 +62,8 @@ class Options:
     val_tokens: Positive | None = None
     """Number of validation tokens, from the start of the shards; None: as many as the run used, or
     10,485,760 for an exported model."""
+    canonical_masking: bool = False
+    """Leave out the ids that the tokenizer cannot produce next; see docs/evaluation.md."""
     hellaswag: bool = False
     """Also score HellaSwag; on a CPU this takes hours for a model of the speedrun's size."""
     hellaswag_items: Positive | None = None
@@ -83,6 +86,7 @@ class Results(TypedDict, total=False):
     val_tokens: Positive
     val_loss: float
     bits_per_byte: float
+    canonical_masking: bool
     hellaswag: dict[str, float]
     environment: dict[str, Any]
 
@@ -109,7 +113,7 @@ def evaluate(options: Options) -> None:
     from nanogpt.data.validation import ValidationRows
     from nanogpt.devices.accelerator import use_device
     from nanogpt.devices.compilation import first_that_fits, use_compilation_cache
-    from nanogpt.devices.mesh import make_mesh
+    from nanogpt.devices.mesh import REPLICATED, make_mesh, put
     from nanogpt.inference.hellaswag import read_items, retokenized
     from nanogpt.inference.hub import HUB, folder_of
 
@@ -169,10 +173,16 @@ def evaluate(options: Options) -> None:
         if not options.model.startswith(HUB):  # whose cache holds nothing but what it sent
             write_results(run.folder, run.step, results)
 
-    nats = fitting(partial(validation_nats, run, rows))
+    impossible = None
+    if options.canonical_masking:
+        table = impossible_next(tokenizer, run.hp.model.padded_vocab_size)
+        impossible = put(run.mesh, REPLICATED, table.shape, table.__getitem__)
+    nats = fitting(partial(validation_nats, run, rows, impossible))
     results = {"val_files": name, "val_tokens": count, "val_loss": nats / count}
     results["bits_per_byte"] = nats / log(2) / num_bytes
-    tell(f"val loss {nats / count:.4f} | {count:,} tokens of {name}")
+    results["canonical_masking"] = options.canonical_masking
+    masked = ", canonical masking" * options.canonical_masking
+    tell(f"val loss {nats / count:.4f} | {count:,} tokens of {name}{masked}")
     tell(f"bits per byte {results['bits_per_byte']:.4f} | {num_bytes:,} bytes of text")
     keep(results)
 
@@ -245,7 +255,12 @@ def bytes_per_token(tokenizer: Tokenizer) -> Int64[np.ndarray, "65536"]:
     return lengths
 
 
-def validation_nats(run: Trained, rows: "ValidationRows", batch_size: int) -> float:
+def validation_nats(
+    run: Trained,
+    rows: "ValidationRows",
+    impossible: UInt8[Array, "V V8"] | None,
+    batch_size: int,
+) -> float:
     """Return the summed loss of all targets in the rows, in nats, computed in the run's dtype."""
     from nanogpt.config import Kernels
     from nanogpt.devices.mesh import ROWS, put
@@ -257,10 +272,12 @@ def validation_nats(run: Trained, rows: "ValidationRows", batch_size: int) -> fl
     eval_step = make_eval_step(graph_of(run.model, Kernels(attention)), run.mesh, dtype)
     devices = run.mesh.size
     R = min(batch_size, -(-len(rows) // devices)) * devices
-    return fsum(
-        float(eval_step(run.params, put(run.mesh, ROWS, (R, T + 1), partial(rows, first, R))))
-        for first in progress(range(0, len(rows), R), "validation")
-    )
+
+    def nats(first: int) -> float:
+        batch = put(run.mesh, ROWS, (R, T + 1), partial(rows, first, R))
+        return float(eval_step(run.params, batch, impossible))
+
+    return fsum(map(nats, progress(range(0, len(rows), R), "validation")))
 
 
 def hellaswag_file() -> Path:

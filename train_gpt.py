@@ -169,6 +169,8 @@ class Hyperparameters:
     """Steps between validations; 0: only after the last step, which always validates."""
     val_tokens: Positive = 10_485_760
     """Number of validation tokens, from the start of the validation shards."""
+    canonical_masking: bool = False
+    """Validate without the ids that the tokenizer cannot produce next; see docs/evaluation.md."""
 
     # Run
     device: Literal["auto", "cpu", "gpu", "tpu"] = "auto"
@@ -190,11 +192,9 @@ class Hyperparameters:
     """Device mesh, e.g. data=4,model=2: data parallelism over rows, tensor parallelism over heads
     and MLPs; None puts all devices on the data axis."""
     shard_params: bool = False
-    """Shard parameters, gradients and optimizer state over the data axis (ZeRO-3), for models too
-    large for one device."""
+    """Shard parameters, gradients and optimizer state over the data axis (ZeRO-3)."""
     rematerialize: bool | None = None
-    """Recompute layers in the backward pass: less memory for up to a third more work; None: only
-    if a single row would not fit otherwise."""
+    """Recompute layers in the backward pass, to save memory; None: only if no row fits without."""
     seed: Seed = 0
     """Random seed for the initial weights, the data order and the sample."""
     skip_spikes: NotNegative = 0.0

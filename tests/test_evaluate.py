@@ -127,6 +127,18 @@ def test_an_exported_model_has_the_loss_of_its_run(staged, tmp_path, capsys):
     )
 
 
+def test_ids_that_cannot_come_next_are_left_out_if_asked_for(base, capsys, monkeypatch):
+    whole = results(base)
+    assert not whole["canonical_masking"]
+    of_bytes = results(base, "--canonical-masking")  # in any order
+    assert of_bytes["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-6)
+    assert capsys.readouterr().out.splitlines()[2].endswith(", canonical masking")
+    nothing_but_ascii = np.repeat(np.uint8([0, 255]), 16) * np.ones((256, 1), np.uint8)
+    monkeypatch.setattr(evaluate, "impossible_next", lambda *arguments: nothing_but_ascii)
+    found = results(base, "--canonical-masking")
+    assert found["canonical_masking"] and found["val_loss"] < whole["val_loss"] - 0.1
+
+
 def test_neither_the_devices_nor_their_rows_change_the_loss(base, monkeypatch):
     one = results(base, "--batch-size", 1)["val_loss"]
     monkeypatch.setattr(nanogpt.devices.mesh, "make_mesh", lambda: make_mesh(1))

@@ -190,6 +190,7 @@ def page(name: str, description: str, runs: Sequence[Run], found: Statistics) ->
     ]
     place = runs[0].environment
     versions = ", ".join(f"{package} {place[package]}" for package in ("python", *PACKAGES))
+    masking = ", with canonical masking" * runs[0].config.get("canonical_masking", False)
     return "\n".join(
         [
             f"# {name}",
@@ -204,7 +205,7 @@ def page(name: str, description: str, runs: Sequence[Run], found: Statistics) ->
             *rows,
             "",
             f"{sentence(found, TARGET)} (One-sided t-test; validation on the first {VAL_TOKENS:,} "
-            "tokens of FineWeb's validation shard.)",
+            f"tokens of FineWeb's validation shard{masking}.)",
             "",
             "```sh",
             *(run.environment["command"] for run in runs),

@@ -47,7 +47,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from nanogpt.config import GATE_INPUTS, GPTConfig, Kernels
 from nanogpt.devices.sharding import from_parts, share_of_row, to_parts
@@ -204,6 +204,7 @@ class GPT(nnx.Module):
         tokens: Int[Array, "B T"],
         targets: Int[Array, "B T"],
         weights: Sequence[float | Float[Array, ""]] = (1.0,),
+        impossible: UInt8[Array, "B T V8"] | None = None,
     ) -> tuple[Float[Array, "B part"], Float[Array, "B part"]]:
         """Return the objective and the cross-entropy of each target in nats, both float32.
 
@@ -217,7 +218,8 @@ class GPT(nnx.Module):
         ]
         features, after = self.features(tokens), jnp.stack(after, axis=-1)
         if self.kernels.tensor_parallel:
-            features, after = share_of_row(to_parts(features)), share_of_row(after)
+            features = to_parts(features)
+            features, after, impossible = jax.tree.map(share_of_row, (features, after, impossible))
         return linear_cross_entropy(
             features,
             self.head[...],
@@ -226,6 +228,7 @@ class GPT(nnx.Module):
             weights=weights,
             kernel=self.kernels.loss,
             fp8=self.kernels.fp8_head,
+            impossible=impossible,
         )
 
     def logits(self, features: Float[Array, "*B D"]) -> Float[Array, "*B V"]:

@@ -23,7 +23,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt8
 
 from nanogpt.config import LossKernel
 from nanogpt.model.kernels.cross_entropy import in_parts, one_pass
@@ -40,12 +40,12 @@ def linear_cross_entropy(
     weights: Sequence[float | Float[Array, ""]] = (1.0,),
     kernel: LossKernel = "xla",
     fp8: bool = False,
+    impossible: UInt8[Array, "*BT V8"] | None = None,
 ) -> tuple[Float[Array, "*BT"], Float[Array, "*BT"]]:
     """Return the objective and the loss of each token, in nats, as float32.
 
-    A loss is -log softmax(softcap(features @ head))[target]. The objective is the weighted sum of
-    the losses of the K targets. The loss returned is that of the first target, for logging only: it
-    is not differentiated. With weights (1.0,) the two are equal.
+    The objective is the weighted sum of the losses, -log softmax(softcap(features @ head))[target],
+    of K targets. The loss returned is the first target's, for logging: it is not differentiated.
 
     Args:
         features: bfloat16 or float32; must be RMS-normalized for `fp8`.
@@ -57,9 +57,9 @@ def linear_cross_entropy(
         kernel: "pallas" reads the logits once per step instead of twice, on NVIDIA GPUs; other
             devices, and losses that are not differentiated, use XLA.
         fp8: whether to multiply in 8-bit floats; see nanogpt/model/kernels/fp8.py.
+        impossible: bits of ids without probability, in validation; see nanogpt/data/canonical.py.
 
-    Raises:
-        ValueError: if there are not K weights.
+    Raises ValueError if there are not K weights.
     """
     *shape, K = targets.shape
     if len(weights) != K:
@@ -68,7 +68,11 @@ def linear_cross_entropy(
     total = given.sum()
     run = in_parts(_objective_and_loss) if kernel == "pallas" and fp8 else _objective_and_loss
     features, targets = features.reshape(-1, len(head)), targets.reshape(-1, K)
-    objective, loss = run(features, head, targets, given / total, cap, fp8, kernel)
+    if impossible is None:
+        objective, loss = run(features, head, targets, given / total, cap, fp8, kernel)
+    else:
+        mask = impossible.reshape(len(targets), -1)
+        objective, loss = _forward(features, head, targets, given / total, cap, fp8, "xla", mask)[0]
     return total * objective.reshape(shape), loss.reshape(shape)
 
 
@@ -78,7 +82,7 @@ def _objective_and_loss(features, head, targets, weights, cap, fp8, kernel):
     return _forward(features, head, targets, weights, cap, fp8, "xla")[0]
 
 
-def _forward(features, head, targets, weights, cap, fp8, kernel):
+def _forward(features, head, targets, weights, cap, fp8, kernel, mask=None):
     if fp8:
         logits = fp8_logits(features, head)
     else:
@@ -88,7 +92,7 @@ def _forward(features, head, targets, weights, cap, fp8, kernel):
         losses, kept = jax.lax.platform_dependent(logits, targets, weights, cuda=one, default=two)
         offset = None  # `kept` is already dlogits
     else:
-        kept, (losses, offset) = logits, _losses_and_offset(logits, targets, weights, cap)
+        kept, (losses, offset) = logits, _losses_and_offset(logits, targets, weights, cap, mask)
     objective = jnp.sum(losses * weights, axis=-1)
     return (objective, losses[:, 0]), (features, head, targets, weights, kept, offset)
 
@@ -119,10 +123,12 @@ def _two_passes(logits, targets, weights, cap, fp8):
     return losses, _dlogits(logits, offset, targets, weights, cap, fp8)
 
 
-def _losses_and_offset(logits, targets, weights, cap):
+def _losses_and_offset(logits, targets, weights, cap, mask=None):
     """Return losses [BT, K], and offsets [BT] such that exp(capped logits - offset) = weight p."""
-    sums = jnp.sum(jnp.exp(softcap(logits, cap) - cap.bound), axis=-1)
-    log_normalizer = cap.bound + jnp.log(sums)
+    terms = jnp.exp(softcap(logits, cap) - cap.bound)
+    if mask is not None:
+        terms *= 1 - jnp.unpackbits(mask, axis=-1, bitorder="little")
+    log_normalizer = cap.bound + jnp.log(jnp.sum(terms, axis=-1))
     # Gather the targets' logits. A second reduction over V instead would make the compiler store
     # what both reductions read, the capped logits, in float32.
     target_logits = jnp.take_along_axis(logits, jnp.maximum(targets, 0), axis=-1)

@@ -31,6 +31,8 @@ def heading(plan: Plan, folder: Path) -> list[str]:
             f"micro-batch: {plan.batch_size} {rows}, about {plan.activation_bytes / 1e9:.1f} GB of "
             f"activations (device memory {available})"
         )
+    if hp.canonical_masking:
+        lines.append("canonical masking: validation leaves out ids that cannot come next")
     if plan.kernels.rematerialize:
         lines.append("layers are recomputed in the backward pass to save memory")
     return lines + warnings(plan)

@@ -4,12 +4,13 @@ from collections.abc import Iterator
 from functools import partial
 
 from jax.sharding import Mesh
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt8
 
 from nanogpt.data.batches import RowOrder, Rows, train_batch
-from nanogpt.data.tokenizer import TOKENIZERS
+from nanogpt.data.canonical import impossible_next
+from nanogpt.data.tokenizer import TOKENIZERS, load_tokenizer
 from nanogpt.data.validation import ValidationRows
-from nanogpt.devices.mesh import BATCH, ROWS, put
+from nanogpt.devices.mesh import BATCH, REPLICATED, ROWS, put
 from nanogpt.training.plan import Plan
 
 
@@ -35,6 +36,10 @@ class Inputs:
             )
             for stage in plan.stages
         ]
+        self.impossible: UInt8[Array, "V V8"] | None = None  # ids in validation, see canonical.py
+        if hp.canonical_masking:
+            table = impossible_next(load_tokenizer(hp.tokenizer), hp.model.padded_vocab_size)
+            self.impossible = put(mesh, REPLICATED, table.shape, table.__getitem__)
 
     def batch(self, plan: Plan, step: int) -> Int[Array, "Ng R T1"]:
         """Return the batch of a step, in rows of T1 = T + 1 tokens and the plan's micro-batches."""

@@ -14,7 +14,7 @@ from jaxtyping import Array, Int, Key
 from rich.console import Console
 
 from nanogpt.devices.compilation import compile_all, first_that_fits, memory_of
-from nanogpt.devices.mesh import BATCH, ROWS, shapes_on
+from nanogpt.devices.mesh import BATCH, REPLICATED, ROWS, shapes_on
 from nanogpt.schedule import Rates
 from nanogpt.training.checkpoint import load_state
 from nanogpt.training.inputs import Inputs
@@ -65,8 +65,13 @@ class Programs:
         """Return the validation loss after a step, or None once `broken_off()` is true."""
         stage = self.plan.hp.schedule.stage(step)
         batches = self.inputs.validation(self.plan, stage)
+        eval_step = self.validate[stage]
         return validation_loss(
-            self.validate[stage], params, batches, self.plan.hp.val_tokens, broken_off
+            lambda params, rows: eval_step(params, rows, self.inputs.impossible),
+            params,
+            batches,
+            self.plan.hp.val_tokens,
+            broken_off,
         )
 
     @property
@@ -148,8 +153,9 @@ def lowered(
     stages: dict[int, int],
 ) -> dict[tuple[str, int], Lowered]:
     """Lower the training and evaluation step of each stage, ready to be compiled."""
-    hp, programs = plan.hp, {}
+    hp, programs, V = plan.hp, {}, plan.hp.model.padded_vocab_size
     state = jax.eval_shape(init, jax.random.key(0))
+    impossible = jax.ShapeDtypeStruct((V, V // 8), jnp.uint8) if hp.canonical_masking else None
     for stage, step in stages.items():
         graph, (Ng, R) = graph_of(plan.stages[stage].model, plan.kernels), plan.shape(stage)
         used = graph_of(plan.stages[stage].used_model, plan.kernels)
@@ -166,7 +172,9 @@ def lowered(
         programs["training step", stage] = train_step.lower(
             state, shapes_on(mesh, BATCH, batch), rates
         )
-        programs["validation", stage] = eval_step.lower(state.params, shapes_on(mesh, ROWS, rows))
+        programs["validation", stage] = eval_step.lower(
+            state.params, shapes_on(mesh, ROWS, rows), shapes_on(mesh, REPLICATED, impossible)
+        )
     return programs
 
 

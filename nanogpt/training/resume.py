@@ -57,6 +57,7 @@ ADDED = {
     "learning_rate_factor": 1.0,
     "checkpoint_minutes": None,
     "keep_best": False,
+    "canonical_masking": False,
 }
 
 

@@ -24,7 +24,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 from jax.stages import Wrapped
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree, UInt8
 
 from nanogpt.config import GPTConfig, Kernels
 from nanogpt.devices.mesh import BATCH, REPLICATED, ROWS
@@ -175,27 +175,36 @@ def _loss_and_gradients(
 def make_eval_step(
     graph: nnx.GraphDef, mesh: Mesh, dtype: str, shard_params: bool = False
 ) -> Wrapped:
-    """Build `eval_step(params, rows)`, jitted: the sum of the losses of all targets, in nats.
+    """Build `eval_step(params, rows, impossible)`, jitted: the summed loss of all targets, in nats.
 
-    A negative token, ~t, is read as t, but is not a target.
+    A negative token, ~t, is read as t, but is not a target. `impossible` has a bit for each id that
+    gets no probability after an id (nanogpt/data/canonical.py), or is None.
     """
 
     def summed_loss(
-        graph: nnx.GraphDef, placed: PyTree, parts: Params, rows: Int[Array, "R T1"]
+        graph: nnx.GraphDef,
+        placed: PyTree,
+        parts: Params,
+        rows: Int[Array, "R T1"],
+        impossible: UInt8[Array, "V V8"] | None,
     ) -> Float[Array, ""]:
         model = nnx.merge(graph, gathered(parts, placed))
-        _, losses = model.loss(jnp.where(rows < 0, ~rows, rows)[:, :-1], rows[:, 1:])
+        inputs = jnp.where(rows < 0, ~rows, rows)[:, :-1]
+        masks = None if impossible is None else impossible[inputs]
+        _, losses = model.loss(inputs, rows[:, 1:], impossible=masks)
         return jax.lax.psum(sum_over_model(losses.sum()), "data")
 
-    def eval_step(params: Params, rows: Int[Array, "R T1"]) -> Float[Array, ""]:
+    def eval_step(
+        params: Params, rows: Int[Array, "R T1"], impossible: UInt8[Array, "V V8"] | None = None
+    ) -> Float[Array, ""]:
         apart, layers = layers_apart(graph, params, dtype)
         placed = specs(layers, shard_params)
         return jax.shard_map(
             partial(summed_loss, apart, placed),
             mesh=mesh,
-            in_specs=(placed, ROWS),
+            in_specs=(placed, ROWS, REPLICATED),
             out_specs=REPLICATED,
             check_vma=False,
-        )(layers, rows)
+        )(layers, rows, impossible)
 
     return jax.jit(eval_step)

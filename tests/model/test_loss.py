@@ -225,6 +225,26 @@ def test_a_softcap_can_be_the_sigmoid_of_the_speedrun():
     np.testing.assert_allclose(loss, np.where(targets < 0, 0.0, want)[..., 0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("weights", [ONE, THREE])
+def test_impossible_ids_have_no_probability_whatever_their_logits(weights):
+    features, _, _ = some_inputs("float32")
+    rng, ids = np.random.default_rng(3), 40
+    head = jnp.asarray(rng.standard_normal((D, ids)), "float32")
+    targets = some_targets((3, 5), len(weights), ids)
+    impossible = rng.random((3, 5, ids)) < 0.5
+    np.put_along_axis(impossible, np.maximum(targets, 0), False, axis=-1)
+    mask = jnp.asarray(np.packbits(impossible, axis=-1, bitorder="little"))
+    objective, loss = linear_cross_entropy(
+        features, head, targets, CAP, weights=weights, kernel="pallas", impossible=mask
+    )
+    logits = np.asarray(features, "f8") @ np.asarray(head, "f8")
+    capped = np.where(impossible, -np.inf, CAP.bound * np.tanh(logits / CAP.width))
+    log_p = capped - np.log(np.exp(capped).sum(axis=-1, keepdims=True))
+    want = np.where(targets < 0, 0, -np.take_along_axis(log_p, np.maximum(targets, 0), axis=-1))
+    np.testing.assert_allclose(objective, want @ np.array(weights), rtol=1e-5)
+    np.testing.assert_allclose(loss, want[..., 0], rtol=1e-5)
+
+
 def wide_inputs(K):
     """Return RMS-normalized features and a head as large as after training; bfloat16."""
     rng = np.random.default_rng(3)

@@ -452,16 +452,22 @@ def test_evaluation_sums_the_losses_of_all_targets_on_any_number_of_devices():
         np.maximum(rows[:, :-1], 0)
     )
     logits, targets = np.asarray(logits, "f8"), rows[:, 1:]
-    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    expected = sum(
-        -log_p[row, t, target] for (row, t), target in np.ndenumerate(targets) if target >= 0
-    )
+    V = CONFIG.padded_vocab_size
+    impossible = rng.random((V, V)) < 0.3  # next ids, after each id
+    table = jnp.asarray(np.packbits(impossible, axis=-1, bitorder="little"))
 
-    for devices, batch_size in ((1, 4), (8, 8)):
+    for devices, batch_size, mask in ((1, 4, None), (8, 8, None), (8, 8, table)):
+        likelihoods = np.exp(logits)
+        if mask is not None:
+            likelihoods[impossible[np.maximum(rows[:, :-1], 0)]] = 0
+        log_p = logits - np.log(likelihoods.sum(-1, keepdims=True))
+        expected = sum(
+            -log_p[row, t, target] for (row, t), target in np.ndenumerate(targets) if target >= 0
+        )
         mesh = make_mesh(devices)
         eval_step = make_eval_step(graph, mesh, "float32")
         found = sum(
-            float(eval_step(params, placed(mesh, ROWS, batch)))
+            float(eval_step(params, placed(mesh, ROWS, batch), mask))
             for batch in np.split(rows, 8 // batch_size)
         )
         assert found == pytest.approx(expected, rel=1e-5)
