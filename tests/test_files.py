@@ -169,13 +169,13 @@ def test_a_field_that_is_not_as_declared_is_named(run, capsys, programs, path, v
 
 
 def test_what_does_not_go_together_is_told_with_its_file(run, capsys):
-    for path, value in {"stages.0.batch": 0.3, "model.num_heads": 3}.items():
+    for path, value in {"stages.0.batch": 0.3, "model.num_heads": 5}.items():
         (run / "config.json").write_text(json.dumps(changed(RUN, path, value)))
         if path.startswith("stages"):
-            told = r"runs/a/config.json: batch of stage 1, 0.3 \* 2,048, is not .*: restore it"
+            told = r"runs/a/config.json: batch of stage 1, 0.3 \* 4,096, is not .*: restore it"
             assert re.match(told, refusal(capsys, run, *PROGRAMS["sample"]))
         sentence = refusal(capsys, run, *PROGRAMS["repeat"])
-        told = "batch of stage 1" if "batch" in path else "width (128) must be"
+        told = "batch of stage 1" if "batch" in path else "width (96) must be"
         assert sentence.startswith(f"runs/a/config.json: {told}")
 
 
@@ -294,7 +294,7 @@ def test_a_run_from_before_a_setting_was_added_is_as_it_was(tmp_path):
         ("model.width", 2.0, "model.width must be an integer, not 2.0"),
         ("model.backout", DROPPED, "model.backout is missing"),
         ("model.layers", 2, "model.layers, 2, is unknown to this version"),
-        ("model.num_heads", 3, "width (128) must be a multiple of 4 * num_heads"),
+        ("model.num_heads", 5, "width (96) must be a multiple of 4 * num_heads"),
     ],
 )
 def test_a_field_of_an_exported_model_is_named(run, capsys, path, value, told):
