@@ -13,7 +13,7 @@ from nanogpt.model.attention import reference_attention, visible
 from nanogpt.model.gpt import norm, project
 from nanogpt.model.rotary import rotary, rotation
 
-B, T, N, H = 4, 128, 2, 64  # a micro-batch of the laptop preset
+B, T, N, H = 4, 128, 2, 48  # a micro-batch of the laptop preset
 D = N * H
 SPEED, SCALE = rotation(GPTConfig(width=D, num_heads=N))
 ANGLE = jnp.float32(np.arange(T)[None, :, None] * SPEED)  # [1, T, H / 2], in radians

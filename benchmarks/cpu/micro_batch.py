@@ -17,10 +17,10 @@ from benchmarks.processes import median_step_s, train
 from benchmarks.results import save
 from benchmarks.timing import best_in_turn
 
-ROWS = 16  # rows per step
-SIZES = (16, 8, 4, 2)  # rows per micro-batch
+ROWS = 32  # rows per step
+SIZES = (32, 16, 8, 4, 2)  # rows per micro-batch
 WARM_UP = 10  # steps
-TINY = "--sequence-length 32 --total-batch-size 512 --model.num-layers 2"
+TINY = "--sequence-length 32 --total-batch-size 1024 --model.num-layers 2"
 
 
 @dataclass(frozen=True)
