@@ -8,7 +8,7 @@ so every file that matches fineweb10B/fineweb_*.bin is complete. If it is interr
 it continues where it stopped.
 """
 
-import nanogpt  # noqa: F401  (explains what to do if packages are missing)
+import nanogpt  # explains what to do if packages are missing
 
 # isort: split
 import argparse
@@ -45,6 +45,7 @@ class Published(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Download the shards that the command line asks for; return the exit status."""
     options = parse(argv)
+    nanogpt.imported()
     training = [f"fineweb_train_{i:06d}.bin" for i in range(1, options.shards + 1)]
     try:
         download(["fineweb_val_000000.bin", *training], options.folder)

@@ -4,7 +4,7 @@ Prints the loss on its validation tokens, the same in bits per byte of text, and
 its accuracy on HellaSwag, and saves them in the run's folder. docs/evaluation.md explains each.
 """
 
-import nanogpt  # noqa: F401  (explains what to do if packages are missing)
+import nanogpt  # explains what to do if packages are missing
 
 # isort: split
 import json
@@ -117,6 +117,7 @@ def evaluate(options: Options) -> None:
     from nanogpt.inference.hellaswag import read_items, retokenized
     from nanogpt.inference.hub import HUB, folder_of
 
+    nanogpt.imported()
     use_device()
     use_compilation_cache()
     run = load(folder_of(options.model), make_mesh())

@@ -4,7 +4,7 @@ nanogpt/inference/export.py describes the folder. nanogpt/inference/model_note.p
 MODEL.md, and nanogpt/inference/huggingface.py the files for Hugging Face's libraries.
 """
 
-import nanogpt  # noqa: F401  (explains what to do if packages are missing)
+import nanogpt  # explains what to do if packages are missing
 
 # isort: split
 import os
@@ -69,6 +69,7 @@ def export(run: Path, out: Path, repository: str | None = None) -> str:
     from nanogpt.inference.weights import load_run, origin_of
     from nanogpt.training.checkpoint import run_of
 
+    nanogpt.imported()
     check_free(out)
     if repository is not None:
         check_name(repository)

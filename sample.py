@@ -1,6 +1,6 @@
 """Continue a prompt with a trained model: `python3 sample.py runs/<name> --prompt "def "`."""
 
-import nanogpt  # noqa: F401  (explains what to do if packages are missing)
+import nanogpt  # explains what to do if packages are missing
 
 # isort: split
 import os
@@ -177,6 +177,7 @@ def load_writer(name: str) -> tuple[Write, str]:
     from nanogpt.inference.text import write
     from nanogpt.inference.weights import load_model
 
+    nanogpt.imported()
     device = use_device()
     use_compilation_cache()
     settings, graph, params, origin = load_model(folder_of(name), make_mesh(1))

@@ -90,8 +90,8 @@ SPEEDRUN_STAGES = (
 
 
 @dataclass(frozen=True)
-class Hyperparameters:
-    """All settings of a run. The defaults are those of the `speedrun` preset."""
+class Hyperparameters:  # the defaults are those of the speedrun preset
+    """All settings of a run, with their defaults."""
 
     preset: Preset = "auto"
     """Defaults for all other settings. auto: speedrun with an accelerator, otherwise laptop; with

@@ -28,7 +28,6 @@ ELSEWHERE = {
     "eval-iters": "val-tokens",
     "save-interval": "checkpoint-every",
     "out-dir": "run-name",
-    "gpu": "device",
     "cpu": "device",
     "n-layer": "model.num-layers",
     "n-head": "model.num-heads",
@@ -37,6 +36,13 @@ ELSEWHERE = {
     "wandb-log": "wandb",
     "max-tokens": "max-new-tokens",
     "start": "prompt",
+}
+# Options there that have no counterpart here, and why.
+NEEDLESS = {
+    "compile": "every program is compiled",
+    "gpu": "all GPUs are used; choose some with CUDA_VISIBLE_DEVICES",
+    "gpus": "all GPUs are used; choose some with CUDA_VISIBLE_DEVICES",
+    "epochs": "give --num-steps; --dry-run shows how many epochs they are",
 }
 
 
@@ -57,6 +63,9 @@ def parse(options: type[Options], arguments: Sequence[str] | None, **settings: A
         here = ELSEWHERE.get(given.removeprefix("--"), "")
         if given.startswith("--") and here.partition(".")[0] in names:
             print(f"{given} is called --{here} here; see --help.", file=sys.stderr)
+            raise SystemExit(2)
+        if given.removeprefix("--") in NEEDLESS and "num_steps" in options.__annotations__:
+            print(f"{given} is not needed: {NEEDLESS[given.removeprefix('--')]}.", file=sys.stderr)
             raise SystemExit(2)
     try:
         try:

@@ -9,7 +9,7 @@ import pytest
 
 import sample
 import train_gpt
-from nanogpt.command_line import ELSEWHERE
+from nanogpt.command_line import ELSEWHERE, NEEDLESS
 from nanogpt.config import GPTConfig
 from train_gpt import Hyperparameters
 
@@ -33,11 +33,21 @@ def test_a_name_that_other_trainers_use_is_answered_with_the_one_here(main, argu
     assert capsys.readouterr().err == f"{given} is called {here} here; see --help.\n"
 
 
+def test_an_option_of_other_trainers_that_is_not_needed_is_answered_with_the_reason(capsys):
+    for argument in ("--compile", "--epochs=3", "--gpu"):
+        with pytest.raises(SystemExit) as end:
+            train_gpt.main([argument, "1"])
+        assert end.value.code == 2
+        given = argument.partition("=")[0]
+        told = f"{given} is not needed: {NEEDLESS[given.removeprefix('--')]}.\n"
+        assert capsys.readouterr().err == told
+
+
 def test_every_name_that_is_answered_exists_and_none_is_one_of_ours():
     ours = {name.replace("_", "-") for name in (*vars(Hyperparameters), *vars(sample.Options))}
     model = {f"model.{name.replace('_', '-')}" for name in vars(GPTConfig)}
     assert set(ELSEWHERE.values()) <= ours | model
-    assert not set(ELSEWHERE) & ours
+    assert not {*ELSEWHERE, *NEEDLESS} & ours
 
 
 @pytest.mark.parametrize("preset", ["laptop", "speedrun"])
@@ -93,3 +103,24 @@ def test_a_console_shows_what_it_has_no_character_for_as_a_question_mark():
         capture_output=True,
     )
     assert (done.returncode, done.stdout.split()) == (0, [b"a?"])
+
+
+@pytest.mark.parametrize(
+    "script", ["train_gpt", "sample", "evaluate", "export", "prepare_data", "cached_fineweb10B"]
+)
+def test_ctrl_c_while_a_script_imports_is_a_word_and_no_traceback(script, tmp_path):
+    # Every script imports msgspec; this one presses Ctrl-C meanwhile.
+    (tmp_path / "msgspec.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(
+        [sys.executable, f"{script}.py"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "\nInterrupted.\n")
+
+
+def test_the_package_leaves_ctrl_c_alone_where_no_script_of_its_own_runs():
+    code = "import signal as s; old = s.getsignal(2); import nanogpt; print(s.getsignal(2) is old)"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert ended.stdout == "True\n"

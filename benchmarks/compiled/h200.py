@@ -1,6 +1,6 @@
 """The training step as compiled for H200s, on a machine without GPUs.
 
-    .venv/bin/python -m benchmarks.compiled.h200
+    python3 -m benchmarks.compiled.h200
 
 XLA compiles for a device's description as it does for a real device, with two exceptions: it does
 not autotune matmuls, and cuDNN does not plan its kernels. So this shows what a step computes, keeps

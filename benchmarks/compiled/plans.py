@@ -1,6 +1,6 @@
 """The planned rows per pass and memory of a run on GPUs and TPUs.
 
-    .venv/bin/python -m benchmarks.compiled.plans
+    python3 -m benchmarks.compiled.plans
 
 It prints the tables of docs/gpu.md and docs/tpu.md in seconds: nothing is compiled or measured.
 GPUs that cannot multiply bfloat16 train in float32, without flash attention.

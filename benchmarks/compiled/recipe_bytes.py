@@ -1,6 +1,6 @@
 """Bytes per token of the speedrun's step, as compiled for an H200, and each ingredient's share.
 
-    .venv/bin/python -m benchmarks.compiled.recipe_bytes
+    python3 -m benchmarks.compiled.recipe_bytes
 
 They are read from the program that XLA compiles for an H200's description (see h200.py), not timed.
 Every step has two micro-batches of one row. There are two figures per token of a micro-batch:

@@ -1,6 +1,6 @@
 """Communication when many H200s train together, and the scaling predicted from it.
 
-    .venv/bin/python -m benchmarks.compiled.scaling [--devices 8 64 512] [--sizes 124M 1.5B]
+    python3 -m benchmarks.compiled.scaling [--devices 8 64 512] [--sizes 124M 1.5B]
 
 The real step is compiled for that many H200s, eight per host, on a machine without GPUs
 (for_h200.py). Collectives, their bytes, and the memory of each device are read from the compiled

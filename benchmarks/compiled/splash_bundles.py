@@ -1,6 +1,6 @@
 """Cycles of splash attention on a TPU by block size, counted without a TPU.
 
-    .venv/bin/python -m benchmarks.compiled.splash_bundles
+    python3 -m benchmarks.compiled.splash_bundles
 
 The TPU compiler can dump the final schedule of each kernel in bundles: the instructions that a core
 issues in one cycle. A kernel is a loop over a grid: some of its bundles are executed in every step,

@@ -1,6 +1,6 @@
 """The programs that a run on one H200 compiles before its first step, with their CPU seconds.
 
-    .venv/bin/python -m benchmarks.compiled.start
+    python3 -m benchmarks.compiled.start
 
 They are compiled on this machine's CPU for an H200's description: without autotuning, which takes
 additional time on a real one, and one after the other, whereas a run compiles steps and validations

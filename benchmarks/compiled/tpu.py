@@ -1,6 +1,6 @@
 """A run's programs as compiled for TPUs, on a machine without TPUs.
 
-    .venv/bin/python -m benchmarks.compiled.tpu --slices v5e-1 v5e-8 v6e-8 v5p-8
+    python3 -m benchmarks.compiled.tpu --slices v5e-1 v5e-8 v6e-8 v5p-8
 
 For each slice, e.g. v5e-64, and each preset, it compiles the training step and the validation of
 the last stage, or of the given stages, with the micro-batches that a run would choose there. Each

@@ -1,7 +1,7 @@
 """Ablation of the recipe: a small speedrun, with one piece left out at a time.
 
-    .venv/bin/python -m benchmarks.cpu.ablation          # on CPUs, one run per core at a time
-    .venv/bin/python -m benchmarks.cpu.ablation --gpu    # on Python's packages, in GPT-2 tokens
+    python3 -m benchmarks.cpu.ablation          # on CPUs, one run per core at a time
+    python3 -m benchmarks.cpu.ablation --gpu    # on Python's packages, in GPT-2 tokens
 
 Every run uses the same data, number of tokens and seeds as the run with all pieces. The table gives
 the loss that each piece saves: the mean over the seeds of the difference of validation losses, run

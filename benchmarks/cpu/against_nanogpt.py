@@ -1,7 +1,7 @@
 """Time to nanoGPT's loss on a CPU: this trainer and nanoGPT on the same text and machine.
 
-    .venv/bin/python -m benchmarks.cpu.against_nanogpt
-    .venv/bin/python -m benchmarks.cpu.against_nanogpt --nanogpt CHECKOUT --torch-python PYTHON
+    python3 -m benchmarks.cpu.against_nanogpt
+    python3 -m benchmarks.cpu.against_nanogpt --nanogpt CHECKOUT --torch-python PYTHON
 
 nanoGPT's documented CPU configuration has 4 layers, 4 heads, width 128, context 64, batch 12, and
 2,000 steps of AdamW. The first command trains it in plain JAX (nanogpt_in_jax.py); the second runs

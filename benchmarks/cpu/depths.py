@@ -1,6 +1,6 @@
 """Does one number decide everything? Losses of models that `--depth` sizes, and of neighbors.
 
-    .venv/bin/python -m benchmarks.cpu.depths
+    python3 -m benchmarks.cpu.depths
 
 The `laptop` preset is trained at several depths, with all settings from the rule in
 `nanogpt/sizes.py`. At two depths its rates or its batch are also halved and doubled: if the rule is

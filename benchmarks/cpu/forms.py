@@ -1,6 +1,6 @@
 """Which form of the same attention layer is fastest in XLA on this CPU?
 
-    .venv/bin/python -m benchmarks.cpu.forms
+    python3 -m benchmarks.cpu.forms
 
 Every form computes one layer (queries, keys and values from the stream, norm, rotation, causal
 attention, projection back) and all its gradients, with the same results. The forms alternate, so

@@ -1,6 +1,6 @@
 """One optimizer step of the laptop preset, with micro-batches of different sizes.
 
-    .venv/bin/python -m benchmarks.cpu.micro_batch
+    python3 -m benchmarks.cpu.micro_batch
 
 The arithmetic is the same, only accumulated over more or fewer micro-batches. The sizes alternate,
 with three short runs of train_gpt.py each; the table gives the smallest of their median step times.

@@ -1,6 +1,6 @@
 """Tokens per second in sampling, and the limit given by memory bandwidth.
 
-    .venv/bin/python -m benchmarks.cpu.sampling
+    python3 -m benchmarks.cpu.sampling
 
 A new model of a preset's size continues texts that nearly fill its context, one and 32 at a time.
 For comparison, it makes one pass over the whole text per token, as in decoding without a cache. The

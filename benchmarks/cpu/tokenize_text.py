@@ -1,6 +1,6 @@
 """Encoding speed of prepare_data.py, compared with tiktoken alone.
 
-    .venv/bin/python -m benchmarks.cpu.tokenize_text
+    python3 -m benchmarks.cpu.tokenize_text
 
 On one side, text goes from a file of JSON lines into shards on disk; on the other, from memory
 through `tiktoken.Encoding.encode_ordinary_batch` into lists. They alternate, on one core and then

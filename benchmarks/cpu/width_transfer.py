@@ -1,6 +1,6 @@
 """Do learning rates transfer to another width, by the rule of the larger presets?
 
-    .venv/bin/python -m benchmarks.cpu.width_transfer
+    python3 -m benchmarks.cpu.width_transfer
 
 Small models of two widths, otherwise equal, are trained with the rates from `at_width`, and with
 multiples of Muon's or the head's rate. If the rule holds, the best multiple is the same at both

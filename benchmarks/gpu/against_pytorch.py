@@ -1,7 +1,7 @@
 """The training step on one GPU: this project against PyTorch, on the same device in one run.
 
-    .venv/bin/python -m benchmarks.gpu.against_pytorch --torch-python PYTHON
-    .venv/bin/python -m benchmarks.gpu.against_pytorch --torch-python PYTHON --checkout NANOGPT
+    python3 -m benchmarks.gpu.against_pytorch --torch-python PYTHON
+    python3 -m benchmarks.gpu.against_pytorch --torch-python PYTHON --checkout NANOGPT
         --checkout-command "python train.py config/train_gpt2.py --wandb_log=False --log_interval=1
         --max_iters=30 --eval_iters=1 --batch_size=64 --gradient_accumulation_steps=8"
 

@@ -1,7 +1,7 @@
 """The time of one optimizer step on this device: by variant, by part, and its lower bound.
 
-    .venv/bin/python -m benchmarks.gpu.step
-    .venv/bin/python -m benchmarks.gpu.step --stage 1 --trace FOLDER
+    python3 -m benchmarks.gpu.step
+    python3 -m benchmarks.gpu.step --stage 1 --trace FOLDER
 
 A run takes a few minutes. With a stage of the `speedrun` preset on random tokens, it measures
 

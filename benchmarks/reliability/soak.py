@@ -1,8 +1,8 @@
 """A run that is killed fifty times, at random moments, compared with an uninterrupted run.
 
-    .venv/bin/python -m benchmarks.reliability.soak
-    .venv/bin/python -m benchmarks.reliability.soak --tiny --kills 3
-    .venv/bin/python -m benchmarks.reliability.soak --processes 2
+    python3 -m benchmarks.reliability.soak
+    python3 -m benchmarks.reliability.soak --tiny --kills 3
+    python3 -m benchmarks.reliability.soak --processes 2
 
 Both train the laptop preset (with --tiny a far smaller model), for fewer steps. One run gets
 SIGKILL or SIGTERM at random moments: while it starts, compiles, trains, validates or writes a

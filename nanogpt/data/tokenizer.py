@@ -117,7 +117,7 @@ def gpt2_encoding() -> "tiktoken.Encoding":
         raise TokenizerError(
             "tiktoken could not load GPT-2's vocabulary: set TIKTOKEN_CACHE_DIR to a folder with"
             " its two files, filled on a machine with network by `TIKTOKEN_CACHE_DIR=FOLDER"
-            " python -c 'import tiktoken; tiktoken.get_encoding(\"gpt2\")'`"
+            " python3 -c 'import tiktoken; tiktoken.get_encoding(\"gpt2\")'`"
             f" ({type(result).__name__})."
         ) from result
     return result

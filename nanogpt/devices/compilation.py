@@ -63,7 +63,7 @@ def compile_all(
 
     def compile_one(name: Name) -> tuple[Compiled, float]:
         start = time.perf_counter()
-        told = name if isinstance(name, str) else " ".join(map(str, name))
+        told = name if isinstance(name, str) else f"{name[0]}, stage {name[1] + 1}"
         task = progress.add_task(told, total=1)
         compiled = functions[name].compile()
         progress.advance(task)

@@ -123,8 +123,8 @@ def check_shared(config: GPTConfig, row_lengths: Sequence[int], devices: int) ->
     ):
         if count % devices:
             raise ConfigError(
-                f"{what}: {count} cannot be divided over {devices} devices (mesh axis model); use "
-                f"a divisor of {count} for model."
+                f"{what}: {count} cannot be divided over {devices} devices; choose a mesh whose "
+                f"model axis divides {count}, or leave out that axis."
             )
 
 

@@ -64,8 +64,8 @@ def table(plan: Plan) -> dict[str, str]:
     hp = plan.hp
     return {
         "preset": hp.preset,
-        "model": f"{hp.model.num_layers} layers, width {hp.model.width}, "
-        f"{hp.model.num_heads} heads",
+        "model": f"{hp.model.num_layers} layer{'s' * (hp.model.num_layers > 1)}, width "
+        f"{hp.model.width}, {hp.model.num_heads} heads",
         "parameters": f"{plan.num_parameters:,}",
         "data": str(plan.dataset),
         "tokens": f"{hp.schedule.tokens(hp.num_steps):,} in {hp.num_steps:,} steps, "

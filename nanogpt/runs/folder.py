@@ -94,11 +94,15 @@ class Run:
         _write(self.folder / "run.json", json.dumps(everything, indent=2) + "\n")
         _write(self.folder / "config.json", json.dumps(config, indent=2) + "\n")
 
-    def say(self, text: str, style: str = "") -> None:
-        """Print a line on the console, with a rich style on a terminal, and to log.txt."""
+    def say(self, text: str, style: str = "", short: str = "") -> None:
+        """Print a line on the console, with a rich style on a terminal, and to log.txt.
+
+        On a narrow terminal, `short` is printed instead, if given.
+        """
         try:
             if self.console.is_terminal:
-                self.console.print(text, style=style or None, markup=False, soft_wrap=True)
+                told = short if short and self.console.width < 80 else text
+                self.console.print(told, style=style or None, markup=False, soft_wrap=True)
             else:
                 print(text, flush=True)
         except OSError:  # the console is gone; log.txt remains
@@ -206,7 +210,7 @@ class SilentRun(Run):
     def configure(self, config: dict[str, Any], circumstances: dict[str, Any]) -> None:
         pass
 
-    def say(self, text: str, style: str = "") -> None:
+    def say(self, text: str, style: str = "", short: str = "") -> None:
         pass
 
     def say_often(self, text: str, short: str) -> None:

@@ -138,11 +138,12 @@ class Progress:
             raise BadNumbers(f"step {record['step']}: validation loss {val_loss}.")
         self.unvalidated = None
         self._losses["val"] = val_loss
+        short = f"step {record['step']}/{self.schedule.num_steps} | val loss {val_loss:.4f}"
         self.run.say(
-            f"step {record['step']}/{self.schedule.num_steps} | val loss {val_loss:.4f} | "
-            f"{record['tokens']:,} tokens | epoch {record['tokens'] / self.train_tokens:.3g} | "
-            f"{self.training_seconds:.1f} s",
+            f"{short} | {record['tokens']:,} tokens | "
+            f"epoch {record['tokens'] / self.train_tokens:.3g} | {self.training_seconds:.1f} s",
             style="bold green",
+            short=short,
         )
         self.run.record(record | {"val_loss": val_loss})
 
@@ -158,4 +159,5 @@ class Progress:
         if training := self.seconds["train"]:
             utilization = "n/a" if self._utilized is None else f"{self._utilized / training:.1%}"
             rows["speed"] = f"{self._trained / training:,.0f} tok/s, MFU {utilization}"
+            rows["speed"] += ", since resuming" * self._resumed
         return rows

@@ -160,9 +160,8 @@ def end(run: Run, progress: Progress, step: int) -> None:
     run.progress_ended()
     peak = peak_memory(jax.local_devices()[0])
     losses = validation_losses(run.folder)
-    best = min(losses, key=losses.__getitem__, default=0)
-    kept = run.folder / "checkpoints" / f"{best:08}"
-    where = f", kept in {kept}" if best < step and kept.exists() else ""
+    best, kept = best_checkpoint(run)
+    where = f", kept in {kept}" if best < step and kept != run.folder else ""
     run.table(
         ({"best val loss": f"{losses[best]:.4f} after step {best:,}{where}"} if best else {})
         | progress.summary(step)
@@ -171,13 +170,22 @@ def end(run: Run, progress: Progress, step: int) -> None:
     run.say(f"trained {step:,} steps; weights and metrics are in {run.folder}")
 
 
+def best_checkpoint(run: Run) -> tuple[int, Path]:
+    """Return the step with the lowest validation loss, or 0, and its checkpoint, or the run's."""
+    losses = validation_losses(run.folder)
+    best = min(losses, key=losses.__getitem__, default=0)
+    kept = run.folder / "checkpoints" / f"{best:08}"
+    return best, kept if kept.exists() and best < max(losses) else run.folder
+
+
 def what_next(run: Run) -> str:
-    """Return the next commands to try with the trained model."""
+    """Return the next commands to try with the trained model, with its best checkpoint."""
+    _, best = best_checkpoint(run)
     return f"""\
 Next:
-  python3 sample.py {run.folder} --prompt "Once upon a time"
-  python3 sample.py {run.folder} --serve      # a web page
-  python3 evaluate.py {run.folder}"""
+  python3 sample.py {best} --prompt "The"
+  python3 sample.py {best} --serve      # a web page; needs pip install -e ".[serve]"
+  python3 evaluate.py {best}"""
 
 
 def interrupted(run: Run, interruption: Interruption) -> int:

@@ -95,10 +95,11 @@ def afford(hp: "Hyperparameters", choose: "Choose", begun: float) -> "Hyperparam
         tried = try_out(replace(new, **same), console)
         console.print(
             f"depth {tried.depth}: {tokens_of(tried.hp):,} tokens would take "
-            f"{tried.seconds / 60:.1f} minutes"
+            f"{tried.seconds / 60:.1f} min"
         )
         return tried
 
+    console.print(f"timing a few steps, for a run that ends {minutes:g} min after the start")
     depth = own if hp.depth else own // 3 + 1
     trials = [trial(choose(depth, None))]
     while not hp.depth and len(trials) < MOST_DEPTHS and (wanted := left()) > 0:
@@ -127,7 +128,8 @@ def afford(hp: "Hyperparameters", choose: "Choose", begun: float) -> "Hyperparam
             f"--minutes {2 * used + needed / 60 + 0.1:.1f}."
         )
     console.print(
-        f"chosen for {minutes:g} minutes: depth {best.depth}, {tokens_of(chosen):,} tokens"
+        f"chosen: depth {best.depth}, {tokens_of(chosen):,} tokens, for the {left() / 60:.1f} of "
+        f"{minutes:g} min that are left"
     )
     return replace(chosen, train_files=hp.train_files, val_files=hp.val_files)
 

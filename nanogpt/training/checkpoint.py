@@ -88,9 +88,11 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> Checkpoint:
                 say(f"WARNING: checkpoint {flaw}: step {checkpoint.step} is used instead.")
             return checkpoint
         flaws.append(f"{folder.name} {checkpoint}")
-    found = f"none of {len(flaws)} is intact ({'; '.join(flaws)})" if flaws else "there is none"
+    if not flaws:
+        raise CheckpointError(f"{run} has no checkpoint yet: start another run.")
     raise CheckpointError(
-        f"{run} has no usable checkpoint: {found}. Restore one, or start another run."
+        f"{run} has no usable checkpoint: none of {len(flaws)} is intact ({'; '.join(flaws)}). "
+        "Restore one, or start another run."
     )
 
 

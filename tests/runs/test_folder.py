@@ -126,7 +126,7 @@ def test_runs_without_names_that_start_at_once_each_get_a_folder(tmp_path, slow_
 
 def test_a_folder_that_is_held_says_by_whom_and_is_not_touched(run):
     (run.folder / "config.json").write_text("the first one's")
-    with pytest.raises(RunError, match=f"trained by process {os.getpid()} on .* since 2"):
+    with pytest.raises(RunError, match=f"in use by process {os.getpid()} on .* since 2"):
         Run(run.folder)
     assert (run.folder / "config.json").read_text() == "the first one's"
 

@@ -136,7 +136,7 @@ def test_what_is_chosen_is_trained_and_can_be_repeated(tmp_path, tmp_path_factor
     cache = shared_cache(tmp_path_factory)
     ran = run_to_end(arguments.split(), tmp_path, cache, main=with_a_stopped_clock)
     assert ran.returncode == 0, ran.stderr
-    found = re.search(r"^chosen for 0\.05 minutes: depth 1, ([\d,]+) tokens$", ran.stdout, re.M)
+    found = re.search(r"^chosen: depth 1, ([\d,]+) tokens, for ", ran.stdout, re.M)
     assert f" {found[1]} in " in ran.stdout
     (folder,) = (tmp_path / "runs").iterdir()
     again = ["--config", str(folder / "config.json"), "--dry-run"]

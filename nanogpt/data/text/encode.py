@@ -14,7 +14,7 @@ from itertools import chain
 from multiprocessing import get_context, parent_process
 from operator import itemgetter
 from pathlib import Path
-from signal import SIG_IGN, SIGINT, signal
+from signal import SIG_BLOCK, SIG_IGN, SIG_SETMASK, SIGINT, pthread_sigmask, signal
 from threading import Thread
 from typing import NamedTuple, Protocol
 
@@ -153,7 +153,12 @@ def in_order(
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=become_worker) as pool:
         waiting = deque()
         for batch, place in batches:
-            waiting.append((pool.submit(work, batch), place))
+            # A process that is started here inherits the mask, and no Ctrl-C reaches it.
+            before = pthread_sigmask(SIG_BLOCK, {SIGINT})
+            try:
+                waiting.append((pool.submit(work, batch), place))
+            finally:
+                pthread_sigmask(SIG_SETMASK, before)
             if len(waiting) > 2 * processes:
                 result, place = waiting.popleft()
                 yield result.result(), place
