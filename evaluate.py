@@ -197,6 +197,8 @@ def evaluate(options: Options) -> None:
             f"{results['items']:,} items"
         )
         keep({"hellaswag": results})
+    with suppress(OSError):  # as in `tell`
+        print(f'Next:\n  python3 sample.py {options.model} --prompt "The"', flush=True)
 
 
 class Trained(NamedTuple):

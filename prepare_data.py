@@ -117,6 +117,8 @@ def main(arguments: list[str] | None = None) -> int:
     return print_result(
         f"{made.summary()} The shards are in {out}.\nTrain on them with:\n  python3 train_gpt.py "
         f"--tokenizer {options.tokenizer} --train-files {train} --val-files {val}"
+        + "\nOn a CPU, --tokenizer bytes trains about ten times faster."
+        * (options.tokenizer == "gpt2")
     )
 
 

@@ -513,11 +513,11 @@ def folder(tmp_path, monkeypatch):
         # 8 devices, see conftest.py: one pass takes 3 * 32 * 8 = 768 tokens.
         (
             ["--batch-size", "3", "--total-batch-size", "2000"],
-            ["total_batch_size 2,000", "3 * 32 * 8 = 768", "1,536 and 2,304"],
+            ["total_batch_size 2,000", "3 * 32 * 8 = 768", "use --total-batch-size 1536 or 2304."],
         ),
         (
             ["--batch-size", "3", "--total-batch-size", "2048"],
-            ["total_batch_size 2,048", "3 * 32 * 8 = 768", "nearest valid: 1,536 and 2,304."],
+            ["total_batch_size 2,048", "3 * 32 * 8 = 768", "use --total-batch-size 1536 or 2304."],
         ),
         ([*ONE_ROW_EACH, "--train-files", "beyond.bin"], ["token 300", "beyond.bin", "1,234"]),
         ([*ONE_ROW_EACH, "--val-files", "beyond.bin"], ["token 300", "beyond.bin", "1,234"]),
@@ -554,7 +554,7 @@ def folder(tmp_path, monkeypatch):
         (["--model.tied-head"], ["adam.embedding", "adam.head"]),
         (
             [*SPEEDRUN, *ONE_ROW_EACH, "--total-batch-size", "384"],
-            ["384", "in stage 1, 128,", "1 * 32 * 8 = 256", "nearest valid: 768."],
+            ["384", "in stage 1, 128,", "1 * 32 * 8 = 256", "use --total-batch-size 768."],
         ),
         (
             ["--tokenizer", "gpt2", "--model.vocab-size", "256"],

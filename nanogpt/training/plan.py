@@ -261,13 +261,13 @@ def stages_of(hp: "Hyperparameters", readers: int) -> tuple[StagePlan, ...]:
         per_pass = rows * hp.sequence_length * readers
         if tokens % per_pass:
             below = tokens // per_pass * per_pass
-            nearest = [f"{round(n / stage.batch):,}" for n in (below, below + per_pass) if n]
+            nearest = [f"{round(n / stage.batch)}" for n in (below, below + per_pass) if n]
             in_stage = f" in stage {number + 1}, {tokens:,}," if stage.batch != 1 else ""
             raise ConfigError(
                 f"total_batch_size {hp.total_batch_size:,}{in_stage} is not a multiple of "
                 f"batch_size * sequence_length * num_devices = {rows} * "
-                f"{hp.sequence_length} * {readers} = {per_pass:,}; nearest valid: "
-                f"{' and '.join(nearest)}."
+                f"{hp.sequence_length} * {readers} = {per_pass:,}: use --total-batch-size "
+                f"{' or '.join(nearest)}."
             )
         model, T = schedule.model(hp.model, number), schedule.row_length(number)
         stages.append(
