@@ -538,7 +538,9 @@ def test_the_best_checkpoint_is_kept_of_a_run_that_gets_worse(place, cache):
     best = min(losses, key=losses.get)
     assert best < 5
     assert steps(run) == [best, 5]
-    assert any(line.endswith(f"kept in runs/a/checkpoints/{best:08}") for line in process.lines)
+    kept = f"runs/a/checkpoints/{best:08}"
+    assert any(line.endswith(f"kept in {kept}") for line in process.lines)
+    assert process.lines[-1] == f"  python3 evaluate.py {kept}"
     assert records(run)[0]["learning_rate_factor"] == 100
 
 
