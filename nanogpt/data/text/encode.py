@@ -5,16 +5,16 @@ them. Results are returned in the order of the documents, whatever the number of
 """
 
 import os
+import signal
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from itertools import chain
 from multiprocessing import get_context, parent_process
 from operator import itemgetter
 from pathlib import Path
-from signal import SIG_BLOCK, SIG_IGN, SIG_SETMASK, SIGINT, pthread_sigmask, signal
 from threading import Thread
 from typing import NamedTuple, Protocol
 
@@ -153,17 +153,26 @@ def in_order(
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=become_worker) as pool:
         waiting = deque()
         for batch, place in batches:
-            # A process that is started here inherits the mask, and no Ctrl-C reaches it.
-            before = pthread_sigmask(SIG_BLOCK, {SIGINT})
-            try:
+            with ctrl_c_held_back():  # as it is in the processes that this starts
                 waiting.append((pool.submit(work, batch), place))
-            finally:
-                pthread_sigmask(SIG_SETMASK, before)
             if len(waiting) > 2 * processes:
                 result, place = waiting.popleft()
                 yield result.result(), place
         for result, place in waiting:
             yield result.result(), place
+
+
+@contextmanager
+def ctrl_c_held_back() -> Generator[None, None, None]:
+    """Let no Ctrl-C reach this process until the end, or one that it starts, ever."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def become_worker() -> None:
@@ -174,7 +183,7 @@ def become_worker() -> None:
             parent.join()
         os._exit(1)
 
-    signal(SIGINT, SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     Thread(target=follow, daemon=True).start()
 
 
