@@ -59,7 +59,8 @@ def settings_here(
     """
     begun = time.monotonic()
     hp = settings(given, presets, override)
-    hp.check()
+    # The steps to profile must be among those that the minutes allow, which are not known yet.
+    (hp if given.minutes is None else replace(hp, profile=None)).check()
     hp = with_own_text(hp)
     if given.minutes is None:
         return hp

@@ -91,8 +91,8 @@ def afford(hp: "Hyperparameters", choose: "Choose", begun: float) -> "Hyperparam
         return float(told_by_first(lambda: f"{begun + 60 * minutes - time.monotonic()}"))
 
     def trial(new: "Hyperparameters") -> Trial:
-        same = {"train_files": hp.train_files, "val_files": hp.val_files, "verify_data": False}
-        tried = try_out(replace(new, **same), console)
+        same = {"train_files": hp.train_files, "val_files": hp.val_files}
+        tried = try_out(replace(new, **same, verify_data=False, profile=None), console)
         console.print(
             f"depth {tried.depth}: {tokens_of(tried.hp):,} tokens would take "
             f"{tried.seconds / 60:.1f} min"

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from nanogpt.checks import ConfigError
-from nanogpt.runs.settings import suited_to_data, with_own_text
+from nanogpt.runs.settings import settings_here, suited_to_data, with_own_text
 from train_gpt import PRESETS
 
 
@@ -46,3 +46,20 @@ def test_a_resumed_run_whose_text_changed_is_refused_when_its_shards_are_made_ag
         ConfigError, match=r"^runs/a was trained on different text: .*/a\\n.txt changed"
     ):
         with_own_text(resumed)
+
+
+def test_steps_to_profile_must_be_among_those_that_the_minutes_allow(tmp_path, monkeypatch):
+    def afford(hp, choose, begun):
+        return replace(hp, num_steps=5000)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nanogpt.training.budget.afford", afford)
+
+    def chosen(steps):
+        given = replace(PRESETS["laptop"], minutes=9.0, profile=steps)
+        return settings_here(given, PRESETS, lambda start: replace(start, profile=steps))
+
+    beyond = f"{PRESETS['laptop'].num_steps + 1}:2000"
+    assert chosen(beyond).profile == beyond
+    with pytest.raises(ConfigError, match="within steps 1 to 5000"):
+        chosen("4999:5001")
