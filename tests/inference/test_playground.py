@@ -673,14 +673,20 @@ def test_what_is_asked_on_the_page_is_what_the_model_gets(visit):
         assert page.locator("#top_k").evaluate("slider => slider.ariaValueText") == "40"
         page.locator("#top_k").fill("0")
         assert page.locator("#top_k").evaluate("slider => slider.ariaValueText") == "all"
-        page.get_by_label("Keep the seed").check()
-        for _ in range(2):
-            write_text(page, "", 1)
-            status(page, "1 tokens.")
-    assert model.orders == [
+        for times in (1, 2):  # without and with the seed of the text before
+            for _ in range(times):
+                write_text(page, "", 1)
+                status(page, "1 token.")
+            page.get_by_label("Keep the seed").check()
+        page.get_by_label("Keep the seed").uncheck()
+        page.locator("#seed").fill("55")
+        page.get_by_label("Keep the seed").check()  # as typed
+        write_text(page, "", 1)
+        status(page, "1 token.")
+    assert [sampling.seed for _, _, sampling in model.orders] == [123, 124, 124, 124, 55]
+    assert model.orders[:2] == [
         ("Once é", 3, Sampling(1.25, 40, 0.5, 123)),
-        # Another seed gives another text, unless the seed is kept.
-        *[("", 1, Sampling(1.25, None, 0.5, 124))] * 2,
+        ("", 1, Sampling(1.25, None, 0.5, 124)),
     ]
 
 
