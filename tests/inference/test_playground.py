@@ -822,6 +822,16 @@ def test_spaces_break_the_line_where_it_ends(visit):
             assert box["x"] + box["width"] <= 360
 
 
+def test_a_long_text_is_followed_to_its_end(visit):
+    with serving(lambda *order: (Token("line\n", 0.5) for _ in range(100))) as port:
+        page = visit(port, viewport={"width": 800, "height": 600})
+        write_text(page, "x", 100)
+        status(page, "100 tokens.")
+        box = page.locator(".token").last.bounding_box()
+        assert 0 <= box["y"] <= 601 - box["height"]  # to a pixel
+        assert page.evaluate("scrollY") > 600
+
+
 def test_a_phone_shows_it_all_in_its_width_and_a_tap_tells_the_alternatives(visit, port):
     page = visit(port, viewport={"width": 360, "height": 740}, has_touch=True, is_mobile=True)
     write_text(page, "x" * 200)
