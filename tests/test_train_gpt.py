@@ -279,6 +279,20 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(cache, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_presets_batch_suits_the_devices_and_one_that_is_given_must(
+    cache, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    arguments = ["--preset", "laptop", "--sequence-length", "96", "--dry-run"]
+    assert train_gpt.main(arguments) == 0
+    first, *told = capsys.readouterr().out.splitlines()
+    assert first == "total_batch_size is 3,072 here, instead of 4,096"
+    assert "batch: Ng = 3,072 / (4 * 96 * 8) = 1" in told
+    assert train_gpt.main([*arguments, "--total-batch-size", "4096"]) == 2
+    assert "use --total-batch-size 3072 or 6144." in capsys.readouterr().err
+
+
 def test_a_dry_run_refuses_what_the_run_would_refuse(base, cache, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))

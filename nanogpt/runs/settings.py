@@ -62,7 +62,14 @@ def settings_here(
     # The steps to profile must be among those that the minutes allow, which are not known yet.
     (hp if given.minutes is None else replace(hp, profile=None)).check()
     hp = with_own_text(hp)
+    # A batch that is not set by hand may change, so that any number of devices can share it.
+    by_hand = override(replace(hp, total_batch_size=1)).total_batch_size != 1
+    fixed = by_hand or given.resume is not None or given.config is not None
+    fitted = (lambda hp: hp) if fixed else fitted_to_devices
+    tokens, hp = hp.total_batch_size, fitted(hp)
     if given.minutes is None:
+        if tokens != hp.total_batch_size and sys.modules["jax"].process_index() == 0:
+            print(f"total_batch_size is {hp.total_batch_size:,} here, instead of {tokens:,}")
         return hp
     # What would be refused later should be refused before the minutes that this takes.
     check_name(Path("runs"), hp.run_name)
@@ -70,11 +77,23 @@ def settings_here(
     from nanogpt.training.budget import afford
 
     def choose(depth: int, tokens: float | None) -> "Hyperparameters":
-        return settings(replace(given, depth=depth), presets, override, tokens)
+        return fitted(settings(replace(given, depth=depth), presets, override, tokens))
 
     hp = afford(hp, choose, begun)
     hp.check()
     return hp
+
+
+def fitted_to_devices(hp: "Hyperparameters") -> "Hyperparameters":
+    """Return the settings with the nearest total_batch_size that the devices here can share."""
+    import jax
+
+    from nanogpt.devices.accelerator import use_device
+    from nanogpt.training.plan import division, with_whole_passes
+
+    use_device(hp.device)
+    readers, _ = division(hp.mesh, jax.device_count())
+    return with_whole_passes(hp, readers)
 
 
 def settings(

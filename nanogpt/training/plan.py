@@ -5,6 +5,7 @@ decides everything from these and the hyperparameters. A plan is data: it can be
 and tested without compiling anything.
 """
 
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import gcd
 from typing import TYPE_CHECKING
@@ -283,6 +284,22 @@ def stages_of(hp: "Hyperparameters", readers: int) -> tuple[StagePlan, ...]:
             )
         )
     return tuple(stages)
+
+
+def with_whole_passes(hp: "Hyperparameters", readers: int) -> "Hyperparameters":
+    """Return the settings with the nearest total_batch_size that so many devices can share.
+
+    Unchanged if there is none up to twice as large.
+    """
+    rows = round(hp.total_batch_size / hp.sequence_length)
+    for away in range(max(1, rows)):
+        for near in (rows + away, rows - away):
+            new = replace(hp, total_batch_size=near * hp.sequence_length)
+            with suppress(ConfigError):
+                new.schedule.check()
+                stages_of(new, readers)
+                return new
+    return hp
 
 
 def rows_asked(hp: "Hyperparameters", readers: int) -> int | None:

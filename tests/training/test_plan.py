@@ -13,7 +13,14 @@ from nanogpt.data.dataset import Dataset, Shard
 from nanogpt.data.shards import write_shard
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.runs.description import outlook, table, warnings
-from nanogpt.training.plan import Hardware, division, make_plan, optimizer_of, plan_here
+from nanogpt.training.plan import (
+    Hardware,
+    division,
+    make_plan,
+    optimizer_of,
+    plan_here,
+    with_whole_passes,
+)
 from nanogpt.training.step import make_init
 from train_gpt import PRESETS
 
@@ -169,6 +176,24 @@ def test_the_state_has_the_size_that_it_has_on_the_devices(shard_params):
 def test_where_a_step_has_fewer_rows_than_batch_size_for_each_device_there_are_fewer():
     laptop = plan_of("laptop", total_batch_size=2048, batch_size=4)
     assert (laptop.batch_size, laptop.readers, laptop.shape(0)) == (2, 8, (1, 16))
+
+
+@pytest.mark.parametrize(
+    ("preset", "devices", "rows"),
+    [
+        ("laptop", 8, 32),
+        ("laptop", 3, 36),  # 4 rows for each of 3 devices, 3 times
+        ("laptop", 6, 24),
+        ("speedrun", 8, 24),
+        ("speedrun", 3, 27),  # in the stages 9, 18 and 27
+        ("speedrun", 5, 30),  # 10, 20 and 30
+        ("baseline", 7, 511),
+    ],
+)
+def test_the_nearest_batch_is_found_that_any_number_of_devices_can_share(preset, devices, rows):
+    hp = with_whole_passes(PRESETS[preset], devices)
+    assert hp.total_batch_size == rows * hp.sequence_length
+    assert replace(hp, total_batch_size=PRESETS[preset].total_batch_size) == PRESETS[preset]
 
 
 def test_no_more_is_validated_on_than_there_is_and_that_is_said(tmp_path):
