@@ -203,21 +203,24 @@ def print_others(found: list[Result]) -> None:
 
     rule = of(found, RULE)
     print(
-        "\n| depth | differs | loss, less the rule's | time, over the rule's |\n|---|---|---|---|"
+        "\n| depth | differs | loss, less the rule's mean | time, over the rule's |"
+        "\n|---|---|---|---|"
     )
     for each in found:
         if each.differs not in (RULE, SAME_FLOPS):
-            same = rule[each.depth][0]  # with the same seed
+            others, same_seed = rule[each.depth], rule[each.depth][0]
             print(
-                f"| {each.depth} | {each.differs} | {each.loss - same.loss:+.4f} "
-                f"| {each.seconds / same.seconds:.2f} |"
+                f"| {each.depth} | {each.differs} "
+                f"| {each.loss - fmean(other.loss for other in others):+.4f} "
+                f"| {each.seconds / same_seed.seconds:.2f} |"
             )
-    others = {depth: runs[0] for depth, runs in of(found, SAME_FLOPS).items()}
+    others = of(found, SAME_FLOPS)
     if preset := rule.get(PRESETS["laptop"].model.num_layers):
-        others[preset[0].depth] = preset[0]
+        others[preset[0].depth] = preset
     print("\n| depth | tokens | FLOPs | loss |\n|---|---|---|---|")
-    for depth, each in sorted(others.items()):
-        print(f"| {depth} | {each.tokens:,} | {each.flops:.2e} | {each.loss:.4f} |")
+    for depth, runs in sorted(others.items()):
+        loss = fmean(each.loss for each in runs)
+        print(f"| {depth} | {runs[0].tokens:,} | {runs[0].flops:.2e} | {loss:.4f} |")
 
 
 def draw(found: list[Result], law: "PowerLaw | None", path: Path) -> None:
