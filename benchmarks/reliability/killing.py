@@ -142,7 +142,7 @@ def kill(
     """Start or resume the run, and kill it in this phase, if it comes soon after step `upto`.
 
     SIGTERM is sent to all of several processes, SIGKILL to one: the others must then end by
-    themselves. The phase reported is judged by the output and the files, not the one intended.
+    themselves, unless that is before they have met. The phase reported is judged by the output and the files, not the one intended.
     """
     run = place / "runs" / "killed"
     begun, left = max(checkpoints(run), default=0), unfinished(run)
@@ -165,8 +165,12 @@ def kill(
     time.sleep(wait)
     was = now()
     if kind == signal.SIGKILL and process.others:
-        killed = draw.choice((process.process, *process.others))
+        all_of_them = (process.process, *process.others)
+        killed = draw.choice(all_of_them)
         killed.kill()
+        if was == "start-up":  # before they have met, the others wait for it: a launcher ends them
+            for other in set(all_of_them) - {killed}:
+                other.terminate()
         expected = {-kind} if killed is process.process else set(range(-64, 256)) - {0}
     else:
         process.send(kind)
