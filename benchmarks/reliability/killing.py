@@ -142,7 +142,8 @@ def kill(
     """Start or resume the run, and kill it in this phase, if it comes soon after step `upto`.
 
     SIGTERM is sent to all of several processes, SIGKILL to one: the others must then end by
-    themselves, unless that is before they have met. The phase reported is judged by the output and the files, not the one intended.
+    themselves, unless that is before they have met. The phase reported is judged by the output and
+    the files, not the one intended.
     """
     run = place / "runs" / "killed"
     begun, left = max(checkpoints(run), default=0), unfinished(run)
