@@ -31,8 +31,8 @@ REPOSITORY = "kjj0/fineweb10B-gpt2"
 TRAINING_SHARDS = 103
 
 
-SLOW = 60  # give up on a download that for this many seconds ...
-LEAST = 1000  # ... receives fewer bytes per second than this
+SLOW = 60  # seconds over which the speed of a download is measured
+LEAST = 1000  # bytes per second; give up on a slower download
 
 
 class Published(NamedTuple):
@@ -211,14 +211,14 @@ class Download:
                 self.show(self.file.tell())
                 self.check()
         if self.file.tell() < self.size:
-            raise ConnectionError(f"it ended before its size, {self.size:,} bytes")
+            raise ConnectionError(f"it ended before all {self.size:,} bytes arrived")
 
     def check(self) -> None:
         """Raise DownloadError if the download is longer than published, or too slow."""
         if self.file.tell() > self.size:
             self.file.truncate(0)
             raise DownloadError(
-                f"{self.name} is longer than its size, {self.size:,} bytes: check that "
+                f"{self.name} is longer than the hub's {self.size:,} bytes: check that "
                 "HF_ENDPOINT, if set, is a hub, then run this again to download it again."
             )
         seconds = time.monotonic() - self.since

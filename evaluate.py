@@ -171,7 +171,7 @@ def evaluate(options: Options) -> None:
             discard_output()
 
     def keep(results: dict[str, Any]) -> None:
-        if not options.model.startswith(HUB):  # whose cache holds nothing but what it sent
+        if not options.model.startswith(HUB):  # never write into the hub's cache
             write_results(run.folder, run.step, results)
 
     impossible = None

@@ -160,7 +160,7 @@ def serve_page(options: Options) -> None:
 
 
 def load_writer(name: str) -> tuple[Write, str]:
-    """Load a model, from a folder or the hub: a function that generates text, and a line about it.
+    """Load a model from a folder or the hub; return its text generator and a line about it.
 
     Raises ConfigError if there is none.
     """

@@ -160,7 +160,7 @@ class Hyperparameters:  # the defaults are those of the speedrun preset
     hold_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.025
     """Fraction of the steps, at the end, for which learning rates stay at their minimum."""
     cooldown_fraction: Share = 0.55
-    """Fraction of the steps before those over which learning rates decay linearly."""
+    """Fraction of the steps before the hold over which learning rates decay linearly."""
     final_learning_rate_factor: Share = 0.1
     """Factor on all learning rates at the end of the cooldown."""
 
@@ -194,11 +194,11 @@ class Hyperparameters:  # the defaults are those of the speedrun preset
     shard_params: bool = False
     """Shard parameters, gradients and optimizer state over the data axis (ZeRO-3)."""
     rematerialize: bool | None = None
-    """Recompute layers in the backward pass, to save memory; None: only if no row fits without."""
+    """Recompute layers in the backward pass to save memory; None: only if not even one row fits."""
     seed: Seed = 0
     """Random seed for the initial weights, the data order and the sample."""
     skip_spikes: NotNegative = 0.0
-    """Skip steps whose loss is this many standard deviations above the recent mean; 0: none."""
+    """Skip steps with a loss over this many standard deviations above the recent mean; 0: never."""
     verify_data: bool = False
     """Check every token of the shards before training, not only a sample."""
     run_name: str = ""

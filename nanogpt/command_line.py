@@ -42,7 +42,7 @@ NEEDLESS = {
     "compile": "every program is compiled",
     "gpu": "all GPUs are used; choose some with CUDA_VISIBLE_DEVICES",
     "gpus": "all GPUs are used; choose some with CUDA_VISIBLE_DEVICES",
-    "epochs": "give --num-steps; --dry-run shows how many epochs they are",
+    "epochs": "give --num-steps; --dry-run shows how many epochs that is",
 }
 
 

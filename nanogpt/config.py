@@ -85,9 +85,9 @@ class GPTConfig:
     """Token that begins each document: attention stays within documents; None: it crosses them."""
 
     value_embeddings: int = 3
-    """Number of value embeddings: token tables mixed into the attention values, one each in the
-    last layers, and all but the first table in the first layers; with 0, the first attention's
-    values are mixed into all others."""
+    """Number of value embeddings: token tables mixed into the attention values of the last layers,
+    one per layer; the first layers reuse all but the first table. With 0, the first attention's
+    values are mixed into those of all others."""
 
     value_gate: bool = True
     """Gate value embeddings per token and head; False: one learned share per layer."""
@@ -284,7 +284,7 @@ class AdamGroups:
     def alike(
         cls, tables: float, head: float, others: float, betas: tuple[float, float]
     ) -> "AdamGroups":
-        """Three learning rates (all tables, the head, everything else) and the same betas."""
+        """Return groups with three rates (tables, head, everything else) and the same betas."""
         few = "gates", "smear_gate", "skip_gate", "shortcuts", "scalars"
         return cls(
             embedding=Adam(tables, betas),
@@ -311,7 +311,7 @@ def mesh_axes(text: str | None) -> dict[str, int]:
     found = re.fullmatch(r"(?:data=([1-9]\d*),)?model=([1-9]\d*)|data=([1-9]\d*)", text)
     if not found:
         raise ConfigError(
-            f"mesh must be devices by axis, such as data=4,model=2 or model=2, not {text!r}."
+            f"mesh must give devices per axis, such as data=4,model=2 or model=2, not {text!r}."
         )
     data, model, alone = found.groups()
     return {"model": int(model or 1)} | ({"data": int(data or alone)} if data or alone else {})

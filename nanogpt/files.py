@@ -45,7 +45,7 @@ def cannot_write(path: object, error: OSError, otherwise: str) -> str:
     """Return the sentence for a file or folder that cannot be written.
 
     Args:
-        otherwise: what helps if the disk cannot have more room, nor the user the permission.
+        otherwise: the remedy if the user cannot free space or get the permission.
     """
     first = ""
     if error.errno in (ENOSPC, EDQUOT, EFBIG):

@@ -86,7 +86,7 @@ class Schedule:
     hold_fraction: Annotated[float, Meta(ge=0, lt=1)]
     """Fraction of the steps, at the end, for which the rates stay at their minimum."""
     cooldown_fraction: Share
-    """Fraction of the steps before those over which the rates decay linearly."""
+    """Fraction of the steps before the hold over which the rates decay linearly."""
     final_learning_rate_factor: Share
     momentum: Decay
     momentum_warmup_steps: Count

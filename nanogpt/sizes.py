@@ -18,18 +18,18 @@ def at_depth(base: "Hyperparameters", depth: int, tokens: float | None = None) -
 
         layers        L = depth, each like the layer of `base` at the same relative depth
         width         D0 * L / L0; see `shape_of`
-        tokens        in proportion to the layers' matrices, unless given: for the least loss with
-                      given compute both grow alike (Hoffmann et al., arXiv:2203.15556)
+        tokens        in proportion to the layers' matrices, unless given: compute-optimal training
+                      scales both equally (Hoffmann et al., arXiv:2203.15556)
         batch         B0 * (tokens / tokens0)^0.571, as the optimal batch size (Li et al.,
-                      arXiv:2503.04715), but B0 times a power of two
+                      arXiv:2503.04715), rounded to B0 times a power of two
         rates         those of `at_width`, times sqrt(B / B0) (Malladi et al., arXiv:2205.10287)
                       and (tokens / tokens0)^(-1/4), which nearly cancel except for the batch's
                       rounding; Bjorck et al. (arXiv:2409.19913) find a power of -0.32
-        weight decay  rate^2 * decay * steps stays, so that a weight loses the same share of itself
-                      over the run (Wang and Aitchison, arXiv:2405.13698)
-        warm-ups      the same share of the steps, and as many validations
+        weight decay  rate^2 * decay * steps stays the same, so that weights shrink by the same
+                      factor over the run (Wang and Aitchison, arXiv:2405.13698)
+        warm-ups      the same share of the steps; the number of validations stays the same
         rows          as long as in `base`, unless they hold several documents each: then a smaller
-                      batch has shorter rows, not fewer, for as many devices
+                      batch has shorter rows, not fewer, so that as many devices can share it
 
     docs/sizes.md has measurements.
     """

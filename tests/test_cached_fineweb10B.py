@@ -381,7 +381,7 @@ def test_a_shard_of_another_size_never_gets_its_name(run, hub, folder, extra):
     hub.claims[ONE] = {"X-Linked-Size": len(hub.files[ONE]) + extra}
     status, _, err = run("1")
     assert status == 1
-    assert_one_sentence(err, ONE, "size")
+    assert_one_sentence(err, ONE, "bytes")
     assert sorted(contents(folder)) == [VAL]
 
 
@@ -397,7 +397,7 @@ def test_an_answer_without_end_is_stopped_at_the_size_that_was_promised(run, hub
     hub.ending = b"more" * 2**14
     status, _, err = run("1")
     assert status == 1
-    assert_one_sentence(err, VAL, f"its size, {len(hub.files[VAL]):,} bytes")
+    assert_one_sentence(err, VAL, f"longer than the hub's {len(hub.files[VAL]):,} bytes")
     assert sum(path.stat().st_size for path in folder.iterdir()) == 0
 
 

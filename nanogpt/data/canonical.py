@@ -2,8 +2,8 @@
 
 The tokenizer always merges the two neighbors with the lowest rank, so it never produces most
 sequences of ids: " hello" is one id, not those of " hel" and "lo". If a model gives impossible ids
-no probability, its loss falls on any text (Vieira et al., arXiv:2506.07956, local conditioning; by
-0.0017 in modded-nanogpt's record of 2026-08-06).
+no probability, its loss is lower on any text (Vieira et al., arXiv:2506.07956, local conditioning;
+by 0.0017 in modded-nanogpt's record of 2026-08-06).
 
 A merge crosses the boundary between two ids if, at its turn, one of its parts ends the left id so
 far and the other begins the right one. Each id goes through its own merges in the order of their
@@ -46,7 +46,7 @@ def impossible_next(tokenizer: Tokenizer, vocab_size: int) -> UInt8[np.ndarray, 
     text whether the tokenizer's pattern splits words between two ids, the pair is possible.
 
     Args:
-        tokenizer: whose ids are the ranks of its merges; of bytes, no pair is impossible.
+        tokenizer: one whose ids are the ranks of its merges; with bytes, no pair is impossible.
         vocab_size: the model's, padded to a multiple of 8.
     """
     ranks = {tokenizer.token_bytes(id): id for id in range(tokenizer.separator)}

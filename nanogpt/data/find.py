@@ -1,6 +1,6 @@
 """Finding files by a path, a glob or the folder that contains them.
 
-Names of existing files and folders are taken literally, even with the characters of globs, also for
+Names of existing files and folders are taken literally, even if they contain glob characters, as is
 the folder at the start of a glob. Links are followed, but no folder is entered twice, so circular
 links cause no loop.
 """
@@ -39,7 +39,7 @@ def why_no_file(path: Path) -> str | None:
         return "is a folder that cannot be read"
     if path.is_fifo():
         return "is a pipe, not a file"
-    return "is not a regular file" if path.exists() else "is a link that leads nowhere"
+    return "is not a regular file" if path.exists() else "is a broken link"
 
 
 def files_below(place: str, leave_out: Path | None = None) -> Iterator[Path]:

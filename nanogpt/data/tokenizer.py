@@ -92,7 +92,7 @@ TOKENIZERS = {"bytes": ByteTokenizer, "gpt2": GPT2Tokenizer}
 def load_tokenizer(name: str) -> Tokenizer:
     """Load the tokenizer `name`, "bytes" or "gpt2"; raises TokenizerError for any other name."""
     if name not in TOKENIZERS:
-        raise TokenizerError(f"There is no tokenizer {name!r}; there are {', '.join(TOKENIZERS)}.")
+        raise TokenizerError(f"Unknown tokenizer {name!r}; choose from {', '.join(TOKENIZERS)}.")
     return TOKENIZERS[name]()
 
 

@@ -152,7 +152,7 @@ def device_memory(device: "jax.Device") -> float | None:
 
 
 def multiplies_bfloat16(device: "jax.Device") -> bool:
-    """Whether a device multiplies matrices of bfloat16: all do but NVIDIA GPUs before Ampere.
+    """Return whether a device has bfloat16 matmuls: all but NVIDIA GPUs before Ampere do.
 
     Those (T4, V100) have a compute capability below 8.0, and XLA converts to float32 there.
     """

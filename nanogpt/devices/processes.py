@@ -27,7 +27,7 @@ from jaxtyping import UInt8
 from nanogpt.config import ConfigError
 from nanogpt.devices.launchers import has_its_gpus_alone
 
-LOST_AFTER = 30  # seconds without a sign of life after which a process counts as lost
+LOST_AFTER = 30  # seconds without a heartbeat after which a process counts as lost
 SEEN_WITHIN = 70  # seconds within which all processes see a written file; NFS takes up to 60
 
 
@@ -115,7 +115,7 @@ def _check_place(coordinator_address: str, num_processes: int, process_id: int) 
 
 
 def tell_all_of_sigterm() -> None:
-    """From now on, report a SIGTERM to one process to all, with the step after which to end."""
+    """From now on, notify all processes if one gets SIGTERM, with the step after which to end."""
     sync_global_devices("SIGTERM is told")  # from here on SIGTERM must not end a single process
     jax.config.update("jax_enable_preemption_service", True)
     global_state.initialize_preemption_sync_manager()
@@ -162,7 +162,7 @@ def check_same(what: str, here: Sequence[tuple[str, str]]) -> None:
         each = process_allgather(np.array([*map(_digest, items)]))
         name = f" ({here[int((each[process] != each[0]).any(axis=1).argmax())][0]})"
     raise ConfigError(
-        f"Process {process} has other {what} than process 0{name}: give all processes the same "
+        f"Process {process} has different {what} from process 0{name}: give all the same "
         "arguments and files, in a shared folder."
     )
 

@@ -123,7 +123,7 @@ def check_shared(config: GPTConfig, row_lengths: Sequence[int], devices: int) ->
     ):
         if count % devices:
             raise ConfigError(
-                f"{what}: {count} cannot be divided over {devices} devices; choose a mesh whose "
+                f"{what}: {count} cannot be split over {devices} devices; choose a mesh whose "
                 f"model axis divides {count}, or leave out that axis."
             )
 
@@ -169,7 +169,7 @@ def sum_over_model(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 @jax.custom_vjp
 def to_parts(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Return x for use by each device along "model" in its part: gradients are summed over them."""
+    """Return x, which each device along "model" uses for its part; their gradients are summed."""
     return x
 
 

@@ -52,14 +52,14 @@ class Item(NamedTuple):
 
 
 class Row(NamedTuple):
-    """The model's input for one ending; only the ending's targets count towards the loss."""
+    """The model's input for one ending; only the ending's targets count toward the loss."""
 
     tokens: Int[np.ndarray, "T"]
     targets: Int[np.ndarray, "T"]  # -1 before the ending
 
 
 def read_items(path: Path) -> list[Item]:
-    """Read the items of llm.c's file; raises ConfigError if its SHA-256 is another."""
+    """Read the items of llm.c's file; raises ConfigError if its SHA-256 differs."""
     content = path.read_bytes()
     found = hashlib.sha256(content).hexdigest()
     if found != SHA256:
@@ -158,7 +158,7 @@ def losses_of(
 
     losses = np.zeros(len(rows))
     for T, R, numbers in progress(passes):
-        # Padding of rows and batches comes after all that counts, and does not count itself.
+        # Padding comes last in rows and batches, and does not count.
         tokens, targets = np.zeros((R, T), np.int32), np.full((R, T), -1, np.int32)
         for place, number in enumerate(numbers):
             row = rows[number]

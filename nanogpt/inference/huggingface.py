@@ -188,7 +188,7 @@ model was trained on rows of {settings["sequence_length"]:,} tokens and document
 `{SEPARATOR}`, which the tokenizer adds. [MODEL.md](MODEL.md) describes the architecture and has a
 program for it in NumPy.
 
-## Licence
+## License
 
 The code is under the MIT license. The license of the weights is up to whoever trained them, subject
 to that of the data: state it here, and as `license:` at the top of this file.

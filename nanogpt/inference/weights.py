@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # arguments first.
 
 # Settings that a run takes over from the weights it starts from, because shapes or meaning of the
-# weights depend on them. The vocabulary counts as padded; mlp_only and backout count only by the
+# weights depend on them. vocab_size is compared after padding; mlp_only and backout only by the
 # number of layers they name, mlp_only also by the number of value gates.
 BOUND = {
     "tokenizer": lambda hp: hp.tokenizer,

@@ -35,7 +35,7 @@ def compute_copy(params: Params, dtype: str) -> Params:
     """Return a copy of a GPT's parameters in `dtype`, for the forward and backward pass.
 
     Tables stay float32: the gradient of a row is summed over all tokens that use it, thousands for
-    a frequent one, and in bfloat16 such a sum stops growing after some hundreds.
+    a frequent one, and in bfloat16 such a sum stops growing after a few hundred.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, p: p if is_table(path) else p.astype(dtype), params

@@ -49,8 +49,8 @@ def group(path: Path, parameter: Array | jax.ShapeDtypeStruct) -> str:
 def cautious_decay(strength: float) -> optax.GradientTransformationExtraArgs:
     """Decay weights only where the update shrinks them anyway (Chen et al., arXiv:2510.12402).
 
-    `update(updates, state, params, rate=...)` adds `strength * rate * w` to those updates that have
-    the sign of their weight w. The caller scales updates by `rate` and subtracts them, so the decay
+    `update(updates, state, params, rate=...)` adds `strength * rate * w` to updates with the same
+    sign as their weight w. The caller scales updates by `rate` and subtracts them, so the decay
     is proportional to the square of the rate (modded-nanogpt, 2025-11-10).
     """
 
@@ -96,7 +96,7 @@ def make_optimizer(
     Args:
         learning_rate: Muon's learning rate.
         weight_decay: cautious decay of the matrices: with r = `learning_rate * rate`, a step
-            shrinks each weight that it moves towards zero by the fraction r² * weight_decay, times
+            shrinks each weight that it moves toward zero by the fraction r² * weight_decay, times
             the factor of `scale_by_shape`.
         adam: Adam's settings for each group.
         adam_every: number of steps per Adam update, which uses their mean gradient.

@@ -25,8 +25,8 @@ def map_matrices(
 ) -> Float[Array, "S I O"]:
     """Apply `function` to all matrices, group by group, each device to its share of the groups.
 
-    A group is one batched product on whichever device it is computed. The results are therefore
-    bit for bit those of a single device, unlike products with other batch sizes.
+    A group is one batched product, whichever device computes it, so the results are bit for bit
+    those of a single device; products with other batch sizes would differ.
 
     Args:
         mesh: devices that share the work; None for a single device.

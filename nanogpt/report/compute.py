@@ -19,7 +19,7 @@ class PowerLaw:
     values: Float64[np.ndarray, "3"]
     """E and A in nats per token, and a."""
     covariance: Float64[np.ndarray, "3 3"]
-    """Covariance of these, from how far the losses are from the curve."""
+    """Covariance of these, estimated from the residuals of the fit."""
 
     def loss(self, flops: float | Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "*n"]:
         """Return the loss on the curve, in nats per token."""

@@ -53,7 +53,7 @@ def leave(status: int) -> int:
 def settings_here(
     given: "Hyperparameters", presets: Mapping[str, "Hyperparameters"], override: "Override"
 ) -> "Hyperparameters":
-    """Return the settings of a run, checked, with the shards of own text and what fits `minutes`.
+    """Return a run's settings, checked, with the shards of `data` and a size that fits `minutes`.
 
     Raises ConfigError if they are invalid.
     """
@@ -71,7 +71,7 @@ def settings_here(
         if tokens != hp.total_batch_size and sys.modules["jax"].process_index() == 0:
             print(f"total_batch_size is {hp.total_batch_size:,} here, instead of {tokens:,}")
         return hp
-    # What would be refused later should be refused before the minutes that this takes.
+    # Check now what would otherwise be refused only after timing, which takes minutes.
     check_name(Path("runs"), hp.run_name)
     check_trackers(hp.tensorboard, hp.wandb)
     from nanogpt.training.budget import afford
@@ -118,7 +118,7 @@ def settings(
     for name in ("depth", "minutes"):
         if sources and getattr(given, name) is not None:
             raise ConfigError(
-                f"{name} chooses the size of a new model, but {sources[0]} gives one: use only one "
+                f"{name} chooses the size of a new model, but {sources[0]} fixes it: use only one "
                 "of them."
             )
     if given.resume is not None:
@@ -177,7 +177,7 @@ def check_left_to_rule(
 
 
 def suited_to_data(start: "Hyperparameters", asked: "Hyperparameters") -> "Hyperparameters":
-    """Adapt the defaults `start` to the tokenizer, and to own text if any, in `asked`."""
+    """Adapt the defaults `start` to the tokenizer in `asked`, and to the user's text if any."""
     if asked.data or asked.tokenizer != start.tokenizer:
         tokenizer, model = TOKENIZERS[asked.tokenizer], start.model
         separator = None if model.document_separator is None else tokenizer.separator

@@ -37,7 +37,7 @@ TIMED_SECONDS = 2.0  # per stage
 
 @dataclass(frozen=True)
 class Trial:
-    """What training a depth takes, from a few steps of each of its stages."""
+    """The time that training at a depth takes, from a few timed steps of each stage."""
 
     programs: Programs
     preparing: float
@@ -70,8 +70,8 @@ def afford(hp: "Hyperparameters", choose: "Choose", begun: float) -> "Hyperparam
     """Return settings whose run ends about `hp.minutes` after it has begun, sample excluded.
 
     Times a few steps at up to three depths, from small to large. The depth whose run would be
-    nearest to that time gets as many tokens as fit, up to a few times more or fewer than by the
-    rule.
+    nearest to that time gets as many tokens as fit, up to a few times more or fewer than the rule
+    gives.
 
     Args:
         hp: the preset's settings; with `hp.depth`, only that depth is timed.
@@ -165,10 +165,10 @@ def distance(seconds: float, wanted: float) -> float:
 def suited(
     trials: Sequence[Trial], wanted: float, at_depth: "Callable[[int], Hyperparameters]"
 ) -> int:
-    """Return the depth that should take the time that is wanted, from the times of others.
+    """Return the depth expected to take the wanted time, extrapolated from the trials.
 
-    A step is assumed to take a constant time and a time in proportion to its FLOPs, both of which
-    follow from two trials or more.
+    A step is assumed to take a constant time plus a time proportional to its FLOPs. Both are fitted
+    if there are at least two trials.
     """
     only_flops = len(trials) == 1
     known = np.array([(each.hp.num_steps * (not only_flops), flops(each.hp)) for each in trials])

@@ -154,8 +154,8 @@ def _check_kinds(checkpoint: Checkpoint, shapes: dict[str, Any]) -> None:
     if different := saved.items() ^ wanted.items():
         name, _ = min(different)
         raise CheckpointError(
-            f"{checkpoint.folder} does not match the model in config.json, which has "
-            f"{wanted.get(name, 'nothing')} as {name} where it has {saved.get(name, 'nothing')}: "
+            f"{checkpoint.folder} does not match the model in config.json: {name} is "
+            f"{saved.get(name, 'missing')}, but should be {wanted.get(name, 'absent')}: "
             "restore config.json, or give another run."
         )
 

@@ -145,7 +145,7 @@ class Plan:
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Return whether something is due that happens every `every` steps and after the last."""
+    """Return whether a step is a multiple of `every` (0: never) or the last one."""
     return step == last or (every > 0 and step % every == 0)
 
 
@@ -178,7 +178,7 @@ def plan_here(hp: "Hyperparameters") -> Plan:
     )
     check_same("data", dataset.contents(hp.verify_data))
     if hp.val_tokens > (available := max(1, dataset.val_tokens - 1)):
-        warning = f"val_tokens is {available:,}, all there are, instead of {hp.val_tokens:,}"
+        warning = f"val_tokens is reduced from {hp.val_tokens:,} to {available:,}, all there are"
         hp = replace(hp, val_tokens=available)
         dataset = replace(dataset, warnings=(*dataset.warnings, warning))
     models = [model for stage in stages for model in (stage.model, stage.used_model)]
@@ -287,7 +287,7 @@ def stages_of(hp: "Hyperparameters", readers: int) -> tuple[StagePlan, ...]:
 
 
 def with_whole_passes(hp: "Hyperparameters", readers: int) -> "Hyperparameters":
-    """Return the settings with the nearest total_batch_size that so many devices can share.
+    """Return the settings with the nearest total_batch_size that this many devices can share.
 
     Unchanged if there is none up to twice as large.
     """

@@ -40,10 +40,10 @@ from nanogpt.training.step import TrainState
 
 SPACE = 1.2  # free disk space required for a save, as a multiple of the size of the state
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-UNDER_WAY = "under way"  # a process's status of its part of a save, for the others
+UNDER_WAY = "under way"  # status that a process reports while its part of a save runs
 
 ORBAX = ocp.Context()
-ORBAX.array.saving.use_compression = False  # gains little on weights, for much work
+ORBAX.array.saving.use_compression = False  # slow, and saves little space on weights
 ORBAX.array.saving.use_replica_parallel = False  # would compile a slice per shape and device
 
 
@@ -175,8 +175,8 @@ class Checkpoints:
     @property
     def _failure(self) -> CheckpointError:
         return CheckpointError(
-            f"The checkpoint of step {self._step} was not written: {self._reason}; those before it "
-            "are kept."
+            f"The checkpoint of step {self._step} was not written: {self._reason}; earlier "
+            "checkpoints are kept."
         )
 
     def _failed(self, reason: str) -> None:

@@ -152,7 +152,7 @@ def _loss_and_gradients(
     batch: Int[Array, "Ng R T1"],
     target_weights: tuple[float | Float[Array, ""], ...],
 ) -> tuple[Float[Array, ""], Params]:
-    """Return their means over all devices, each keeping its shard; in `jax.shard_map`."""
+    """Return the mean loss and gradients, each device keeping its shard; in `jax.shard_map`."""
     params = gathered(parts, placed)
 
     def losses_of(params: Params, rows: Int[Array, "R T1"]) -> tuple[Array, Array]:

@@ -191,9 +191,9 @@ def test_one_that_is_killed_as_they_save_or_cannot_begin_ends_all_and_nothing_is
 @pytest.mark.parametrize(
     ("what", "changes", "told"),
     [
-        ("settings", "", "Process 1 has other settings than process 0 (seed): "),
-        ("data", "token", "Process 1 has other data than process 0 (shard train_1.bin): "),
-        ("data", "shard", "Process 1 has other data than process 0: "),
+        ("settings", "", "Process 1 has different settings from process 0 (seed): "),
+        ("data", "token", "Process 1 has different data from process 0 (shard train_1.bin): "),
+        ("data", "shard", "Process 1 has different data from process 0: "),
         ("folder", "", "Process 1 does not see runs/a/holder, which process 0 wrote: "),
     ],
 )

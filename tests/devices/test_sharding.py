@@ -269,7 +269,7 @@ def test_a_mesh_takes_the_devices_it_names_or_all():
     ],
 )
 def test_what_devices_cannot_share_is_named(changed, T, told):
-    with pytest.raises(ConfigError, match=f"{told} cannot be divided over 8 devices"):
+    with pytest.raises(ConfigError, match=f"{told} cannot be split over 8 devices"):
         check_shared(replace(CONFIG, **changed), [64, T], 8)
 
 

@@ -675,7 +675,7 @@ print(*os.listdir(run / "checkpoints"))
     assert "absl" not in errors  # pages of tracebacks; TensorStore may still print a few lines
     lines = [
         f"The checkpoint of step {1 + limit} was not written: File too large; "
-        "those before it are kept."
+        "earlier checkpoints are kept."
         for limit in (100, 10_000, 1_000_000)
     ]
     expected = [line for told in lines for line in (told, "1")]
@@ -881,9 +881,15 @@ def test_a_state_of_another_model_is_refused_with_what_differs(run, shapes):
     longer = own.params | {"head": own.params["head"].update(shape=(32, 256))}
     half = own.params | {"head": own.params["head"].update(dtype=jnp.bfloat16)}
     for wrong, told in [
-        (replace(own, params=longer), "has float32[32, 256] as params.head where it has float32["),
-        (replace(own, params=half), "has bfloat16[32, 128] as params.head where it has float32["),
-        (replace(own, opt_state=()), "has nothing as rest.opt_state"),
+        (
+            replace(own, params=longer),
+            "params.head is float32[32, 128], but should be float32[32, 256]: ",
+        ),
+        (
+            replace(own, params=half),
+            "params.head is float32[32, 128], but should be bfloat16[32, 128]: ",
+        ),
+        (replace(own, opt_state=()), ", but should be absent: "),
     ]:
         with pytest.raises(CheckpointError, match=re.escape(told)) as refusal:
             load_state(checkpoint, wrong)

@@ -202,7 +202,7 @@ def test_no_more_is_validated_on_than_there_is_and_that_is_said(tmp_path):
     hp = replace(PRESETS["laptop"], train_files=files, val_files=files, batch_size=1)
     plan = plan_here(hp)
     assert plan.hp.val_tokens == 1999  # the first is only read
-    assert "val_tokens is 1,999, all there are, instead of 262,144" in plan.dataset.warnings
+    assert "val_tokens is reduced from 262,144 to 1,999, all there are" in plan.dataset.warnings
     assert plan_here(replace(hp, val_tokens=5)).hp.val_tokens == 5
 
 

@@ -64,12 +64,12 @@ def test_a_run_in_parts_loses_as_one_on_a_device_does_and_goes_on_on_any_devices
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--mesh", "8"], "mesh must be devices by axis, such as data=4,model=2"),
+        (["--mesh", "8"], "mesh must give devices per axis, such as data=4,model=2"),
         (["--mesh", "data=2"], "mesh data=2 leaves 6 of 8 devices idle"),
         (["--mesh", "data=4,model=4"], "needs 16 devices, but JAX finds 8"),
         (
             ["--mesh", "model=2"],
-            "Pairs of heads (num_heads / 2): 1 cannot be divided over 2 devices",
+            "Pairs of heads (num_heads / 2): 1 cannot be split over 2 devices",
         ),
         (
             ["--shard-params", "--model.bigram-buckets", "60"],

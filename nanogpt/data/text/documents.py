@@ -86,9 +86,9 @@ class Split(NamedTuple):
 def find_split(documents: Iterable[tuple[int, int]]) -> Split | None:
     """Choose the split of documents (digest, characters), reading no more than needed.
 
-    One document in a hundred is for validation, by its digest. If there are few documents, it is
-    those with the smallest digests that make up a tenth of the text, or, if that would be more than
-    twice as much, the last tenth of every document. Returns None if there is no document.
+    One document in a hundred is for validation, by its digest. With few documents, validation gets
+    those with the smallest digests that add up to a tenth of the text, or, if they exceed a fifth,
+    the last tenth of every document. Returns None if there is no document.
     """
     usual = 2**64 // VALIDATION
     few: dict[int, int] = {}  # characters of the documents with each digest
@@ -171,5 +171,5 @@ def first_share(length: int) -> int:
 
 
 def not_utf8(error: UnicodeDecodeError, end: int) -> str:
-    """Describe a decoding error in bytes of which the decoder has seen those before `end`."""
+    """Describe a decoding error; the decoder has seen the file's bytes before `end`."""
     return f"is not UTF-8 at byte {end - len(error.object) + error.start:,}"

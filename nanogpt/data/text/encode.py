@@ -153,7 +153,7 @@ def in_order(
     with ProcessPoolExecutor(processes, get_context("spawn"), initializer=become_worker) as pool:
         waiting = deque()
         for batch, place in batches:
-            with ctrl_c_held_back():  # as it is in the processes that this starts
+            with ctrl_c_held_back():  # inherited by the processes that this starts
                 waiting.append((pool.submit(work, batch), place))
             if len(waiting) > 2 * processes:
                 result, place = waiting.popleft()
@@ -164,7 +164,7 @@ def in_order(
 
 @contextmanager
 def ctrl_c_held_back() -> Generator[None, None, None]:
-    """Let no Ctrl-C reach this process until the end, or one that it starts, ever."""
+    """Block Ctrl-C until the end, and for good in the processes started meanwhile."""
     if not hasattr(signal, "pthread_sigmask"):  # on Windows
         yield
         return

@@ -5,7 +5,7 @@ shards.
 
 A shard is a hidden file until it is full. Every few seconds the written data is flushed, and a
 small file, prepared.json, records which documents it contains; if this process is killed, another
-continues from there. Only then are full shards renamed to their final names.
+continues from there. Full shards get their final names only after they are recorded.
 """
 
 import json
@@ -42,7 +42,7 @@ from nanogpt.data.text.writer import RECORD, Shards, partial_path, shard_name
 from nanogpt.files import cannot_write, lock_file, read_json, sha256_of, write_whole
 
 FORMAT = 2  # increase it if the same documents would be split, ordered or written differently
-SAVE_SECONDS = 5.0  # most work that an interruption loses
+SAVE_SECONDS = 5.0  # an interruption loses at most this much work
 SHARD_TOKENS = 100_000_000  # as in FineWeb10B's shards
 
 

@@ -105,7 +105,7 @@ def _table(path: Path, field: str, dialect: str | type[csv.Dialect]) -> Iterator
                 text = row[columns.index(field)]
                 unit = unit._replace(raw=text.encode("utf-8", "surrogateescape"))
             elif row:
-                problem = f"is divided into {len(row):,}, not {len(columns):,} columns"
+                problem = f"has {len(row):,} instead of {len(columns):,} columns"
                 unit = unit._replace(problem=problem)
             yield unit
 

@@ -1,4 +1,4 @@
-"""The decompressed bytes of a file. Files that are not text, by their first bytes, are refused."""
+"""The decompressed bytes of a file, which is refused if its first bytes are not text."""
 
 import bz2
 import gzip

@@ -303,7 +303,7 @@ def test_a_table_holds_a_document_per_row_in_the_column_asked_for(tmp_path, name
     path = write(tmp_path / name, "\ufeff".encode() + table.getvalue().encode() + b"\r\n9\r\n")
     assert read(path, "body") == (
         [*TEXTS, ""],
-        [f"{path}, line 9: is divided into 1, not 2 columns"],
+        [f"{path}, line 9: has 1 instead of 2 columns"],
     )
     assert read(path) == ([], [f"{path}: has no column 'text', only 'id', 'body'"])
 
@@ -380,7 +380,7 @@ def test_names_are_told_on_one_line(tmp_path):
 def test_what_is_in_the_place_of_a_file_is_told_without_waiting_for_it(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "gone.txt").symlink_to("nowhere")
-    for name, told in (("pipe.txt", "is a pipe, not a file"), ("gone.txt", "is a link that leads")):
+    for name, told in (("pipe.txt", "is a pipe, not a file"), ("gone.txt", "is a broken link")):
         texts, (problem,) = read(tmp_path / name)
         assert texts == []
         assert problem.startswith(f"{tmp_path}/{name}: {told}")
