@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Required, TypedDic
 
 import numpy as np
 import tyro
-from jaxtyping import Array, Int64, UInt8
+from jaxtyping import Int64
 from rich.console import Console
 from rich.progress import track
 
@@ -37,6 +37,7 @@ from nanogpt.files import cannot_write, read_json, write_whole
 if TYPE_CHECKING:
     from flax import nnx
     from jax.sharding import Mesh
+    from jaxtyping import Array, UInt8
 
     from nanogpt.config import GPTConfig, ModelSettings
     from nanogpt.data.validation import ValidationRows
@@ -261,7 +262,7 @@ def bytes_per_token(tokenizer: Tokenizer) -> Int64[np.ndarray, "65536"]:
 def validation_nats(
     run: Trained,
     rows: "ValidationRows",
-    impossible: UInt8[Array, "V V8"] | None,
+    impossible: "UInt8[Array, 'V V8'] | None",
     batch_size: int,
 ) -> float:
     """Return the summed loss of all targets in the rows, in nats, computed in the run's dtype."""

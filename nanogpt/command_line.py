@@ -64,8 +64,9 @@ def parse(options: type[Options], arguments: Sequence[str] | None, **settings: A
         if given.startswith("--") and here.partition(".")[0] in names:
             print(f"{given} is called --{here} here; see --help.", file=sys.stderr)
             raise SystemExit(2)
-        if given.removeprefix("--") in NEEDLESS and "num_steps" in options.__annotations__:
-            print(f"{given} is not needed: {NEEDLESS[given.removeprefix('--')]}.", file=sys.stderr)
+        why = NEEDLESS.get(given.removeprefix("--"), "")
+        if given.startswith("--") and why and "num-steps" in names:
+            print(f"{given} is not needed: {why}.", file=sys.stderr)
             raise SystemExit(2)
     try:
         try:

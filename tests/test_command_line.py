@@ -1,6 +1,7 @@
 """Command lines: option names of other trainers, a preset's defaults, truncated help."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -113,7 +114,12 @@ def test_ctrl_c_while_a_script_imports_is_a_word_and_no_traceback(script, tmp_pa
     (tmp_path / "msgspec.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     ended = subprocess.run(
-        [sys.executable, f"{script}.py"], cwd=ROOT, env=environment, capture_output=True, text=True
+        [sys.executable, f"{script}.py"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # not in background
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "\nInterrupted.\n")
 

@@ -132,7 +132,7 @@ def test_ids_that_cannot_come_next_are_left_out_if_asked_for(base, capsys, monke
     assert not whole["canonical_masking"]
     of_bytes = results(base, "--canonical-masking")  # in any order
     assert of_bytes["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-6)
-    assert capsys.readouterr().out.splitlines()[2].endswith(", canonical masking")
+    assert capsys.readouterr().out.splitlines()[4].endswith(", canonical masking")
     nothing_but_ascii = np.repeat(np.uint8([0, 255]), 16) * np.ones((256, 1), np.uint8)
     monkeypatch.setattr(evaluate, "impossible_next", lambda *arguments: nothing_but_ascii)
     found = results(base, "--canonical-masking")
@@ -465,7 +465,7 @@ def test_a_folder_without_a_run_that_got_somewhere_is_told_in_one_sentence(
     if missing == "checkpoints":
         folder.mkdir(parents=True)
         shutil.copy(base / "config.json", folder)
-    told = "has no usable checkpoint" if missing == "checkpoints" else "it does not exist"
+    told = "has no checkpoint yet" if missing == "checkpoints" else "it does not exist"
     assert evaluate.main([str(folder)]) == 2
     assert re.fullmatch(rf"{folder} .*{told}.*\.\n", capsys.readouterr().err)
     assert not (folder / "evaluation.json").exists()

@@ -229,7 +229,7 @@ def generated(address):
     [
         ("everything", "it does not exist"),
         ("config.json", "it has no config.json"),
-        ("checkpoints", "has no usable checkpoint"),
+        ("checkpoints", "has no checkpoint yet"),
     ],
 )
 def test_a_folder_without_a_run_that_got_somewhere_is_told_in_one_sentence(

@@ -246,7 +246,7 @@ def config_cut_short(run):
 
 
 @pytest.mark.parametrize(
-    ("harm", "told"), [(no_checkpoints, "no usable checkpoint"), (config_cut_short, "config.json")]
+    ("harm", "told"), [(no_checkpoints, "has no checkpoint yet"), (config_cut_short, "config.json")]
 )
 def test_a_run_without_weights_is_told_before_anything_is_made(first, place, capsys, harm, told):
     run = shutil.copytree(first, place / "first")

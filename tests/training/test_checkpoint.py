@@ -856,7 +856,7 @@ def weights_of_another_program(run):
     ("harm", "what"),
     [
         (no_folder, "is not a run folder: it does not exist"),
-        (no_checkpoint, "no usable checkpoint: there is none"),
+        (no_checkpoint, "has no checkpoint yet: start another run"),
         (no_good_checkpoint, "none of 3 is intact"),
         (config_of_another_program, "config.json: tokenizer is missing: restore it"),
         (config_cut_short, "config.json is not valid JSON .*: restore it"),

@@ -369,7 +369,7 @@ def only_an_unfinished_one(run):
         (no_config, "no run|no config.json"),
         (config_of_another_program, "config.json"),
         (config_cut_short, "config.json"),
-        (no_checkpoints, "no usable checkpoint"),
+        (no_checkpoints, "has no checkpoint yet"),
         (only_an_unfinished_one, "no usable checkpoint"),
     ],
 )
@@ -571,7 +571,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(place, cach
 def test_a_loss_that_is_not_finite_before_any_checkpoint_says_that_there_is_none(place, cache):
     with started(place, cache, "--adam.scalars.learning-rate", "1e30") as process:
         assert process.end() == 3
-    assert_stopped_at(3, process.stderr, "runs/a has no usable checkpoint: there is none")
+    assert_stopped_at(3, process.stderr, "runs/a has no checkpoint yet")
     assert steps(place / "runs" / "a") == []
 
 
