@@ -56,7 +56,8 @@ def main(argv: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 1
     except OSError as error:
-        print(cannot_write(options.folder, error, "choose another --folder"), file=sys.stderr)
+        otherwise = "choose another --folder, then run this again"
+        print(cannot_write(options.folder, error, otherwise), file=sys.stderr)
         return 1
     return 0
 

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from math import fsum, log
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Required, TypedDict, TypeVar
 
 import numpy as np
@@ -64,7 +65,8 @@ class Options:
     """Number of validation tokens, from the start of the shards; None: as many as the run used, or
     10,485,760 for an exported model."""
     canonical_masking: bool = False
-    """Leave out the ids that the tokenizer cannot produce next; see docs/evaluation.md."""
+    """Leave out the ids that the tokenizer cannot produce next, as runs that were validated so do
+    anyway; see docs/evaluation.md."""
     hellaswag: bool = False
     """Also score HellaSwag; on a CPU this takes hours for a model of the speedrun's size."""
     hellaswag_items: Positive | None = None
@@ -175,15 +177,15 @@ def evaluate(options: Options) -> None:
         if not options.model.startswith(HUB):  # never write into the hub's cache
             write_results(run.folder, run.step, results)
 
-    impossible = None
-    if options.canonical_masking:
+    impossible, masking = None, options.canonical_masking or run.canonical_masking
+    if masking:
         table = impossible_next(tokenizer, run.hp.model.padded_vocab_size)
         impossible = put(run.mesh, REPLICATED, table.shape, table.__getitem__)
     nats = fitting(partial(validation_nats, run, rows, impossible))
     results = {"val_files": name, "val_tokens": count, "val_loss": nats / count}
     results["bits_per_byte"] = nats / log(2) / num_bytes
-    results["canonical_masking"] = options.canonical_masking
-    masked = ", canonical masking" * options.canonical_masking
+    results["canonical_masking"] = masking
+    masked = ", canonical masking" * masking
     tell(f"val loss {nats / count:.4f} | {count:,} tokens of {name}{masked}")
     tell(f"bits per byte {results['bits_per_byte']:.4f} | {num_bytes:,} bytes of text")
     keep(results)
@@ -199,7 +201,7 @@ def evaluate(options: Options) -> None:
         )
         keep({"hellaswag": results})
     with suppress(OSError):  # as in `tell`
-        print(f'Next:\n  python3 sample.py {options.model} --prompt "The"', flush=True)
+        print(f'Next:\n  python3 sample.py {quote(options.model)} --prompt "The"', flush=True)
 
 
 class Trained(NamedTuple):
@@ -217,6 +219,7 @@ class Trained(NamedTuple):
     val_files: str | None = None
     val_tokens: int | None = None
     shards: dict[str, Any] | None = None
+    canonical_masking: bool = False
 
 
 def load(folder: Path, mesh: "Mesh") -> Trained:
@@ -234,7 +237,7 @@ def load(folder: Path, mesh: "Mesh") -> Trained:
     stage = schedule.stage(min(step, schedule.num_steps))
     T, model = schedule.row_length(stage), schedule.used(hp.model, stage)
     shards = checkpoint.facts.get("shards")
-    validation = hp.val_files, hp.val_tokens, shards
+    validation = hp.val_files, hp.val_tokens, shards, hp.canonical_masking
     return Trained(run_of(folder), step, hp, T, model, graph, params, mesh, *validation)
 
 

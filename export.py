@@ -11,6 +11,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import tyro
@@ -86,7 +87,8 @@ def export(run: Path, out: Path, repository: str | None = None) -> str:
     return (
         f"the weights of {run} after step {checkpoint.step:,} are in {out}"
         + (f" and at {address}" if address else "")
-        + f"\nUse them with:\n  python3 sample.py {out}\n  python3 train_gpt.py --init-from {out}"
+        + f"\nUse them with:\n  python3 sample.py {quote(str(out))}"
+        + f"\n  python3 train_gpt.py --init-from {quote(str(out))}"
         + f"\nor with Hugging Face's transformers: see {out}/README.md."
     )
 

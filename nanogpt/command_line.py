@@ -42,7 +42,7 @@ NEEDLESS = {
     "compile": "every program is compiled",
     "gpu": "all GPUs are used; choose some with CUDA_VISIBLE_DEVICES",
     "gpus": "all GPUs are used; choose some with CUDA_VISIBLE_DEVICES",
-    "epochs": "give --num-steps; --dry-run shows how many epochs that is",
+    "epochs": "give --num-steps; --dry-run shows the epochs",
 }
 
 
@@ -66,7 +66,7 @@ def parse(options: type[Options], arguments: Sequence[str] | None, **settings: A
             raise SystemExit(2)
         why = NEEDLESS.get(given.removeprefix("--"), "")
         if given.startswith("--") and why and "num-steps" in names:
-            print(f"{given} is not needed: {why}.", file=sys.stderr)
+            print(f"{given} is not an option here: {why}.", file=sys.stderr)
             raise SystemExit(2)
     try:
         try:

@@ -34,13 +34,13 @@ def test_a_name_that_other_trainers_use_is_answered_with_the_one_here(main, argu
     assert capsys.readouterr().err == f"{given} is called {here} here; see --help.\n"
 
 
-def test_an_option_of_other_trainers_that_is_not_needed_is_answered_with_the_reason(capsys):
+def test_an_option_of_other_trainers_without_a_counterpart_is_answered_with_the_reason(capsys):
     for argument in ("--compile", "--epochs=3", "--gpu"):
         with pytest.raises(SystemExit) as end:
             train_gpt.main([argument, "1"])
         assert end.value.code == 2
         given = argument.partition("=")[0]
-        told = f"{given} is not needed: {NEEDLESS[given.removeprefix('--')]}.\n"
+        told = f"{given} is not an option here: {NEEDLESS[given.removeprefix('--')]}.\n"
         assert capsys.readouterr().err == told
 
 

@@ -137,6 +137,9 @@ def test_ids_that_cannot_come_next_are_left_out_if_asked_for(base, capsys, monke
     monkeypatch.setattr(evaluate, "impossible_next", lambda *arguments: nothing_but_ascii)
     found = results(base, "--canonical-masking")
     assert found["canonical_masking"] and found["val_loss"] < whole["val_loss"] - 0.1
+    config = json.loads((base / "config.json").read_text())  # of a run that was validated so
+    (base / "config.json").write_text(json.dumps(config | {"canonical_masking": True}))
+    assert results(base)["val_loss"] == found["val_loss"]
 
 
 def test_neither_the_devices_nor_their_rows_change_the_loss(base, monkeypatch):

@@ -59,6 +59,7 @@ def test_twice_as_deep_is_twice_as_wide_with_eight_times_the_weights_and_tokens(
     assert hp.schedule.tokens(hp.num_steps) == 8 * 1000 * 4096
     # A batch of 8^0.571 = 3.3 times as many tokens, to the nearest power of two: 4.
     assert (hp.total_batch_size, hp.num_steps) == (4 * 4096, 8 * 1000 // 4)
+    assert at_depth(base, 1).total_batch_size == 4096 // 8  # 27^-0.571 = 0.15; 27^-0.5 is 0.19
     faster = 4**0.5 / 8**0.25
     assert hp.learning_rate == pytest.approx(0.035 * faster)
     assert hp.adam.tables.learning_rate == pytest.approx(0.17 * faster)

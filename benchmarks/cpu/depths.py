@@ -7,8 +7,7 @@ The `laptop` preset is trained at several depths, with all settings from the rul
 right, no such neighbor is better by more than seeds differ. Two more depths are trained with the
 FLOPs of the preset: if the rule's tokens per weight are right, none is better than the preset. A
 power law through the losses of all depths but the largest predicts that of the largest before it is
-trained. Prints the tables of docs/sizes.md and draws docs/sizes.png, in an hour and a half on two
-cores.
+trained. Prints the tables of docs/sizes.md and draws docs/sizes.png, in two hours on two cores.
 """
 
 import sys

@@ -24,7 +24,9 @@ from nanogpt.data.tokenizer import Tokenizer
 NEVER = 2**31 - 1
 LETTER, NUMBER, OTHER, SPACE, UNKNOWN = range(5)
 # Kinds of characters between which the tokenizer's pattern never splits words.
-JOINED = np.array([[a == b < SPACE or b < a == SPACE for b in range(5)] for a in range(5)])
+JOINED = np.zeros((5, 5), bool)
+JOINED[[LETTER, NUMBER, OTHER], [LETTER, NUMBER, OTHER]] = True
+JOINED[SPACE, [LETTER, NUMBER, OTHER]] = True
 # A word of its own, even before a letter.
 CONTRACTIONS = (b"'s", b"'t", b"'re", b"'ve", b"'m", b"'ll", b"'d")
 WHITESPACE = " \t\n\v\f\r\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"

@@ -123,8 +123,8 @@ def check_shared(config: GPTConfig, row_lengths: Sequence[int], devices: int) ->
     ):
         if count % devices:
             raise ConfigError(
-                f"{what}: {count} cannot be split over {devices} devices; choose a mesh whose "
-                f"model axis divides {count}, or leave out that axis."
+                f"{what}: {count} cannot be split over {devices} devices; use another "
+                "mesh, or another model size."
             )
 
 

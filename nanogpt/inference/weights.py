@@ -64,6 +64,7 @@ class RunSettings(ModelSettings):
 
     val_files: str | None
     val_tokens: Positive
+    canonical_masking: bool = False  # which runs before 2026-11-29 do not have
 
 
 class Origin(TypedDict, total=False):

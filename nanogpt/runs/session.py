@@ -5,6 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from shlex import quote
 
 import jax
 
@@ -180,7 +181,7 @@ def best_checkpoint(run: Run) -> tuple[int, Path]:
 
 def what_next(run: Run) -> str:
     """Return the next commands to try with the trained model, with its best checkpoint."""
-    _, best = best_checkpoint(run)
+    best = quote(str(best_checkpoint(run)[1]))
     return f"""\
 Next:
   python3 sample.py {best} --prompt "The"

@@ -66,10 +66,10 @@ def settings_here(
     by_hand = override(replace(hp, total_batch_size=1)).total_batch_size != 1
     fixed = by_hand or given.resume is not None or given.config is not None
     fitted = (lambda hp: hp) if fixed else fitted_to_devices
-    tokens, hp = hp.total_batch_size, fitted(hp)
+    preset_batch, hp = hp.total_batch_size, fitted(hp)
     if given.minutes is None:
-        if tokens != hp.total_batch_size and sys.modules["jax"].process_index() == 0:
-            print(f"total_batch_size is {hp.total_batch_size:,} here, instead of {tokens:,}")
+        if preset_batch != hp.total_batch_size and sys.modules["jax"].process_index() == 0:
+            print(f"total_batch_size is {hp.total_batch_size:,} here, instead of {preset_batch:,}")
         return hp
     # Check now what would otherwise be refused only after timing, which takes minutes.
     check_name(Path("runs"), hp.run_name)

@@ -159,6 +159,7 @@ def test_the_summary_of_a_resumed_run_is_of_all_of_it_and_says_what_is_of_this_p
     progress.report()
     told = progress.summary(2)
     assert told["tokens"] == "2,000, 1,000 since resuming"
+    assert told["speed"].endswith(", since resuming")
     assert told["time"] == "train 2.0 s since resuming; 9.0 s of training in total"
 
 
@@ -170,6 +171,15 @@ def test_a_fast_run_shows_a_line_a_second_on_a_terminal_and_each_in_its_log(run,
         run.say_often(f"step {step} | in full", f"step {step}")
     assert screen.getvalue().splitlines() == ["step 1", "step 3"]
     assert log(run).splitlines() == [f"step {step} | in full" for step in (1, 2, 3)]
+
+
+def test_a_line_with_a_short_form_is_short_on_a_narrow_terminal_and_whole_in_the_log(run):
+    for width, shown in ((60, "val loss 4"), (80, "val loss 4 | in full")):
+        screen = io.StringIO()
+        run.console = Console(file=screen, force_terminal=True, width=width, highlight=False)
+        run.say("val loss 4 | in full", short="val loss 4")
+        assert screen.getvalue() == f"{shown}\n"
+    assert log(run).splitlines() == ["val loss 4 | in full"] * 2
 
 
 def test_on_a_terminal_a_line_with_the_time_left_follows_the_steps_and_validation_stands_out(

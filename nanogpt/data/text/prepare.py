@@ -153,7 +153,8 @@ def make_shards(
             "processes to continue where it stopped."
         ) from error
     except OSError as error:
-        raise DataError(cannot_write(folder, error, "choose another folder")) from error
+        otherwise = "choose another folder, then run this again to continue where it stopped"
+        raise DataError(cannot_write(folder, error, otherwise)) from error
 
 
 def fingerprint_of(inputs: Inputs, recipe: Recipe) -> str:
