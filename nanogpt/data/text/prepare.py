@@ -153,7 +153,10 @@ def make_shards(
             "processes to continue where it stopped."
         ) from error
     except OSError as error:
-        otherwise = "choose another folder, then run this again to continue where it stopped"
+        otherwise = (
+            "choose another folder (--out; XDG_CACHE_HOME with --data), then run this again to "
+            "continue where it stopped"
+        )
         raise DataError(cannot_write(folder, error, otherwise)) from error
 
 
