@@ -14,7 +14,7 @@ import os
 import sys
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import tyro
 from msgspec import Meta
@@ -35,7 +35,6 @@ from nanogpt.checks import (
 from nanogpt.command_line import parse
 from nanogpt.config import AdamGroups, ComputeType, GPTConfig, LossKernel, TokenizerName, mesh_axes
 from nanogpt.data.tokenizer import TOKENIZERS
-from nanogpt.runs.folder import Run
 from nanogpt.runs.profile import Trace, steps_of
 from nanogpt.runs.progress import BadNumbers
 from nanogpt.runs.settings import join_others, leave, settings, settings_here
@@ -43,13 +42,6 @@ from nanogpt.runs.trackers import check_trackers
 from nanogpt.schedule import Schedule, Stage, Stages
 from nanogpt.sizes import at_width
 from nanogpt.training.interruption import Interruption
-
-if TYPE_CHECKING:
-    from jax.sharding import Mesh
-
-    from nanogpt.training.plan import Plan
-    from nanogpt.training.step import Params
-
 
 Preset = Literal["auto", "speedrun", "baseline", "laptop", "gpt2-medium", "gpt2-large", "gpt2-xl"]
 
@@ -59,18 +51,24 @@ def windows(short: int, long: int) -> tuple[int, ...]:
     return (short,) * 3 + (long,) + (short,) * 6 + (long,)
 
 
-# The model, stages and learning rates of modded-nanogpt's record of 2026-01-19; see
-# docs/recipe.md.
+# The model, stages and rates of modded-nanogpt's record of 2026-05-20; see docs/recipe.md.
 SPEEDRUN_MODEL = GPTConfig(
     num_layers=11,
     mlp_only=(6,),
     key_offset=(3, 10),
     paired_heads=(0, 2, 5, 9),
+    exclusive=(1, 3, 4, 7, 8, 10),
+    attention_source=7,
+    dynamic=True,
     skips=((3, 6),),
-    backout=7,
-    bigram_buckets=5 * 50304,
+    value_embeddings=5,
+    value_layers=(1, 2, 8, 9, 10),
+    bigram_buckets=15 * 50304,
+    bigram_width=192,
     document_separator=50256,
     tied_head=True,
+    attention_init=0.5,
+    attention_out_init=0.5,
     residual_init=1.1,
     attention_scale=0.1,
     softcap=11.5,
@@ -78,10 +76,10 @@ SPEEDRUN_MODEL = GPTConfig(
     logit_shift=5.0,
 )
 SPEEDRUN_STAGES = (
-    Stage(0.325, 1 / 3, 1.0, 1.00, windows(128, 384), target_weights=(1.0, 0.5, 0.25)),
-    Stage(0.325, 2 / 3, 1.0, 1.52, windows(384, 896), target_weights=(1.0, 0.5)),
-    Stage(0.325, 1.0, 1.0, 1.73, windows(640, 1408), split_head=True),
-    Stage(0.025, 1.0, 1.0, 1.73, windows(768, 1664), windows(768, 2560)),
+    Stage(1375 / 3, 1 / 3, 1.0, 1.00, windows(128, 384), None, (1.0, 0.5, 0.25), 896),
+    Stage(1375 / 3, 2 / 3, 1.0, 1.52, windows(384, 896), None, (1.0, 0.5)),
+    Stage(1375 / 3, 1.0, 1.0, 1.73, windows(640, 1408), split_head=True),
+    Stage(10, 1.0, 1.0, 1.73, windows(768, 1664), windows(768, 2560)),
 )
 
 
@@ -132,7 +130,7 @@ class Hyperparameters:  # the defaults are those of the speedrun preset
     """Tokens per optimizer step, over all devices and accumulation steps."""
 
     # Optimization
-    num_steps: Positive = 1600
+    num_steps: Positive = 1385
     """Optimizer steps."""
     stages: tyro.conf.Suppress[Stages] = SPEEDRUN_STAGES
     """Training stages, in order; see nanogpt/schedule.py."""
@@ -151,17 +149,19 @@ class Hyperparameters:  # the defaults are those of the speedrun preset
     """Number of steps over which Muon's momentum warms up."""
     momentum_cooldown_steps: Count = 50
     """Number of final steps over which Muon's momentum falls back to 0.85."""
-    neuron_decay: Decay | None = 0.95
+    neuron_decay: Decay | None = 0.9
     """NorMuon's decay rate for the second moment of each neuron; None for plain Muon."""
+    heads_together: Positive | None = 2
+    """Heads whose queries, or keys, Muon orthogonalizes as one matrix; None: all of a layer."""
     adam_every: Positive = 2
     """Steps between updates of Adam (all other parameters), which uses the mean gradient."""
     adam: AdamGroups = AdamGroups()
     """Adam's settings for each parameter group."""
-    hold_fraction: Annotated[float, Meta(ge=0, lt=1)] = 0.025
+    hold_fraction: Annotated[float, Meta(ge=0, lt=1)] = 10 / 1385
     """Fraction of the steps, at the end, for which learning rates stay at their minimum."""
-    cooldown_fraction: Share = 0.55
+    cooldown_fraction: Share = 0.6
     """Fraction of the steps before the hold over which learning rates decay linearly."""
-    final_learning_rate_factor: Share = 0.1
+    final_learning_rate_factor: Share = 0.15
     """Factor on all learning rates at the end of the cooldown."""
 
     # Validation
@@ -268,6 +268,11 @@ class Hyperparameters:  # the defaults are those of the speedrun preset
                 f"model.windows cannot be {self.model.windows}: the stages of the {self.preset} "
                 "preset set the windows."
             )
+        if self.model.num_heads % (self.heads_together or 1):
+            raise ConfigError(
+                f"heads_together, {self.heads_together}, must divide num_heads, "
+                f"{self.model.num_heads}."
+            )
         if self.model.tied_head and self.adam.embedding != self.adam.head:
             raise ConfigError(
                 f"adam.embedding must equal adam.head, {self.adam.head}, when model.tied_head is "
@@ -284,7 +289,7 @@ class Hyperparameters:  # the defaults are those of the speedrun preset
 
 
 PRESETS = {
-    # GPT-2 small's size with the recipe of modded-nanogpt's record of 2026-01-19.
+    # GPT-2 small's size with the recipe of modded-nanogpt's record of 2026-05-20.
     "speedrun": Hyperparameters(preset="speedrun"),
     # The same size with few of those tricks: modded-nanogpt's plain recipe of 2024-11-10.
     "baseline": Hyperparameters(
@@ -300,6 +305,7 @@ PRESETS = {
         momentum_warmup_steps=500,
         momentum_cooldown_steps=0,
         neuron_decay=None,
+        heads_together=None,
         adam_every=1,
         adam=AdamGroups.alike(tables=0.6, head=0.008, others=0.04, betas=(0.9, 0.95)),
         hold_fraction=0.0,
@@ -335,6 +341,8 @@ PRESETS = {
         momentum=0.9,
         momentum_warmup_steps=50,
         momentum_cooldown_steps=0,
+        neuron_decay=0.95,
+        heads_together=None,
         adam_every=1,
         adam=AdamGroups.alike(tables=0.17, head=0.012, others=0.046, betas=(0.7, 0.95)),
         hold_fraction=0.0,
@@ -404,6 +412,7 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
     from nanogpt.devices.compilation import use_compilation_cache
     from nanogpt.devices.mesh import make_mesh
     from nanogpt.inference.weights import with_weights
+    from nanogpt.report.ending import show_result
     from nanogpt.runs import session
     from nanogpt.training.inputs import Inputs
     from nanogpt.training.plan import plan_here
@@ -476,24 +485,6 @@ def train(hp: Hyperparameters, interruption: Interruption) -> int:
             return session.interrupted(run, interruption)
         show_result(run, plan, state.params, mesh)
         return 0
-
-
-def show_result(run: Run, plan: "Plan", params: "Params", mesh: "Mesh") -> None:
-    """Plot the loss, generate a sample and print what to do next."""
-    import jax
-
-    from nanogpt.inference.text import sample
-    from nanogpt.report.picture import loss_png
-    from nanogpt.runs.session import what_next
-
-    if jax.process_index() == 0:
-        try:
-            run.say(f"loss curve: {loss_png(run.folder)}")
-        except Exception as error:  # a broken Matplotlib must not prevent the sample
-            run.say(f"WARNING: could not plot the loss: {error}")
-    if plan.hp.sample_tokens:
-        run.say(sample(plan, params, mesh))
-    run.say(what_next(run))
 
 
 if __name__ == "__main__":

@@ -65,8 +65,8 @@ def checked(
 ) -> Kind:
     """Convert the values of settings (`asdict`) or of a file (JSON) to `kind`.
 
-    Every field of a dataclass must be present, and no other; fields that a TypedDict does not
-    declare are dropped.
+    Every field of a dataclass must be present, but for those in its `ADDED`, and no other; fields
+    that a TypedDict does not declare are dropped.
 
     Args:
         kind: a dataclass, or any other type msgspec converts to.
@@ -106,12 +106,16 @@ def can_be_utf8(text: str) -> bool:
 def _compare(given: Any, made: Any, others: bool, path: Sequence[str | int] = ()) -> None:
     """Raise _Flaw if a dataclass lacks fields or has undeclared ones.
 
-    A missing field would get its default, which may be that of another preset.
+    A missing field would get its default, which may be that of another preset. The defaults of
+    fields in `ADDED`, which older files lack, mean what those files mean.
     """
     if len(path) > DEEPEST:
         raise _Flaw(f"{_named(path[:1])} is nested more than {DEEPEST} levels deep")
     if is_dataclass(made):
-        made = {field.name: getattr(made, field.name) for field in fields(made)}
+        absent = getattr(made, "ADDED", frozenset()) - given.keys()
+        made = {
+            each.name: getattr(made, each.name) for each in fields(made) if each.name not in absent
+        }
         for name in sorted(made.keys() - given.keys()):
             raise _Flaw(f"{_named([*path, name])} is missing")
         for name in sorted(given.keys() - made.keys()) if not others else ():

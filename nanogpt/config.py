@@ -4,8 +4,8 @@ JAX is not imported here, so that `--help` and errors in the arguments appear at
 """
 
 import re
-from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta
 
@@ -55,6 +55,11 @@ class Kernels:
 class GPTConfig:
     """The model's architecture. The defaults have the size of the smallest GPT-2."""
 
+    ADDED: ClassVar = {
+        *("value_layers", "bigram_width", "attention_out_init", "attention_source"),
+        *("exclusive", "dynamic"),
+    }  # see `checked`
+
     vocab_size: Positive = 50257
     """Number of token ids, V; padded to a multiple of 128."""
 
@@ -89,12 +94,20 @@ class GPTConfig:
     one per layer; the first layers reuse all but the first table. With 0, the first attention's
     values are mixed into those of all others."""
 
+    value_layers: tuple[Count, ...] = ()
+    """Layers with value embeddings, each with a table of its own that its gates read, too; empty:
+    see value_embeddings."""
+
     value_gate: bool = True
     """Gate value embeddings per token and head; False: one learned share per layer."""
 
     bigram_buckets: Count = 0
-    """Rows of the hashed bigram embedding table, added to the residual stream before each layer; 0
-    for none."""
+    """Rows of the hashed bigram embedding table, added to the residual stream in each layer; 0 for
+    none."""
+
+    bigram_width: Positive | None = None
+    """Width of the bigram embeddings, added to so many channels of the stream, with signs that
+    differ between the token pairs of a row; None: that of the stream, without signs."""
 
     smear: bool = True
     """Add a gated part of the previous token's embedding to each token's."""
@@ -105,8 +118,15 @@ class GPTConfig:
     attention_init: AboveZero = 1.0
     """Initial standard deviation of the query, key and value matrices, times sqrt(width)."""
 
+    attention_out_init: NotNegative = 0.0
+    """The same for the attention's output matrices."""
+
+    attention_source: int | None = None
+    """Layer whose output the attentions of all later layers read; those up to it read the stream as
+    it is before token and bigram embeddings are added. None: all read the stream after that."""
+
     residual_init: AboveZero = 1.0
-    """Initial value of the learned factor on the residual stream before each layer."""
+    """Initial value of the learned factor on the residual stream in each layer."""
 
     skips: tuple[tuple[Count, Count], ...] | None = None
     """Skip connections as pairs of layers: the first one's output is added, gated, before the
@@ -118,8 +138,15 @@ class GPTConfig:
     paired_heads: tuple[int, ...] = ()
     """Layers with paired heads: two heads attend to the keys of both."""
 
+    exclusive: tuple[int, ...] = ()
+    """Layers whose attention outputs are reduced, by a learned share, along the token's value."""
+
     backout: int | None = None
     """Layer whose output, times a learned factor, is subtracted before the head; None for none."""
+
+    dynamic: bool = False
+    """Let each token choose how the last layer and the head combine earlier outputs; needs
+    attention_source."""
 
     tied_head: bool = False
     """Tie embedding and head until a stage of the run splits them."""
@@ -154,11 +181,14 @@ class GPTConfig:
                 f"value_embeddings must be 0 to num_layers, {self.num_layers}, "
                 f"not {self.value_embeddings}."
             )
-        if self.backout is not None and not 0 <= self.backout < self.num_layers:
-            raise ConfigError(
-                f"backout is layer {self.backout}, but layers are numbered 0 to "
-                f"{self.num_layers - 1}."
-            )
+        for name, layer in {
+            "backout": self.backout,
+            "attention_source": self.attention_source,
+        }.items():
+            if layer is not None and not 0 <= layer < self.num_layers:
+                raise ConfigError(
+                    f"{name} is layer {layer}, but layers are numbered 0 to {self.num_layers - 1}."
+                )
         for source, target in self.skips or ():
             if not source < target < self.num_layers:
                 raise ConfigError(
@@ -169,6 +199,8 @@ class GPTConfig:
             "mlp_only": self.mlp_only,
             "key_offset": self.key_offset,
             "paired_heads": self.paired_heads,
+            "exclusive": self.exclusive,
+            "value_layers": self.value_layers,
         }.items():
             for layer in layers:
                 if not -self.num_layers <= layer < self.num_layers:
@@ -178,6 +210,25 @@ class GPTConfig:
                     )
         if self.paired_heads and self.num_heads % 2:
             raise ConfigError(f"paired_heads needs an even num_heads, not {self.num_heads}.")
+        if both := self.layers(self.paired_heads) & self.layers(self.exclusive):
+            raise ConfigError(f"paired_heads and exclusive both contain layer {min(both)}.")
+        if self.value_layers and self.value_embeddings != len({*self.value_layers}):
+            raise ConfigError(
+                f"value_layers has {len({*self.value_layers})} layers, but value_embeddings is "
+                f"{self.value_embeddings}: each needs a table of its own."
+            )
+        if idle := self.layers(self.value_layers) & self.layers(self.mlp_only):
+            raise ConfigError(f"value_layers contains layer {min(idle)}, which has no attention.")
+        if self.bigram_width and self.bigram_width >= self.width:
+            raise ConfigError(
+                f"bigram_width ({self.bigram_width}) must be less than width ({self.width}); None "
+                "uses all channels."
+            )
+        last = self.num_layers - 1
+        if self.dynamic and (self.attention_source in (None, last) or self.skips is None):
+            raise ConfigError("dynamic needs skips, and an attention_source before the last layer.")
+        if self.dynamic and last in self.layers(self.mlp_only):
+            raise ConfigError(f"dynamic needs attention in the last layer, {last}.")
         if self.num_attentions == 0:
             raise ConfigError("mlp_only contains all layers, but at least one needs attention.")
         for name, used in {
@@ -222,9 +273,17 @@ class GPTConfig:
         L, count = self.num_layers, self.value_embeddings
         tables = {layer: layer + 1 for layer in range(count - 1)}
         tables |= {L - count + table: table for table in range(count)}
+        if self.value_layers:
+            tables = {layer: table for table, layer in enumerate(self.value_layers)}
         return {
             layer: tables[layer] for layer in sorted(tables.keys() - self.layers(self.mlp_only))
         }
+
+    @property
+    def gated_values(self) -> tuple[int, ...]:
+        """The layers whose value embeddings have gates."""
+        last = self.num_layers - 1 if self.dynamic else None
+        return tuple(layer for layer in self.value_tables if self.value_gate and layer != last)
 
     @property
     def num_attentions(self) -> int:
@@ -263,6 +322,8 @@ class Adam:
 class AdamGroups:
     """Adam's settings for each group of parameters. The defaults are the speedrun's."""
 
+    ADDED: ClassVar = {"connections", "connection_biases"}
+
     embedding: Adam = Adam(0.008, (0.5, 0.95), 0.75)
     """Token embedding."""
     head: Adam = Adam(0.008, (0.5, 0.95), 0.75)
@@ -275,17 +336,23 @@ class AdamGroups:
     """Gate of the smear."""
     skip_gate: Adam = Adam(0.0004)
     """Gates of the skips."""
-    shortcuts: Adam = Adam(0.04, (0.65, 0.95))
-    """Weights of the embedding shortcuts before each layer."""
+    stream: Adam = Adam(0.04, (0.9, 0.95))
+    """Weights of the stream in each layer."""
+    shortcuts: Adam = Adam(0.008, (0.9, 0.95))
+    """Weights of what is added to it: token and bigram embeddings, attention and MLP."""
     scalars: Adam = Adam(0.04)
     """All other scalars."""
+    connections: Adam = Adam(0.002, weight_decay=0.005)
+    """Dynamic connections."""
+    connection_biases: Adam = Adam(0.002)
+    """Their biases."""
 
     @classmethod
     def alike(
         cls, tables: float, head: float, others: float, betas: tuple[float, float]
     ) -> "AdamGroups":
         """Return groups with three rates (tables, head, everything else) and the same betas."""
-        few = "gates", "smear_gate", "skip_gate", "shortcuts", "scalars"
+        few = {each.name for each in fields(cls)} - {"embedding", "head", "tables"}
         return cls(
             embedding=Adam(tables, betas),
             head=Adam(head, betas),

@@ -12,7 +12,7 @@ JAX is not imported here, so that errors in the settings appear at once.
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 from msgspec import Meta
 
@@ -38,6 +38,8 @@ Windows = Annotated[tuple[Positive, ...], Meta(min_length=1)]
 class Stage:
     """One stage of a run. What it does not set comes from the run's other settings."""
 
+    ADDED: ClassVar = {"max_document_length"}
+
     share: AboveZero = 1.0
     """Its share of the steps, relative to the shares of the other stages."""
 
@@ -59,6 +61,9 @@ class Stage:
     target_weights: Annotated[tuple[AboveZero, ...], Meta(min_length=1)] = (1.0,)
     """Loss weights of the next token, the one after it, and so on. The last of several decays to
     zero by the end of the stage (modded-nanogpt, 2025-12-22)."""
+
+    max_document_length: Positive | None = None
+    """Most tokens of a document in a row, if not the run's max_document_length."""
 
     split_head: bool = False
     """Untie the head from the embedding from here on."""
@@ -136,6 +141,10 @@ class Schedule:
     def row_length(self, stage: int) -> int:
         """Return the number of tokens in each row of a stage, T."""
         return round(self.sequence_length * self.stages[stage].length)
+
+    def row_kind(self, stage: int) -> tuple[int, int | None]:
+        """Return T and the longest document in a row, None if the stage does not limit it."""
+        return self.row_length(stage), self.stages[stage].max_document_length
 
     def first_step(self, stage: int) -> int:
         """Return the first step of a stage."""

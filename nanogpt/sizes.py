@@ -95,13 +95,20 @@ def with_layers_like(hp: "Hyperparameters", base: "Hyperparameters") -> "Hyperpa
     def place(layer: int) -> int:
         return min(L - 1, round(layer / stretch)) if stretch else 0
 
+    mlp_only = layers(old.mlp_only)
+    own = tuple(sorted({place(layer) for layer in old.value_layers} - {*mlp_only}))
+    source = None if old.attention_source is None else place(old.attention_source)
     model = replace(
         hp.model,
-        mlp_only=layers(old.mlp_only),
+        mlp_only=mlp_only,
         key_offset=layers(old.key_offset),
         paired_heads=layers(old.paired_heads),
         windows=old.windows and windows(old.windows),
-        value_embeddings=min(old.value_embeddings, L),
+        exclusive=layers(old.exclusive),
+        value_layers=own,
+        value_embeddings=len(own) or min(old.value_embeddings, L),
+        attention_source=source,
+        dynamic=old.dynamic and source != L - 1,
         skips=old.skips
         and tuple((place(a), place(b)) for a, b in old.skips if place(a) < place(b)),
         backout=None if old.backout is None else place(old.backout),
@@ -152,6 +159,7 @@ def at_width(
             num_heads=num_heads,
             width=width,
             mlp_width=4 * width,
+            bigram_width=model.bigram_width and max(1, model.bigram_width * width // model.width),
             attention_scale=model.attention_scale * sqrt(model.head_size / (width // num_heads)),
         ),
     )

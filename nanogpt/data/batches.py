@@ -209,8 +209,10 @@ def train_batch(
 class RowOrder:
     """The rows that each step of a schedule trains on."""
 
-    def __init__(self, make: Callable[[int, int], Rows], schedule: Schedule, shuffle: bool):
-        """`make(T, start)` returns the rows of T + 1 tokens, numbered from token `start` on."""
+    def __init__(
+        self, make: Callable[[int, int | None, int], Rows], schedule: Schedule, shuffle: bool
+    ):
+        """`make(T, longest_document, start)` returns rows numbered from token `start` on."""
         self.make, self.schedule, self.shuffle = make, schedule, shuffle
         self._first = lru_cache(maxsize=None)(self._first_of)
 
@@ -225,13 +227,13 @@ class RowOrder:
         return rows, first + steps * self.schedule.tokens_per_step(stage) // rows.sequence_length
 
     def _first_of(self, stage: int) -> tuple[Rows, int]:
-        """Return the same at a stage's first step; numbers continue if T stays the same."""
-        T = self.schedule.row_length(stage)
+        """Return the same at a stage's first step; numbers continue if the rows stay the same."""
+        kind = self.schedule.row_kind(stage)
         if stage == 0:
-            return self.make(T, 0), 0
+            return self.make(*kind, 0), 0
         rows, used = self._after(stage - 1, self.schedule.first_step(stage))
-        if rows.sequence_length == T:
+        if kind == self.schedule.row_kind(stage - 1):
             return rows, used
         if self.shuffle:
-            return self.make(T, 0), -(-used * rows.sequence_length // T)
-        return self.make(T, rows.offset(used)), 0
+            return self.make(*kind, 0), -(-used * rows.sequence_length // kind[0])
+        return self.make(*kind, rows.offset(used)), 0

@@ -13,14 +13,13 @@ The tricks of the speedrun are added to that, each a small function or a few lin
     zero projections      output matrices start at zero    (Yang et al., arXiv:2203.03466)
     tied head             embedding and head share weights (Press and Wolf, arXiv:1608.05859; until
                           late in the run: modded-nanogpt, 2025-12-19)
-    embedding shortcut    x <- a x + b x0 before a layer   (modded-nanogpt, 2024-11-06)
+    embedding shortcut    x <- a x + b x0 in each layer    (modded-nanogpt, 2024-11-06)
     skips                 early outputs added to late layers   (modded-nanogpt, 2024-11-10; one,
                           gated: 2025-11-18 and 12-29)
     value residual        first layer's values added to later ones   (Zhou et al., arXiv:2410.17897)
     value embeddings      token tables added instead       (modded-nanogpt, 2024-12-04 and 12-17;
-                          gated: 2025-12-29)
-    attention gate        each head's output is scaled     (Qiu et al., arXiv:2505.06708; from few
-                          inputs: modded-nanogpt, 2025-08)
+                          gated: 2025-12-29; a table for each layer: 2026-01-26)
+    attention gate        each head's output is scaled     (Qiu et al., arXiv:2505.06708)
     YaRN                  rotations adapt to wider windows (Peng et al., arXiv:2309.00071; per stage
                           of a run: modded-nanogpt, 2025-09-10)
     smear                 x_t <- x_t + gate x_(t-1)        (modded-nanogpt, 2025-09)
@@ -30,14 +29,16 @@ The tricks of the speedrun are added to that, each a small function or a few lin
                           what followed a token            (modded-nanogpt, 2025-12-14)
     paired heads          two heads attend to the keys of both   (modded-nanogpt, 2026-01-07)
     bigram embedding      hashed token pairs, in each layer   (modded-nanogpt, 2026-01-19)
+    attention source      late attentions all read one earlier output   (modded-nanogpt, 2026-03-06)
+    dynamic connections   tokens weigh earlier outputs     (Xiao et al., arXiv:2502.12170)
+    exclusive attention   output without the token's own value   (Zhai, arXiv:2603.09078)
     softcap               bounds the logits                (Gemma 2, arXiv:2408.00118)
     several targets       later tokens are predicted, too  (Gloeckle et al., arXiv:2404.19737; from
                           the same logits: modded-nanogpt, 2025-12)
 
-A model computes in the dtype of its matrices, with layers stacked or separate: see parameters.py.
-
 Shapes, here and everywhere: B batch, T sequence, D model width, N heads, H head size, F MLP width,
-V vocabulary (padded), L layers. Arrays of attentions and MLPs have a leading axis of layers.
+V vocabulary (padded), L layers. A model computes in the dtype of its matrices; its layers are
+stacked or separate: see parameters.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,10 +53,13 @@ from jaxtyping import Array, Float, Int, UInt8
 from nanogpt.config import GATE_INPUTS, GPTConfig, Kernels
 from nanogpt.devices.sharding import from_parts, share_of_row, to_parts
 from nanogpt.model.attention import pair, part
+from nanogpt.model.bigrams import bigram_embeddings
+from nanogpt.model.connections import LastLayer, LayerWeights, before_head, mixed
 from nanogpt.model.context import Next, Rows
+from nanogpt.model.gates import Smear, opened, skip_share, value_share
 from nanogpt.model.kernels.relu_squared import relu_squared
 from nanogpt.model.loss import linear_cross_entropy
-from nanogpt.model.parameters import matrix, stack, unstack
+from nanogpt.model.parameters import matrix, project, stack, unstack
 from nanogpt.model.rotary import rotary, rotation
 from nanogpt.model.softcap import Softcap, softcap
 
@@ -70,34 +74,15 @@ def norm(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
     return (x32 * jax.lax.rsqrt(mean_square + np.finfo(np.float32).eps)).astype(x.dtype)
 
 
-def project(x: Float[Array, "*B I"], weight: Float[Array, "I O"]) -> Float[Array, "*B O"]:
-    """Return x @ weight as one product of two matrices, the fastest form on XLA's CPU backend."""
-    return (x.reshape(-1, weight.shape[0]) @ weight).reshape(*x.shape[:-1], weight.shape[1])
-
-
-def bigram_bucket(
-    tokens: Int[Array, "B T"], before: Int[Array, "B T"], buckets: int
-) -> Int[Array, "B T"]:
-    """Hash each pair of a token and the one before it to a bucket."""
-    # Two odd constants (2³² over the golden ratio, a prime of xxHash) spread the pairs mod 2³².
-    mixed = tokens.astype(jnp.uint32) * np.uint32(0x9E3779B1)
-    mixed ^= before.astype(jnp.uint32) * np.uint32(0x85EBCA77)
-    return ((mixed ^ (mixed >> 15)) % np.uint32(buckets)).astype(jnp.int32)
-
-
-def opened(x: Float[Array, "B T D"], gate: Float[Array, "inputs N"]) -> Float[Array, "B T N 1"]:
-    """Return the values of N gates for each token, from 0 to 1."""
-    return jax.nn.sigmoid(project(x[:, :, : len(gate)], gate))[..., None]
-
-
 class Attention(nnx.Module):
     """Causal self-attention over normalized, rotated queries and keys."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        D, N = config.width, config.num_heads
+        D, N, key = config.width, config.num_heads, rngs.params()
         self.head_size = config.head_size
-        self.qkv = nnx.Param(matrix(rngs.params(), (3, D, D), config.attention_init))
-        self.out = nnx.Param(jnp.zeros((D, D)))
+        self.qkv = nnx.Param(matrix(key, (3, D, D), config.attention_init))
+        out = jax.random.fold_in(key, 1)
+        self.out = nnx.Param(matrix(out, (D, D), config.attention_out_init))
         self.own_share = nnx.Param(jnp.array(0.5))
         if config.value_embeddings and config.value_gate:
             self.out_share = nnx.Param(jnp.array(1.0))
@@ -105,22 +90,28 @@ class Attention(nnx.Module):
             self.mixed_share = nnx.Param(jnp.array(0.5))
         if config.attention_gate:
             self.gate = nnx.Param(jnp.zeros((GATE_INPUTS, N)))
+        if config.exclusive:
+            self.exclusion = nnx.Param(jnp.zeros((1, N)))
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
         mixed_in: Float[Array, "B T NH"] | None,
-        value_gate: Float[Array, "inputs N"] | None,
+        mixed_share: float | Float[Array, "B T N 1"] | None,
         attend: Attend,
+        exclusive: bool = False,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T NH"]]:
-        """Return what to add to the stream, and the values after adding gated `mixed_in`."""
+        """Return what to add to the stream, and the values after adding a share of `mixed_in`."""
         B, T, _ = x.shape
         weight = self.joined() if self.qkv.ndim == 3 else self.qkv[...]
         q, k, v = jnp.unstack(project(x, weight).reshape(B, T, 3, -1, self.head_size), axis=2)
         if mixed_in is not None:
-            share = self.mixed_share[...] if value_gate is None else 2 * opened(x, value_gate)
+            share = self.mixed_share[...] if mixed_share is None else mixed_share
             v = v + share * mixed_in.reshape(v.shape)
         y = attend(q, k, v)
+        if exclusive:
+            along, square = (jnp.sum(a * v, axis=-1, keepdims=True) for a in (y, v))
+            y = y - jnp.tanh(self.exclusion[...])[..., None] * along / jnp.maximum(square, 1e-8) * v
         if hasattr(self, "gate"):
             y = y * opened(x, self.gate[...])
         out = self.out_share[...] * self.out[...] if hasattr(self, "out_share") else self.out[...]
@@ -147,20 +138,6 @@ class MLP(nnx.Module):
         return project(relu_squared(project(x, self.up[...])), self.down[...])
 
 
-class Smear(nnx.Module):
-    """x_t + a gate(x_t) x_(t-1): a pair of tokens often means what neither of them does alone."""
-
-    def __init__(self):
-        self.gate = nnx.Param(jnp.zeros((GATE_INPUTS, 1)))
-        self.share = nnx.Param(jnp.zeros(()))
-
-    def __call__(
-        self, x: Float[Array, "B T D"], before: Float[Array, "B T D"]
-    ) -> Float[Array, "B T D"]:
-        gate = opened(x, self.gate[...].astype(x.dtype))[..., 0]
-        return x + self.share[...] * gate * before
-
-
 class GPT(nnx.Module):
     """A decoder-only transformer language model.
 
@@ -168,32 +145,40 @@ class GPT(nnx.Module):
     """
 
     def __init__(self, config: GPTConfig, kernels: Kernels = XLA, *, rngs: nnx.Rngs):
-        V, D, L = config.padded_vocab_size, config.width, config.num_layers
+        c, V, D, L = config, config.padded_vocab_size, config.width, config.num_layers
         self.config, self.kernels = config, kernels
-        embed = jax.random.normal(rngs.params(), (V, D))
-        self.embed = nnx.Param(0.005 * embed if config.tied_head else embed)
-        self.head = nnx.Param(self.embed.T if config.tied_head else jnp.zeros((D, V)))
-        if config.value_embeddings:
-            self.value_embed = nnx.Param(jnp.zeros((config.value_embeddings, V, D)))
-            if config.value_gate and config.value_tables:
-                gates = len(config.value_tables), GATE_INPUTS, config.num_heads
-                self.value_gate = nnx.Param(jnp.zeros(gates))
-        if config.smear:
+        embed = jax.random.normal(key := rngs.params(), (V, D))
+        self.embed = nnx.Param(0.005 * embed if c.tied_head else embed)
+        self.head = nnx.Param(self.embed.T if c.tied_head else jnp.zeros((D, V)))
+        if tables := c.value_embeddings:
+            values = jax.random.normal(jax.random.fold_in(key, 1), (tables, V, D))
+            self.value_embed = nnx.Param((0.01 if c.value_layers else 0.0) * values)
+            if gates := len(c.gated_values):
+                self.value_gate = nnx.Param(jnp.zeros((gates, GATE_INPUTS, c.num_heads)))
+        if c.smear:
             self.smear = Smear()
-        self.attention = stack(Attention, config.num_attentions, config, rngs.params())
-        self.mlp = stack(MLP, L, config, rngs.params())
-        # Weights of the stream, x0 and the bigrams in the input of each layer.
-        self.residual_shares = nnx.Param(jnp.full(L, config.residual_init))
-        self.embedding_shares = nnx.Param(jnp.zeros(L))
-        if config.bigram_buckets:
-            self.bigram_embed = nnx.Param(jnp.zeros((config.bigram_buckets, D)))
-            self.bigram_shares = nnx.Param(jnp.full(L, 0.1))
-        if skips := len(config.skip_pairs):
-            self.skips = nnx.Param(jnp.full(skips, 1.0 if config.skips is None else -1.5))
-        if config.skips:
+        self.attention = stack(Attention, c.num_attentions, c, rngs.params())
+        self.mlp = stack(MLP, L, c, rngs.params())
+        # Weights of what is added up in each layer: see LayerWeights.
+        fixed, stream = L - c.dynamic, c.residual_init
+        self.embedding_shares = nnx.Param(jnp.zeros(fixed))
+        if c.attention_source is None:
+            self.residual_shares = nnx.Param(jnp.full(fixed, stream))
+        else:
+            self.residual_shares = nnx.Param(jnp.full((fixed, 2), stream**0.5))
+            self.output_shares = nnx.Param(jnp.ones((fixed, 2)))
+        if c.bigram_buckets:
+            self.bigram_embed = nnx.Param(jnp.zeros((c.bigram_buckets, c.bigram_width or D)))
+            self.bigram_shares = nnx.Param(jnp.full(fixed, 0.05 if c.bigram_width else 0.1))
+        if skips := len(c.skip_pairs):
+            self.skips = nnx.Param(jnp.full(skips, 1.0 if c.skips is None else -1.5))
+        if c.skips:
             self.skip_gate = nnx.Param(jnp.zeros((skips, GATE_INPUTS, 1)))
-        if config.backout is not None:
+        if c.backout is not None:
             self.backout = nnx.Param(jnp.array(0.5))
+        if c.dynamic:
+            self.last_layer = LastLayer(c, rngs.params())
+            self.before_head = before_head(c, rngs.params())
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Return the soft-capped logits of the token after each token, float32."""
@@ -250,51 +235,70 @@ class GPT(nnx.Module):
         """
         c, L = self.config, self.config.num_layers
         past = past or Rows(c, tokens, self.kernels.attention)
-        x = x0 = self.embedded(tokens, past)
-        bigrams = None
+        x0 = self.embedded(tokens, past)
+        mixed_in, gates = self.value_embeddings(tokens)
+        tables, bigrams = [mixed_in[layer] for layer in c.value_layers], 0.0
         if c.bigram_buckets:
-            buckets = bigram_bucket(tokens, past.before("token", tokens), c.bigram_buckets)
-            bigrams = self.bigram_embed[buckets].astype(x0.dtype)
+            before = past.before("token", tokens)
+            bigrams = bigram_embeddings(self.bigram_embed[...], tokens, before, c.width, x0.dtype)
 
         # `read` and `add` enclose what devices share (tensor parallelism); `again` recomputes in
         # the backward pass instead of storing activations (rematerialization).
         read, add = (to_parts, from_parts) if self.kernels.tensor_parallel else (lambda x: x,) * 2
         again = jax.checkpoint if self.kernels.rematerialize else lambda function: function
 
-        def attended(attention, layer, x):
-            attend = partial(self.attend, past, layer)
-            added, values = attention(read(norm(x)), mixed_in.get(layer), gates.get(layer), attend)
-            return x + add(added), values
+        def attended(attention, layer, source):
+            x, values, share = read(norm(source)), mixed_in.get(layer), 1.0 if c.dynamic else None
+            if layer in gates:
+                share = value_share(x, mixed_in[layer], gates[layer], bool(c.value_layers))
+            attend, exclusive = partial(self.attend, past, layer), layer in c.layers(c.exclusive)
+            added, values = attention(x, values, share, attend, exclusive)
+            return add(added), values
 
         def transformed(mlp, x):
-            return x + add(mlp(read(norm(x))))
+            return add(mlp(read(norm(x))))
 
-        mixed_in, gates = self.value_embeddings(tokens)
         attentions, mlps = unstack(self.attention, c.num_attentions), unstack(self.mlp, L)
-        mlp_only, outputs = c.layers(c.mlp_only), []
+        late, mlp_only, outputs = c.attention_source, c.layers(c.mlp_only), []
+        if late is not None and c.bigram_buckets:
+            x0 = x0 + self.bigram_shares[0] * bigrams
+        x = x0
         for layer, mlp in enumerate(mlps):
             for number, (source, target) in enumerate(c.skip_pairs):
                 if target == layer:
-                    x = x + self.skip_share(number, x0) * outputs[source]
-            x = self.residual_shares[layer] * x + self.embedding_shares[layer] * x0
-            if bigrams is not None:
-                x = x + self.bigram_shares[layer] * bigrams
+                    gate = self.skip_gate[number] if c.skips else None
+                    x = x + skip_share(self.skips[number], gate, x0) * outputs[source]
+            if late is not None and c.dynamic and layer == L - 1:
+                w, values, x = self.last_layer.weigh(x, x0, outputs[late], mixed_in.get(layer))
+                mixed_in = {layer: values}
+            else:
+                w = self.weights(layer)
             if layer not in mlp_only:
-                x, values = again(partial(attended, next(attentions), layer))(x)
+                stream = w.stream * x + w.embedding * x0 + w.bigram * bigrams
+                source = stream if late is None else outputs[late] if layer > late else x
+                added, values = again(partial(attended, next(attentions), layer))(source)
+                x = stream + w.attention * added
                 if not c.value_embeddings and not mixed_in:
                     mixed_in = dict.fromkeys(range(L), values)
-            x = again(partial(transformed, mlp))(x)
+            x = w.stream_again * x + w.mlp * again(partial(transformed, mlp))(x)
             outputs.append(x)
         if c.backout is not None:
             x = x - self.backout[...] * outputs[c.backout]
+        if late is not None and c.dynamic:
+            skipped = [outputs[source] for source, _ in c.skip_pairs]
+            sources = x0, outputs[late], outputs[-2], *tables[:1], *skipped
+            x = x + mixed(self.before_head(x), *sources)
         return norm(x)
 
-    def skip_share(self, number: int, x0: Float[Array, "B T D"]) -> Float[Array, "..."]:
-        """Return the weight of an earlier layer's output in a skip connection."""
-        if self.config.skips is None:
-            return self.skips[number]
-        gate = opened(x0, self.skip_gate[number])[..., 0]
-        return 2 * jax.nn.sigmoid(self.skips[number]) * gate
+    def weights(self, layer: int) -> LayerWeights:
+        """Return the learned weights of what is added up in a layer."""
+        stream, embedding = self.residual_shares[layer], self.embedding_shares[layer]
+        bigram = self.bigram_shares[layer] if self.config.bigram_buckets else 0.0
+        if self.config.attention_source is None:
+            return LayerWeights(stream, embedding, bigram)
+        bigram = bigram if layer > 0 else 0.0  # the first layer begins with them
+        (stream, again), (attention, mlp) = stream, self.output_shares[layer]
+        return LayerWeights(stream, embedding, bigram, attention, again, mlp)
 
     def embedded(self, tokens: Int[Array, "B T"], past: Rows | Next) -> Float[Array, "B T D"]:
         """Return x0: the normalized embeddings of the tokens, each with a smear of the previous."""
@@ -323,6 +327,5 @@ class GPT(nnx.Module):
         c = self.config
         tables = jnp.split(self.value_embed[...], c.value_embeddings) if c.value_embeddings else []
         looked_up = [table[0][tokens].astype(self.head.dtype) for table in tables]
-        gates = self.value_gate[...] if hasattr(self, "value_gate") else ()
         mixed_in = {layer: looked_up[table] for layer, table in c.value_tables.items()}
-        return mixed_in, dict(zip(mixed_in, gates, strict=False))
+        return mixed_in, {layer: self.value_gate[n] for n, layer in enumerate(c.gated_values)}

@@ -26,6 +26,11 @@ def matrix(
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
+def project(x: Float[Array, "*B I"], weight: Float[Array, "I O"]) -> Float[Array, "*B O"]:
+    """Return x @ weight as one product of two matrices, the fastest form on XLA's CPU backend."""
+    return (x.reshape(-1, weight.shape[0]) @ weight).reshape(*x.shape[:-1], weight.shape[1])
+
+
 def is_table(path: tuple[jax.tree_util.DictKey, ...]) -> bool:
     """Return whether the parameter at this path is an embedding table, indexed by tokens."""
     return path[-1].key.endswith("embed")

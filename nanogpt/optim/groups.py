@@ -32,17 +32,21 @@ Path = tuple[jax.tree_util.DictKey, ...]
 
 def group(path: Path, parameter: Array | jax.ShapeDtypeStruct) -> str:
     """Return the group of a parameter, by its name and shape: muon, or one of Adam's groups."""
-    name = path[-1].key
+    name, module = path[-1].key, path[-2].key if len(path) > 1 else ""
     if name in ("head", "skip_gate"):
         return name
     if name == "embed":
         return "embedding"
     if name.endswith("embed"):
         return "tables"
-    if name == "embedding_shares":
+    if module in ("last_layer", "before_head"):
+        return "connection_biases" if name == "bias" else "connections"
+    if name == "residual_shares":
+        return "stream"
+    if name.endswith("_shares") or name == "exclusion":
         return "shortcuts"
     if name.endswith("gate"):  # stacked like matrices, but only a few numbers per head
-        return "smear_gate" if path[-2:-1] == (jax.tree_util.DictKey("smear"),) else "gates"
+        return "smear_gate" if module == "smear" else "gates"
     return "muon" if parameter.ndim >= 3 else "scalars"  # matrices are stacked over the layers
 
 
@@ -84,6 +88,7 @@ def make_optimizer(
     adam_every: int = 1,
     mlp_out_factor: float = 1.0,
     neuron_decay: float | None = 0.95,
+    head_groups: int = 1,
     newton_schulz_dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     shard_params: bool = False,
@@ -101,7 +106,8 @@ def make_optimizer(
         adam: Adam's settings for each group.
         adam_every: number of steps per Adam update, which uses their mean gradient.
         mlp_out_factor: see `scale_by_shape`.
-        neuron_decay, newton_schulz_dtype, mesh, shard_params: see `scale_by_muon` in muon.py.
+        neuron_decay, head_groups, newton_schulz_dtype, mesh, shard_params: see `scale_by_muon` in
+            muon.py.
     """
 
     def by_adam(how: Adam) -> optax.GradientTransformation:
@@ -124,7 +130,7 @@ def make_optimizer(
         all_adam = optax.GradientTransformationExtraArgs(several.init, several.update)
     rules: dict[Hashable, optax.GradientTransformation] = {
         "muon": optax.chain(
-            scale_by_muon(neuron_decay, newton_schulz_dtype, mesh, shard_params),
+            scale_by_muon(neuron_decay, head_groups, newton_schulz_dtype, mesh, shard_params),
             cautious_decay(weight_decay * learning_rate),
             scale_by_shape(mlp_out_factor),
             optax.scale(learning_rate),

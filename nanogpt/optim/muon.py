@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from nanogpt.optim.heads import apart, together
 from nanogpt.optim.sharing import map_matrices
 
 # Applying a s + b s³ + c s⁵ for each (a, b, c) in turn maps singular values s in [0.001, 1] to
@@ -90,6 +91,7 @@ def normalize_neurons(
 
 def scale_by_muon(
     neuron_decay: float | None = 0.95,
+    head_groups: int = 1,
     dtype: DTypeLike = jnp.float32,
     mesh: Mesh | None = None,
     shard_params: bool = False,
@@ -102,6 +104,8 @@ def scale_by_muon(
     Args:
         neuron_decay: decay of the running mean square of each neuron's updates; None does not
             normalize neurons, which is plain Muon.
+        head_groups: number of groups of heads whose queries and keys are matrices of their own:
+            see heads.py.
         dtype: dtype of the orthogonalization; bfloat16 is accurate enough, and fast on hardware
             with matrix units for it.
         mesh, shard_params: see `map_matrices` in sharing.py; the results are bit for bit those of
@@ -114,21 +118,22 @@ def scale_by_muon(
         )
 
     def init(params: optax.Params) -> MuonState:
-        squares = jax.tree.map(neuron_mean_square, params)
+        squares = jax.tree.map(neuron_mean_square, apart(params, head_groups))
         return MuonState(*jax.tree.map(jnp.zeros_like, (params, squares)))
 
     def update(gradients, state, params=None, *, momentum, **extra_args):
         del params, extra_args
         mean = optax.tree.update_moment(gradients, state.momentum, momentum, order=1)
         ahead = optax.tree.update_moment(gradients, mean, momentum, order=1)
-        leaves, structure = jax.tree.flatten(ahead)
+        leaves, structure = jax.tree.flatten(apart(ahead, head_groups))
         updates = jax.tree.unflatten(structure, _by_shape(orthogonalize_stack, leaves))
         if neuron_decay is None:
-            return updates, MuonState(mean, state.neuron_mean_square)
+            return together(updates), MuonState(mean, state.neuron_mean_square)
         usual = optax.tree.update_moment(
             jax.tree.map(neuron_mean_square, updates), state.neuron_mean_square, neuron_decay, 1
         )
-        return jax.tree.map(normalize_neurons, updates, usual), MuonState(mean, usual)
+        updates = together(jax.tree.map(normalize_neurons, updates, usual))
+        return updates, MuonState(mean, usual)
 
     # pyrefly: ignore[bad-argument-type]  (Optax has no type for keyword arguments)
     return optax.GradientTransformationExtraArgs(init, update)

@@ -57,9 +57,13 @@ class Inputs:
             yield put(self._mesh, ROWS, shape, partial(rows, first, R))
 
 
-def _rows(plan: Plan, T: int, start: int) -> Rows:
-    """Return the training rows of T + 1 tokens, starting at an offset in the data."""
+def _rows(plan: Plan, T: int, most: int | None, start: int) -> Rows:
+    """Return the training rows of T + 1 tokens, starting at an offset in the data.
+
+    `most` is a stage's limit to the tokens of a document, if it has one.
+    """
     hp = plan.hp
+    longest = hp.max_document_length
     return Rows(
         [*plan.dataset.train_files],
         T,
@@ -67,6 +71,6 @@ def _rows(plan: Plan, T: int, start: int) -> Rows:
         hp.shuffle,
         hp.model.vocab_size,
         separator=TOKENIZERS[hp.tokenizer].separator,
-        max_document=hp.max_document_length,
+        max_document=longest and min(longest, most or longest),
         start=start,
     )

@@ -58,6 +58,7 @@ ADDED = {
     "checkpoint_minutes": None,
     "keep_best": False,
     "canonical_masking": False,
+    "heads_together": None,
 }
 
 
@@ -83,7 +84,7 @@ def run_to_resume(resume: str) -> Path:
 
 
 def refuse_earlier_version(path: Path) -> None:
-    """Raise ConfigError for a config.json of an earlier version with other model parameters.
+    """Raise ConfigError for a config.json of an earlier version, whose model is computed otherwise.
 
     The message names the commit that can use it, if run.json or the exported folder has it.
     """
@@ -91,7 +92,9 @@ def refuse_earlier_version(path: Path) -> None:
     with suppress(ConfigError):  # anything else wrong with it is reported when it is read
         found = read_json(path, dict[str, Any], "")
     model, circumstances = found.get("model"), found.get("from")
-    if not isinstance(model, dict) or "earlier_windows" not in model:
+    if not isinstance(model, dict):
+        return
+    if "earlier_windows" not in model and ("dynamic" in model or not model.get("mlp_only")):
         return
     with suppress(ConfigError):
         circumstances = circumstances or read_json(path.with_name("run.json"), dict[str, Any], "")
@@ -99,7 +102,7 @@ def refuse_earlier_version(path: Path) -> None:
     known = isinstance(commit, str) and commit != "unknown"
     use = f"check out its commit, {commit.removesuffix('-dirty')}," if known else "use that version"
     raise ConfigError(
-        f"{path} is from an earlier version, whose models had other parameters: {use} to continue "
+        f"{path} is from an earlier version, whose models were different: {use} to continue "
         "with it, or give another run."
     )
 
@@ -107,7 +110,10 @@ def refuse_earlier_version(path: Path) -> None:
 def saved_settings(kind: type[Settings], path: Path) -> Settings:
     """Read the settings in a run's config.json; raises ConfigError if they are invalid."""
     refuse_earlier_version(path)
-    saved = checked(ADDED | read_json(path, dict[str, Any], RESTORE), kind, path, RESTORE)
+    values = ADDED | read_json(path, dict[str, Any], RESTORE)
+    if isinstance(adam := values.get("adam"), dict) and "scalars" in adam:  # as in older runs
+        values["adam"] = {"stream": adam["scalars"]} | adam
+    saved = checked(values, kind, path, RESTORE)
     with found_in(path, RESTORE):
         saved.check()
     return saved
