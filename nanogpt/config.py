@@ -225,8 +225,8 @@ class GPTConfig:
                 "uses all channels."
             )
         last = self.num_layers - 1
-        if self.dynamic and (self.attention_source in (None, last) or self.skips is None):
-            raise ConfigError("dynamic needs skips, and an attention_source before the last layer.")
+        if self.dynamic and self.attention_source in (None, last):
+            raise ConfigError("dynamic needs an attention_source before the last layer.")
         if self.dynamic and last in self.layers(self.mlp_only):
             raise ConfigError(f"dynamic needs attention in the last layer, {last}.")
         if self.num_attentions == 0:

@@ -118,6 +118,7 @@ def read(name: str, step: "Step") -> dict[str, Any]:
 def part_of(kernel: "Instruction", scope: dict[str, "Instruction"], config: "GPTConfig") -> str:
     """Return the part of the step that a kernel belongs to."""
     V, D, buckets = config.padded_vocab_size, config.width, config.bigram_buckets
+    C = config.bigram_width or D
     shapes = " ".join([kernel.shape, *(scope[name].shape for name in kernel.operands)])
     logits = re.search(rf"\b\w+\[(\d+,)?\d{{4,}},{V}\]", shapes)
     if "fmha" in kernel.attributes or "flash_attention" in kernel.attributes:
@@ -126,7 +127,7 @@ def part_of(kernel: "Instruction", scope: dict[str, "Instruction"], config: "GPT
         return "products with the head" if logits else "products of the layers"
     if logits:
         return "loss"
-    if re.search(rf"\[(\d+,)?({V}|{buckets}),{D}\]|\[{D},{V}\]", kernel.shape):
+    if re.search(rf"\[(\d+,)?({V},{D}|{buckets},{C}|{D},{V})\]", kernel.shape):
         return "gradients of tables and head"
     return "elementwise, norms, embeddings"
 

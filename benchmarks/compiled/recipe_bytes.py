@@ -12,7 +12,7 @@ Both have a part that does not grow with the tokens: the gradients of all parame
 which are kept, and added to in every micro-batch. Its share is large with one row, and small with
 the several rows that fit an H200; `rows` is the number of rows of a figure. The steps are those of
 the stages, and of the first stage, which has three targets, with one ingredient removed at a time,
-as in benchmarks/cpu/pieces.py. It needs what h200.py needs, and takes about ten minutes.
+as in benchmarks/cpu/pieces.py. It needs what h200.py needs, and takes about a quarter of an hour.
 """
 
 import sys
@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     Case = tuple[Hyperparameters, int, Kernels, int]  # stage counted from 0; rows
 
 INGREDIENTS = (  # of benchmarks/cpu/pieces.py
-    "bigram table before every layer",
+    "bigram table",
+    "signs of narrow bigrams (but as wide as the stream)",
     "value gates (but one share per layer)",
+    "exclusive attention",
+    "dynamic connections (but backout)",
     "document mask",
     "tied head",
     "several targets",

@@ -67,8 +67,8 @@ def flops_per_token(config: GPTConfig, sequence_length: int) -> float:
     Each weight of a matrix costs one multiplication and one addition forward and twice that
     backward; so does each pair of a query and a key it sees, per channel, for the scores and again
     for the values. Embedding lookups cost nothing. The padding of V is counted, as it takes part in
-    the products. Gates are not counted, as each reads only a dozen channels. With paired heads
-    there are half as many heads, with rows twice as long.
+    the products. Gates and dynamic connections are not counted: they are a thousandth of it. With
+    paired heads there are half as many heads, with rows twice as long.
     """
     c = config
     weights = c.num_attentions * 4 * c.width**2 + c.num_layers * 2 * c.width * c.mlp_width
@@ -98,9 +98,10 @@ def check_size(config: GPTConfig, sequence_length: int, devices: int, memory: fl
     stream between layers. On CPUs, where `memory` is None, the machine's memory is used.
     """
     c, row = config, 2 * sequence_length * config.width * config.num_layers
-    tables = (2 + c.value_embeddings) * c.padded_vocab_size + c.bigram_buckets
+    tables = (2 + c.value_embeddings) * c.padded_vocab_size
     layers = c.num_attentions * 4 * c.width + c.num_layers * 2 * c.mlp_width
-    need = c.width * (tables + layers) * 8 / devices + row
+    bigrams = c.bigram_buckets * (c.bigram_width or c.width)
+    need = (c.width * (tables + layers) + bigrams) * 8 / devices + row
     have = memory or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if need > have:
         raise DoesNotFit(
@@ -125,11 +126,12 @@ def activation_bytes(
 
     Per layer: 4 arrays of the stream's width and two of the MLP's; per attention 11 more of the
     stream's, and without flash attention the scores of all heads, in float32 and in `dtype`, twice
-    as many for paired heads. At the end: the logits and their gradient. XLA's program for an H200
-    needs 18% less, because it writes that gradient over the logits, which not all matmul kernels
-    that it may choose at run time allow. With `rematerialize`: all that for only one layer, plus
-    the inputs of every attention and MLP and the stream between layers. (For GPUs and TPUs; XLA's
-    CPU backend stores what it should recompute.)
+    as many for paired heads. For each table in which tokens are looked up: the rows and their
+    gradients. At the end: the logits and their gradient; XLA's program for an H200 may write the
+    gradient over the logits, which not all matmul kernels that it may choose at run time allow.
+    With `rematerialize`: all that for only one layer, plus the inputs of every attention and MLP
+    and the stream between layers. (For GPUs and TPUs; XLA's CPU backend stores what it should
+    recompute.)
     """
     c = config
     itemsize = 4 if dtype == "float32" else 2
@@ -137,6 +139,7 @@ def activation_bytes(
     if rematerialize:
         read = (2 * c.num_layers + c.num_attentions) * c.width
         numbers = read + 4 * c.width + 2 * c.mlp_width + 11 * c.width
+    numbers += 2 * (1 + c.value_embeddings + bool(c.bigram_buckets)) * c.width
     scores = 0
     if not flash:
         paired = c.layers(c.paired_heads) - c.layers(c.mlp_only)

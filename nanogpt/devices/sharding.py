@@ -31,6 +31,7 @@ LAYOUT = {
     "attention.qkv": P("data", "model"),  # [3, D, N H]
     "attention.out": P(("model", "data"), None),  # [N H, D]
     "attention.gate": P(None, "model"),  # [inputs, N]
+    "attention.exclusion": P(None, "model"),  # [1, N]
     "value_gate": P(None, "model"),
     "mlp.up": P("data", "model"),  # [D, F]
     "mlp.down": P("model", "data"),  # [F, D]
@@ -115,6 +116,11 @@ def num_parts(
 
 def check_shared(config: GPTConfig, row_lengths: Sequence[int], devices: int) -> None:
     """Raise ConfigError if a model and its rows cannot be split over devices along "model"."""
+    if devices > 1 and (config.value_layers or config.dynamic):
+        raise ConfigError(
+            f"This model cannot be split over {devices} devices along model, because each head "
+            "needs whole value embeddings: leave out --mesh, or use --shard-params."
+        )
     heads, pairs = config.num_heads, config.num_heads // 2
     for what, count in (
         ("Pairs of heads (num_heads / 2)", pairs) if config.paired_heads else ("num_heads", heads),

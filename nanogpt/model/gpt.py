@@ -20,8 +20,7 @@ The tricks of the speedrun are added to that, each a small function or a few lin
     value embeddings      token tables added instead       (modded-nanogpt, 2024-12-04 and 12-17;
                           gated: 2025-12-29; a table for each layer: 2026-01-26)
     attention gate        each head's output is scaled     (Qiu et al., arXiv:2505.06708)
-    YaRN                  rotations adapt to wider windows (Peng et al., arXiv:2309.00071; per stage
-                          of a run: modded-nanogpt, 2025-09-10)
+    YaRN                  rotations adapt to wider windows (Peng et al., arXiv:2309.00071)
     smear                 x_t <- x_t + gate x_(t-1)        (modded-nanogpt, 2025-09)
     MLP-only layers       no attention                     (modded-nanogpt, 2024-12-17, 2025-09-21)
     backout               x <- x - a x_l before the head   (modded-nanogpt, 2025-10-04)
@@ -233,7 +232,8 @@ class GPT(nnx.Module):
 
         `past` gives access to the tokens before these; None if `tokens` are whole rows.
         """
-        c, L = self.config, self.config.num_layers
+        c, L, late = self.config, self.config.num_layers, self.config.attention_source
+        last = L - 1 if c.dynamic else None  # the layer with dynamic connections
         past = past or Rows(c, tokens, self.kernels.attention)
         x0 = self.embedded(tokens, past)
         mixed_in, gates = self.value_embeddings(tokens)
@@ -241,34 +241,32 @@ class GPT(nnx.Module):
         if c.bigram_buckets:
             before = past.before("token", tokens)
             bigrams = bigram_embeddings(self.bigram_embed[...], tokens, before, c.width, x0.dtype)
+            x0 = x0 if late is None else x0 + self.bigram_shares[0] * bigrams
 
         # `read` and `add` enclose what devices share (tensor parallelism); `again` recomputes in
         # the backward pass instead of storing activations (rematerialization).
         read, add = (to_parts, from_parts) if self.kernels.tensor_parallel else (lambda x: x,) * 2
         again = jax.checkpoint if self.kernels.rematerialize else lambda function: function
 
-        def attended(attention, layer, source):
-            x, values, share = read(norm(source)), mixed_in.get(layer), 1.0 if c.dynamic else None
+        def attended(attention, layer, weight, source):
+            x, share = read(norm(source)), 1.0 if layer == last else None
             if layer in gates:
                 share = value_share(x, mixed_in[layer], gates[layer], bool(c.value_layers))
             attend, exclusive = partial(self.attend, past, layer), layer in c.layers(c.exclusive)
-            added, values = attention(x, values, share, attend, exclusive)
-            return add(added), values
+            added, values = attention(x, mixed_in.get(layer), share, attend, exclusive)
+            return weight * add(added), values
 
-        def transformed(mlp, x):
-            return add(mlp(read(norm(x))))
+        def transformed(mlp, weight, x):
+            return weight * add(mlp(read(norm(x))))
 
         attentions, mlps = unstack(self.attention, c.num_attentions), unstack(self.mlp, L)
-        late, mlp_only, outputs = c.attention_source, c.layers(c.mlp_only), []
-        if late is not None and c.bigram_buckets:
-            x0 = x0 + self.bigram_shares[0] * bigrams
-        x = x0
+        x, mlp_only, outputs = x0, c.layers(c.mlp_only), []
         for layer, mlp in enumerate(mlps):
             for number, (source, target) in enumerate(c.skip_pairs):
                 if target == layer:
                     gate = self.skip_gate[number] if c.skips else None
                     x = x + skip_share(self.skips[number], gate, x0) * outputs[source]
-            if late is not None and c.dynamic and layer == L - 1:
+            if late is not None and layer == last:
                 w, values, x = self.last_layer.weigh(x, x0, outputs[late], mixed_in.get(layer))
                 mixed_in = {layer: values}
             else:
@@ -276,11 +274,12 @@ class GPT(nnx.Module):
             if layer not in mlp_only:
                 stream = w.stream * x + w.embedding * x0 + w.bigram * bigrams
                 source = stream if late is None else outputs[late] if layer > late else x
-                added, values = again(partial(attended, next(attentions), layer))(source)
-                x = stream + w.attention * added
+                attend = partial(attended, next(attentions), layer, w.attention)
+                added, values = again(attend)(source)
+                x = stream + added
                 if not c.value_embeddings and not mixed_in:
                     mixed_in = dict.fromkeys(range(L), values)
-            x = w.stream_again * x + w.mlp * again(partial(transformed, mlp))(x)
+            x = w.stream_again * x + again(partial(transformed, mlp, w.mlp))(x)
             outputs.append(x)
         if c.backout is not None:
             x = x - self.backout[...] * outputs[c.backout]

@@ -197,13 +197,13 @@ def test_the_peak_of_memory_is_what_the_device_counted_and_a_cpu_counts_none():
         (64, 1e6, 1),
         (64, -1e9, 1),  # the state alone is too large
         (64, None, 1),  # a CPU does not report it; small micro-batches are fastest there
-        (60, 25e9, 20),  # divisors of the rows keep Ng whole
+        (60, 26e9, 20),  # divisors of the rows keep Ng whole
     ],
 )
 def test_the_micro_batch_is_the_largest_that_fits_the_room(rows, room, batch_size):
     model = PRESETS["speedrun"].model
     row_bytes = 2048 * activation_bytes(model, 2048, "bfloat16", flash=True)
-    assert row_bytes == pytest.approx(1.17e9, rel=0.01)
+    assert row_bytes == pytest.approx(1.22e9, rel=0.01)
     assert largest_batch(rows, row_bytes, room) == batch_size
 
 

@@ -43,14 +43,18 @@ CONFIG = GPTConfig(
     paired_heads=(2,),
     backout=1,
 )
+# What came later, the last two for data parallelism only.
+LATE = {"backout": None, "attention_source": 0, "exclusive": (0,), "bigram_width": 16}
+NEW = replace(CONFIG, **LATE, skips=((0, 2),), value_layers=(0, 2), dynamic=True)
 WEIGHTS = (1.0, 0.5)
 
 
-def optimizer_on(mesh, shard_params):
+def optimizer_on(mesh, shard_params, head_groups):
     return make_optimizer(
         learning_rate=0.05,
         weight_decay=1.0,
         adam=AdamGroups.alike(tables=0.15, head=0.008, others=0.04, betas=(0.8, 0.95)),
+        head_groups=head_groups,
         mesh=mesh,
         shard_params=shard_params,
     )
@@ -61,10 +65,10 @@ def weighted(rates):
 
 
 @cache
-def compiled(data, model=1, shard_params=False, micro_batches=1, config=CONFIG):
+def compiled(data, model=1, shard_params=False, micro_batches=1, config=CONFIG, head_groups=1):
     """Return a step, its initial state, and its mesh."""
     mesh = make_mesh(data, model)
-    optimizer = optimizer_on(mesh, shard_params)
+    optimizer = optimizer_on(mesh, shard_params, head_groups)
     state = make_init(config, optimizer, mesh, shard_params)(jax.random.key(0))
     graph = graph_of(config, Kernels(tensor_parallel=model > 1))
     train_step = make_train_step(graph, optimizer, mesh, "float32", shard_params=shard_params)
@@ -72,9 +76,9 @@ def compiled(data, model=1, shard_params=False, micro_batches=1, config=CONFIG):
     return train_step.lower(state, batch, weighted(RATES[0])).compile(), state, mesh
 
 
-def train(data, model=1, shard_params=False, micro_batches=1, config=CONFIG):
+def train(data, model=1, shard_params=False, micro_batches=1, config=CONFIG, head_groups=1):
     """Return the metrics of every step, and the last state."""
-    step, state, mesh = compiled(data, model, shard_params, micro_batches, config)
+    step, state, mesh = compiled(data, model, shard_params, micro_batches, config, head_groups)
     state, metrics = jax.tree.map(jnp.copy, state), []
     for rows, rates in zip(some_rows(), RATES, strict=True):
         batch = placed(mesh, BATCH, rows.reshape(micro_batches, -1, T + 1))
@@ -120,6 +124,20 @@ def test_without_tables_and_within_documents_values_are_shared_like_their_heads(
     config = replace(CONFIG, value_embeddings=0, document_separator=3)
     metrics, _ = train(2, 4, config=config)
     np.testing.assert_allclose(metrics, train_plainly(WEIGHTS, config), rtol=1e-5)
+
+
+def test_late_attentions_and_exclusive_ones_are_shared_like_others():
+    config = replace(CONFIG, **LATE)
+    metrics, _ = train(2, 4, config=config)
+    np.testing.assert_allclose(metrics, train_plainly(WEIGHTS, config), rtol=1e-5)
+
+
+def test_dynamic_connections_and_groups_of_heads_do_not_depend_on_shards():
+    sharded, _ = train(4, 1, True, config=NEW, head_groups=4)
+    alone, _ = train(1, config=NEW, head_groups=4)
+    np.testing.assert_allclose(sharded[:2], alone[:2], rtol=1e-5)
+    # Then Adam has made full-size steps of gradients that are rounding errors, those of gates.
+    np.testing.assert_allclose(sharded, alone, rtol=2e-3)
 
 
 def test_the_gradient_of_each_parameter_is_that_of_one_device():
@@ -271,6 +289,13 @@ def test_a_mesh_takes_the_devices_it_names_or_all():
 def test_what_devices_cannot_share_is_named(changed, T, told):
     with pytest.raises(ConfigError, match=f"{told} cannot be split over 8 devices"):
         check_shared(replace(CONFIG, **changed), [64, T], 8)
+
+
+@pytest.mark.parametrize("changed", [{"value_layers": (0, 2)}, {"dynamic": True}])
+def test_heads_that_read_whole_value_embeddings_are_not_split(changed):
+    check_shared(replace(CONFIG, **changed), [64], 1)
+    with pytest.raises(ConfigError, match="cannot be split over 2 devices along model"):
+        check_shared(replace(CONFIG, **changed), [64], 2)
 
 
 def test_what_cannot_be_divided_is_named():
