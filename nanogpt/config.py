@@ -212,10 +212,10 @@ class GPTConfig:
             raise ConfigError(f"paired_heads needs an even num_heads, not {self.num_heads}.")
         if both := self.layers(self.paired_heads) & self.layers(self.exclusive):
             raise ConfigError(f"paired_heads and exclusive both contain layer {min(both)}.")
-        if self.value_layers and self.value_embeddings != len({*self.value_layers}):
+        if (own := self.value_layers) and not self.value_embeddings == len(own) == len({*own}):
             raise ConfigError(
-                f"value_layers has {len({*self.value_layers})} layers, but value_embeddings is "
-                f"{self.value_embeddings}: each needs a table of its own."
+                f"value_layers must be as many different layers as value_embeddings, "
+                f"{self.value_embeddings}, not {own}."
             )
         if idle := self.layers(self.value_layers) & self.layers(self.mlp_only):
             raise ConfigError(f"value_layers contains layer {min(idle)}, which has no attention.")
@@ -322,7 +322,8 @@ class Adam:
 class AdamGroups:
     """Adam's settings for each group of parameters. The defaults are the speedrun's."""
 
-    ADDED: ClassVar = {"connections", "connection_biases"}
+    # Groups that are trained as part of `scalars` if their settings are the same, as in older runs.
+    LATER: ClassVar = ("stream", "additions", "connections", "connection_biases")
 
     embedding: Adam = Adam(0.008, (0.5, 0.95), 0.75)
     """Token embedding."""
@@ -336,10 +337,12 @@ class AdamGroups:
     """Gate of the smear."""
     skip_gate: Adam = Adam(0.0004)
     """Gates of the skips."""
+    shortcuts: Adam = Adam(0.008, (0.9, 0.95))
+    """Weights of the token embeddings added in each layer."""
     stream: Adam = Adam(0.04, (0.9, 0.95))
     """Weights of the stream in each layer."""
-    shortcuts: Adam = Adam(0.008, (0.9, 0.95))
-    """Weights of what is added to it: token and bigram embeddings, attention and MLP."""
+    additions: Adam = Adam(0.008, (0.9, 0.95))
+    """Weights of bigrams, attention and MLP in each layer, and of exclusive attention."""
     scalars: Adam = Adam(0.04)
     """All other scalars."""
     connections: Adam = Adam(0.002, weight_decay=0.005)

@@ -9,6 +9,7 @@ from typing import Any
 from nanogpt.config import GATE_INPUTS, GPTConfig
 from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.inference.export import named
+from nanogpt.model.connections import SCALE
 from nanogpt.model.rotary import rotation
 from nanogpt.training.step import Params
 
@@ -85,7 +86,7 @@ def meanings(c: GPTConfig) -> dict[str, str]:
     return {
         "embed": "token embeddings",
         "value_embed": "embedding tables that are added to the values of some layers",
-        "value_gate": f"gates of these tables for each head of layers {[*c.value_tables]}",
+        "value_gate": f"gates of these tables for each head of layers {[*c.gated_values]}",
         "bigram_embed": "an embedding per hash bucket of token pairs",
         "smear.gate": "gate: how much of the previous token's embedding is added",
         "smear.share": "its coefficient",
@@ -95,14 +96,23 @@ def meanings(c: GPTConfig) -> dict[str, str]:
         "attention.mixed_share": "coefficient of the values added to a layer's own",
         "attention.out_share": "coefficient of the attention output",
         "attention.gate": "gate of each head",
+        "attention.exclusion": "how much of each head's output along the token's value is removed",
         "mlp.up": "up projection of each layer",
         "mlp.down": "down projection of each layer",
-        "residual_shares": "coefficient of the residual stream before each layer",
-        "embedding_shares": "coefficient of the token embedding added before each layer",
-        "bigram_shares": "coefficient of the bigram embedding added before each layer",
+        "residual_shares": "coefficient of the residual stream in each layer"
+        + (c.attention_source is not None) * ", before and after attention",
+        "output_shares": "coefficients of what attention and MLP add in each layer",
+        "embedding_shares": "coefficient of the token embedding added in each layer",
+        "bigram_shares": "coefficient of the bigram embedding added in each layer",
         "skips": "coefficient of each skip connection",
         "skip_gate": "gate of each skip connection",
         "backout": f"how much of layer {c.backout}'s output is subtracted at the end",
+        "last_layer.up": "up projection for each token's weights in the last layer",
+        "last_layer.down": "down projection for them",
+        "last_layer.bias": "their bias",
+        "before_head.up": "up projection for each token's weights before the head",
+        "before_head.down": "down projection for them",
+        "before_head.bias": "their bias",
         "head": "output projection to logits",
     }
 
@@ -132,6 +142,7 @@ def _helpers(c: GPTConfig) -> list[Any]:
     speed, scale = rotation(c)
     seen = ["ago >= 0", *(SEEN[mask] for mask in _masks(c))]
     return [
+        c.dynamic and "from math import erf\n\n",
         f"""\
 import numpy as np
 from safetensors.numpy import load_file
@@ -150,6 +161,15 @@ def norm(x):
         and """\
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
+
+
+""",
+        c.dynamic
+        and f"""\
+def token_weights(x, name):  # which each token computes for its connections
+    hidden = x @ p[f"{{name}}.up"]
+    hidden = hidden * (1 + np.vectorize(erf)(hidden / 2**0.5)) / 2  # GELU
+    return {SCALE} * (hidden @ p[f"{{name}}.down"] + p[f"{{name}}.bias"]).T[:, :, None]
 
 
 """,
@@ -225,6 +245,8 @@ def _before(c: GPTConfig, name: str) -> str:
 
 
 def _embedding(c: GPTConfig) -> list[Any]:
+    first = c.bigram_buckets and c.attention_source is not None
+    begin = ' + p["bigram_shares"][0] * bigrams' if first else ""
     return [
         """\
 def logits(tokens):  # from ids [T] to next-token logits [T, V]
@@ -247,7 +269,16 @@ def logits(tokens):  # from ids [T] to next-token logits [T, V]
     mixed = token * np.uint32({0x9E3779B1:#x}) ^ {_before(c, "token")} * np.uint32({0x85EBCA77:#x})
     bigrams = p["bigram_embed"][(mixed ^ (mixed >> 15)) % {c.bigram_buckets}]
 """,
-        "    x = x0 = norm(x)\n    outputs = []\n",
+        c.bigram_buckets
+        and c.bigram_width
+        and f"""\
+    # The first {c.bigram_width} channels have them, with signs from another hash of each pair.
+    signs = mixed[:, None] + np.arange({c.bigram_width}, dtype="u4") * np.uint32({0x9E3779B9:#x})
+    for shift, factor in (16, {0x85EBCA6B:#x}), (13, {0xC2B2AE35:#x}), (16, 1):
+        signs = (signs ^ (signs >> shift)) * np.uint32(factor)
+    bigrams = np.pad((1 - 2.0 * (signs & 1)) * bigrams, ((0, 0), (0, {c.width - c.bigram_width})))
+""",
+        f"    x = x0 = norm(x){begin}\n    outputs = []\n",
     ]
 
 
@@ -255,7 +286,6 @@ def _layers(c: GPTConfig) -> list[Any]:
     more = "".join(f", {mask}" for mask in _masks(c))
     twice = "".join(f", {SEEN_BY_PAIRS[mask]}" for mask in _masks(c))
     windows = ", ".join(str(c.window(layer) or "np.inf") for layer in range(c.num_layers))
-    share = 'p["attention.mixed_share"][i]'
     return [
         "    for layer in range(L):\n",
         c.skip_pairs
@@ -269,36 +299,14 @@ def _layers(c: GPTConfig) -> list[Any]:
                 share = 2 * sigmoid(share) * sigmoid(x0[:, :{GATE_INPUTS}] @ p["skip_gate"][skip])
 """,
         c.skip_pairs and "                x = x + share * outputs[source]\n",
+        *_shares(c),
+        "        if layer in ATTENTION:\n            i = ATTENTION.index(layer)\n",
+        *_stream(c),
         """\
-        x = p["residual_shares"][layer] * x + p["embedding_shares"][layer] * x0
-""",
-        c.bigram_buckets and '        x = x + p["bigram_shares"][layer] * bigrams\n',
-        """\
-        if layer in ATTENTION:
-            i, h = ATTENTION.index(layer), norm(x)
             q, k, v = ((h @ w).reshape(-1, N, H) for w in p["attention.qkv"][i])
             v = p["attention.own_share"][i] * v
 """,
-        c.value_tables
-        and f"""\
-            tables = {c.value_tables}  # by layer
-            if layer in tables:
-                mixed_in = p["value_embed"][tables[layer]][tokens].reshape(-1, N, H)
-""",
-        c.value_tables and not c.value_gate and f"                v = v + {share} * mixed_in\n",
-        c.value_tables
-        and c.value_gate
-        and f"""\
-                gate = sigmoid(h[:, :{GATE_INPUTS}] @ p["value_gate"][list(tables).index(layer)])
-                v = v + 2 * gate[:, :, None] * mixed_in
-""",
-        not c.value_embeddings
-        and f"""\
-            if i == 0:
-                first_v = v
-            else:
-                v = v + {share} * first_v
-""",
+        *_values(c),
         "            q, k = norm(q), norm(k)\n",
         c.key_offset
         and f"""\
@@ -318,16 +326,129 @@ def _layers(c: GPTConfig) -> list[Any]:
             else:
                 y = attend(q, k, v{more})
 """,
+        c.exclusive
+        and f"""\
+            if layer in {sorted(c.layers(c.exclusive))}:
+                along, square = (np.sum(a * v, axis=-1, keepdims=True) for a in (y, v))
+                share = np.tanh(p["attention.exclusion"][i])[:, :, None]
+                y = y - share * along / np.maximum(square, 1e-8) * v
+""",
         c.attention_gate
         and f"""\
             y = y * sigmoid(h[:, :{GATE_INPUTS}] @ p["attention.gate"][i])[:, :, None]
 """,
         _value_gate(c) and '            y = p["attention.out_share"][i] * y\n',
+        '            y = y.reshape(-1, N * H) @ p["attention.out"][i]\n',
+        f"            x = x + {'' if c.attention_source is None else 'attention_share * '}y\n",
         """\
-            x = x + y.reshape(-1, N * H) @ p["attention.out"][i]
         hidden = np.maximum(norm(x) @ p["mlp.up"][layer], 0) ** 2
-        x = x + hidden @ p["mlp.down"][layer]
-        outputs.append(x)
+        y = hidden @ p["mlp.down"][layer]
+""",
+        f"        x = {'x + y' if c.attention_source is None else 'x_again * x + mlp_share * y'}\n",
+        "        outputs.append(x)\n",
+    ]
+
+
+def _shares(c: GPTConfig) -> list[Any]:
+    """Return the code for the coefficients of what a layer adds up, if they are not one each."""
+    if c.attention_source is None:
+        return []
+    deeper = 4 * " " if c.dynamic else ""
+    return [
+        c.dynamic and "        if layer < L - 1:\n",
+        f"""\
+{deeper}        x_share, x_again = p["residual_shares"][layer]
+{deeper}        x0_share = p["embedding_shares"][layer]
+{deeper}        attention_share, mlp_share = p["output_shares"][layer]
+""",
+        c.bigram_buckets
+        and f"""\
+{deeper}        bigram_share = p["bigram_shares"][layer] * (layer > 0)  # x0 has them already
+""",
+        *(_last_layer(c) if c.dynamic else ()),
+    ]
+
+
+def _last_layer(c: GPTConfig) -> list[Any]:
+    """Return the code for what each token chooses in the last layer."""
+    last, late = c.num_layers - 1, c.attention_source
+    values = ""
+    if last in c.value_tables:
+        values = f'p["value_embed"][{c.value_tables[last]}][tokens]'
+    elif not c.value_embeddings and c.num_attentions > 1:
+        values = "first_v.reshape(-1, N * H)"
+    return [
+        f"""\
+        else:
+            w = token_weights(x, "last_layer")
+            mixed_in = w[0] * x0 + w[1] * outputs[{late}] + w[2] * x
+""",
+        values
+        and f"""\
+            gates = np.repeat(np.hstack([w[6], w[7]]), N * H // 2, axis=1)
+            mixed_in = mixed_in + gates * {values}
+""",
+        f"""\
+            x = x + w[3] * x0 + w[4] * outputs[{late}] + w[5] * x
+            x_share, x0_share, bigram_share, attention_share, x_again, mlp_share = w[8:]
+""",
+    ]
+
+
+def _stream(c: GPTConfig) -> list[Any]:
+    """Return the code for what an attention reads, h, and what its output is added to, x."""
+    late = c.attention_source
+    if late is not None:
+        return [
+            f"            h = norm(outputs[{late}] if layer > {late} else x)\n",
+            "            x = x_share * x + x0_share * x0\n",
+            c.bigram_buckets and "            x = x + bigram_share * bigrams\n",
+        ]
+    return [
+        """\
+            x = p["residual_shares"][layer] * x + p["embedding_shares"][layer] * x0
+""",
+        c.bigram_buckets and '            x = x + p["bigram_shares"][layer] * bigrams\n',
+        "            h = norm(x)\n",
+    ]
+
+
+def _values(c: GPTConfig) -> list[Any]:
+    """Return the code for what is added to the values of an attention."""
+    last = c.num_layers - 1 if c.dynamic else None
+    tables = {layer: table for layer, table in c.value_tables.items() if layer != last}
+    half, share = GATE_INPUTS // 2, 'p["attention.mixed_share"][i]'
+    read = f"h[:, :{GATE_INPUTS}]"
+    if c.value_layers:
+        read = f"np.hstack([h[:, :{half}], mixed_in[:, :{half}]])"
+    return [
+        tables
+        and f"""\
+            tables = {tables}  # by layer
+            if layer in tables:
+                mixed_in = p["value_embed"][tables[layer]][tokens]
+""",
+        tables
+        and not c.value_gate
+        and f"                v = v + {share} * mixed_in.reshape(-1, N, H)\n",
+        tables
+        and c.value_gate
+        and f"""\
+                gate = p["value_gate"][list(tables).index(layer)]
+                share = 2 * sigmoid({read} @ gate)[:, :, None]
+                v = v + share * mixed_in.reshape(-1, N, H)
+""",
+        not c.value_embeddings
+        and f"""\
+            if i == 0:
+                first_v = v
+            {"elif layer < L - 1" if c.dynamic else "else"}:
+                v = v + {share} * first_v
+""",
+        c.dynamic
+        and """\
+            if layer == L - 1:
+                v = v + mixed_in.reshape(-1, N, H)
 """,
     ]
 
@@ -336,8 +457,21 @@ def _head(c: GPTConfig) -> list[Any]:
     z = f"(z + {c.logit_shift})" if c.logit_shift else "z"
     return [
         c.backout is not None and f'    x = x - p["backout"] * outputs[{c.backout}]\n',
+        c.dynamic and _before_head(c),
         f"""\
     z = norm(x) @ p["head"]
     return {c.softcap} * np.tanh({z} * {c.logit_scale / c.softcap})
 """,
     ]
+
+
+def _before_head(c: GPTConfig) -> str:
+    """Return the code for what each token adds to its stream before the head."""
+    table = ['p["value_embed"][0][tokens]'] if c.value_layers else []
+    outputs = [c.attention_source, -2, *(source for source, _ in c.skip_pairs)]
+    late, previous, *skipped = (f"outputs[{layer}]" for layer in outputs)
+    return f"""\
+    sources = {", ".join(["x0", late, previous, *table, *skipped])}
+    w = token_weights(x, "before_head")
+    x = x + sum(share * source for share, source in zip(w, sources))
+"""

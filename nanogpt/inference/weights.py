@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 # arguments first.
 
 # Settings that a run takes over from the weights it starts from, because shapes or meaning of the
-# weights depend on them. vocab_size is compared after padding; mlp_only and backout only by the
-# number of layers they name, mlp_only also by the number of value gates.
+# weights depend on them. vocab_size is compared after padding, and settings that name layers only
+# by what they do to shapes: three of them, in this order, decide on the number of value gates.
 BOUND = {
     "tokenizer": lambda hp: hp.tokenizer,
     "model.vocab_size": lambda hp: hp.model.padded_vocab_size,
@@ -46,14 +46,16 @@ BOUND = {
     "model.mlp_width": lambda hp: hp.model.mlp_width,
     "model.value_embeddings": lambda hp: hp.model.value_embeddings,
     "model.value_gate": lambda hp: hp.model.value_gate,
-    "model.mlp_only": lambda hp: (
-        hp.model.num_attentions,
-        hp.model.value_gate and len(hp.model.value_tables),
-    ),
+    "model.attention_source": lambda hp: hp.model.attention_source is None,
+    "model.dynamic": lambda hp: hp.model.dynamic,
+    "model.value_layers": lambda hp: hp.model.value_layers and (len(hp.model.gated_values),),
+    "model.mlp_only": lambda hp: (hp.model.num_attentions, len(hp.model.gated_values)),
     "model.skips": lambda hp: (hp.model.skips is None, len(hp.model.skip_pairs)),
     "model.bigram_buckets": lambda hp: hp.model.bigram_buckets,
+    "model.bigram_width": lambda hp: hp.model.bigram_buckets and hp.model.bigram_width,
     "model.smear": lambda hp: hp.model.smear,
     "model.attention_gate": lambda hp: hp.model.attention_gate,
+    "model.exclusive": lambda hp: hp.model.exclusive == (),
     "model.backout": lambda hp: hp.model.backout is None,
 }
 

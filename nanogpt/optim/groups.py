@@ -43,8 +43,10 @@ def group(path: Path, parameter: Array | jax.ShapeDtypeStruct) -> str:
         return "connection_biases" if name == "bias" else "connections"
     if name == "residual_shares":
         return "stream"
-    if name.endswith("_shares") or name == "exclusion":
+    if name == "embedding_shares":
         return "shortcuts"
+    if name.endswith("_shares") or name == "exclusion":
+        return "additions"
     if name.endswith("gate"):  # stacked like matrices, but only a few numbers per head
         return "smear_gate" if module == "smear" else "gates"
     return "muon" if parameter.ndim >= 3 else "scalars"  # matrices are stacked over the layers
@@ -117,13 +119,22 @@ def make_optimizer(
             optax.scale(how.learning_rate),
         )
 
+    merged = [name for name in AdamGroups.LATER if getattr(adam, name) == adam.scalars]
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        name: by_adam(how) for name, how in vars(adam).items() if name not in merged
+    }
+
+    def label(path: Path, parameter: Array | jax.ShapeDtypeStruct) -> str:
+        name = group(path, parameter)
+        return "scalars" if name in merged else name
+
     def labels(params: PyTree) -> PyTree:
-        return jax.tree_util.tree_map_with_path(group, params)
+        return jax.tree_util.tree_map_with_path(label, params)
 
     def rules_of(params: PyTree) -> PyTree:
         return jax.tree.map(lambda name: name if name == "muon" else "adam", labels(params))
 
-    all_adam = optax.partition({name: by_adam(how) for name, how in vars(adam).items()}, labels)
+    all_adam = optax.partition(groups, labels)
     if adam_every > 1:
         several = optax.MultiSteps(all_adam, adam_every)
         # pyrefly: ignore[bad-argument-type]  (Optax has no type for keyword arguments)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from nanogpt.checks import ConfigError, checked
+from nanogpt.config import AdamGroups
 from nanogpt.data.dataset import Dataset, difference
 from nanogpt.files import found_in, read_json
 
@@ -112,7 +113,7 @@ def saved_settings(kind: type[Settings], path: Path) -> Settings:
     refuse_earlier_version(path)
     values = ADDED | read_json(path, dict[str, Any], RESTORE)
     if isinstance(adam := values.get("adam"), dict) and "scalars" in adam:  # as in older runs
-        values["adam"] = {"stream": adam["scalars"]} | adam
+        values["adam"] = dict.fromkeys(AdamGroups.LATER, adam["scalars"]) | adam
     saved = checked(values, kind, path, RESTORE)
     with found_in(path, RESTORE):
         saved.check()

@@ -73,6 +73,7 @@ def facts_to_save(
 def settings_of(plan: Plan) -> dict[str, Any]:
     """Return the settings that determine what a run learns, flat, to identify its checkpoints."""
     settings = {k: v for k, v in asdict(plan.hp).items() if k not in CHANGEABLE | PLACES}
+    settings["stages"] = {f"{number}": stage for number, stage in enumerate(settings["stages"])}
     return flatten_dict(json.loads(json.dumps(settings)), sep=".")
 
 

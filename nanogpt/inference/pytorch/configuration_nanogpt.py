@@ -67,11 +67,24 @@ class NanoGPTConfig(PretrainedConfig):
 
     @property
     def value_tables(self) -> dict[int, int]:
-        """The value embedding table of each layer that has one, among the first and the last."""
+        """The value embedding table of each layer with one, by default the first and last ones."""
         L, count = self.num_hidden_layers, self.model["value_embeddings"]
         tables = {layer: layer + 1 for layer in range(count - 1)}
         tables |= {L - count + table: table for table in range(count)}
+        if self.model["value_layers"]:
+            tables = {layer: table for table, layer in enumerate(self.model["value_layers"])}
         return {layer: tables[layer] for layer in self.attentions if layer in tables}
+
+    @property
+    def gated_values(self) -> list[int]:
+        """The layers whose value embeddings have gates other than dynamic connections."""
+        tables = self.value_tables if self.model["value_gate"] else {}
+        return [layer for layer in tables if layer != self.dynamic_layer]
+
+    @property
+    def dynamic_layer(self) -> int | None:
+        """The layer with dynamic connections, if any."""
+        return self.num_hidden_layers - 1 if self.model["dynamic"] else None
 
     def window(self, layer: int, places: int) -> float:
         """Return how many keys a query sees, its own included; a token has `places` positions.

@@ -13,7 +13,7 @@ Shapes: B batch, T new tokens, S new and cached tokens, D model width, N heads, 
 width, V vocabulary, L layers, A attentions.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .configuration_nanogpt import NanoGPTConfig
 
 GATE_INPUTS = 12  # channels of the residual stream that gates read
+HIDDEN = 64  # width of the MLPs of dynamic connections
+MODULUS = 2**32  # of hashes
 FIELDS = CausalLMOutputWithPast.__dataclass_fields__
 CACHE = "cache" if "cache" in FIELDS else "past_key_values"  # its name in older versions
 
@@ -42,6 +44,33 @@ def norm(x: Tensor) -> Tensor:
 def opened(x: Tensor, gate: Tensor) -> Tensor:
     """Return how far each token of x [B, T, D] opens each of N gates, from 0 to 1 [B, T, N]."""
     return torch.sigmoid(x[:, :, : len(gate)] @ gate)
+
+
+class Shares(NamedTuple):
+    """The coefficients of the stream in a layer, and of all that is added to it."""
+
+    stream: Tensor
+    embedding: Tensor
+    bigrams: Tensor | float
+    attention: Tensor | float = 1.0
+    stream_again: Tensor | float = 1.0  # the stream after attention
+    mlp: Tensor | float = 1.0
+
+
+def connections(width: int, weights: int) -> nn.ParameterDict:
+    """Return the parameters of dynamic connections, an MLP."""
+    up, down = parameter(width, HIDDEN), parameter(HIDDEN, weights)
+    return nn.ParameterDict({"up": up, "down": down, "bias": parameter(weights)})
+
+
+def weights_of(x: Tensor, p: nn.ParameterDict) -> tuple[Tensor, ...]:
+    """Return the weights [B, T, 1] that each token of x [B, T, D] computes for its connections."""
+    return (0.1 * (F.gelu(x @ p["up"]) @ p["down"] + p["bias"])).split(1, dim=-1)
+
+
+def mixed(weights: tuple[Tensor, ...], *sources: Tensor) -> Tensor:
+    """Return the sum of the sources [B, T, D], each times its weight for each token."""
+    return sum(weight * source for weight, source in zip(weights, sources, strict=True))
 
 
 def pair(x: Tensor) -> Tensor:
@@ -133,32 +162,41 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         c, V, D = config.model, config.vocab_size, config.hidden_size
         L, N, A = config.num_hidden_layers, config.num_attention_heads, len(config.attentions)
-        tables, gated = c["value_embeddings"], c["value_gate"] and c["value_embeddings"]
+        tables, late = c["value_embeddings"], c["attention_source"] is not None
         self.embed, self.head = parameter(V, D), parameter(D, V)
         if tables:
             self.value_embed = parameter(tables, V, D)
-        if gated and config.value_tables:
-            self.value_gate = parameter(len(config.value_tables), GATE_INPUTS, N)
+        if gates := len(config.gated_values):
+            self.value_gate = parameter(gates, GATE_INPUTS, N)
         if c["smear"]:
             self.smear = nn.ParameterDict({"gate": parameter(GATE_INPUTS, 1), "share": parameter()})
         self.attention = nn.ParameterDict(
             {"qkv": parameter(A, 3, D, D), "out": parameter(A, D, D), "own_share": parameter(A)}
         )
-        self.attention["out_share" if gated else "mixed_share"] = parameter(A)
+        self.attention["out_share" if tables and c["value_gate"] else "mixed_share"] = parameter(A)
         if c["attention_gate"]:
             self.attention["gate"] = parameter(A, GATE_INPUTS, N)
+        if c["exclusive"]:
+            self.attention["exclusion"] = parameter(A, 1, N)
         up, down = parameter(L, D, c["mlp_width"]), parameter(L, c["mlp_width"], D)
         self.mlp = nn.ParameterDict({"up": up, "down": down})
-        self.residual_shares, self.embedding_shares = parameter(L), parameter(L)
+        fixed = L - c["dynamic"]  # layers whose shares are the same for all tokens
+        self.residual_shares = parameter(fixed, 2) if late else parameter(fixed)
+        self.embedding_shares = parameter(fixed)
+        if late:
+            self.output_shares = parameter(fixed, 2)
         if c["bigram_buckets"]:
-            self.bigram_embed = parameter(c["bigram_buckets"], D)
-            self.bigram_shares = parameter(L)
+            self.bigram_embed = parameter(c["bigram_buckets"], c["bigram_width"] or D)
+            self.bigram_shares = parameter(fixed)
         if skips := len(config.skip_pairs):
             self.skips = parameter(skips)
         if c["skips"]:
             self.skip_gate = parameter(skips, GATE_INPUTS, 1)
         if c["backout"] is not None:
             self.backout = parameter()
+        if c["dynamic"]:
+            self.last_layer = connections(D, 14)
+            self.before_head = connections(D, 3 + bool(c["value_layers"]) + skips)
         self.post_init()
 
     def forward(
@@ -194,34 +232,42 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
 
     def features(self, tokens: Tensor, past: Past) -> Tensor:
         """Return the input of the head [B, T, D]: the normalized stream after the last layer."""
-        c, config = self.config.model, self.config
-        x = x0 = self.embedded(tokens, past)
-        bigrams = None
+        c, config, L = self.config.model, self.config, self.config.num_hidden_layers
+        late, x0, bigrams = c["attention_source"], self.embedded(tokens, past), 0.0
         if c["bigram_buckets"]:
-            mixed = (tokens * 0x9E3779B1 ^ past.tokens_before * 0x85EBCA77) & 0xFFFFFFFF
-            bigrams = self.bigram_embed[(mixed ^ (mixed >> 15)) % c["bigram_buckets"]].to(x.dtype)
+            bigrams = self.bigrams(tokens, past.tokens_before)
+            x0 = x0 if late is None else x0 + self.bigram_shares[0] * bigrams
         mixed_in = {
-            layer: self.by_head(self.value_embed[table][tokens].to(x.dtype))
+            layer: self.value_embed[table][tokens].to(x0.dtype)
             for layer, table in config.value_tables.items()
         }
-        outputs = []
-        for layer in range(config.num_hidden_layers):
+        tables = [mixed_in[layer] for layer in c["value_layers"]]
+        x, outputs = x0, []
+        for layer in range(L):
             for number, (source, target) in enumerate(config.skip_pairs):
                 if target == layer:
                     x = x + self.skip_share(number, x0) * outputs[source]
-            x = self.residual_shares[layer] * x + self.embedding_shares[layer] * x0
-            if bigrams is not None:
-                x = x + self.bigram_shares[layer] * bigrams
+            if layer == config.dynamic_layer:
+                x, values, share = self.connected(x, x0, outputs[late], mixed_in.get(layer))
+                mixed_in = {layer: values}
+            else:
+                share = self.shares(layer)
             if layer in config.attentions:
-                added, values = self.attended(layer, norm(x), mixed_in.get(layer), past)
-                x = x + added
+                stream = share.stream * x + share.embedding * x0 + share.bigrams * bigrams
+                source = stream if late is None else outputs[late] if layer > late else x
+                added, values = self.attended(layer, norm(source), mixed_in.get(layer), past)
+                x = stream + share.attention * added
                 if not c["value_embeddings"] and not mixed_in:  # later layers add the first values
-                    mixed_in = dict.fromkeys(range(config.num_hidden_layers), values)
+                    mixed_in = dict.fromkeys(range(L), values)
             hidden = F.relu(norm(x) @ self.mlp["up"][layer]).square()
-            x = x + hidden @ self.mlp["down"][layer]
+            x = share.stream_again * x + share.mlp * (hidden @ self.mlp["down"][layer])
             outputs.append(x)
         if c["backout"] is not None:
             x = x - self.backout * outputs[c["backout"]]
+        if c["dynamic"]:
+            skipped = [outputs[source] for source, _ in config.skip_pairs]
+            sources = x0, outputs[late], outputs[-2], *tables[:1], *skipped
+            x = x + mixed(weights_of(x, self.before_head), *sources)
         return norm(x)
 
     def embedded(self, tokens: Tensor, past: Past) -> Tensor:
@@ -234,6 +280,49 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
             x = x + share * opened(x, gate) * before
         return norm(x).to(self.head.dtype)
 
+    def bigrams(self, tokens: Tensor, before: Tensor) -> Tensor:
+        """Return the embedding of each token with the one before it [B, T, D].
+
+        Narrow ones have signs, from another hash of each pair, and zeros in the other channels.
+        """
+        c = self.config.model
+        hashed = (tokens * 0x9E3779B1 ^ before * 0x85EBCA77) % MODULUS
+        found = self.bigram_embed[(hashed ^ (hashed >> 15)) % c["bigram_buckets"]]
+        found = found.to(self.head.dtype)
+        if c["bigram_width"] is None:
+            return found
+        channels = torch.arange(c["bigram_width"], device=tokens.device)
+        hashed = (hashed[..., None] + channels * 0x9E3779B9) % MODULUS
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+            hashed = (hashed ^ (hashed >> shift)) * factor % MODULUS
+        return F.pad(found * (1 - 2 * (hashed & 1)), (0, c["width"] - c["bigram_width"]))
+
+    def shares(self, layer: int) -> Shares:
+        """Return the coefficients in a layer, the same for all tokens."""
+        c = self.config.model
+        stream, embedding = self.residual_shares[layer], self.embedding_shares[layer]
+        bigrams = self.bigram_shares[layer] if c["bigram_buckets"] else 0.0
+        if c["attention_source"] is None:
+            return Shares(stream, embedding, bigrams)
+        bigrams = bigrams if layer > 0 else 0.0  # the first layer begins with them
+        (stream, again), (attention, mlp) = stream, self.output_shares[layer]
+        return Shares(stream, embedding, bigrams, attention, again, mlp)
+
+    def connected(
+        self, x: Tensor, x0: Tensor, late: Tensor, values: Tensor | None
+    ) -> tuple[Tensor, Tensor, Shares]:
+        """Return the last layer's stream, what it adds to its values, and its coefficients.
+
+        Each half of the layer's value embedding, `values`, has a weight of its own.
+        """
+        weights = weights_of(x, self.last_layer)
+        to_values, to_stream, gates, shares = weights[:3], weights[3:6], weights[6:8], weights[8:]
+        added = mixed(to_values, x0, late, x)
+        if values is not None:
+            halves = zip(gates, values.chunk(2, dim=-1), strict=True)
+            added = added + torch.cat([gate * half for gate, half in halves], dim=-1)
+        return x + mixed(to_stream, x0, late, x), added, Shares(*shares)
+
     def skip_share(self, number: int, x0: Tensor) -> Tensor:
         """Return the coefficient of a skip connection, per token if it is gated."""
         if self.config.model["skips"] is None:
@@ -243,20 +332,36 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def attended(
         self, layer: int, x: Tensor, mixed_in: Tensor | None, past: Past
     ) -> tuple[Tensor, Tensor]:
-        """Return what an attention adds to the stream, and its values, with `mixed_in` added."""
+        """Return what an attention adds to the stream, and its values, with `mixed_in` added.
+
+        All of them are [B, T, D].
+        """
         i, p = self.config.attentions.index(layer), self.attention
         q, k, v = (self.by_head(x @ weight) for weight in p["qkv"][i])
         v = p["own_share"][i] * v
-        if mixed_in is not None and "mixed_share" in p:
-            v = v + p["mixed_share"][i] * mixed_in
-        elif mixed_in is not None:
-            gate = self.value_gate[[*self.config.value_tables].index(layer)]
-            v = v + 2 * opened(x, gate).transpose(1, 2)[..., None] * mixed_in
-        y = past.attention(layer, norm(q), norm(k), v).transpose(1, 2)
+        if mixed_in is not None:
+            v = v + self.value_share(layer, x, mixed_in) * self.by_head(mixed_in)
+        y = past.attention(layer, norm(q), norm(k), v)
+        if layer in self.config.layers("exclusive"):
+            along, square = ((each * v).sum(dim=-1, keepdim=True) for each in (y, v))
+            y = y - p["exclusion"][i].tanh().view(-1, 1, 1) * along / square.clamp(min=1e-8) * v
+        y, v = y.transpose(1, 2), v.transpose(1, 2).flatten(2)
         if "gate" in p:
             y = y * opened(x, p["gate"][i])[..., None]
         out = p["out_share"][i] * p["out"][i] if "out_share" in p else p["out"][i]
         return y.flatten(2) @ out, v
+
+    def value_share(self, layer: int, x: Tensor, mixed_in: Tensor) -> Tensor | float:
+        """Return the coefficient of `mixed_in` in a layer's values, [B, N, T, 1] if it is gated."""
+        config = self.config
+        if layer in config.gated_values:
+            if config.model["value_layers"]:
+                x = torch.cat([each[:, :, : GATE_INPUTS // 2] for each in (x, mixed_in)], dim=-1)
+            gate = self.value_gate[config.gated_values.index(layer)]
+            return 2 * opened(x, gate).transpose(1, 2)[..., None]
+        if layer == config.dynamic_layer:
+            return 1.0
+        return self.attention["mixed_share"][config.attentions.index(layer)]
 
     def by_head(self, x: Tensor) -> Tensor:
         """Split into heads, [B, T, D] to [B, N, T, H]."""
