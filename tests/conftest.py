@@ -45,7 +45,7 @@ def pytest_collection_finish():
 
 
 def with_every_trick():
-    """A model small enough to differentiate in a test, with every trick on."""
+    """A model small enough to differentiate in a test, with every trick but the next one's."""
     from nanogpt.config import GPTConfig
 
     return GPTConfig(
@@ -68,9 +68,40 @@ def with_every_trick():
     )
 
 
+def like_the_speedrun():
+    """A model as small, with the tricks that only the speedrun has, in layers like its own."""
+    from nanogpt.config import GPTConfig
+
+    return GPTConfig(
+        vocab_size=100,
+        num_layers=6,
+        num_heads=2,
+        width=32,
+        mlp_width=64,
+        mlp_only=(2,),
+        windows=(8, 24),
+        rotary_windows=(4, 16, 24),
+        value_embeddings=3,
+        value_layers=(1, 4, 5),
+        bigram_buckets=128,
+        bigram_width=8,
+        key_offset=(1, 5),
+        paired_heads=(0, 3),
+        exclusive=(1, 4, 5),
+        attention_init=0.5,
+        attention_out_init=0.5,
+        attention_source=3,
+        dynamic=True,
+        residual_init=1.1,
+        skips=((1, 2),),
+        logit_scale=0.8,
+        logit_shift=2.0,
+    )
+
+
 @pytest.fixture
 def tiny():
-    """The configuration of a small model with every trick on."""
+    """The configuration of a small model with nearly every trick."""
     return with_every_trick()
 
 

@@ -6,13 +6,14 @@ The processes of pytest-xdist share them: a test that changes a run works on a c
 import fcntl
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from nanogpt.data.shards import write_shard
 from tests.programs import Process, as_a_user_starts_it, run_to_end
+from train_gpt import PRESETS
 
 T, TOKENS_PER_STEP, STEPS = 32, 256, 6
 VAL_TOKENS = 268  # 8 rows, which make one pass, and a short ninth
@@ -24,30 +25,36 @@ SMALL = (
     f"--num-steps {STEPS} --val-loss-every 4 --val-tokens {VAL_TOKENS} --dtype float32 "
     "--sample-tokens 0 --model.num-layers 2 --model.num-heads 2 --model.width 32 "
     "--model.mlp-width 64 --model.value-embeddings 1 --model.bigram-buckets 64 "
-    "--adam.scalars.learning-rate 1e-5 --adam.shortcuts.learning-rate 1e-5"
+    "--adam.scalars.learning-rate 1e-5 --adam.shortcuts.learning-rate 1e-5 "
+    "--adam.stream.learning-rate 1e-5 --adam.additions.learning-rate 1e-5"
 ).split()
 
-# The speedrun at a thousandth of its size, in batches, with far fewer and thinner layers and a
-# vocabulary of bytes. Of its 28 steps, 9, 9, 9 and 1 are in its stages.
+# The speedrun at a thousandth of its size, in batches, with far fewer and thinner layers, a
+# vocabulary of bytes, and a longer last stage. Of its 28 steps, 9, 9, 9 and 1 are in its stages.
 STAGED_STEPS, STAGED_VAL_TOKENS = 28, 300
 STAGED = (
-    "--preset speedrun --tokenizer bytes --model.vocab-size 256 "
+    "--tokenizer bytes --model.vocab-size 256 "
     "--batch-size 2 --sequence-length 64 --total-batch-size 384 "
     f"--num-steps {STAGED_STEPS} --max-document-length 40 --checkpoint-every 3 "
     f"--keep-checkpoints 10 --val-loss-every 3 --val-tokens {STAGED_VAL_TOKENS} "
     "--model.num-layers 2 --model.width 16 --model.mlp-width 32 --model.mlp-only "
-    "--model.skips 0 1 --model.paired-heads 0 --model.key-offset 1 --model.backout 0 "
-    "--model.value-embeddings 2 --model.document-separator 255 --learning-rate 0.1 "
-    "--model.attention-scale 2 --model.rope-base 16"
+    "--model.skips 0 1 --model.paired-heads 0 --model.key-offset 1 --model.exclusive 1 "
+    "--model.attention-source 0 --model.value-embeddings 2 --model.value-layers 0 1 "
+    "--model.bigram-width 4 --model.document-separator 255 --heads-together 1 "
+    "--learning-rate 0.1 --model.attention-scale 2 --model.rope-base 16"
 ).split()
+STAGED_SHARES = 0.325, 0.325, 0.325, 0.025
+STAGED_DOCUMENTS = 20  # most tokens of a document in the first stage
 STAGE_ENDS = [9, 18, 27, 28]  # round(28 * 0.325), round(28 * 0.65), round(28 * 0.975)
 
-# A run that is killed, resumed and otherwise tested, on its own shards.
+# A run that is killed, resumed and otherwise tested, on its own shards. As in runs of earlier
+# versions, all scalars have the same settings.
 LONGER, EVERY = 20, 7
 DATA = ["--train-files", "train_*.bin", "--val-files", "val.bin"]
 RUN = [
     *("--preset", "laptop", *SMALL, *DATA, "--num-steps", f"{LONGER}"),
     *("--checkpoint-every", f"{EVERY}", "--keep-checkpoints", "9"),
+    *("--adam.connections.learning-rate", "1e-5", "--adam.connection-biases.learning-rate", "1e-5"),
 ]
 
 
@@ -118,10 +125,18 @@ def staged_run(tmp_path_factory):
             {"train_0": 6000, "train_1": 6000, "val": 60_000}.items()
         ):
             write_shard(folder / f"{name}.bin", some_documents(count, seed))
+        hp = PRESETS["speedrun"]
+        stages = [
+            replace(stage, share=share)
+            for stage, share in zip(hp.stages, STAGED_SHARES, strict=True)
+        ]
+        stages[0] = replace(stages[0], max_document_length=STAGED_DOCUMENTS)
+        (folder / "config.json").write_text(json.dumps(asdict(replace(hp, stages=tuple(stages)))))
 
     data = once(tmp_path_factory, "documents", write)
     files = "--train-files", data / "train_*.bin", "--val-files", data / "val.bin"
-    return trained(tmp_path_factory, "staged", *STAGED, *map(str, files))
+    start = "--config", data / "config.json"
+    return trained(tmp_path_factory, "staged", *STAGED, *map(str, [*start, *files]))
 
 
 def some_documents(count, seed):

@@ -7,6 +7,16 @@ import pytest
 
 from nanogpt.checks import ConfigError, checked
 from nanogpt.config import GPTConfig
+from tests.conftest import like_the_speedrun, with_every_trick
+
+NEUTRAL = {  # fields that older files lack, with values that change nothing
+    "value_layers": (),
+    "bigram_width": None,
+    "attention_out_init": 0.0,
+    "attention_source": None,
+    "exclusive": (),
+    "dynamic": False,
+}
 
 
 @pytest.mark.parametrize(
@@ -41,14 +51,61 @@ def test_windows_repeat_over_the_layers_and_zero_means_all(windows, per_layer):
 
 
 @pytest.mark.parametrize(
+    ("how", "tables", "gated"),
+    [
+        ({}, {0: 1, 1: 2, 9: 0, 10: 1, 11: 2}, (0, 1, 9, 10, 11)),
+        ({"value_gate": False}, {0: 1, 1: 2, 9: 0, 10: 1, 11: 2}, ()),
+        ({"value_layers": (8, 2, 11)}, {2: 1, 8: 0, 11: 2}, (2, 8, 11)),
+        (
+            {"value_layers": (8, 2, 11), "attention_source": 5, "dynamic": True},
+            *({2: 1, 8: 0, 11: 2}, (2, 8)),
+        ),
+        ({"value_layers": (3, 4, 5), "mlp_only": (0, -1)}, {3: 0, 4: 1, 5: 2}, (3, 4, 5)),
+    ],
+)
+def test_named_layers_have_a_value_table_each_and_gates_unless_they_are_dynamic(how, tables, gated):
+    config = GPTConfig(**how)
+    config.check()
+    assert config.value_tables == tables
+    assert config.gated_values == gated
+
+
+@pytest.mark.parametrize(
     ("mlp_only", "count"), [((), 12), ((0, 7), 10), ((7, 0, 7), 10), ((*range(11),), 1)]
 )
 def test_layers_that_are_named_have_no_attention(mlp_only, count):
     assert GPTConfig(mlp_only=mlp_only).num_attentions == count
 
 
-def test_a_shape_comes_back_from_json(tiny):
-    assert checked(json.loads(json.dumps(dataclasses.asdict(tiny))), GPTConfig) == tiny
+@pytest.mark.parametrize("make", [with_every_trick, like_the_speedrun])
+def test_a_shape_comes_back_from_json(make):
+    shape = make()
+    assert checked(json.loads(json.dumps(dataclasses.asdict(shape))), GPTConfig) == shape
+
+
+def test_a_shape_from_before_a_field_was_added_has_none_of_what_it_adds():
+    written = {k: v for k, v in dataclasses.asdict(GPTConfig()).items() if k not in NEUTRAL}
+    found = checked(json.loads(json.dumps(written)), GPTConfig)
+    assert {name: getattr(found, name) for name in NEUTRAL} == NEUTRAL
+    assert written == {k: v for k, v in dataclasses.asdict(found).items() if k not in NEUTRAL}
+
+
+@pytest.mark.parametrize("name", [each.name for each in dataclasses.fields(GPTConfig)])
+def test_no_other_field_of_a_shape_may_be_missing(name):
+    written = dataclasses.asdict(GPTConfig())
+    del written[name]
+    if name in NEUTRAL:
+        checked(written, GPTConfig)
+    else:
+        with pytest.raises(ConfigError, match=f"^{name} is missing"):
+            checked(written, GPTConfig)
+
+
+def test_a_field_that_a_shape_does_not_have_is_refused_also_if_another_is_missing():
+    written = dataclasses.asdict(GPTConfig()) | {"width_of_bigrams": 8}
+    del written["bigram_width"]
+    with pytest.raises(ConfigError, match=r"^width_of_bigrams, 8, is unknown to this version"):
+        checked(written, GPTConfig)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +141,45 @@ def test_a_shape_comes_back_from_json(tiny):
         ({"mlp_only": (12,)}, "mlp_only contains layer 12, but layers are numbered 0 to 11"),
         ({"key_offset": (3, -13)}, "key_offset contains layer -13, but layers are"),
         ({"backout": 12}, "backout is layer 12, but layers are numbered 0 to 11"),
+        ({"attention_source": 12}, "attention_source is layer 12, but layers are numbered 0 to 11"),
+        ({"attention_source": -1}, "attention_source is layer -1, but layers are numbered"),
+        ({"exclusive": (1, 12)}, "exclusive contains layer 12, but layers are numbered 0 to 11"),
+        (
+            {"value_layers": (1, 12), "value_embeddings": 2},
+            "value_layers contains layer 12, but layers are numbered 0 to 11",
+        ),
+        (
+            {"value_layers": (-1,), "value_embeddings": 1},
+            r"value_layers\[0\] .* at least 0, not -1",
+        ),
+        (
+            {"value_layers": (1, 2)},
+            r"value_layers must be as many different layers as value_embeddings, 3, not \(1, 2\)",
+        ),
+        ({"value_layers": (1,), "value_embeddings": 0}, r"as value_embeddings, 0, not \(1,\)"),
+        ({"value_layers": (1, 1, 2)}, r"value_layers .* value_embeddings, 3, not \(1, 1, 2\)"),
+        ({"value_layers": (1, 1, 2), "value_embeddings": 2}, r"embeddings, 2, not \(1, 1, 2\)"),
+        (
+            {"value_layers": (1, 2, 4), "mlp_only": (2, -8)},
+            "value_layers contains layer 2, which has no attention",
+        ),
+        ({"paired_heads": (0,), "num_heads": 3}, "paired_heads needs an even num_heads, not 3"),
+        (
+            {"paired_heads": (1, -3), "exclusive": (-1, 9)},
+            "paired_heads and exclusive both contain layer 9",
+        ),
+        ({"bigram_width": 0}, "bigram_width must be at least 1, not 0"),
+        ({"bigram_width": 768}, r"bigram_width \(768\) must be less than width \(768\); None uses"),
+        ({"bigram_width": 769}, r"bigram_width \(769\) must be less than width"),
+        ({"attention_out_init": -0.1}, "attention_out_init must be at least 0, not -0.1"),
+        ({"attention_out_init": float("inf")}, "attention_out_init must be a number, not inf"),
+        ({"dynamic": True}, "dynamic needs an attention_source before the last layer"),
+        ({"dynamic": True, "attention_source": 11}, "dynamic needs an attention_source before"),
+        ({"dynamic": 1, "attention_source": 5}, "dynamic must be true or false, not 1"),
+        (
+            {"dynamic": True, "attention_source": 5, "mlp_only": (-1,)},
+            "dynamic needs attention in the last layer, 11",
+        ),
         ({"mlp_only": (*range(12),)}, "mlp_only contains all layers, but at least one"),
         ({"width": 8, "num_heads": 1}, "smear reads 12 channels, but width is 8: set it to False"),
         ({"width": 8, "num_heads": 1, "smear": False}, "attention_gate reads 12 .* width is 8"),
@@ -131,6 +227,19 @@ def test_a_shape_that_cannot_be_built_is_refused_in_one_sentence(change, complai
         {"width": 8, "num_heads": 1, "attention_gate": False, "smear": False, "value_gate": False},
         {"rope_base": 1.0, "rope_fraction": 0.0, "logit_shift": -100.0},
         {"rope_fraction": 1.0},
+        {"value_embeddings": 2, "value_layers": (11, 0)},
+        {"value_embeddings": 12, "value_layers": (*range(12),)},
+        {"bigram_width": 767, "attention_out_init": 0.0},
+        {"attention_source": 11, "exclusive": (-12, 11)},
+        {"attention_source": 10, "dynamic": True, "mlp_only": (*range(11),)},
+        {
+            "attention_source": 0,
+            "dynamic": True,
+            "skips": (),
+            "num_layers": 2,
+            "value_embeddings": 0,
+        },
+        {"exclusive": (1, -1), "paired_heads": (0, -2)},
     ],
 )
 def test_a_shape_on_the_edge_of_what_can_be_built_is_accepted(change):

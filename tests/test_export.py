@@ -18,6 +18,8 @@ from nanogpt.config import ConfigError, GPTConfig
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.inference.export import save_model
 from nanogpt.inference.weights import load_model, load_run
+from nanogpt.training.step import graph_of
+from tests.conftest import like_the_speedrun, with_every_trick
 from tests.model import test_gpt as test_model
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 21))
@@ -90,6 +92,29 @@ def test_an_exported_model_has_the_logits_of_its_run_to_the_last_bit(run, export
         np.testing.assert_array_equal(one[1], other[1])
     for name in ("tokenizer", "sequence_length", "dtype"):
         assert getattr(settings, name) == getattr(hp, name)
+
+
+@pytest.mark.parametrize("make", [with_every_trick, like_the_speedrun])
+def test_arrays_and_settings_of_a_model_with_whatever_tricks_come_back_to_the_last_bit(
+    tmp_path, make
+):
+    config = replace(make(), vocab_size=256)
+    params = test_model.alive(config)
+    save_model(tmp_path / "gpt", config, params, SETTINGS | {"from": {"step": 5}}, {})
+    settings, graph, same, _ = load_model(tmp_path / "gpt", make_mesh(1))
+    assert settings.model == config
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    np.testing.assert_array_equal(logits_of(graph, same), logits_of(graph_of(config), params))
+
+
+def test_a_model_exported_before_some_settings_existed_has_the_logits_of_its_run(run, copy):
+    config = json.loads((copy / "config.json").read_text())
+    for name in GPTConfig.ADDED:
+        del config["model"][name]
+    (copy / "config.json").write_text(json.dumps(config))
+    _, *model, _ = load_model(run, make_mesh(1))
+    _, *same, _ = load_model(copy, make_mesh(1))
+    np.testing.assert_array_equal(logits_of(*same), logits_of(*model))
 
 
 def test_a_second_model_in_numpy_makes_the_same_logits_of_the_bare_file(run, exported):

@@ -15,7 +15,7 @@ import prepare_data
 import sample
 import train_gpt
 from nanogpt.checks import ConfigError, checked
-from nanogpt.config import GPTConfig
+from nanogpt.config import Adam, AdamGroups, GPTConfig
 from nanogpt.files import cannot_write, read_json, write_whole
 from nanogpt.schedule import Stage
 from nanogpt.training.resume import ADDED, saved_settings
@@ -136,6 +136,9 @@ def test_a_file_that_is_no_json_object_is_refused(run, capsys, program, content,
         (PROGRAMS, "model.softcap", nan, "model.softcap must be above 0, not NaN"),
         (PROGRAMS, "model.windows", [8, -1], "model.windows[1] must be at least 0, not -1"),
         (PROGRAMS, "model.skips", [[0, 2], [1]], "model.skips[1] must have 2 entries, not [1]"),
+        (PROGRAMS, "model.dynamic", 1, "model.dynamic must be true or false, not 1"),
+        (PROGRAMS, "model.value_layers", [0, "1"], "model.value_layers[1] must be an integer, not"),
+        (PROGRAMS, "model.attention_source", "3", "model.attention_source must be an integer or"),
         (PROGRAMS, "model.layers", 2, "model.layers, 2, is unknown to this version"),
         (PROGRAMS, "stages", [], "stages must have at least 1 entry, not []"),
         (PROGRAMS, "stages", {}, "stages must be a list, not {}"),
@@ -148,6 +151,7 @@ def test_a_file_that_is_no_json_object_is_refused(run, capsys, program, content,
         (TRAINING, "adam", [], "adam must be an object, not []"),
         (TRAINING, "adam", DROPPED, "adam is missing"),
         (TRAINING, "adam.gates", DROPPED, "adam.gates is missing"),
+        (TRAINING, "adam", {}, "adam.additions is missing"),
         (TRAINING, "adam.biases", 1, "adam.biases, 1, is unknown to this version"),
         (TRAINING, "adam.head.betas", [0.9], "adam.head.betas must have 2 entries, not [0.9]"),
         (TRAINING, "adam.head.betas", [0.9, 1], "adam.head.betas[1] must be below 1, not 1"),
@@ -223,33 +227,46 @@ OF_2026_11_22 = """{"preset": "laptop", "train_files": null, "val_files": null,
 "logit_scale": 1.0, "logit_shift": 0.0}}"""
 
 
+# One of the speedrun, in which layers without attention mixed the embedding into the stream, too.
+OF_2026_11_29 = json.loads(json.dumps(asdict(PRESETS["speedrun"])))
+for name in GPTConfig.ADDED:
+    del OF_2026_11_29["model"][name]
+OF_2026_11_29 = json.dumps(OF_2026_11_29)
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
-    ("told", "remedy"),
+    ("old", "told", "remedy"),
     [
-        ('{"commit": "0123abc"}', "check out its commit, 0123abc, to continue with it"),
-        ('{"commit": "0123abc-dirty"}', "check out its commit, 0123abc, to continue with it"),
-        ('{"commit": "unknown"}', "use that version to continue with it"),
-        ('{"commit": ', "use that version to continue with it"),
-        ("[]", "use that version to continue with it"),
-        (None, "use that version to continue with it"),
+        (OF_2026_11_22, '{"commit": "0123abc"}', "check out its commit, 0123abc, to continue"),
+        (
+            OF_2026_11_22,
+            '{"commit": "0123abc-dirty"}',
+            "check out its commit, 0123abc, to continue",
+        ),
+        (OF_2026_11_22, '{"commit": "unknown"}', "use that version to continue"),
+        (OF_2026_11_22, '{"commit": ', "use that version to continue"),
+        (OF_2026_11_22, "[]", "use that version to continue"),
+        (OF_2026_11_22, None, "use that version to continue"),
+        (OF_2026_11_29, '{"commit": "4567def"}', "check out its commit, 4567def, to continue"),
     ],
 )
 def test_a_run_of_a_version_with_other_parameters_is_refused_with_its_commit(
-    run, capsys, program, told, remedy
+    run, capsys, program, old, told, remedy
 ):
-    (run / "config.json").write_text(OF_2026_11_22)
+    (run / "config.json").write_text(old)
     if told is not None:
         (run / "run.json").write_text(told)
     assert refusal(capsys, run, *PROGRAMS[program]) == (
-        "runs/a/config.json is from an earlier version, whose models had other parameters: "
-        f"{remedy}, or give another run."
+        "runs/a/config.json is from an earlier version, whose models were different: "
+        f"{remedy} with it, or give another run."
     )
 
 
-def test_an_exported_model_of_such_a_version_is_refused_with_its_commit_too(run, capsys):
+@pytest.mark.parametrize("old", [OF_2026_11_22, OF_2026_11_29])
+def test_an_exported_model_of_such_a_version_is_refused_with_its_commit_too(run, capsys, old):
     (run / "model.safetensors").touch()
-    old = {"model": json.loads(OF_2026_11_22)["model"], "from": {"commit": "0123abc"}}
+    old = {"model": json.loads(old)["model"], "from": {"commit": "0123abc"}}
     (run / "config.json").write_text(json.dumps(EXPORTED | old))
     for program in ("sample", "begin with its weights"):
         sentence = refusal(capsys, run, *PROGRAMS[program])
@@ -280,6 +297,40 @@ def test_a_run_from_before_a_setting_was_added_is_as_it_was(tmp_path):
         None,
         False,
     )
+    assert saved.heads_together is None
+
+
+def without(values, names):
+    return {name: value for name, value in values.items() if name not in names}
+
+
+@pytest.mark.parametrize("preset", ["laptop", "baseline", "gpt2-medium"])
+def test_a_run_from_before_the_model_and_its_groups_had_more_is_as_it_was(tmp_path, preset):
+    hp, rate = PRESETS[preset], Adam(0.123, (0.4, 0.5), 0.6)
+    written = json.loads(json.dumps(asdict(replace(hp, adam=replace(hp.adam, scalars=rate)))))
+    written["model"] = without(written["model"], GPTConfig.ADDED)
+    written["adam"] = without(written["adam"], AdamGroups.LATER)
+    written["stages"] = [without(stage, Stage.ADDED) for stage in written["stages"]]
+    written = without(written, ADDED)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(written))
+    saved = saved_settings(Hyperparameters, config)
+    assert (saved.model, saved.stages) == (hp.model, hp.stages)  # which use none of it
+    # What is in these groups now was among the other scalars.
+    later = ("stream", "additions", "connections", "connection_biases")
+    assert {name: getattr(saved.adam, name) for name in later} == dict.fromkeys(later, rate)
+    assert replace(saved, adam=hp.adam) == hp
+
+    config.write_text(json.dumps(changed(written, "adam.stream", asdict(Adam(0.7)))))
+    assert saved_settings(Hyperparameters, config).adam.stream == Adam(0.7)
+    for path in ("model.backout", "adam.head", "adam.shortcuts", "stages.0.rate"):
+        config.write_text(json.dumps(changed(written, path, DROPPED)))
+        name = re.escape(path.replace(".0", "[0]"))
+        with pytest.raises(ConfigError, match=f"config.json: {name} is missing: restore it"):
+            saved_settings(Hyperparameters, config)
+    config.write_text(json.dumps(changed(written, "model.late", 3)))
+    with pytest.raises(ConfigError, match=r"config.json: model.late, 3, is unknown to this"):
+        saved_settings(Hyperparameters, config)
 
 
 # An exported model's
@@ -293,6 +344,7 @@ def test_a_run_from_before_a_setting_was_added_is_as_it_was(tmp_path):
         ("model", [], "model must be an object, not []"),
         ("model.width", 2.0, "model.width must be an integer, not 2.0"),
         ("model.backout", DROPPED, "model.backout is missing"),
+        ("model.bigram_width", 96, "bigram_width (96) must be less than width (96)"),
         ("model.layers", 2, "model.layers, 2, is unknown to this version"),
         ("model.num_heads", 5, "width (96) must be a multiple of 4 * num_heads"),
     ],

@@ -80,6 +80,12 @@ def test_batches_and_rows_of_a_stage_are_shares_of_the_whole():
     assert [run.row_length(stage) for stage in (0, 1)] == [1024, 2048]
 
 
+def test_the_rows_of_a_stage_are_of_a_kind_with_its_length_and_its_limit_to_documents():
+    run = schedule(Stage(length=0.5), Stage(max_document_length=9), Stage())
+    run.check()
+    assert [run.row_kind(stage) for stage in range(3)] == [(32, None), (64, 9), (64, None)]
+
+
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 10, 50, 101])
 def test_tokens_are_those_of_all_steps_so_far(num_steps):
     run = schedule(
@@ -257,6 +263,14 @@ def test_a_stage_without_windows_trains_the_model_as_it_is():
             {"stages": (Stage(length=1 / 64, target_weights=(1.0, 1.0)),)},
             "stage 1 has more target_weights than tokens in a row",
         ),
+        (
+            {"stages": (Stage(), Stage(max_document_length=0))},
+            r"stages\[1\].max_document_length must be at least 1, not 0",
+        ),
+        (
+            {"stages": (Stage(max_document_length=2.5),)},
+            r"stages\[0\].max_document_length must be an integer or null, not 2.5",
+        ),
         ({"stages": (Stage(target_weights=()),)}, r"stages\[0\].target_weights must have at least"),
         (
             {"stages": (Stage(target_weights=(0.0, 1.0)),)},
@@ -287,6 +301,7 @@ def test_a_schedule_that_makes_no_sense_is_refused_in_one_sentence(change, compl
         {"final_learning_rate_factor": 1.0, "momentum": 0.0},
         {"stages": (Stage(share=30, batch=3.0, length=1 / 32, target_weights=(2.0, 1e-3)),)},
         {"stages": (Stage(windows=(1,)), Stage(windows=(10**6, 1)))},
+        {"stages": (Stage(max_document_length=1), Stage(max_document_length=10**6))},
     ],
 )
 def test_a_schedule_on_the_edge_of_what_makes_sense_is_accepted(change):
@@ -294,6 +309,18 @@ def test_a_schedule_on_the_edge_of_what_makes_sense_is_accepted(change):
 
 
 def test_stages_come_back_from_json():
-    stages = (Stage(0.5, windows=(3, 4), target_weights=(1.0, 0.5)), Stage(rate=1.5))
+    stages = (
+        Stage(0.5, windows=(3, 4), target_weights=(1.0, 0.5), max_document_length=7),
+        Stage(rate=1.5),
+    )
     written = json.loads(json.dumps([asdict(stage) for stage in stages]))
     assert checked(written, tuple[Stage, ...]) == stages
+
+
+def test_a_stage_from_before_it_could_limit_documents_does_not():
+    written = asdict(Stage(0.5, split_head=True))
+    del written["max_document_length"]
+    assert checked(written, Stage) == Stage(0.5, split_head=True)
+    del written["rate"]
+    with pytest.raises(ConfigError, match=r"^rate is missing"):
+        checked(written, Stage)

@@ -1,6 +1,6 @@
 """Sizes by depth: the preset's own at its depth, and the stated rule at others."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from math import isclose, prod
 
@@ -17,7 +17,7 @@ DEPTHS = {"laptop": 3, "speedrun": 11, "baseline": 12, "gpt2-medium": 24}
 def with_layers_counted(hp):
     """Return the settings as a dictionary, with layers counted from 0 and no depth."""
     model = asdict(hp.model)
-    for name in ("key_offset", "paired_heads", "mlp_only"):
+    for name in ("key_offset", "paired_heads", "mlp_only", "exclusive"):
         model[name] = hp.model.layers(model[name])
     return asdict(hp) | {"model": model, "depth": None}
 
@@ -107,14 +107,52 @@ def test_special_layers_stay_together(depth):
         assert long == set(hp.model.key_offset)
     assert depth - 1 in long
     assert not set(hp.model.mlp_only) & (set(hp.model.paired_heads) | long)
+    # All others are exclusive.
+    others = {*range(depth)} - {*hp.model.mlp_only, *hp.model.paired_heads}
+    assert others == set(hp.model.exclusive)
 
 
 def test_special_layers_stay_in_place_at_twice_the_depth():
     model = at_depth(PRESETS["speedrun"], 21).model  # layer 2 n is like layer n of 11
-    for name in ("mlp_only", "key_offset", "paired_heads"):
+    for name in ("mlp_only", "key_offset", "paired_heads", "exclusive"):
         even = {layer // 2 for layer in getattr(model, name) if layer % 2 == 0}
         assert even == set(getattr(PRESETS["speedrun"].model, name))
-    assert (model.skips, model.backout) == (((6, 12),), 14)
+    assert (model.skips, model.attention_source, model.dynamic) == (((6, 12),), 14, True)
+    assert (model.value_layers, model.value_embeddings) == ((2, 4, 16, 18, 20), 5)
+    assert at_depth(with_backout(PRESETS["speedrun"], 7), 21).model.backout == 14
+
+
+def with_backout(hp, layer):
+    return replace(hp, model=replace(hp.model, backout=layer))
+
+
+@pytest.mark.parametrize(
+    ("depth", "tables", "source"),
+    [
+        (1, (0,), 0),
+        (2, (0, 1), 1),
+        (3, (0, 2), 1),
+        (5, (0, 1, 3, 4), 3),  # layer 10 n / 4 of 11; both 9 and 10 are nearest to the last
+        (8, (1, 6, 7), 5),  # 0.7, 1.4, 5.6, 6.3 and 7 of 7; 4.9
+        (11, (1, 2, 8, 9, 10), 7),
+    ],
+)
+def test_value_tables_and_what_late_attentions_read_are_at_the_nearest_layers(
+    depth, tables, source
+):
+    hp = at_depth(PRESETS["speedrun"], depth)
+    assert (hp.model.value_layers, hp.model.attention_source) == (tables, source)
+    assert hp.model.value_embeddings == len(tables)
+    # Only where a layer is late can the last one choose what to read.
+    assert hp.model.dynamic == (source < depth - 1)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 11, 18])
+def test_bigrams_fill_a_quarter_of_the_stream_at_any_width(depth):
+    hp = at_depth(PRESETS["speedrun"], depth)
+    assert hp.model.bigram_width == hp.model.width / 4
+    assert at_depth(PRESETS["laptop"], depth).model.bigram_width is None
+    assert hp.model.num_heads % hp.heads_together == 0
 
 
 @pytest.mark.parametrize(

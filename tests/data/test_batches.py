@@ -382,6 +382,11 @@ def schedule(*stages, num_steps):
     return Schedule(stages, num_steps, 20, 4, 0.0, 0.0, 0.0, 0.95, 0, 0)
 
 
+def plain(files, shuffle=False):
+    """Return what makes plain rows, which do not depend on documents."""
+    return lambda T, _, start: Rows(files, T, 3, shuffle, start=start)
+
+
 def trained_on(order, run):
     """Return the batch [R, T + 1] of each step."""
     batches = []
@@ -407,7 +412,7 @@ STAGES = (
 def test_a_schedule_reads_every_token_once_and_in_order_whatever_the_length_of_its_rows(tmp_path):
     run = schedule(*STAGES, num_steps=20)
     files = write(tmp_path, run.tokens(20) + 1)
-    order = RowOrder(lambda T, start: Rows(files, T, 0, False, start=start), run, shuffle=False)
+    order = RowOrder(plain(files), run, shuffle=False)
     batches = trained_on(order, run)
     assert [batch.shape for batch in batches] == (
         6 * [(5, 5)] + 4 * [(10, 5)] + 6 * [(5, 9)] + 2 * [(1, 21)] + 2 * [(10, 3)]
@@ -422,7 +427,7 @@ def test_a_schedule_reads_every_token_once_and_in_order_whatever_the_length_of_i
 def test_a_schedule_uses_no_document_twice_and_goes_on_after_the_last_of_the_stage_before(tmp_path):
     files = write_documents(tmp_path, seed=5)
     run = schedule(*STAGES[:3], num_steps=8)
-    order = RowOrder(lambda T, start: aligned(files, T, 9, start=start), run, shuffle=False)
+    order = RowOrder(lambda T, _, start: aligned(files, T, 9, start=start), run, shuffle=False)
     read = [token for batch in trained_on(order, run) for token in batch.ravel().tolist()]
     used = [token for token in read if token != SEPARATOR]
     assert used == sorted(set(used))
@@ -433,10 +438,52 @@ def test_a_schedule_uses_no_document_twice_and_goes_on_after_the_last_of_the_sta
     assert read == [token for row in short + long for token in row]
 
 
+def test_a_stage_may_use_less_of_each_document_and_the_next_one_goes_on_where_it_ended(tmp_path):
+    files = write_documents(tmp_path, seed=5)
+    limits = 3, None, 5, 3  # 9 for whatever stage has no limit of its own
+    run = schedule(*[Stage(max_document_length=limit) for limit in limits], num_steps=8)
+
+    def make(T, longest, start):
+        return aligned(files, T, longest or 9, start=start)
+
+    batches = trained_on(RowOrder(make, run, shuffle=False), run)
+    # By hand: 10 rows in each stage, the first from the document after those used before it.
+    start, expected = 0, []
+    for limit in limits:
+        expected += aligned_rows(pieces_from(files, start), 4, limit or 9)[:10]
+        start = aligned(files, 4, limit or 9, start=start).offset(10)
+    assert np.concatenate(batches).tolist() == expected
+    used = [token for row in expected for token in row if token != SEPARATOR]
+    assert used == sorted(set(used))
+
+    def longest_in(rows):
+        return max(len(part) for row in rows for part in np.split(row, np.flatnonzero(row == 0)))
+
+    each = [longest_in(np.concatenate(batches[n : n + 2])) for n in (0, 2, 4, 6)]
+    assert each == [3, 5, 5, 3]  # of rows of 5
+    # Steps can be requested in any order, as in a resumed run.
+    again = RowOrder(make, run, shuffle=False)
+    for step in (7, 2, 5):
+        np.testing.assert_array_equal(train_batch(*again(step), (1, 5))[0], batches[step - 1])
+
+
+def test_shuffled_stages_with_other_documents_go_on_with_the_next_row(tmp_path):
+    files = write_documents(tmp_path, seed=5)
+    run = schedule(Stage(max_document_length=3), Stage(), Stage(), num_steps=6)
+
+    def make(T, longest, start):
+        return aligned(files, T, longest or 9, start=start, shuffle=True)
+
+    short, long = (aligned(files, 4, limit, shuffle=True) for limit in (3, 9))
+    expected = [short(np.arange(10)), long(np.arange(10, 30))]
+    batches = trained_on(RowOrder(make, run, shuffle=True), run)
+    np.testing.assert_array_equal(np.concatenate(batches), np.concatenate(expected))
+
+
 def test_a_stage_whose_rows_are_as_long_as_before_counts_on_into_the_next_epochs(files):
     run = schedule(Stage(), Stage(batch=2.0), Stage(), num_steps=6)
-    rows = Rows(files, 4, seed=0, shuffle=False)
-    order = RowOrder(lambda T, start: Rows(files, T, 0, False, start=start), run, shuffle=False)
+    rows = Rows(files, 4, seed=3, shuffle=False)
+    order = RowOrder(plain(files), run, shuffle=False)
     read = np.concatenate(trained_on(order, run))
     assert len(read) == 40 > 2 * len(rows)
     np.testing.assert_array_equal(read, rows(np.arange(40)))
@@ -445,7 +492,7 @@ def test_a_stage_whose_rows_are_as_long_as_before_counts_on_into_the_next_epochs
 def test_shuffled_stages_of_another_length_go_on_where_as_many_tokens_were_used(tmp_path):
     files = write(tmp_path, 4000)
     run = schedule(Stage(), Stage(batch=2.0, length=2.0), num_steps=6)  # 5 rows of 4, 5 rows of 8
-    order = RowOrder(lambda T, start: Rows(files, T, 3, True, start=start), run, shuffle=True)
+    order = RowOrder(plain(files, shuffle=True), run, shuffle=True)
     short, long = Rows(files, 4, 3, True), Rows(files, 8, 3, True)
     # 60 tokens make 7 of the longer rows, and a half, which is not used again.
     expected = [short(np.arange(5) + n) for n in (0, 5, 10)]

@@ -16,16 +16,17 @@ from nanogpt.inference.sampling import Sampling
 from nanogpt.model.context import Cache, Next, Prompts
 from nanogpt.model.rotary import rotation
 from nanogpt.training.step import graph_of, init_params
-from tests.conftest import with_every_trick
+from tests.conftest import like_the_speedrun, with_every_trick
 
 CONTEXT = 20  # between the windows of 8 and 24 that the layers have in turn
 PROMPTS = ([99, 3, 41, 7, 7, 20, 64, 5], [4], [8, 9, *[1, 2, 3, 7, 5] * 4])  # the last is cut
 TOKENS = 40  # not a multiple of CHUNK
 GREEDY = Sampling(temperature=0)
 
-# Each accesses earlier tokens differently; the first has no layer without a window.
+# Each accesses earlier tokens differently; the first two have no layer without a window.
 MODELS = {
     "every trick": replace(with_every_trick(), document_separator=7),
+    "the speedrun": replace(like_the_speedrun(), document_separator=7),
     "dense": replace(
         with_every_trick(),
         **{"windows": (), "rotary_windows": (), "value_embeddings": 0, "mlp_only": ()},
@@ -138,18 +139,20 @@ def test_a_greedy_text_is_that_of_whole_passes(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("windows", "paired"),
+    ("make", "windows", "paired"),
     [
-        ((), (0, 2)),
-        ((5, 1, 6, 3), ()),
-        ((5, 1, 6, 3), (0, 2)),
-        ((2, 1, 1, 4), (0, 2, 3)),
-        ((40, 1, 7, 0), (0, 3)),
+        (with_every_trick, (), (0, 2)),
+        (with_every_trick, (5, 1, 6, 3), ()),
+        (with_every_trick, (5, 1, 6, 3), (0, 2)),
+        (with_every_trick, (2, 1, 1, 4), (0, 2, 3)),
+        (with_every_trick, (40, 1, 7, 0), (0, 3)),
+        (like_the_speedrun, (), (0, 3)),
+        (like_the_speedrun, (5, 3, 1, 6), (0, 3)),
     ],
 )
-def test_tokens_one_by_one_see_of_their_document_what_they_see_in_whole_rows(windows, paired):
+def test_tokens_one_by_one_see_of_their_document_what_they_see_in_whole_rows(make, windows, paired):
     how = {"windows": windows, "rotary_windows": (), "paired_heads": paired}
-    config = replace(with_every_trick(), document_separator=7, **how)  # keys are offset in 0 and 3
+    config = replace(make(), document_separator=7, **how)  # keys are offset in two layers
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     params = jax.tree.map(lambda p: jnp.float32(random.normal(0, 0.3, p.shape)), shapes)

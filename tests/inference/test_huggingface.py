@@ -17,8 +17,8 @@ from nanogpt.inference.huggingface import huggingface_files
 from nanogpt.inference.sampling import Sampling
 from nanogpt.inference.weights import load_model, load_run
 from nanogpt.training.step import graph_of
-from tests.inference.test_model_note import CONFIGS, EVERY_TRICK
-from tests.model.test_gpt import alive, build
+from tests.inference.test_model_note import CONFIGS, EVERY_TRICK, SPEEDRUN, alive
+from tests.model.test_gpt import build
 from train_gpt import PRESETS
 
 torch = pytest.importorskip("torch", reason="needs the extra hf")
@@ -49,10 +49,12 @@ def thin(name):
         rotary_windows=tuple(-(-window // 128) for window in model.rotary_windows),
         document_separator=None if model.document_separator is None else 255,
         bigram_buckets=model.bigram_buckets and 61,
+        bigram_width=model.bigram_width and 6,
     )
 
 
-SHAPES = CONFIGS | {name: thin(name) for name in ("laptop", "speedrun", "baseline")}
+PRESET_SHAPES = {f"{name} preset": thin(name) for name in ("laptop", "speedrun", "baseline")}
+SHAPES = CONFIGS | PRESET_SHAPES
 
 
 def written(folder, config):
@@ -86,13 +88,18 @@ def test_logits_are_those_of_the_model_with_whatever_tricks_it_has(tmp_path, con
     np.testing.assert_allclose(found, jax.jit(build(config, params))(tokens), atol=1e-4)
 
 
-# A model with every trick
+# Models with every trick
+
+
+@pytest.fixture(scope="module", params=[EVERY_TRICK, SPEEDRUN], ids=["every trick", "the speedrun"])
+def config(request):
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(config, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "gpt"
-    written(folder, EVERY_TRICK)
+    written(folder, config)
     return folder
 
 
@@ -103,11 +110,13 @@ def model(folder):
 
 PROMPTS = [[4, 17, 23, 99, 4, 5], [6, 8], [4, *range(30, 44)]]
 LENGTH = 40  # far beyond T
-NO_END = replace(EVERY_TRICK, document_separator=None)  # only padding ends what tokens see
 
 
-@pytest.mark.parametrize("config", [EVERY_TRICK, NO_END], ids=["documents", "no documents"])
-def test_greedy_texts_are_those_of_our_sampler_beyond_the_training_length(tmp_path, config):
+@pytest.mark.parametrize("separator", [4, None])  # without one, only padding ends what tokens see
+def test_greedy_texts_are_those_of_our_sampler_beyond_the_training_length(
+    tmp_path, config, separator
+):
+    config = replace(config, document_separator=separator)
     params = jax.tree.map(jax.numpy.asarray, written(tmp_path / "gpt", config))
     greedy = {"num_tokens": LENGTH, "context": T, "sampling": Sampling(temperature=0)}
     ours = generate(graph_of(config), params, PROMPTS, **greedy)
@@ -123,8 +132,8 @@ def test_greedy_texts_are_those_of_our_sampler_beyond_the_training_length(tmp_pa
     np.testing.assert_array_equal(alone[0, len(PROMPTS[0]) :].numpy(), expected[0])
 
 
-def test_a_row_in_pieces_with_a_cache_has_the_logits_of_the_whole(model):
-    tokens = some_tokens(EVERY_TRICK, 2, 3 * T)
+def test_a_row_in_pieces_with_a_cache_has_the_logits_of_the_whole(config, model):
+    tokens = some_tokens(config, 2, 3 * T)
     whole, past, found = logits_of(model, tokens), None, []
     for piece in np.split(tokens, [5, 6, 20, 21], axis=1):
         out = model(torch.from_numpy(piece), cache=past, use_cache=True)
@@ -143,27 +152,27 @@ def test_beams_take_their_pasts_with_them(model):
     np.testing.assert_array_equal(with_cache, without)
 
 
-def test_labels_give_the_mean_loss_of_our_model(model):
-    tokens = some_tokens(EVERY_TRICK, 2, T)
+def test_labels_give_the_mean_loss_of_our_model(config, model):
+    tokens = some_tokens(config, 2, T)
     labels = torch.from_numpy(tokens.copy())
     labels[1, 9] = -100
-    losses = jax.jit(build(EVERY_TRICK, alive(EVERY_TRICK)).loss)
+    losses = jax.jit(build(config, alive(config)).loss)
     ours = losses(tokens[:, :-1], labels.numpy()[:, 1:])[1]
     found = model(torch.from_numpy(tokens), labels=labels).loss
     assert found.item() == pytest.approx(float(ours.sum() / (ours > 0).sum()), abs=1e-5)
     assert (ours > 0).sum() == 2 * (T - 1) - 1
 
 
-def test_gradients_reach_every_array(folder):
+def test_gradients_reach_every_array(config, folder):
     model = loaded(folder).requires_grad_(True)
-    tokens = torch.from_numpy(some_tokens(EVERY_TRICK, 2, T))
+    tokens = torch.from_numpy(some_tokens(config, 2, T))
     model(tokens, labels=tokens).loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None] == []
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_in_bfloat16_the_probabilities_are_nearly_those_of_float32(folder, model):
-    tokens = some_tokens(EVERY_TRICK, 2, T)
+def test_in_bfloat16_the_probabilities_are_nearly_those_of_float32(config, folder, model):
+    tokens = some_tokens(config, 2, T)
     half = loaded(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     whole, rounded = (torch.softmax(torch.tensor(logits_of(m, tokens)), -1) for m in (model, half))
@@ -181,14 +190,14 @@ def arrays_of(folder):
 
 @pytest.mark.parametrize("shards", ["1GB", "20KB"])
 def test_what_transformers_saved_loads_there_and_here_to_the_last_bit(
-    folder, model, tmp_path, shards
+    config, folder, model, tmp_path, shards
 ):
     model.save_pretrained(tmp_path / "saved", max_shard_size=shards)
     index = tmp_path / "saved" / "model.safetensors.index.json"
     assert index.exists() == (shards == "20KB")
     for one, other in zip(*map(arrays_of, (folder, tmp_path / "saved")), strict=True):
         jax.tree.map(np.testing.assert_array_equal, one, other)
-    tokens = some_tokens(EVERY_TRICK, 2, T)
+    tokens = some_tokens(config, 2, T)
     again = loaded(tmp_path / "saved")
     np.testing.assert_array_equal(logits_of(again, tokens), logits_of(model, tokens))
 

@@ -26,8 +26,34 @@ EVERY_TRICK = replace(
     value_gate=True,
     skips=((0, 2), (1, 4), (3, 4)),
 )
+SPEEDRUN = replace(test_model.SPEEDRUN, vocab_size=300, skips=((0, 2), (1, 4), (3, 5)))
 CONFIGS = {
     "every trick": EVERY_TRICK,
+    "the speedrun": SPEEDRUN,
+    "value tables of their own": replace(
+        EVERY_TRICK, value_embeddings=2, value_layers=(4, 1), windows=()
+    ),
+    "value tables of their own without gates": test_model.LATE,
+    "narrow bigrams": replace(EVERY_TRICK, bigram_width=7),
+    "exclusive": replace(EVERY_TRICK, exclusive=(1, -1)),
+    "an attention source": replace(EVERY_TRICK, attention_source=1, backout=None),
+    "an attention source without bigrams": replace(
+        EVERY_TRICK, attention_source=0, bigram_buckets=0, skips=None
+    ),
+    "dynamic with the first values": replace(SPEEDRUN, value_embeddings=0, value_layers=()),
+    "dynamic with shared tables without gates": replace(
+        SPEEDRUN, value_embeddings=3, value_layers=(), value_gate=False
+    ),
+    "dynamic with the only table": replace(SPEEDRUN, value_embeddings=1, value_layers=(5,)),
+    "dynamic without a table, bigrams, skips or backout": replace(
+        SPEEDRUN,
+        **{"value_embeddings": 2, "value_layers": (0, 1), "skips": (), "backout": None},
+        **{"bigram_buckets": 0, "bigram_width": None},
+    ),
+    "dynamic U-net": replace(SPEEDRUN, skips=None),
+    "dynamic in the only attention": replace(
+        test_model.BARE, num_layers=2, mlp_only=(0,), attention_source=0, dynamic=True, skips=()
+    ),
     "documents do not end": replace(EVERY_TRICK, document_separator=None),
     "a U-net": replace(EVERY_TRICK, skips=None),
     "no skips": replace(EVERY_TRICK, skips=()),
@@ -49,11 +75,24 @@ CONFIGS = {
 }
 
 
+def alive(config):
+    """Return random parameters.
+
+    Those of dynamic connections are such that a token's weights are about as large as the shares of
+    other layers: differences of large terms, or a vanishing stream, would magnify rounding.
+    """
+    params = test_model.alive(config)
+    for name in {"last_layer", "before_head"} & params.keys():
+        params[name]["up"] *= 0.05
+        params[name]["bias"] *= 10
+    return params
+
+
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_the_program_in_the_note_is_the_model_with_whatever_tricks_it_has(
     tmp_path, monkeypatch, config
 ):
-    params = test_model.alive(config)
+    params = alive(config)
     texts = {"MODEL.md": note(config, SETTINGS, params)}
     save_model(tmp_path / "gpt", config, params, SETTINGS, texts)
     monkeypatch.chdir(tmp_path / "gpt")
@@ -67,9 +106,10 @@ def test_the_program_in_the_note_is_the_model_with_whatever_tricks_it_has(
         np.testing.assert_allclose(names["logits"](row), logits, atol=2e-4)
 
 
-def test_the_note_names_every_array_with_its_shape_and_where_it_comes_from():
-    config = replace(EVERY_TRICK, vocab_size=50257)
-    params = test_model.alive(config)
+@pytest.mark.parametrize("config", [EVERY_TRICK, SPEEDRUN], ids=["every trick", "the speedrun"])
+def test_the_note_names_every_array_with_its_shape_and_where_it_comes_from(config):
+    config = replace(config, vocab_size=50257)
+    params = alive(config)
     text = note(config, SETTINGS | {"tokenizer": "gpt2"}, params)
     for name, array in traverse_util.flatten_dict(params, sep=".").items():
         assert f"| `{name}` | {list(array.shape)} | " in text

@@ -21,6 +21,7 @@ from nanogpt.inference.weights import Weights, load_run, settings_with
 from nanogpt.runs.settings import settings
 from nanogpt.schedule import Stage
 from nanogpt.training.step import init_params
+from tests.conftest import like_the_speedrun, with_every_trick
 from tests.programs import run_to_end
 from tests.run_folders import arrays, mean_loss, records, steps, without_times
 from tests.small_runs import SMALL, T
@@ -262,35 +263,64 @@ def test_a_resumed_run_does_not_change_what_it_began_with(tuned, place, capsys):
     assert_one_sentence(capsys.readouterr(), "resume", "init_from", "only one")
 
 
-def test_a_setting_of_the_model_is_refused_exactly_when_the_shapes_depend_on_it(tiny, place):
-    def shapes(config):
-        return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+def shapes(config):
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
-    weights = Weights(place, None, tiny, "bytes", 16)
-    refused = set()
+
+def start_from(config, changed):
+    """Start a run of a changed model from the weights of a model."""
+    weights = Weights(Path("run"), None, config, "bytes", 16)
+    settings_with(weights, PRESETS["laptop"], lambda hp: replace(hp, model=changed))
+
+
+OTHERS = {"vocab_size": 1000, "mlp_only": (0, 2), "value_layers": (0,)}
+ABSENT = {"backout": None, "attention_source": None, "bigram_width": None, "exclusive": ()}
+
+
+@pytest.mark.parametrize("make", [with_every_trick, like_the_speedrun])
+def test_a_setting_of_the_model_is_refused_exactly_when_the_shapes_depend_on_it(make):
+    config, refused = make(), set()
     for name in {field.name for field in fields(GPTConfig)} - {"tied_head"}:
-        other = 1000 if name == "vocab_size" else another(getattr(tiny, name))
-        if name == "mlp_only":
-            other = (1, 2)
-        if name == "backout":
-            other = None
-        changed = replace(tiny, **{name: other})
+        value = getattr(config, name)
+        other = OTHERS[name] if name in OTHERS else another(value)
+        if name in ABSENT and value != ABSENT[name]:
+            other = ABSENT[name]
+        changed = replace(config, **{name: other})
         try:
-            settings_with(
-                weights, PRESETS["laptop"], lambda hp, changed=changed: replace(hp, model=changed)
-            )
-            assert shapes(changed) == shapes(tiny), name
+            start_from(config, changed)
+            assert shapes(changed) == shapes(config), name
         except ConfigError as error:
             assert str(error).startswith(f"model.{name} cannot be {other}: ")
-            assert shapes(changed) != shapes(tiny), name
+            assert shapes(changed) != shapes(config), name
             refused.add(name)
-    assert refused >= {"width", "num_heads", "mlp_only", "backout", "smear", "skips", "value_gate"}
-    # The same number of layers can have attention, but a different number gated value tables.
+    assert refused >= {"width", "num_heads", "mlp_only", "smear", "skips", "value_gate", "dynamic"}
+    assert refused >= {*ABSENT, "value_layers"}
+
+
+def test_of_the_vocabulary_the_padded_size_counts_and_of_layers_and_skips_their_number(tiny):
+    same = replace(tiny, vocab_size=128, mlp_only=(-3,), backout=0, skips=((1, 3),))
+    assert shapes(same) == shapes(tiny)
+    start_from(tiny, same)
+    model = like_the_speedrun()
+    same = replace(model, value_layers=(0, 3, 5), exclusive=(1,), attention_source=1)
+    assert shapes(same) == shapes(model)
+    start_from(model, same)
+
+
+def test_the_number_of_value_gates_and_what_they_read_stay(tiny):
+    # The same number of layers can have attention or value tables, but another number gates.
     other = replace(tiny, mlp_only=(2,))
     assert shapes(other) != shapes(tiny)
     with pytest.raises(ConfigError, match=r"^model\.mlp_only cannot be \(2,\): "):
-        settings_with(weights, PRESETS["laptop"], lambda hp: replace(hp, model=other))
-    # The padded vocabulary counts, and of layers and skips only their number.
-    same = replace(tiny, vocab_size=128, mlp_only=(-3,), backout=0, skips=((1, 3),))
-    assert shapes(same) == shapes(tiny)
-    settings_with(weights, PRESETS["laptop"], lambda hp: replace(hp, model=same))
+        start_from(tiny, other)
+    model = like_the_speedrun()  # the last layer's table has none
+    other = replace(model, value_layers=(0, 3, 4))
+    assert shapes(other) != shapes(model)
+    with pytest.raises(ConfigError, match=r"^model\.value_layers cannot be \(0, 3, 4\): "):
+        start_from(model, other)
+    # The same gates would read half of their channels elsewhere.
+    one = replace(tiny, value_embeddings=1)
+    other = replace(one, value_layers=(3,))
+    assert shapes(other) == shapes(one)
+    with pytest.raises(ConfigError, match=r"^model\.value_layers cannot be \(3,\): "):
+        start_from(one, other)

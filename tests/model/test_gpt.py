@@ -3,6 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from math import erf
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,12 @@ from flax import nnx
 
 from nanogpt.config import GPTConfig, Kernels
 from nanogpt.model.context import Rows
-from nanogpt.model.gpt import GPT, Attention, Smear, bigram_bucket, norm
+from nanogpt.model.gpt import GPT, Attention, norm
 from nanogpt.model.kernels.relu_squared import relu_squared
 from nanogpt.model.parameters import compute_copy
 from nanogpt.training.step import graph_of, init_params
+from tests.conftest import like_the_speedrun, with_every_trick
+from tests.model.test_bigrams import bucket_of, signs_of
 
 
 def alive(config, seed=0):
@@ -67,7 +70,7 @@ def numpy_rotation(config):
 def numpy_logits(config, params, tokens):
     p = jax.tree.map(lambda leaf: np.asarray(leaf, "f8"), params)
     (B, T), L, N, H = tokens.shape, config.num_layers, config.num_heads, config.head_size
-    count = config.value_embeddings
+    count, late = config.value_embeddings, config.attention_source
     speeds, scale = numpy_rotation(config)
     begins = tokens == config.document_separator  # False where there is none
     begins[:, 0] = True
@@ -90,22 +93,36 @@ def numpy_logits(config, params, tokens):
             out[b, t, n] = np.einsum("tm,tmh->h", weights, v[b][:, mates[n]])
         return out
 
+    def chosen(x, by):
+        """Return weights that each token chooses with a small MLP, each [B, T, 1]."""
+        hidden = x @ p[by]["up"]
+        hidden = hidden * (0.5 + 0.5 * np.vectorize(erf)(hidden / np.sqrt(2)))  # GELU
+        weights = (hidden @ p[by]["down"] + p[by]["bias"]) / 10
+        return [weights[:, :, n, None] for n in range(weights.shape[-1])]
+
     x = p["embed"][tokens]
     if config.smear:
         gate = sigmoid(x[:, :, :12] @ p["smear"]["gate"])
         for t in reversed(range(T)):  # from the end, because each reads its neighbour's old value
             before = np.where(begins[:, t, None], 0, x[:, t - 1])
             x[:, t] += p["smear"]["share"] * gate[:, t] * before
+    x0 = rms_norm(x)
     bigrams = np.zeros_like(x)
     if config.bigram_buckets:
         for b, t in np.ndindex(B, T):
-            token, last = int(tokens[b, t]), 0 if begins[b, t] else int(tokens[b, t - 1])
-            mixed = (token * 0x9E3779B1 % 2**32) ^ (last * 0x85EBCA77 % 2**32)
-            bucket = (mixed ^ (mixed >> 15)) % config.bigram_buckets
-            bigrams[b, t] = p["bigram_embed"][bucket]
-    x0 = x = rms_norm(x)
-    outputs, first_values, num_tables = [], None, 0
+            pair = int(tokens[b, t]), 0 if begins[b, t] else int(tokens[b, t - 1])
+            row = p["bigram_embed"][bucket_of(*pair, config.bigram_buckets)]
+            signs = 1 if config.bigram_width is None else signs_of(*pair, config.bigram_width)
+            bigrams[b, t, : len(row)] = signs * row
+        if late is not None:  # they are in the stream from the beginning
+            x0 = x0 + p["bigram_shares"][0] * bigrams
+    x, outputs, first_values, num_gates = x0, [], None, 0
     with_attention = [layer for layer in range(L) if layer not in config.mlp_only]
+    # The last layers have the tables in turn, and the first ones all but the first table.
+    tables = {layer: layer + 1 for layer in range(count - 1)}
+    tables.update({L - count + table: table for table in range(count)})
+    if config.value_layers:
+        tables = dict(zip(config.value_layers, range(count), strict=True))
     for layer in range(L):
         mirror = L - 1 - layer  # first to last, second to second to last, ...
         if config.skips is None and mirror < layer:
@@ -114,26 +131,50 @@ def numpy_logits(config, params, tokens):
             if target == layer:
                 gate = sigmoid(x0[:, :, :12] @ p["skip_gate"][number])
                 x = x + 2 * sigmoid(p["skips"][number]) * gate * outputs[source]
-        x = p["residual_shares"][layer] * x + p["embedding_shares"][layer] * x0
-        if config.bigram_buckets:
-            x = x + p["bigram_shares"][layer] * bigrams
+        # What the sum of the layer consists of: shares of the stream, of the embedding, of the
+        # bigrams and of the attention; and after attention, of the stream again and of the MLP.
+        shares, more_values, halves = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0], 0.0, None
+        if config.dynamic and layer == L - 1:
+            weights = chosen(x, "last_layer")
+            sources = x0, outputs[late], x
+            more_values = sum(w * source for w, source in zip(weights[:3], sources, strict=True))
+            x = x + sum(w * source for w, source in zip(weights[3:6], sources, strict=True))
+            halves, shares = weights[6:8], weights[8:]
+        elif late is None:
+            shares[:2] = p["residual_shares"][layer], p["embedding_shares"][layer]
+        else:
+            shares[0], shares[4] = p["residual_shares"][layer]
+            shares[3], shares[5] = p["output_shares"][layer]
+            shares[1] = p["embedding_shares"][layer]
+        if config.bigram_buckets and halves is None and (late is None or layer > 0):
+            shares[2] = p["bigram_shares"][layer]
 
         if layer in with_attention:
             weights = {n: w[with_attention.index(layer)] for n, w in p["attention"].items()}
-            read = rms_norm(x)
+            stream = shares[0] * x + shares[1] * x0 + shares[2] * bigrams
+            if late is None:
+                read = rms_norm(stream)
+            else:
+                read = rms_norm(x if layer <= late else outputs[late])
             q, k, v = ((read @ matrix).reshape(B, T, N, H) for matrix in weights["qkv"])
             v = weights["own_share"] * v
-            # The last layers have the tables in turn, and the first ones all but the first table.
-            table = layer - (L - count) if layer >= L - count else layer + 1
-            if table < count:
-                if config.value_gate:
-                    gate = 2 * sigmoid(read[:, :, :12] @ p["value_gate"][num_tables])[..., None]
-                else:
-                    gate = weights["mixed_share"]
-                v = v + gate * p["value_embed"][table][tokens].reshape(B, T, N, H)
-                num_tables += 1
+            own, gate = None, weights.get("mixed_share")
+            if layer in tables:
+                own = p["value_embed"][tables[layer]][tokens]
             elif count == 0 and first_values is not None:
-                v = v + weights["mixed_share"] * first_values
+                own = first_values.reshape(B, T, N * H)
+            if layer in tables and config.value_gate and halves is None:
+                inputs = read[:, :, :12]
+                if config.value_layers:
+                    inputs = np.concatenate([read[:, :, :6], own[:, :, :6]], axis=-1)
+                gate = 2 * sigmoid(inputs @ p["value_gate"][num_gates])[..., None]
+                num_gates += 1
+            if halves is not None:  # one for each half of the channels, also within a head
+                gate = np.repeat(np.concatenate(halves, axis=-1), N * H // 2, axis=-1)
+                gate = gate.reshape(B, T, N, H)
+                v = v + more_values.reshape(B, T, N, H)
+            if own is not None:
+                v = v + gate * own.reshape(B, T, N, H)
             first_values = v if first_values is None else first_values
             # Paired heads take turns: tokens are two places apart, and the second head one behind.
             pairs = layer in config.paired_heads
@@ -147,14 +188,30 @@ def numpy_logits(config, params, tokens):
                         k[:, :, :, j] = np.where(begins[:, :, None], 0, last)
             window = config.windows[layer % len(config.windows)] if config.windows else 0
             y = softmax_attention(q, k, v, window, places, mates)
+            if layer in config.exclusive:
+                for b, t, n in np.ndindex(B, T, N):
+                    direction = v[b, t, n] / np.linalg.norm(v[b, t, n])
+                    share = np.tanh(weights["exclusion"][0, n])
+                    y[b, t, n] -= share * np.dot(y[b, t, n], direction) * direction
             if config.attention_gate:
                 y = y * sigmoid(read[:, :, :12] @ weights["gate"])[..., None]
-            x = x + weights.get("out_share", 1) * (y.reshape(B, T, N * H) @ weights["out"])
+            added = weights.get("out_share", 1) * (y.reshape(B, T, N * H) @ weights["out"])
+            x = stream + shares[3] * added
 
-        x = x + np.maximum(rms_norm(x) @ p["mlp"]["up"][layer], 0) ** 2 @ p["mlp"]["down"][layer]
+        added = np.maximum(rms_norm(x) @ p["mlp"]["up"][layer], 0) ** 2 @ p["mlp"]["down"][layer]
+        x = shares[4] * x + shares[5] * added
         outputs.append(x)
     if config.backout is not None:
         x = x - p["backout"] * outputs[config.backout]
+    if config.dynamic:
+        sources = [x0, outputs[late], outputs[L - 2]]
+        if config.value_layers:
+            sources.append(p["value_embed"][0][tokens])
+        if config.skips is None:
+            sources += [outputs[L - 1 - layer] for layer in range(L - L // 2, L)]
+        sources += [outputs[source] for source, _ in config.skips or ()]
+        weights = chosen(x, "before_head")
+        x = x + sum(w * source for w, source in zip(weights, sources, strict=True))
     z = rms_norm(x) @ p["head"]
     return config.softcap * np.tanh((z + config.logit_shift) * config.logit_scale / config.softcap)
 
@@ -205,6 +262,44 @@ OVERLAPPING = GPTConfig(  # the first layer and the last two are all three that 
     value_embeddings=2,
     value_gate=False,
 )
+SPEEDRUN = replace(  # in layers like the speedrun's; the first table is that of a late layer
+    like_the_speedrun(),
+    num_heads=4,
+    width=48,
+    mlp_width=48,
+    windows=(3, 300, 6),
+    rotary_windows=(40, 100, 300),
+    document_separator=4,
+    value_layers=(4, 1, 5),
+    backout=4,
+    softcap=4.0,
+)
+LATE = GPTConfig(  # the others are not gated, and the third layer has nothing to be late
+    vocab_size=100,
+    num_layers=4,
+    num_heads=2,
+    width=32,
+    mlp_width=48,
+    mlp_only=(2,),
+    value_embeddings=2,
+    value_layers=(3, 0),
+    value_gate=False,
+    bigram_buckets=61,
+    bigram_width=7,
+    attention_source=0,
+    exclusive=(1,),
+)
+DYNAMIC = GPTConfig(  # the last layer's values are mixed with those of the first, too
+    vocab_size=100,
+    num_layers=4,
+    num_heads=3,
+    width=24,
+    mlp_width=16,
+    value_embeddings=0,
+    attention_source=1,
+    dynamic=True,
+    softcap=4.0,
+)
 BARE = GPTConfig(
     vocab_size=128,
     num_layers=1,
@@ -223,9 +318,17 @@ BARE = GPTConfig(
         (EVERY_TRICK, (1.0, 0.5, 0.25)),
         (VALUE_RESIDUAL, (1.0,)),
         (OVERLAPPING, (0.5, 2.0)),
+        (SPEEDRUN, (1.0, 0.5, 0.25)),
+        (LATE, (1.0,)),
+        (replace(LATE, attention_source=None, exclusive=(0, 1, 3)), (1.0,)),
+        (DYNAMIC, (1.0,)),
+        (replace(DYNAMIC, mlp_only=(0, 1, 2), skips=((1, 3), (0, 2))), (1.0,)),
         (BARE, (1.0,)),
     ],
-    ids=["every trick", "value residual", "overlapping", "bare"],
+    ids=[
+        *("every trick", "value residual", "overlapping", "speedrun", "late", "not late"),
+        *("dynamic", "only last attention", "bare"),
+    ],
 )
 def test_logits_and_losses_equal_a_float64_model_in_numpy(config, weights):
     params, (B, T) = alive(config), (2, 13)
@@ -247,15 +350,22 @@ def test_logits_and_losses_equal_a_float64_model_in_numpy(config, weights):
     )(tokens, targets)
 
     assert logits.dtype == objective.dtype == losses.dtype == jnp.float32
-    np.testing.assert_allclose(logits, expected, atol=1e-4)
-    np.testing.assert_allclose(losses, expected_loss, atol=1e-4)
-    np.testing.assert_allclose(objective, expected_objective, atol=2e-4)
+    np.testing.assert_allclose(logits, expected, atol=5e-4)
+    np.testing.assert_allclose(losses, expected_loss, atol=5e-4)
+    np.testing.assert_allclose(objective, expected_objective, atol=1e-3)
 
 
 def test_layers_may_be_counted_from_the_last_one_backwards():
-    backwards = replace(EVERY_TRICK, mlp_only=(-2,), key_offset=(0, -1), paired_heads=(-5, -3))
-    tokens, params = some_tokens(EVERY_TRICK, 1, 9), alive(EVERY_TRICK)
-    expected, found = (build(c, params)(tokens) for c in (EVERY_TRICK, backwards))
+    forwards = replace(EVERY_TRICK, exclusive=(1, 4))
+    backwards = replace(
+        forwards,
+        mlp_only=(-2,),
+        key_offset=(0, -1),
+        paired_heads=(-5, -3),
+        exclusive=(-4, -1),
+    )
+    tokens, params = some_tokens(forwards, 1, 9), alive(forwards)
+    expected, found = (jax.jit(build(c, params))(tokens) for c in (forwards, backwards))
     np.testing.assert_array_equal(found, expected)
 
 
@@ -323,6 +433,10 @@ def test_shares_and_gates_begin_as_in_the_speedrun(tiny):
     assert not params["attention"]["gate"].any() and not params["smear"]["gate"].any()
     assert params["smear"]["share"] == 0
 
+    narrow = first(bigram_width=5)  # and with signs
+    assert narrow["bigram_embed"].shape == (128, 5)
+    np.testing.assert_array_equal(narrow["bigram_shares"], np.full(4, 0.05, "f4"))
+
     ungated = first(value_gate=False, skips=None)
     assert ungated["attention"]["mixed_share"].tolist() == [0.5] * 3
     assert ungated["skips"].tolist() == [1.0] * 2
@@ -330,16 +444,47 @@ def test_shares_and_gates_begin_as_in_the_speedrun(tiny):
     assert not {"value_gate", "skip_gate"} & ungated.keys()
 
 
+def test_late_attentions_and_dynamic_connections_begin_as_in_the_speedrun():
+    params = init_params(like_the_speedrun(), jax.random.key(0))
+    numbers = {  # of all but the last layer
+        "residual_shares": np.full((5, 2), 1.1**0.5, "f4"),
+        "output_shares": np.ones((5, 2)),
+        "embedding_shares": np.zeros(5),
+        "bigram_embed": np.zeros((128, 8)),
+        "bigram_shares": np.full(5, 0.05, "f4"),
+        "value_gate": np.zeros((2, 12, 2)),
+        "skip_gate": np.zeros((1, 12, 1)),
+        "skips": [-1.5],
+    }
+    for name, expected in numbers.items():
+        np.testing.assert_array_equal(params[name], expected, err_msg=name)
+    np.testing.assert_array_equal(params["attention"]["exclusion"], np.zeros((5, 1, 2)))
+    for part, weights in (("last_layer", 14), ("before_head", 5)):
+        assert not params[part]["down"].any() and params[part]["down"].shape == (64, weights)
+    # Three sources of values and three of the stream, two gates, and the weights of all sums.
+    last = [0] * 6 + [2, 2, 1.1**0.5, 0, 0.05, 1, 1.1**0.5, 1]
+    np.testing.assert_allclose(0.1 * params["last_layer"]["bias"], last, rtol=1e-6)
+    np.testing.assert_allclose(0.1 * params["before_head"]["bias"], [0, -0.5, 0, 0, 0], rtol=1e-6)
+    tables = params["value_embed"]
+    assert tables.shape == (3, 128, 32)
+    assert np.std(tables, axis=(1, 2)) == pytest.approx(0.01, rel=0.06)
+    assert len(np.unique(tables)) > 0.99 * tables.size
+
+
 @pytest.mark.parametrize("spread", [1.0, 0.5])
 def test_first_matrices_are_uniform_and_those_of_attention_as_wide_as_the_model_says(spread):
     config = replace(BARE, num_layers=8, num_heads=1, width=16, attention_init=spread)
+    config = replace(config, attention_out_init=spread / 3)
     params = init_params(config, jax.random.key(0))
     for matrices, deviation in (
         (params["attention"]["qkv"], spread / 4),
+        (params["attention"]["out"], spread / 12),
         (params["mlp"]["up"], 1 / 8),
     ):
         assert matrices.std() == pytest.approx(deviation, rel=0.03)
         assert 1.7 < abs(matrices).max() / deviation <= 3**0.5
+    first = [layer[0] for layer in (*params["attention"]["qkv"][:, 0], *params["attention"]["out"])]
+    assert len(np.unique(np.array(first)[:, 0])) == 2 * 8  # no two matrices are alike
 
 
 def test_a_tied_head_begins_as_the_embedding_and_both_are_small():
@@ -369,10 +514,10 @@ def influence(config):
     tokens = jnp.asarray(np.random.default_rng(1).permutation(config.vocab_size)[:T][None])
     rows = {"embed": tokens[0], "value_embed": tokens[0]}
     if config.bigram_buckets:
-        rows["bigram_embed"] = np.asarray(
-            bigram_bucket(tokens, jnp.pad(tokens, ((0, 0), (1, 0)))[:, :-1], config.bigram_buckets)
-        )[0]
-        assert len(set(rows["bigram_embed"].tolist())) == T
+        pairs = pairwise([0, *tokens[0].tolist()])
+        found = [bucket_of(token, before, config.bigram_buckets) for before, token in pairs]
+        assert len(set(found)) == T
+        rows["bigram_embed"] = np.array(found)
     probe = np.random.default_rng(2).standard_normal(config.padded_vocab_size).astype("f4")
 
     @jax.jacrev
@@ -401,6 +546,15 @@ def influence(config):
         ({"windows": (3, 2), "key_offset": (0, 1)}, 3 + 2 + 2, 3 + 2 + 2, 2 + 2 + 2),
         # A token has two keys where heads are paired, and the first of them is its own place.
         ({"windows": (5, 2), "paired_heads": (0, 1)}, 2 + 1 + 4, 2 + 1 + 4, 2 + 1 + 4),
+        # The second and the third layer both read what the first one put out.
+        ({"windows": (5, 2), "attention_source": 0}, 4 + 4, 4 + 4, 4 + 4),
+        ({"windows": (2, 5), "attention_source": 0, "exclusive": (0, 1, 2)}, 1 + 4, 1 + 4, 1 + 4),
+        # In the values of the last one is also the stream, to which the second one has added.
+        ({"windows": (5, 2), "attention_source": 0, "dynamic": True}, 4 + 1 + 4, 9, 9),
+        (
+            {"windows": (5, 2), "bigram_width": 7, "attention_source": 1, "value_layers": (2, 0)},
+            *(4 + 1 + 4, 4 + 1 + 4, 4 + 1 + 4),
+        ),
     ],
 )
 def test_the_gradient_reaches_exactly_the_positions_that_may_be_seen(
@@ -426,11 +580,13 @@ def test_the_gradient_reaches_exactly_the_positions_that_may_be_seen(
         np.testing.assert_array_equal(found[name], (back >= 0) & (back <= furthest), err_msg=name)
 
 
-def test_no_output_depends_on_a_later_token(tiny):
+@pytest.mark.parametrize("make", [with_every_trick, like_the_speedrun])
+def test_no_output_depends_on_a_later_token(make):
     # By changing tokens, not by gradients: bigram buckets depend on integers, which have none.
-    tokens = some_tokens(tiny, B=1, T=T)
-    changed = (tokens + np.eye(T, dtype=int)) % tiny.vocab_size  # row j has another token j
-    model = build(tiny, alive(tiny))
+    config = make()
+    tokens = some_tokens(config, B=1, T=T)
+    changed = (tokens + np.eye(T, dtype=int)) % config.vocab_size  # row j has another token j
+    model = build(config, alive(config))
     # One row at a time: the bits of a product may depend on its position in the batch.
     logits = jax.jit(lambda rows: jax.lax.map(lambda row: model(row[None])[0], rows))(
         np.concatenate([tokens, changed])
@@ -439,9 +595,12 @@ def test_no_output_depends_on_a_later_token(tiny):
     np.testing.assert_array_equal(differs, np.triu(np.ones((T, T), bool)))
 
 
-@pytest.mark.parametrize("paired", [(0, 2), (0, 1, 2, 4)])
-def test_each_document_of_a_row_has_the_logits_that_it_has_alone(paired):
-    config = replace(EVERY_TRICK, paired_heads=paired)
+@pytest.mark.parametrize(
+    "config",
+    [EVERY_TRICK, replace(EVERY_TRICK, paired_heads=(0, 1, 2, 4)), SPEEDRUN],
+    ids=["two layers paired", "all layers paired", "speedrun"],
+)
+def test_each_document_of_a_row_has_the_logits_that_it_has_alone(config):
     separator = config.document_separator
     # A row may begin in the middle of a document.
     documents = [[9, 16, 33, 2], [separator, 7, 7, 50, 9, 12, 2], [separator, 33, 2, 8, 61, 40]]
@@ -501,19 +660,6 @@ def test_before_moves_everything_one_token_on_but_not_into_another_document():
         np.testing.assert_array_equal(past.before("other", x[..., 0]), expected[..., 0])
 
 
-def test_smear_adds_a_gated_share_of_the_token_before():
-    smear, x = Smear(), fixed(2, 5, 16)
-    gate, share = fixed(12, 1, seed=1), 0.6
-    smear.gate, smear.share = nnx.Param(jnp.asarray(gate)), nnx.Param(jnp.float32(share))
-    expected = x.astype("f8")
-    for b, t in np.ndindex(2, 5):
-        opened = sigmoid(np.dot(x[b, t, :12].astype("f8"), gate[:, 0]))
-        assert 0.01 < opened < 0.99
-        expected[b, t] += share * opened * (x[b, t - 1] if t else 0)
-    before = jnp.pad(x, ((0, 0), (1, 0), (0, 0)))[:, :-1]
-    np.testing.assert_allclose(smear(jnp.asarray(x), before), expected, atol=1e-5)
-
-
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("values_gated", [True, False])
 def test_attention_mixes_its_values_and_gates_what_each_head_takes(gated, values_gated):
@@ -527,44 +673,89 @@ def test_attention_mixes_its_values_and_gates_what_each_head_takes(gated, values
     )
     x, mixed_in = fixed(2, 1, 3, 16)
     qkv, out, gate = fixed(3, 16, 16, seed=1), fixed(16, 16, seed=2), fixed(12, 2, seed=3)
-    value_gate = fixed(12, 2, seed=4) if values_gated else None
+    given_share = fixed(1, 3, 2, 1, seed=4) if values_gated else None
 
     def attend(q, k, v):  # any function of all three shows whether each is what it should be
         return v + 2 * q - 3 * k
 
     @jax.jit
-    def run(x, mixed_in, value_gate):
+    def run(x, mixed_in, given_share):
         layer = Attention(config, rngs=nnx.Rngs(0))
         layer.qkv, layer.out = nnx.Param(jnp.asarray(qkv)), nnx.Param(jnp.asarray(out))
         layer.own_share = nnx.Param(jnp.array(0.7))
         assert hasattr(layer, "gate") == gated
         assert hasattr(layer, "out_share") == values_gated != hasattr(layer, "mixed_share")
+        assert not hasattr(layer, "exclusion")
         if gated:
             layer.gate = nnx.Param(jnp.asarray(gate))
         if values_gated:
             layer.out_share = nnx.Param(jnp.array(1.4))
         else:
             layer.mixed_share = nnx.Param(jnp.array(-1.5))
-        return layer(x, mixed_in, value_gate, attend), layer(x, None, None, attend)
+        return layer(x, mixed_in, given_share, attend), layer(x, None, None, attend)
 
-    def opened(gate):
-        found = sigmoid(x[:, :, :12].astype("f8") @ gate)
-        assert np.ptp(found) > 0.3
-        return found[..., None]
-
-    share = 2 * opened(value_gate) if values_gated else -1.5
+    share = given_share.astype("f8") if values_gated else -1.5
     mixed_in_by_head = mixed_in.astype("f8").reshape(1, 3, 2, 8)
     for (added, values), mixed in zip(
-        run(x, mixed_in, value_gate), (share * mixed_in_by_head, 0), strict=True
+        run(x, mixed_in, given_share), (share * mixed_in_by_head, 0), strict=True
     ):
         q, k, v = (each.reshape(1, 3, 2, 8) for each in x.astype("f8") @ qkv[:, None])
         v = 0.7 * v + mixed
         np.testing.assert_allclose(values, v.reshape(1, 3, 16), atol=1e-4)
         y = v + 2 * q - 3 * k
         if gated:
-            y = y * opened(gate)
+            opened = sigmoid(x[:, :, :12].astype("f8") @ gate)
+            assert np.ptp(opened) > 0.3
+            y = y * opened[..., None]
         expected = y.reshape(1, 3, 16) @ out * (1.4 if values_gated else 1)
         np.testing.assert_allclose(added, expected, atol=1e-3)
+
+
+def exclusive_attention(shares, x, mixed_in, y):
+    """Return what is left of an attention's output y [T, N, H], and its values [T, N, H].
+
+    Of an attention that is not exclusive, all of it is left.
+    """
+    config = replace(BARE, num_heads=2, width=16, value_embeddings=1, exclusive=(0,))
+    layer = Attention(config, rngs=nnx.Rngs(0))
+    assert layer.exclusion[...].tolist() == [[0, 0]]
+    layer.exclusion = nnx.Param(jnp.array([shares]))
+    layer.out = nnx.Param(jnp.eye(16))
+    given = (
+        jnp.asarray(x[None]),
+        jnp.asarray(mixed_in[None]),
+        1.0,
+        lambda q, k, v: jnp.asarray(y[None]),
+    )
+    plain, _ = layer(*given)
+    np.testing.assert_allclose(plain[0].reshape(y.shape), y, rtol=1e-6)
+    return (np.asarray(each[0].reshape(y.shape), "f8") for each in layer(*given, exclusive=True))
+
+
+def test_exclusive_attention_takes_away_a_share_of_its_part_along_the_tokens_own_value():
+    x, mixed_in = fixed(2, 5, 16)
+    y = fixed(5, 2, 8, seed=1)
+    shares = 0.6, -1.2
+    found, v = exclusive_attention(shares, x, mixed_in, y)
+    for t, n in np.ndindex(5, 2):
+        projection = np.outer(v[t, n], v[t, n]) / np.dot(v[t, n], v[t, n])
+        expected = y[t, n] - np.tanh(shares[n]) * projection @ y[t, n]
+        assert np.linalg.norm(expected - y[t, n]) > 0.02
+        np.testing.assert_allclose(found[t, n], expected, atol=1e-5)
+
+
+def test_with_a_large_share_the_output_is_orthogonal_to_the_tokens_own_value():
+    x, mixed_in = fixed(2, 5, 16)
+    y = fixed(5, 2, 8, seed=1)
+    found, v = exclusive_attention((20.0, -20.0), x, mixed_in, y)
+    along, before = (np.sum(each * v, axis=-1) for each in (found, y))
+    assert abs(before).min() > 0.05
+    np.testing.assert_allclose(along[:, 0], 0, atol=1e-5)
+    np.testing.assert_allclose(along[:, 1], 2 * before[:, 1], rtol=1e-4)  # doubled instead
+    # A token without a value has no such direction, and keeps its output.
+    found, v = exclusive_attention((20.0, -20.0), 0 * x, 0 * mixed_in, y)
+    assert not v.any()
+    np.testing.assert_array_equal(found, y)
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -605,6 +796,30 @@ def test_the_last_layers_and_but_for_the_first_table_the_first_have_value_embedd
         np.testing.assert_array_equal(gates[layer], params["value_gate"][number])
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_named_layers_have_value_embeddings_of_their_own_in_the_order_they_are_named(dynamic):
+    config = replace(
+        BARE,
+        num_layers=5,
+        mlp_only=(2,),
+        value_embeddings=3,
+        value_layers=(4, 0, 3),
+        attention_source=1,
+        dynamic=dynamic,
+    )
+    config.check()
+    params, tokens = alive(config), some_tokens(config, B=1, T=4)
+    found, gates = build(config, params).value_embeddings(tokens)
+    assert config.value_tables == {0: 1, 3: 2, 4: 0}
+    assert list(found) == [0, 3, 4]
+    for layer, table in config.value_tables.items():
+        np.testing.assert_array_equal(found[layer], params["value_embed"][table][tokens])
+    # Dynamic connections open the last one's.
+    assert list(gates) == ([0, 3] if dynamic else [0, 3, 4])
+    for number, layer in enumerate(gates):
+        np.testing.assert_array_equal(gates[layer], params["value_gate"][number])
+
+
 def test_without_value_embeddings_the_first_values_are_mixed_into_all_later_ones(run_on_values):
     config = replace(BARE, num_layers=4, mlp_only=(1,))
     params, tokens = alive(config), some_tokens(config, B=1, T=4)
@@ -626,7 +841,8 @@ def test_without_value_embeddings_the_first_values_are_mixed_into_all_later_ones
 def test_layers_without_attention_are_mlps_and_what_a_layer_gave_is_taken_back(run_on_values):
     config = replace(BARE, num_layers=3, mlp_only=(0, 2), backout=1)
     params, tokens = alive(config), some_tokens(config, B=1, T=4)
-    params["residual_shares"][:], params["embedding_shares"][:] = 1, 0
+    # The stream is mixed with the embedding in layers with attention only.
+    params["residual_shares"][:], params["embedding_shares"][:] = (7, 1.2, 8), (5, 0.4, 6)
     params["skips"][:], params["backout"] = 0, 0.3
     found, layers, _ = run_on_values(config, params, tokens)
 
@@ -635,8 +851,9 @@ def test_layers_without_attention_are_mlps_and_what_a_layer_gave_is_taken_back(r
     def mlp(x, layer):
         return np.maximum(rms_norm(x) @ p["mlp"]["up"][layer], 0) ** 2 @ p["mlp"]["down"][layer]
 
-    x = rms_norm(p["embed"][tokens])
-    x = x + mlp(x, 0)
+    x0 = rms_norm(p["embed"][tokens])
+    x = x0 + mlp(x0, 0)
+    x = 1.2 * x + 0.4 * x0
     value = p["attention"]["own_share"][0] * rms_norm(x) @ p["attention"]["qkv"][0, 2]
     x = x + value @ p["attention"]["out"][0]
     x = taken_back = x + mlp(x, 1)
@@ -693,6 +910,112 @@ def test_each_layer_reads_shares_of_the_stream_the_embedding_and_the_pairs_that_
     expected = -2 * expected + 3 * x0 + 0.7 * pairs
     found = jax.jit(build(config, params).features)(tokens)
     np.testing.assert_allclose(found, rms_norm(expected), atol=1e-5)
+
+
+@pytest.fixture
+def seeing_attentions(monkeypatch):
+    """Returns a function of parameters: a model's features, and what q, k and v each attention got.
+
+    It is compiled once.
+    """
+
+    def of_model(config, tokens):
+        given, attend = {}, GPT.attend
+
+        def seen(self, past, layer, q, k, v):
+            given[layer] = q, k, v
+            return attend(self, past, layer, q, k, v)
+
+        monkeypatch.setattr(GPT, "attend", seen)
+        return jax.jit(lambda params: (build(config, params).features(tokens), given))
+
+    return of_model
+
+
+def changed(params, name, layer, place=()):
+    """Return the parameters with those of one layer changed."""
+    new = jax.tree.map(np.copy, params)
+    array = new
+    for part in name.split("."):
+        array = array[part]
+    array[(layer, *place)] += 0.5
+    return new
+
+
+def same(one, other):
+    return [np.array_equal(a, b) for a, b in zip(one, other, strict=True)]
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_late_attentions_do_not_see_what_layers_after_their_source_do_to_the_stream(
+    dynamic, seeing_attentions
+):
+    config = replace(like_the_speedrun(), num_layers=7, skips=(), dynamic=dynamic)
+    params, tokens = alive(config), some_tokens(config, B=1, T=6)
+    run = seeing_attentions(config, tokens)
+    features, before = run(params)
+    assert list(before) == [0, 1, 3, 4, 5, 6]
+    for name, layer, place in (
+        ("mlp.down", 4, ()),
+        ("attention.out", 4, ()),  # of layer 5, the fifth with attention
+        ("residual_shares", 4, ()),
+        ("embedding_shares", 5, ()),
+        ("bigram_shares", 4, ()),
+        ("output_shares", 5, (1,)),
+    ):
+        now, after = run(changed(params, name, layer, place))
+        assert abs(now - features).max() > 1e-3, name
+        for late in (4, 5):
+            assert same(after[late], before[late]) == [True] * 3, name
+        # Into the values of dynamic connections goes the stream before them, too.
+        assert same(after[6], before[6]) == [True, True, not dynamic], name
+    # They all see what the source did last.
+    _, after = run(changed(params, "mlp.down", 3))
+    for late in (4, 5, 6):
+        assert same(after[late], before[late]) == [False] * 3
+
+
+def test_attentions_up_to_the_source_of_late_ones_read_the_stream_before_embeddings_are_added(
+    seeing_attentions,
+):
+    config = replace(like_the_speedrun(), skips=())
+    params, tokens = alive(config), some_tokens(config, B=1, T=6)
+    run = seeing_attentions(config, tokens)
+    features, before = run(params)
+    for name, place in (
+        ("residual_shares", (0,)),
+        ("residual_shares", (1,)),
+        ("output_shares", (0,)),
+        ("embedding_shares", ()),
+        ("bigram_shares", ()),
+    ):
+        now, after = run(changed(params, name, 1, place))
+        assert abs(now - features).max() > 1e-3, (name, place)
+        assert same(after[1], before[1]) == [True] * 3, (name, place)
+        assert same(after[3], before[3]) == [False] * 3, (name, place)
+
+
+def test_with_late_attentions_the_stream_begins_with_the_first_share_of_the_bigrams():
+    config = replace(LATE, num_layers=2, mlp_only=(), value_embeddings=0, value_layers=())
+    params, tokens = alive(config), some_tokens(config, B=1, T=6)
+    # Nothing is added but embeddings.
+    params["attention"]["out"][:] = params["mlp"]["down"][:] = params["skips"][:] = 0
+    params["residual_shares"][:] = [[2, 1.5], [0.5, -1]]
+    params["embedding_shares"][:], params["bigram_shares"][:] = (0.3, 0.7), (0.4, 10)
+    found = jax.jit(build(config, params).features)(tokens)
+
+    embedded = params["embed"].astype("f8")[tokens[0]]
+    smear = sigmoid(embedded[:, :12] @ params["smear"]["gate"]) * params["smear"]["share"]
+    embedded[1:] += smear[1:] * embedded[:-1].copy()
+    pairs = [*pairwise([0, *tokens[0].tolist()])]
+    bigrams = np.zeros((6, 32))
+    for n, (before, token) in enumerate(pairs):
+        row = params["bigram_embed"][bucket_of(token, before, 61)]
+        bigrams[n, :7] = row * signs_of(token, before, 7)
+    x0 = rms_norm(embedded) + 0.4 * bigrams
+    x = 1.5 * (2 * x0 + 0.3 * x0)
+    x = -(0.5 * x + 0.7 * x0 + 10 * bigrams)
+    np.testing.assert_allclose(found[0], rms_norm(x), atol=1e-5)
 
 
 def test_the_half_of_a_key_that_is_not_rotated_is_that_of_the_token_before():
@@ -758,28 +1081,51 @@ def test_the_tokens_after_the_next_are_scored_up_to_the_end_of_a_row():
 
 
 @pytest.mark.parametrize(
-    ("config", "shares"),
+    ("config", "idle"),
     [
-        (EVERY_TRICK, {"own_share": [True] * 4, "out_share": [True] * 4}),
-        (VALUE_RESIDUAL, {"own_share": [True] * 3, "mixed_share": [False, True, True]}),
-        (OVERLAPPING, {"own_share": [True] * 3, "mixed_share": [True] * 3}),
+        # In layers without attention, nothing is mixed into the stream.
+        (EVERY_TRICK, {f"{x}_shares": [3] for x in ("residual", "embedding", "bigram")}),
         (
-            replace(OVERLAPPING, value_embeddings=1),
-            {"own_share": [True] * 3, "mixed_share": [False, False, True]},
+            VALUE_RESIDUAL,
+            {"residual_shares": [0], "embedding_shares": [0], "attention.mixed_share": [0]},
+        ),
+        (OVERLAPPING, {}),
+        (replace(OVERLAPPING, value_embeddings=1), {"attention.mixed_share": [0, 1]}),
+        (
+            SPEEDRUN,
+            {
+                "residual_shares": [(2, 0)],
+                "output_shares": [(2, 0)],
+                "embedding_shares": [2],
+                "bigram_shares": [2],
+                "attention.exclusion": [(0, 0, n) for n in range(4)]
+                + [(2, 0, n) for n in range(4)],
+            },
+        ),
+        (
+            DYNAMIC,
+            {
+                "attention.mixed_share": [0, 3],
+                "last_layer.down": [(0, 10)],
+                "last_layer.bias": [10],
+            },
         ),
     ],
+    ids=["every trick", "value residual", "overlapping", "one table", "speedrun", "dynamic"],
 )
-def test_every_parameter_learns_but_shares_of_what_is_not_there(config, shares):
+def test_every_parameter_learns_but_shares_of_what_is_not_there(config, idle):
     params, tokens = alive(config), some_tokens(config, B=2, T=T)
     gradients = jax.jit(
         jax.grad(lambda params: build(config, params).loss(tokens, tokens)[0].mean())
     )(params)
     for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
-        if path[-1].key not in shares:  # and every matrix, table, and gate of a stack
-            learns = gradient.any(axis=(-2, -1)) if gradient.ndim > 1 else gradient != 0
-            assert learns.all(), jax.tree_util.keystr(path)
-    found = {name: g for name, g in gradients["attention"].items() if name.endswith("share")}
-    assert {name: (g != 0).tolist() for name, g in found.items()} == shares
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        # Every share and gate, and each output of every matrix and table; an MLP's neuron may not.
+        if gradient.ndim > 1 and not name.endswith("_shares"):
+            within = (-2, -1) if name.startswith("mlp") else -2
+            gradient = gradient.any(axis=within, keepdims=True)
+        places = [[*np.ravel(place)] for place in idle.get(name, [])]
+        assert np.argwhere(np.asarray(gradient) == 0).tolist() == places, name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -798,7 +1144,7 @@ def test_the_gradient_of_relu_squared_is_that_of_its_formula_and_keeps_one_array
     assert [leaf.shape for leaf in jax.tree.leaves(pullback)] == [(500,)]
 
 
-@pytest.mark.parametrize("config", [EVERY_TRICK, VALUE_RESIDUAL])
+@pytest.mark.parametrize("config", [EVERY_TRICK, VALUE_RESIDUAL, DYNAMIC])
 def test_layers_computed_again_have_the_same_losses_and_gradients_and_keep_less(config):
     params, tokens = alive(config), some_tokens(config, B=2, T=T)
 
@@ -838,9 +1184,12 @@ def test_norm_gives_a_mean_square_of_one_to_all_but_the_smallest():
 # Precision
 
 
-def test_in_bfloat16_the_model_agrees_with_float32_to_the_accuracy_of_bfloat16():
-    config = EVERY_TRICK
+@pytest.mark.parametrize("config", [EVERY_TRICK, SPEEDRUN], ids=["every trick", "speedrun"])
+def test_in_bfloat16_the_model_agrees_with_float32_to_the_accuracy_of_bfloat16(config):
     params, tokens = alive(config), some_tokens(config, B=2, T=T)
+    for name in {"last_layer", "before_head"} & params.keys():  # near their beginning: if the
+        new = init_params(config, jax.random.key(0))[name]  # stream nearly cancels, errors grow
+        params[name] = new | {"down": 0.2 * params[name]["down"]}
 
     @partial(jax.jit, static_argnums=0)
     def run(dtype, params):

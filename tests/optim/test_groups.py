@@ -1,17 +1,20 @@
 """Which rule updates which parameter, and by how much: compared with the papers' formulas."""
 
+import re
 from collections import defaultdict
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from nanogpt.config import Adam, AdamGroups
 from nanogpt.optim.groups import cautious_decay, group, make_optimizer
 from nanogpt.optim.muon import MuonState
 from nanogpt.training.step import init_params
+from tests.conftest import like_the_speedrun, with_every_trick
 
 # One matrix, and parameters for each of Adam's groups.
 SHAPES = {
@@ -20,9 +23,13 @@ SHAPES = {
     "value_embed": (3, 6, 8),
     "head": (8, 6),
     "skips": (2,),
+    "residual_shares": (3, 2),
+    "output_shares": (3, 2),
     "embedding_shares": (3,),
     "gate": (2, 3, 4),
     "skip_gate": (1, 3, 1),
+    "last_layer.down": (3, 5),
+    "before_head.bias": (5,),
 }
 RATES = {
     "up": 0.05,
@@ -30,9 +37,13 @@ RATES = {
     "value_embed": 0.2,
     "head": 0.007,
     "skips": 0.02,
+    "residual_shares": 0.06,
+    "output_shares": 0.05,
     "embedding_shares": 0.03,
     "gate": 0.04,
     "skip_gate": 0.01,
+    "last_layer.down": 0.008,
+    "before_head.bias": 0.09,
 }
 BY_ADAM = tuple(RATES)[1:]
 BETAS = 0.8, 0.95
@@ -41,9 +52,13 @@ GROUPS = AdamGroups(
     tables=Adam(RATES["value_embed"], BETAS),
     head=Adam(RATES["head"], BETAS),
     scalars=Adam(RATES["skips"], BETAS),
+    stream=Adam(RATES["residual_shares"], BETAS),
+    additions=Adam(RATES["output_shares"], BETAS),
     shortcuts=Adam(RATES["embedding_shares"], BETAS),
     gates=Adam(RATES["gate"], BETAS),
     skip_gate=Adam(RATES["skip_gate"], BETAS),
+    connections=Adam(RATES["last_layer.down"], BETAS),
+    connection_biases=Adam(RATES["before_head.bias"], BETAS),
 )
 
 
@@ -61,8 +76,13 @@ def optimizer_with(**changed):
     return make_optimizer(**(settings | changed))
 
 
+def nested(by_name):
+    """Return parameters as the model has them, where "last_layer.down" is one of "last_layer"."""
+    return unflatten_dict(by_name, sep=".")
+
+
 def init(optimizer, params):
-    return optimizer.init(jax.tree.map(jnp.asarray, params))
+    return optimizer.init(jax.tree.map(jnp.asarray, nested(params)))
 
 
 def updates_of(optimizer, gradients, params, rates=None, momenta=None):
@@ -70,10 +90,9 @@ def updates_of(optimizer, gradients, params, rates=None, momenta=None):
     state, update, updates = init(optimizer, params), jax.jit(optimizer.update), []
     rates, momenta = rates or [1.0] * len(gradients), momenta or [0.9] * len(gradients)
     for gradient, rate, momentum in zip(gradients, rates, momenta, strict=True):
-        moved, state = update(
-            gradient, state, params, rate=jnp.float32(rate), momentum=jnp.float32(momentum)
-        )
-        updates.append(moved)
+        now = {"rate": jnp.float32(rate), "momentum": jnp.float32(momentum)}
+        moved, state = update(nested(gradient), state, nested(params), **now)
+        updates.append(flatten_dict(moved, sep="."))
     assert update._cache_size() == 1  # one program for all rates and momenta
     return updates, state
 
@@ -90,25 +109,53 @@ def adam_of_kingma_and_ba(gradients, rate):
 # Groups
 
 
-def test_every_parameter_of_the_model_is_in_its_group(tiny):
-    params = jax.eval_shape(lambda: init_params(tiny, jax.random.key(0)))
+CONNECTIONS = ("last_layer", "before_head")
+OF_BOTH = {
+    "muon": {"attention.qkv", "attention.out", "mlp.up", "mlp.down"},
+    "embedding": {"embed"},
+    "head": {"head"},
+    "tables": {"value_embed", "bigram_embed"},
+    "gates": {"attention.gate", "value_gate"},
+    "smear_gate": {"smear.gate"},
+    "skip_gate": {"skip_gate"},
+    "stream": {"residual_shares"},
+    "shortcuts": {"embedding_shares"},
+    "additions": {"bigram_shares"},
+    "scalars": {"attention.own_share", "attention.out_share", "smear.share", "skips"},
+}
+
+
+@pytest.mark.parametrize(
+    ("make", "more"),
+    [
+        (with_every_trick, {"scalars": {"backout"}}),
+        (
+            like_the_speedrun,
+            {
+                "additions": {"output_shares", "attention.exclusion"},
+                "connections": {f"{x}.{y}" for x in CONNECTIONS for y in ("up", "down")},
+                "connection_biases": {f"{x}.bias" for x in CONNECTIONS},
+            },
+        ),
+    ],
+)
+def test_every_parameter_of_the_model_is_in_its_group(make, more):
+    params = jax.eval_shape(lambda: init_params(make(), jax.random.key(0)))
     names = defaultdict(set)
     for path, parameter in jax.tree_util.tree_leaves_with_path(params):
         names[group(path, parameter)].add(".".join(key.key for key in path))
-    assert names == {
-        "muon": {"attention.qkv", "attention.out", "mlp.up", "mlp.down"},
-        "embedding": {"embed"},
-        "head": {"head"},
-        "tables": {"value_embed", "bigram_embed"},
-        "gates": {"attention.gate", "value_gate"},
-        "smear_gate": {"smear.gate"},
-        "skip_gate": {"skip_gate"},
-        "shortcuts": {"embedding_shares"},
-        "scalars": {
-            *("attention.own_share", "attention.out_share", "smear.share", "backout", "skips"),
-            *("residual_shares", "bigram_shares"),
-        },
-    }
+    groups = OF_BOTH.keys() | more.keys()
+    assert names == {name: OF_BOTH.get(name, set()) | more.get(name, set()) for name in groups}
+    assert names.keys() - {"muon"} <= {each.name for each in fields(AdamGroups)}
+
+
+def test_few_rates_may_serve_all_groups():
+    groups = AdamGroups.alike(tables=0.6, head=0.008, others=0.04, betas=(0.9, 0.95))
+    rates = {name: how.learning_rate for name, how in vars(groups).items()}
+    special = {"embedding": 0.6, "tables": 0.6, "head": 0.008}
+    assert rates == dict.fromkeys(rates, 0.04) | special
+    assert all((how.betas, how.weight_decay) == ((0.9, 0.95), 0) for how in vars(groups).values())
+    assert rates.keys() > {"stream", "additions", "connections", "connection_biases"}
 
 
 # The rate
@@ -220,6 +267,54 @@ def test_cautious_decay_of_adam_is_that_of_each_group():
     found = decayed["value_embed"] - without["value_embed"]
     np.testing.assert_allclose(found, expected, atol=1e-7)
     np.testing.assert_array_equal(decayed["embed"], without["embed"])
+
+
+# Groups that runs of earlier versions do not have
+
+
+def names_of_adams_groups(state):
+    """Return the names of the groups in a state, by which a checkpoint's arrays are found."""
+    paths = jax.tree_util.tree_leaves_with_path(state)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in paths]
+    found = (re.search(r"adam\.inner_state\..*inner_states\.(\w+)", name) for name in names)
+    return {each[1] for each in found if each}
+
+
+def test_later_groups_with_the_settings_of_the_scalars_are_trained_and_kept_with_them():
+    gradients, params = [some(seed) for seed in range(1, 4)], some(0)
+    alike = AdamGroups.alike(tables=0.2, head=0.1, others=0.04, betas=BETAS)
+    together, state = updates_of(optimizer_with(adam=alike), gradients, params)
+    before = {"embedding", "head", "tables", "gates", "smear_gate", "skip_gate", "shortcuts"}
+    assert names_of_adams_groups(state) == {*before, "scalars"}
+
+    later = {"stream", "additions", "connections", "connection_biases"}
+    others = {name: Adam(0.04, BETAS, 1e-30) for name in later}
+    apart, state = updates_of(optimizer_with(adam=replace(alike, **others)), gradients, params)
+    assert names_of_adams_groups(state) == {*before, "scalars", *later}
+    for moved, expected in zip(together, apart, strict=True):
+        for name in BY_ADAM:
+            np.testing.assert_allclose(moved[name], expected[name], rtol=1e-6, err_msg=name)
+    one_apart = replace(alike, stream=Adam(0.05, BETAS))
+    _, state = updates_of(optimizer_with(adam=one_apart), gradients, params)
+    assert names_of_adams_groups(state) == {*before, "scalars", "stream"}
+
+
+# Groups of heads
+
+
+def test_heads_apart_move_apart_only_among_queries_and_keys():
+    random = np.random.default_rng(0)
+    gradients, params = (
+        {name: random.standard_normal((2, 3, 8, 8), "f4") for name in ("qkv", "up")} for _ in "gp"
+    )
+    (apart,), _ = updates_of(optimizer_with(head_groups=2), [gradients], params)
+    (whole,), _ = updates_of(optimizer_with(), [gradients], params)
+    differs = abs(apart["qkv"] - whole["qkv"]).max(axis=(0, 2, 3)) > 0.1 * RATES["up"]
+    assert differs.tolist() == [True, True, False]
+    np.testing.assert_array_equal(apart["up"], whole["up"])
+    groups = apart["qkv"][:, :2].reshape(2, 2, 8, 2, 4)
+    sizes = np.linalg.norm(groups, axis=(-3, -1)) / RATES["up"]
+    np.testing.assert_allclose(sizes, 4**0.5, rtol=0.1)  # each has four singular values near one
 
 
 # Adam in every second step

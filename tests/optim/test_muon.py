@@ -186,11 +186,19 @@ def test_a_neuron_without_a_gradient_stays_and_the_others_move():
 # Sharing over devices
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("devices", [3, 8])
-def test_devices_share_the_work_and_give_the_updates_of_one_to_the_bit(dtype, devices):
+@pytest.mark.parametrize(
+    ("devices", "dtype", "head_groups"),
+    [
+        (3, "float32", 1),
+        (8, "float32", 1),
+        (3, "bfloat16", 1),
+        (8, "bfloat16", 1),
+        (3, "float32", 4),
+    ],
+)
+def test_devices_share_the_work_and_give_the_updates_of_one_to_the_bit(dtype, devices, head_groups):
     def run(mesh):
-        muon = scale_by_muon(dtype=jnp.dtype(dtype), mesh=mesh)
+        muon = scale_by_muon(head_groups=head_groups, dtype=jnp.dtype(dtype), mesh=mesh)
         everywhere = NamedSharding(mesh or make_mesh(1), REPLICATED)
         update = jax.jit(muon.update)
         state = jax.jit(muon.init)(jax.device_put(gradients_at(0), everywhere))

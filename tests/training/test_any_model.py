@@ -22,7 +22,10 @@ from train_gpt import PRESETS
 
 
 def some_settings(seed):
-    """Draw settings of a small model until they are accepted; the first has a single layer."""
+    """Draw settings of a small model until they are accepted.
+
+    The first has a single layer, and every second one dynamic connections.
+    """
     draw = random.Random(seed)
     while True:
         L, N = draw.choice((1, 1, 2, 3, 4)) if seed else 1, draw.choice((1, 2, 3))
@@ -31,6 +34,7 @@ def some_settings(seed):
             return tuple(layer for layer in layers if draw.random() < 0.3)
 
         pairs = [(a, b) for b in range(L) for a in range(b)]
+        own = draw.choice(((), tuple(draw.sample(range(L), draw.randint(1, L)))))
         model = GPTConfig(
             vocab_size=draw.choice((256, 300)),
             num_layers=L,
@@ -40,15 +44,21 @@ def some_settings(seed):
             mlp_only=some(*range(L)),
             windows=draw.choice(((), (1,), (2, 0), (0,))),
             document_separator=draw.choice((None, 255)),
-            value_embeddings=draw.randint(0, L),
+            value_embeddings=len(own) or draw.randint(0, L),
+            value_layers=own,
             value_gate=draw.random() < 0.5,
             bigram_buckets=draw.choice((0, 1, 7)),
+            bigram_width=draw.choice((None, 1, 3)),
             smear=draw.random() < 0.5,
             attention_gate=draw.random() < 0.5,
+            attention_out_init=draw.choice((0.0, 0.5)),
+            attention_source=draw.choice((None, *range(L))),
             skips=draw.choice((None, (), some(*pairs))),
             key_offset=some(*range(-L, L)),
             paired_heads=some(*range(-L, L)),
+            exclusive=some(*range(-L, L)),
             backout=draw.choice((None, 0, L - 1)),
+            dynamic=seed % 2 == 1,
             tied_head=draw.random() < 0.5,
             rope_fraction=draw.choice((0.0, 0.5, 1.0)),
         )
@@ -59,6 +69,7 @@ def some_settings(seed):
             adam=adam,
             adam_every=draw.choice((1, 2)),
             neuron_decay=draw.choice((None, 0.9)),
+            heads_together=draw.choice((None, 1, N)),
             sequence_length=draw.choice((1, 2, 8)),
             model=model,
         )
@@ -69,7 +80,7 @@ def some_settings(seed):
         return hp
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(6))
 def test_a_model_that_is_accepted_can_be_trained_saved_resumed_exported_and_sampled(seed, tmp_path):
     """Training is only traced, for its shapes; the saved state is random, compared bit for bit."""
     hp, mesh, draw = some_settings(seed), make_mesh(1), np.random.default_rng(seed)
@@ -97,7 +108,7 @@ def test_a_model_that_is_accepted_can_be_trained_saved_resumed_exported_and_samp
     save_model(out, hp.model, state.params, settings, {})
     _, exported, params, _ = load_model(out, mesh)
     assert bits(params) == bits(state.params)
-    if seed == 0:  # a program is compiled for it
+    if seed < 2:  # a program is compiled for it
         zeros, texts = jax.tree.map(np.zeros_like, params), ["ab", ""]
         how = {"num_tokens": 3, "context": hp.sequence_length, "sampling": Sampling()}
         assert len([*write(exported, zeros, ByteTokenizer(), texts, **how)]) == 3 * len(texts)

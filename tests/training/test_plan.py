@@ -47,7 +47,7 @@ def test_a_step_has_all_its_tokens_whatever_the_hardware():
 def test_stages_follow_each_other_through_all_steps():
     stages = plan_of("speedrun").stages
     steps = [step for each in stages for step in range(each.first_step, each.last_step + 1)]
-    assert steps == [*range(1, 1601)]
+    assert steps == [*range(1, 1386)]
     assert [max(each.model.windows) for each in stages] == [384, 896, 1408, 1664]
     assert [max(each.used_model.windows) for each in stages] == [384, 896, 1408, 2560]
     assert [each.tied_head for each in stages] == [True, True, False, False]
@@ -100,7 +100,7 @@ def test_the_speedrun_fits_tpus_of_16_gb_with_room_to_spare(devices):
     plan = plan_of("speedrun", v5e, "splash")
     # What XLA plans for the program of the last stage is in docs/tpu.md.
     assert plan.batch_size == 1 and plan.kernels.rematerialize
-    assert needed(plan) < 0.85 * v5e.memory
+    assert needed(plan) < 0.87 * v5e.memory
     # Eight devices that shard the state need no recomputation.
     if devices == 8:
         plan = plan_of("speedrun", v5e, "splash", shard_params=True)
@@ -131,12 +131,14 @@ def test_what_fails_for_want_of_memory_is_tried_with_fewer_rows_then_remateriali
 @pytest.mark.parametrize("mesh", [None, "data=4,model=2"])
 @pytest.mark.parametrize("shard_params", [False, True])
 def test_gradients_and_copies_have_the_size_that_they_have_in_the_step(mesh, shard_params):
-    c = replace(PRESETS["speedrun"].model, paired_heads=())
+    # Devices cannot share the rows of models whose heads need whole value embeddings.
+    own = {"value_layers": (), "dynamic": False} if mesh else {}
+    c = replace(PRESETS["speedrun"].model, paired_heads=(), **own)
     plan = plan_of("speedrun", mesh=mesh, shard_params=shard_params, model=c)
     sharers = plan.sharers
     V, D = c.padded_vocab_size, c.width
     matrices = 10 * 4 * D * D + 11 * 2 * D * c.mlp_width  # divided among those that share a row
-    of_values, others = 3 * V * D, V * D + c.bigram_buckets * D
+    of_values, others = 5 * V * D, V * D + c.bigram_buckets * D // 4
     gradients = 4 * ((matrices + of_values) / sharers + others + V * D)
     copies = 2 * (matrices / sharers + V * D)  # of the head, too
     if shard_params:
@@ -158,6 +160,23 @@ def test_devices_are_divided_as_the_mesh_says(mesh, expected):
 def test_a_mesh_that_does_not_fit_the_devices_is_refused(mesh, told):
     with pytest.raises(ConfigError, match=told):
         division(mesh, 8)
+
+
+@pytest.mark.parametrize(("together", "groups"), [(1, 4), (2, 2), (4, 1), (None, 1)])
+def test_muon_orthogonalizes_queries_and_keys_of_so_many_heads_together(together, groups):
+    model = replace(PRESETS["laptop"].model, num_heads=4, width=96)
+    hp = replace(PRESETS["laptop"], heads_together=together, model=model)
+    hp.check()
+    state = jax.eval_shape(make_init(hp.model, optimizer_of(hp), make_mesh(1)), jax.random.key(0))
+    shapes = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf.shape
+        for path, leaf in jax.tree.leaves_with_path(state.opt_state)
+    }
+    of_heads = [shape for name, shape in shapes.items() if "square.attention.qkv" in name]
+    # The mean squares of neurons: outputs of whole matrices, inputs of those of a few heads.
+    whole = [(3, 3, 1, 96)]
+    parts = [(3, 2, groups, 96, 1), (3, 1, 1, 96)]
+    assert of_heads == (whole if groups == 1 else parts)
 
 
 @pytest.mark.parametrize("shard_params", [False, True])
@@ -215,10 +234,10 @@ def test_what_is_due_is_due_at_its_interval_and_at_the_end():
 def test_the_outlook_tells_epochs_stages_memory_and_disk():
     told = table(plan_of("speedrun")) | outlook(plan_of("speedrun"))
     assert told["devices"] == "8 x NVIDIA H200"
-    assert told["tokens"].endswith(" in 1,600 steps, 0.425 epochs")  # of 10^9 tokens
-    assert told["stage 1"].startswith("steps 1 to 520, 131,072 tokens each, ")
+    assert told["tokens"].endswith(" in 1,385 steps, 0.364 epochs")  # of 10^9 tokens
+    assert told["stage 1"].startswith("steps 1 to 458, 131,072 tokens each, ")
     state = plan_of("speedrun").state_bytes
-    assert f"4 of {state / 1e9:.1f} GB" in told["checkpoints"]
+    assert f"3 of {state / 1e9:.1f} GB" in told["checkpoints"]
     assert f"up to {3 * state / 1e9:.1f} GB on disk" in told["checkpoints"]
 
 

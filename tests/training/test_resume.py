@@ -18,13 +18,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
 import train_gpt
 from nanogpt.config import AdamGroups, ConfigError, GPTConfig
 from nanogpt.data.dataset import SAMPLE
 from nanogpt.data.shards import sample_of, write_shard
-from nanogpt.training.resume import CHANGEABLE, resumed_settings
+from nanogpt.training.checkpoint import digest_of
+from nanogpt.training.resume import CHANGEABLE, PLACES, resumed_settings
 from tests.programs import NO_LIMIT, Process, wait_until
 from tests.run_folders import (
     arrays,
@@ -40,9 +42,7 @@ from tests.run_folders import (
 from tests.small_runs import (
     LONGER,
     RUN,
-    SMALL,
     STAGE_ENDS,
-    STAGED,
     STAGED_STEPS,
     change_a_token,
     resume,
@@ -148,13 +148,11 @@ def test_a_run_goes_on_with_another_number_of_devices_on_the_same_tokens(straigh
 def test_a_run_stopped_in_the_validation_that_ends_a_stage_goes_on_with_the_next_to_the_same_end(
     staged, place, cache
 ):
-    straight = staged.folder
+    straight, end = staged.folder, STAGE_ENDS[0]
     hp = json.loads((straight / "config.json").read_text())
-    files = [f"--{name}-files={hp[f'{name}_files']}" for name in ("train", "val")]
-    end = STAGE_ENDS[0]
     # So many tokens that the signal arrives during its first validation.
     long = ["--val-loss-every", end, "--val-tokens", "50000", "--checkpoint-every", "0"]
-    arguments = [*SMALL, *STAGED, *files, *long, "--run-name", "a"]
+    arguments = ["--config", straight / "config.json", *long, "--run-name", "a"]
     run = place / "runs" / "a"
     with Process(arguments, place, cache) as process:
         process.read_until(f"step {end}/{STAGED_STEPS} | train")
@@ -263,6 +261,43 @@ def test_a_setting_that_cannot_change_is_named_and_nothing_is_touched(
     assert train_gpt.main(["--resume", "runs/a", *ONE_ROW_EACH, *change]) == 2
     assert_one_sentence(capsys.readouterr(), *told)
     assert contents(run) == before
+
+
+def test_a_run_of_the_version_before_late_attentions_goes_on_to_the_same_end(
+    straight, place, cache
+):
+    """All that such a run has written in another way is in config.json and in the manifests."""
+    run = died_after(14, straight, place)
+    later = {"model": GPTConfig.ADDED, "adam": AdamGroups.LATER}
+
+    def without_what_is_new(settings):
+        del settings["heads_together"]
+        for part, names in later.items():
+            for name in names:
+                del settings[part][name]
+        for stage in settings["stages"]:
+            del stage["max_document_length"]
+        return settings
+
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(without_what_is_new(config)))
+    for checkpoint in checkpoints(run):
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        # Its groups were those that presets with few rates still have.
+        assert not any(
+            f".{name}." in array for name in later["adam"] for array in manifest["arrays"]
+        )
+        facts = manifest["facts"]
+        known = {name: config[name] for name in config.keys() - CHANGEABLE - PLACES}
+        facts["settings"] = flatten_dict(known, sep=".")
+        assert facts["settings"]["stages"] == config["stages"]
+        del manifest["sha256"]
+        manifest["sha256"] = digest_of(manifest)
+        (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    process, status, errors = resume(run, cache)
+    assert (status, errors) == (0, "")
+    assert "resuming runs/a after step 14" in process.lines
+    assert_same_run(run, straight)
 
 
 def test_lengths_and_intervals_may_change(straight, place, cache):
@@ -549,7 +584,7 @@ def test_the_best_checkpoint_is_kept_of_a_run_that_gets_worse(place, cache):
 
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(place, cache):
     run = place / "runs" / "a"
-    arguments = ["--adam.scalars.learning-rate", "1e30"]
+    arguments = ["--adam.stream.learning-rate", "1e30"]
     arguments += ["--checkpoint-every", "0", "--checkpoint-minutes", "1e-9"]  # after each step
     with started(place, cache, *arguments) as process:
         assert process.end() == 3
@@ -569,7 +604,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(place, cach
 
 
 def test_a_loss_that_is_not_finite_before_any_checkpoint_says_that_there_is_none(place, cache):
-    with started(place, cache, "--adam.scalars.learning-rate", "1e30") as process:
+    with started(place, cache, "--adam.stream.learning-rate", "1e30") as process:
         assert process.end() == 3
     assert_stopped_at(3, process.stderr, "runs/a has no checkpoint yet")
     assert steps(place / "runs" / "a") == []
@@ -578,7 +613,7 @@ def test_a_loss_that_is_not_finite_before_any_checkpoint_says_that_there_is_none
 def test_a_validation_loss_that_is_not_finite_stops_the_run_too(place, cache):
     """The last update made the parameters too large; there is no later step to notice it."""
     with started(
-        place, cache, "--adam.scalars.learning-rate", "1e30", "--num-steps", "2"
+        place, cache, "--adam.stream.learning-rate", "1e30", "--num-steps", "2"
     ) as process:
         status = process.end()
     assert status == 3, process.lines
