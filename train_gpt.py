@@ -283,6 +283,11 @@ class Hyperparameters:  # the defaults are those of the speedrun preset
             self.schedule.used(self.model, stage).check()
 
     @property
+    def head_groups(self) -> int:
+        """Number of groups of heads in a layer: see heads_together."""
+        return self.model.num_heads // (self.heads_together or self.model.num_heads)
+
+    @property
     def schedule(self) -> Schedule:
         """The run's stages and rates."""
         return Schedule(**{each.name: getattr(self, each.name) for each in fields(Schedule)})

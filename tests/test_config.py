@@ -160,7 +160,7 @@ def test_a_field_that_a_shape_does_not_have_is_refused_also_if_another_is_missin
         ({"value_layers": (1, 1, 2)}, r"value_layers .* value_embeddings, 3, not \(1, 1, 2\)"),
         ({"value_layers": (1, 1, 2), "value_embeddings": 2}, r"embeddings, 2, not \(1, 1, 2\)"),
         (
-            {"value_layers": (1, 2, 4), "mlp_only": (2, -8)},
+            {"value_layers": (1, 4, 2), "mlp_only": (-10, -8)},
             "value_layers contains layer 2, which has no attention",
         ),
         ({"paired_heads": (0,), "num_heads": 3}, "paired_heads needs an even num_heads, not 3"),

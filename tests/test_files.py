@@ -15,7 +15,7 @@ import prepare_data
 import sample
 import train_gpt
 from nanogpt.checks import ConfigError, checked
-from nanogpt.config import Adam, AdamGroups, GPTConfig
+from nanogpt.config import Adam, GPTConfig
 from nanogpt.files import cannot_write, read_json, write_whole
 from nanogpt.schedule import Stage
 from nanogpt.training.resume import ADDED, saved_settings
@@ -309,15 +309,15 @@ def test_a_run_from_before_the_model_and_its_groups_had_more_is_as_it_was(tmp_pa
     hp, rate = PRESETS[preset], Adam(0.123, (0.4, 0.5), 0.6)
     written = json.loads(json.dumps(asdict(replace(hp, adam=replace(hp.adam, scalars=rate)))))
     written["model"] = without(written["model"], GPTConfig.ADDED)
-    written["adam"] = without(written["adam"], AdamGroups.LATER)
+    later = ("stream", "additions", "connections", "connection_biases")
+    written["adam"] = without(written["adam"], later)
     written["stages"] = [without(stage, Stage.ADDED) for stage in written["stages"]]
-    written = without(written, ADDED)
+    written = without(written, {"heads_together", *ADDED})
     config = tmp_path / "config.json"
     config.write_text(json.dumps(written))
     saved = saved_settings(Hyperparameters, config)
     assert (saved.model, saved.stages) == (hp.model, hp.stages)  # which use none of it
     # What is in these groups now was among the other scalars.
-    later = ("stream", "additions", "connections", "connection_biases")
     assert {name: getattr(saved.adam, name) for name in later} == dict.fromkeys(later, rate)
     assert replace(saved, adam=hp.adam) == hp
 

@@ -147,6 +147,14 @@ def test_value_tables_and_what_late_attentions_read_are_at_the_nearest_layers(
     assert hp.model.dynamic == (source < depth - 1)
 
 
+def test_a_value_table_whose_nearest_layer_has_no_attention_is_left_out():
+    base = PRESETS["speedrun"]
+    base = replace(base, model=replace(base.model, value_layers=(1, 5), value_embeddings=2))
+    model = at_depth(base, 8).model  # layers 1 and 5 of 11 are nearest to 0.7 and 3.5
+    assert model.mlp_only == (4,)
+    assert (model.value_layers, model.value_embeddings) == ((1,), 1)
+
+
 @pytest.mark.parametrize("depth", [1, 2, 5, 11, 18])
 def test_bigrams_fill_a_quarter_of_the_stream_at_any_width(depth):
     hp = at_depth(PRESETS["speedrun"], depth)

@@ -82,7 +82,7 @@ def proxy_of(options: Options) -> "Hyperparameters":
     if options.num_steps is not None:
         proxy = replace(proxy, num_steps=options.num_steps)
     if options.tiny:
-        model = replace(proxy.model, width=32, mlp_width=64, bigram_buckets=64)
+        model = replace(proxy.model, width=32, mlp_width=64, bigram_buckets=64, bigram_width=8)
         proxy = replace(proxy, num_steps=1, stages=proxy.stages[:1], val_tokens=1024, model=model)
     if options.gpu:
         from benchmarks.cpu.python_sources import python_sources

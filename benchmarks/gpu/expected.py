@@ -28,7 +28,7 @@ def step_ms(size: Size, kind: str) -> float | None:
     """Return the predicted milliseconds of an optimizer step."""
     hp = size.hp
     per_token = flops_per_token(hp.model, hp.sequence_length)
-    return assumed(hp.total_batch_size * per_token + orthogonalization_flops(hp.model), kind)
+    return assumed(hp.total_batch_size * per_token + orthogonalization_flops(hp), kind)
 
 
 def step_expected(size: Size, plan: Plan) -> Figures:

@@ -3,14 +3,17 @@
 import math
 from dataclasses import fields
 from functools import partial
+from typing import Any
 
 import jax
+from flax import traverse_util
 
 from benchmarks.gpu.rows import Figures
 from benchmarks.gpu.variants import Size, Variant, milliseconds
 from nanogpt.config import AdamGroups, AttentionKernel, GPTConfig, LossKernel
 from nanogpt.devices.hardware import PEAK_BANDWIDTH, PEAK_FLOPS, flops_per_token
 from nanogpt.optim.groups import group
+from nanogpt.optim.heads import apart
 from nanogpt.optim.muon import POLAR_EXPRESS
 from nanogpt.training.step import init_params
 from train_gpt import Hyperparameters
@@ -52,10 +55,16 @@ def parameter_shapes(config: GPTConfig, groups: set[str]) -> dict[str, jax.Shape
     }
 
 
-def orthogonalization_flops(config: GPTConfig) -> float:
+def nested(arrays: dict[str, Any]) -> dict[str, Any]:
+    """Return arrays by name as nested dicts, as the optimizer knows them."""
+    return traverse_util.unflatten_dict(arrays, sep=".")
+
+
+def orthogonalization_flops(hp: Hyperparameters) -> float:
     """Return the FLOPs of Muon's orthogonalization of all matrices of the layers."""
     total = 0
-    for stack in parameter_shapes(config, {"muon"}).values():
+    matrices = nested(parameter_shapes(hp.model, {"muon"}))
+    for stack in jax.tree.leaves(jax.eval_shape(partial(apart, groups=hp.head_groups), matrices)):
         short, long = sorted(stack.shape[-2:])
         count = math.prod(stack.shape[:-2])
         total += count * (2 * short**2 * long + 2 * short**3 + 2 * short**2 * long)
@@ -80,7 +89,7 @@ def floors(hp: Hyperparameters, device_kind: str) -> dict[str, float | None]:
     # also reads and writes the weight and two moments, 6, but need not write the sum: 3 k + 4.
     # With k = 1 it is 7.
     each_adam = 3 + 4 / hp.adam_every
-    update = 4 * (5 * muon + each_adam * adam) / bandwidth + orthogonalization_flops(c) / flops
+    update = 4 * (5 * muon + each_adam * adam) / bandwidth + orthogonalization_flops(hp) / flops
     seconds = {
         "products of the layers": layers * tokens / flops,
         "products with the head": head * tokens / flops,

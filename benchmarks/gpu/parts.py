@@ -15,6 +15,7 @@ from benchmarks.gpu.floors import (
     attention_row,
     attentions,
     loss_row,
+    nested,
     orthogonalization_flops,
     parameter_shapes,
     products,
@@ -139,14 +140,14 @@ def measure_loss(size: Size, kernel: LossKernel, fp8: bool) -> Figures:
 def measure_update(size: Size, rule: Rule, groups: set[str]) -> Figures:
     """Time the optimizer's update of these groups' parameters, including its addition to them."""
     shapes = parameter_shapes(size.hp.model, groups)
-    params = {name: random(1, *x.shape, dtype=x.dtype)[0] for name, x in shapes.items()}
-    gradients = jax.tree.map(jnp.copy, list(params.values()))
+    flat = {name: random(1, *x.shape, dtype=x.dtype)[0] for name, x in shapes.items()}
+    params, gradients = nested(flat), jax.tree.map(jnp.copy, list(flat.values()))
     rules, first = make_rules(size.hp, rule), size.hp.schedule.rates(1)
     rates = {"rate": first.rate, "momentum": first.momentum}
 
     def work(last: tuple, *gradients: Array) -> tuple:
         params, state = last
-        named = dict(zip(shapes, gradients, strict=True))
+        named = nested(dict(zip(shapes, gradients, strict=True)))
         updates, state = rules.update(named, state, params, **rates)
         return optax.apply_updates(params, updates), state
 
@@ -156,10 +157,12 @@ def measure_update(size: Size, rule: Rule, groups: set[str]) -> Figures:
 def measure_orthogonalization(size: Size) -> Figures:
     """Time plain Muon with new momentum in each round, so that this is only a constant factor."""
     shapes = parameter_shapes(size.hp.model, {"muon"})
-    rule = scale_by_muon(None, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    rule = scale_by_muon(None, size.hp.head_groups, dtype)
 
     def work(_, *matrices: Array) -> tuple[Array, ...]:
-        return rule.update(matrices, rule.init(matrices), momentum=0.5)[0]
+        named = nested(dict(zip(shapes, matrices, strict=True)))
+        return tuple(jax.tree.leaves(rule.update(named, rule.init(named), momentum=0.5)[0]))
 
     ms = part_ms(size, work, [random(*x.shape, dtype=x.dtype) for x in shapes.values()])
-    return with_rate(ms, orthogonalization_flops(size.hp.model))
+    return with_rate(ms, orthogonalization_flops(size.hp))

@@ -320,7 +320,7 @@ def optimizer_of(
         adam_every=hp.adam_every,
         mlp_out_factor=hp.mlp_out_factor,
         neuron_decay=hp.neuron_decay,
-        head_groups=hp.model.num_heads // (hp.heads_together or hp.model.num_heads),
+        head_groups=hp.head_groups,
         newton_schulz_dtype=jnp.bfloat16 if on_accelerator else jnp.float32,
         mesh=mesh,
         shard_params=hp.shard_params,

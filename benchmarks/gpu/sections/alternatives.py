@@ -62,6 +62,6 @@ def share_of_muon(size: Size, context: Context) -> Figures:
     """Measure the time of the matrices' update relative to that of the step."""
     ms, kind = measure_update(size, "NorMuon", {"muon"})["ms"], jax.devices()[0].device_kind
     whole, expected = context.row("steps", SPEEDRUN).get("ms"), step_ms(size, kind)
-    own = assumed(orthogonalization_flops(size.hp.model), kind)
+    own = assumed(orthogonalization_flops(size.hp), kind)
     predicted = {"ratio": own / expected} if own and expected else {}
     return {"ms": ms, "ratio": whole and ms / whole, "predicted": predicted}

@@ -230,7 +230,7 @@ def looped_program(monkeypatch):
         ("products", "head, d-weight", 1),
         ("attention", "xla, window 48, paired", 6),  # scores and outputs, and two gradients of each
         ("loss", "xla", 3),
-        ("optimizer", "orthogonalization in it", 6),  # an iteration of each of two shapes
+        ("optimizer", "orthogonalization in it", 9),  # an iteration of each of three shapes
     ],
 )
 def test_every_round_makes_all_products(looped_program, section, row, products):
@@ -260,12 +260,15 @@ def test_the_floors_are_those_of_the_arithmetic_by_hand(fake_device):
     weights = 2 * attention + 3 * mlp
     # A window of 16, and one of 48 over paired heads, whose row has 128 queries.
     keys = (sum(range(1, 17)) + 48 * 16) / 64 + (sum(range(1, 49)) + 80 * 48) / 128
-    products = 2 * 4 * 6 * 64**3 + 3 * 2 * (4 * 64**2 * 256 + 2 * 64**3)  # of a polynomial
-    tables = 3 * 256 * 64 + 128 * 64  # embedding, values, head; pairs of tokens
-    # Two shares of each of two attentions, three of each of three layers, a skip, the backout, the
-    # smear's share; gates of four heads, of the values of two, of the skip and of the smear, from
-    # 12 channels.
-    scalars = 2 * 2 + 3 * 3 + 1 + 1 + 1 + 12 * (2 * 2 + 2 + 1 + 1)
+    # Of a polynomial; each head's queries and keys are matrices of their own.
+    products = 2 * (2 * 6 * 64**3 + 4 * (4 * 32**2 * 64 + 2 * 32**3))
+    products += 3 * 2 * (4 * 64**2 * 256 + 2 * 64**3)
+    tables = 4 * 256 * 64 + 128 * 16  # embedding, values of two layers, head; pairs of tokens
+    # Two shares of each of two attentions and one of each of their heads, six of each of two
+    # layers, a skip, the smear's share; gates of four heads, of the values of two, of the skip and
+    # of the smear, from 12 channels; two MLPs with 64 hidden channels, for 14 and 5 weights.
+    scalars = 2 * 2 + 4 + 6 * 2 + 1 + 1 + 12 * (2 * 2 + 2 + 1 + 1)
+    scalars += 2 * 64 * 64 + (64 + 1) * (14 + 5)
     # Copies a gradient; at the next step reads the copy and a gradient, and reads and writes a
     # weight and two means.
     adam = (2 + 2 + 2 * 3) / 2
@@ -290,9 +293,9 @@ def test_the_full_size_is_the_third_stage_of_the_speedrun(fake_device):
     keys = 4 * (640 - 639 * 640 / 2 / 16384) + 2 * (1408 - 1407 * 1408 / 2 / 16384)
     keys += 4 * (640 - 639 * 640 / 2 / 32768)  # four with paired heads
     assert per_token["attention"] == pytest.approx(12 * 768 * keys)
-    # 40 square matrices and 22 oblong ones, by five polynomials
-    flops = 5 * 768**3 * (40 * 6 + 22 * (4 * 4 + 2))
-    assert orthogonalization_flops(hp.model) == flops
+    # Five polynomials of 20 square matrices, of 60 a third as wide, and of 22 four times as wide.
+    flops = 5 * 768**3 * (20 * 6 + 60 * (4 / 9 + 2 / 27) + 22 * (4 * 4 + 2))
+    assert orthogonalization_flops(hp) == pytest.approx(flops)
     size = replace(FULL, hp=hp)
     assert (size.tokens, size.Ng, size.repeats >= 5, size.calls % 2) == (65_536, 6, True, 0)
 
