@@ -15,7 +15,8 @@ ARGS ?=
 ACCELERATOR ?= $(shell if [ -e /dev/nvidia0 ]; then echo cuda12; \
 	elif [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then echo tpu; else echo cpu; fi)
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --editable
-NUMERIC = tests/model/test_attention.py tests/model/test_gpt.py tests/model/test_loss.py \
+NUMERIC = tests/model/test_attention.py tests/model/test_bigrams.py tests/model/test_connections.py \
+	tests/model/test_gates.py tests/model/test_gpt.py tests/model/test_loss.py \
 	tests/model/test_rotary.py tests/model/test_softcap.py tests/optim tests/data/test_batches.py \
 	tests/training/test_step.py
 # Of slow files, a test that calls what is annotated.

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+import optax
+from jaxtyping import Array, Float
 
 
 class Apart(NamedTuple):
@@ -18,7 +19,7 @@ class Apart(NamedTuple):
     values: Float[Array, "*stack 1 I O"]
 
 
-def apart(updates: PyTree[Float[Array, "*stack I O"]], groups: int) -> PyTree:
+def apart(updates: optax.Updates, groups: int) -> optax.Updates:
     """Separate the queries and keys of each group of heads.
 
     Each "qkv" [*stack, 3, D, N H] becomes an `Apart` if there are several groups.
@@ -33,7 +34,7 @@ def apart(updates: PyTree[Float[Array, "*stack I O"]], groups: int) -> PyTree:
     return jax.tree_util.tree_map_with_path(split, updates)
 
 
-def together(updates: PyTree) -> PyTree[Float[Array, "*stack I O"]]:
+def together(updates: optax.Updates) -> optax.Updates:
     """Undo `apart`."""
 
     def join(x: Any) -> Float[Array, "*stack I O"]:
