@@ -26,7 +26,8 @@ pytestmark = [
 MODEL = replace(
     PRESETS["speedrun"].model,
     **{"num_layers": 5, "mlp_only": (2,), "key_offset": (1, 4), "paired_heads": (0,)},
-    **{"skips": ((1, 2),), "backout": 3},
+    **{"skips": ((1, 2),), "attention_source": 3, "exclusive": (1, 3, 4)},
+    **{"value_embeddings": 3, "value_layers": (1, 3, 4)},
 )
 STAGES = tuple(
     replace(stage, windows=tuple(stage.windows[layer] for layer in (0, 3, 6, 7, 10)))
@@ -165,7 +166,8 @@ def test_eight_gpus_reduce_each_gradient_once_in_float32_and_nothing_in_a_loop()
     assert set(found) == {"all-reduce", "all-gather"}
     parameters = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(step.in_avals[0][0].params))
     reduced = [x.shape for x in found["all-reduce"]]
-    assert sum(map(items_of, reduced)) == parameters + 1  # and the loss
+    # And the loss, but nothing for the six heads of layer 0, whose attention is not exclusive.
+    assert sum(map(items_of, reduced)) == parameters + 1 - 6
     assert all("f32[" in shape and "bf16" not in shape for shape in reduced)
     assert program.loops()
     for loop in program.loops():
@@ -177,9 +179,10 @@ def test_eight_gpus_gather_the_matrices_that_each_orthogonalized_in_bfloat16():
 
     _, program = compiled(*LAST_ON_EIGHT)
     gathered = [re.search(r"\w+\[[\d,]+\]", x.shape)[0] for x in collectives(program)["all-gather"]]
-    # 16 square matrices are two groups of eight. 10 oblong ones are two groups as well, the second
-    # not full. Each is computed by a quarter of the devices.
-    assert sorted(gathered) == ["bf16[2,8,768,3072]", "bf16[2,8,768,768]"]
+    # The 24 matrices of queries and keys, for pairs of heads, are three groups of eight, the 10 of
+    # MLPs two, the second not full; four or two devices compute them. The 8 square matrices are one
+    # group, which every device computes by itself.
+    assert sorted(gathered) == ["bf16[2,8,768,3072]", "bf16[4,8,256,768]"]
 
 
 def in_order(step, *marks):

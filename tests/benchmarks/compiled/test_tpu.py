@@ -40,9 +40,13 @@ RUNS = {
             key_offset=(2,),
             paired_heads=(1,),
             skips=((0, 2),),
-            backout=1,
+            attention_source=1,
+            exclusive=(0, 2),
+            value_embeddings=2,
+            value_layers=(0, 2),
             document_separator=2099,
             bigram_buckets=4096,
+            bigram_width=64,
         ),
     ),
     "divided": replace(
@@ -145,7 +149,8 @@ def test_data_parallel_chips_reduce_each_gradient_once_in_float32_and_nothing_in
     found = collectives(program)
     assert set(found) == {"all-reduce", "all-gather"}  # Muon gathers its results
     assert all("bf16" not in x.shape for x in found["all-reduce"])
-    assert numbers(found["all-reduce"]) == sum(sizes_of_parameters(step)) + 1  # and the loss
+    # And the loss, but nothing for the two heads of layer 1, whose attention is not exclusive.
+    assert numbers(found["all-reduce"]) == sum(sizes_of_parameters(step)) + 1 - 2
     (loop,) = program.loops()
     assert sum(x.name.startswith("splash_mha") for x in loop) == 9
     assert not collectives(loop)
