@@ -63,7 +63,7 @@ class Stage:
     zero by the end of the stage (modded-nanogpt, 2025-12-22)."""
 
     max_document_length: Positive | None = None
-    """Most tokens of a document in a row, if not the run's max_document_length."""
+    """Most tokens of a document in a row, if fewer than the run's max_document_length."""
 
     split_head: bool = False
     """Untie the head from the embedding from here on."""
