@@ -152,7 +152,7 @@ class Hyperparameters:  # the defaults are those of the speedrun preset
     neuron_decay: Decay | None = 0.9
     """NorMuon's decay rate for the second moment of each neuron; None for plain Muon."""
     heads_together: Positive | None = 2
-    """Heads whose queries, or keys, Muon orthogonalizes as one matrix; None: all of a layer."""
+    """Number of heads whose queries (or keys) Muon orthogonalizes as one matrix; None: all."""
     adam_every: Positive = 2
     """Steps between updates of Adam (all other parameters), which uses the mean gradient."""
     adam: AdamGroups = AdamGroups()

@@ -95,8 +95,8 @@ class GPTConfig:
     values are mixed into those of all others."""
 
     value_layers: tuple[Count, ...] = ()
-    """Layers with value embeddings, each with a table of its own that its gates read, too; empty:
-    see value_embeddings."""
+    """Layers with a value embedding, each with its own table, which its gates read, too; empty: see
+    value_embeddings."""
 
     value_gate: bool = True
     """Gate value embeddings per token and head; False: one learned share per layer."""
@@ -106,8 +106,8 @@ class GPTConfig:
     none."""
 
     bigram_width: Positive | None = None
-    """Width of the bigram embeddings, added to so many channels of the stream, with signs that
-    differ between the token pairs of a row; None: that of the stream, without signs."""
+    """Width of the bigram embeddings, which are added to the first channels of the stream, with
+    other signs for each token pair; None: that of the stream, without signs."""
 
     smear: bool = True
     """Add a gated part of the previous token's embedding to each token's."""
@@ -122,8 +122,8 @@ class GPTConfig:
     """The same for the attention's output matrices."""
 
     attention_source: int | None = None
-    """Layer whose output the attentions of all later layers read; those up to it read the stream as
-    it is before token and bigram embeddings are added. None: all read the stream after that."""
+    """Layer whose output is read by the attentions of all later layers; those up to it read the
+    stream before token and bigram embeddings are added. None: all read the stream after that."""
 
     residual_init: AboveZero = 1.0
     """Initial value of the learned factor on the residual stream in each layer."""
@@ -139,7 +139,8 @@ class GPTConfig:
     """Layers with paired heads: two heads attend to the keys of both."""
 
     exclusive: tuple[int, ...] = ()
-    """Layers whose attention outputs are reduced, by a learned share, along the token's value."""
+    """Layers in which a learned share of the attention output along the token's own value is
+    removed."""
 
     backout: int | None = None
     """Layer whose output, times a learned factor, is subtracted before the head; None for none."""

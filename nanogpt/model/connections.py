@@ -17,7 +17,7 @@ from nanogpt.config import GPTConfig
 from nanogpt.model.parameters import matrix
 
 HIDDEN = 64  # width of the small MLPs
-SCALE = 0.1  # of their outputs: learning rates are per output, which should move slowly
+SCALE = 0.1  # of their outputs, which so move a tenth as far in each step
 # What the last layer's attention adds to its values, and the layer to its stream: three sources
 # each. Then the two gates of its value embedding.
 SOURCES, GATES = 3, 2
