@@ -54,7 +54,8 @@ def graph_of(config: GPTConfig, kernels: Kernels = XLA) -> nnx.GraphDef:
 
 def init_params(config: GPTConfig, key: Key[Array, ""]) -> Params:
     """Return the initial parameters of a model, float32, as a nested dict."""
-    return nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key))))
+    params = nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key))))
+    return optax.tree.cast(params, jnp.float32)  # not weakly typed, so as after any step
 
 
 def make_init(

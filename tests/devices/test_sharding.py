@@ -25,7 +25,15 @@ from nanogpt.training.step import (
     make_init,
     make_train_step,
 )
-from tests.training.test_step import RATES, T, collectives, placed, some_rows, train_plainly
+from tests.training.test_step import (
+    RATES,
+    T,
+    collectives,
+    copied,
+    placed,
+    some_rows,
+    train_plainly,
+)
 
 # Pairs of heads for four devices, and every trick with heads and values. Skips are not gated: at
 # first the gradients of such gates are rounding errors, which Adam turns into full-size steps.
@@ -76,15 +84,21 @@ def compiled(data, model=1, shard_params=False, micro_batches=1, config=CONFIG, 
     return train_step.lower(state, batch, weighted(RATES[0])).compile(), state, mesh
 
 
-def train(data, model=1, shard_params=False, micro_batches=1, config=CONFIG, head_groups=1):
+def train(data, model=1, shard_params=False, micro_batches=1, **more):
     """Return the metrics of every step, and the last state."""
-    step, state, mesh = compiled(data, model, shard_params, micro_batches, config, head_groups)
-    state, metrics = jax.tree.map(jnp.copy, state), []
+    step, state, mesh = compiled(data, model, shard_params, micro_batches, **more)
+    state, metrics = copied(state), []
     for rows, rates in zip(some_rows(), RATES, strict=True):
         batch = placed(mesh, BATCH, rows.reshape(micro_batches, -1, T + 1))
         state, found = step(state, batch, weighted(rates))
         metrics.append((float(found["loss"]), float(found["grad_norm"])))
     return np.array(metrics), state
+
+
+@cache
+def alone():
+    """Return the evaluation on one device."""
+    return make_eval_step(graph_of(CONFIG), make_mesh(1), "float32")
 
 
 # The same losses
@@ -113,31 +127,23 @@ def test_losses_and_gradients_are_those_of_one_device(data, model, shard_params,
     found = make_eval_step(graph, mesh, "float32", shard_params)(
         state.params, placed(mesh, ROWS, rows), mask
     )
-    whole, alone = jax.tree.map(np.asarray, state.params), make_mesh(1)
-    expected = make_eval_step(graph_of(CONFIG), alone, "float32")(
-        whole, placed(alone, ROWS, rows), mask
-    )
+    whole = jax.tree.map(np.asarray, state.params)
+    expected = alone()(whole, placed(make_mesh(1), ROWS, rows), mask)
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_without_tables_and_within_documents_values_are_shared_like_their_heads():
-    config = replace(CONFIG, value_embeddings=0, document_separator=3)
-    metrics, _ = train(2, 4, config=config)
-    np.testing.assert_allclose(metrics, train_plainly(WEIGHTS, config), rtol=1e-5)
-
-
-def test_late_attentions_and_exclusive_ones_are_shared_like_others():
-    config = replace(CONFIG, **LATE)
+def test_without_tables_and_within_documents_late_and_exclusive_attentions_are_shared_like_others():
+    config = replace(CONFIG, value_embeddings=0, document_separator=3, **LATE)
     metrics, _ = train(2, 4, config=config)
     np.testing.assert_allclose(metrics, train_plainly(WEIGHTS, config), rtol=1e-5)
 
 
 def test_dynamic_connections_and_groups_of_heads_do_not_depend_on_shards():
     sharded, _ = train(4, 1, True, config=NEW, head_groups=4)
-    alone, _ = train(1, config=NEW, head_groups=4)
-    np.testing.assert_allclose(sharded[:2], alone[:2], rtol=1e-5)
+    plain, _ = train(1, config=NEW, head_groups=4)
+    np.testing.assert_allclose(sharded[:2], plain[:2], rtol=1e-5)
     # Then Adam has made full-size steps of gradients that are rounding errors, those of gates.
-    np.testing.assert_allclose(sharded, alone, rtol=2e-3)
+    np.testing.assert_allclose(sharded, plain, rtol=2e-3)
 
 
 def test_the_gradient_of_each_parameter_is_that_of_one_device():
@@ -198,7 +204,7 @@ def test_each_device_holds_its_part_of_parameters_and_of_the_optimizers_state():
 
 
 def test_without_shard_params_only_what_heads_and_mlps_share_is_in_parts():
-    _, state, _ = compiled(2, 4)
+    _, state, _ = compiled(2, 4, False, 2)
     parts = {
         path[-1].key
         for path, leaf in jax.tree.leaves_with_path(state.params)
@@ -223,7 +229,7 @@ def test_layouts_name_every_large_parameter():
 
 
 def test_parameters_in_parts_are_gathered_and_their_gradients_scattered_once_per_step():
-    program, state, _ = compiled(4, 1, True, micro_batches=2)
+    program, state, _ = compiled(4, 1, True, 2)
     inside, outside = collectives(program)
     assert inside == []
     sizes = [leaf.size for leaf in jax.tree.leaves(state.params) if leaf.size > 1000]
@@ -236,9 +242,9 @@ def test_parameters_in_parts_are_gathered_and_their_gradients_scattered_once_per
 
 
 def test_devices_that_share_heads_and_mlps_sum_twice_per_layer_in_either_direction():
-    program, _, _ = compiled(1, 4, micro_batches=2)
+    program, _, _ = compiled(2, 4, False, 2)
     inside, _ = collectives(program)
-    stream = prod((4, T, CONFIG.width))
+    stream = prod((2, T, CONFIG.width))
     sums = [size for operation, size in inside if operation == "all-reduce"]
     # Two attentions and three MLPs, forward and backward, and the features that are scored.
     assert sum(sums) == stream * (2 * (2 + 3) + 1)

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +37,7 @@ CONFIG = GPTConfig(
     bigram_buckets=64,
 )
 T, ROWS_PER_STEP, STEPS = 16, 8, 5
-RATES = [Rates(1.0 - 0.1 * step, 0.85 + 0.02 * step) for step in range(STEPS)]
+RATES = [Rates(*np.float32((1.0 - 0.1 * step, 0.85 + 0.02 * step))) for step in range(STEPS)]
 
 
 def some_optimizer():
@@ -66,16 +66,28 @@ def first_params(config=CONFIG):
     return jax.jit(lambda: init_params(config, jax.random.key(0)))()
 
 
-def train(devices=1, micro_batches=1, dtype="float32", target_weights=(1.0,), config=CONFIG):
-    """Return the metrics of every step, and every state."""
-    mesh, optimizer = make_mesh(devices), some_optimizer()
-    params = jax.tree.map(jnp.copy, first_params(config))
-    mean, variance = jnp.zeros([]), jnp.zeros([])
-    state = TrainState(jnp.int32(0), params, optimizer.init(params), mean, variance)
-    states = [jax.device_put(state, shardings(state, mesh, shard_params=False))]
-    train_step = make_train_step(
-        graph_of(config), optimizer, mesh, dtype, tied_head=config.tied_head
+@cache
+def first_state(devices):
+    return make_init(CONFIG, some_optimizer(), make_mesh(devices))(jax.random.key(0))
+
+
+@jax.jit
+def copied(state):
+    """Return a copy, which a step may consume."""
+    return jax.tree.map(jnp.copy, state)
+
+
+@cache
+def step_on(devices, dtype, skip_spikes):
+    return make_train_step(
+        graph_of(CONFIG), some_optimizer(), make_mesh(devices), dtype, skip_spikes
     )
+
+
+def train(devices=1, micro_batches=1, dtype="float32", target_weights=(1.0,)):
+    """Return the metrics of every step, and every state."""
+    mesh, train_step = make_mesh(devices), step_on(devices, dtype, 0.0)
+    states = [copied(first_state(devices))]
     metrics = []
     for rows, rates in zip(some_rows(), RATES, strict=True):
         batch = rows.reshape(micro_batches, -1, T + 1)
@@ -134,7 +146,7 @@ def in_bfloat16():
 # One program on any number of devices
 
 
-@pytest.mark.parametrize(("devices", "micro_batches"), [(1, 4), (8, 1), (4, 2)])
+@pytest.mark.parametrize(("devices", "micro_batches"), [(8, 1), (4, 2)])
 def test_devices_and_micro_batches_change_neither_losses_nor_gradients(
     plain, devices, micro_batches
 ):
@@ -161,8 +173,8 @@ def test_a_tied_head_stays_the_embedding_and_learns_by_the_sum_of_both_gradients
     optimizer = make_optimizer(learning_rate=0.0, weight_decay=0.0, adam=adam)
     first = jax.device_get(first_params(config))
     params = jax.tree.map(jnp.asarray, first)
-    mean, variance = jnp.zeros([]), jnp.zeros([])
-    state = TrainState(jnp.int32(0), params, optimizer.init(params), mean, variance)
+    state = TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params), *jnp.zeros(2))
+    state = jax.device_put(state, shardings(state, mesh, shard_params=False))
     step = make_train_step(graph_of(config), optimizer, mesh, "float32", tied_head=True)
     tables = [first["embed"]]
     for rows, rates in zip(some_rows(steps=3), RATES[:1] * 3, strict=True):
@@ -185,13 +197,12 @@ def test_a_tied_head_stays_the_embedding_and_learns_by_the_sum_of_both_gradients
 
 
 def test_the_first_state_is_the_same_to_the_bit_on_any_number_of_devices():
-    one, eight = (make_init(CONFIG, some_optimizer(), make_mesh(n)) for n in (1, 8))
-    other = one(jax.random.key(4))
-    one, eight = one(jax.random.key(3)), eight(jax.random.key(3))
+    one, eight = first_state(1), first_state(8)
+    other = jax.jit(partial(init_params, CONFIG))(jax.random.key(1))
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(eight), strict=True):
         np.testing.assert_array_equal(a, b)
         assert b.sharding.is_fully_replicated
-    assert np.any(np.asarray(one.params["embed"]) != np.asarray(other.params["embed"]))
+    assert np.any(np.asarray(one.params["embed"]) != np.asarray(other["embed"]))
 
 
 @pytest.mark.parametrize(
@@ -270,12 +281,10 @@ def collectives(compiled):
 @cache
 def compiled():
     """A step on four devices, compiled before there are rates, with a batch and a state for it."""
-    mesh, optimizer = make_mesh(4), some_optimizer()
-    state = make_init(CONFIG, optimizer, mesh)(jax.random.key(0))
-    batch = placed(mesh, BATCH, some_rows(1).reshape(2, 4, T + 1))
-    step = make_train_step(graph_of(CONFIG), optimizer, mesh, "float32")
+    batch = placed(make_mesh(4), BATCH, some_rows(1).reshape(2, 4, T + 1))
     rates = Rates(*[jax.ShapeDtypeStruct((), jnp.float32)] * 2)
-    return step.lower(state, batch, rates).compile(), batch, state
+    state = first_state(4)
+    return step_on(4, "float32", 0.0).lower(state, batch, rates).compile(), batch, state
 
 
 def test_devices_reduce_each_gradient_once_per_step_and_not_in_the_accumulation_loop():
@@ -296,8 +305,7 @@ def test_one_program_serves_all_rates():
 
     def moved(rate, momentum):
         """Return the change of the parameters, and Muon's momentum after the first gradient."""
-        copy = jax.tree.map(jnp.copy, state)  # the step donates it
-        after, _ = program(copy, batch, Rates(rate, momentum))
+        after, _ = program(copied(state), batch, Rates(rate, momentum))
         moves = jax.tree.map(lambda new, old: np.array(new - old), after.params, state.params)
         return moves, np.array(optax.tree.get(after.opt_state, "momentum")["mlp"]["down"])
 
@@ -358,19 +366,13 @@ def test_a_step_consumes_its_state(in_bfloat16):
 # Bad numbers
 
 
-@cache
-def step_of(skip_spikes):
-    return make_train_step(graph_of(CONFIG), some_optimizer(), make_mesh(2), "float32", skip_spikes)
-
-
 def stepper(skip_spikes=0.0):
     """Return a training step, and an initial state."""
-    init = make_init(CONFIG, some_optimizer(), make_mesh(2))
-    return step_of(skip_spikes), init(jax.random.key(0))
+    return step_on(8, "float32", skip_spikes), copied(first_state(8))
 
 
 def batch_of(rows):
-    return placed(make_mesh(2), BATCH, rows.reshape(1, -1, T + 1))
+    return placed(make_mesh(8), BATCH, rows.reshape(1, -1, T + 1))
 
 
 def same(one, other):
@@ -412,7 +414,7 @@ def losses_with_a_spike(skip_spikes):
     train_step, state = stepper(skip_spikes)
     losses = []
     for rows in some_rows(99, seed=3):
-        state, metrics = train_step(state, batch_of(rows), Rates(1.0, 0.95))
+        state, metrics = train_step(state, batch_of(rows), Rates(*np.float32((1.0, 0.95))))
         losses.append(float(metrics["loss"]))
         assert metrics["applied"]
     before = held(state)
