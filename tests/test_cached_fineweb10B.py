@@ -1,4 +1,4 @@
-"""The downloader, run as a user runs it, with a fake hub on the loopback interface.
+"""The downloader with a fake hub on the loopback interface.
 
 The hub answers as the real one does: a shard's address redirects to a storage server, and the
 redirect carries size and SHA-256. Sizes and hashes come from the hub, so shards here are small.
@@ -21,6 +21,10 @@ from socket import SO_LINGER, SOL_SOCKET
 import numpy as np
 import pytest
 
+import cached_fineweb10B
+from nanogpt.data import hub as requests
+from tests.programs import Process, wait_until
+
 SCRIPT = Path(__file__).parent.parent / "cached_fineweb10B.py"
 VAL, ONE, TWO = "fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_000002.bin"
 SENT = 200_000  # bytes of a larger shard that are sent before a fault
@@ -31,16 +35,13 @@ def shard_bytes(count, seed):
     return struct.pack("<3i", 20240520, 1, count) + bytes(4 * 253) + tokens.tobytes()
 
 
-# The script, except for the time it waits for a busy hub.
-IMPATIENT = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import cached_fineweb10B
-from nanogpt.data import hub
-hub.WAITS = (0.1, 0.2)
-cached_fineweb10B.SLOW = 1
-sys.exit(cached_fineweb10B.main(sys.argv[2:]))
-"""
+def impatient(arguments):
+    """Run the script, except for the time it waits for a busy hub.
+
+    Here the hub's library, which reads the environment, must not be imported before.
+    """
+    requests.WAITS = (0.02, 0.04)
+    return cached_fineweb10B.main(arguments)
 
 
 class Hub:
@@ -151,52 +152,52 @@ class Hub:
 
 
 @pytest.fixture
-def hub():
+def hub(tmp_path, monkeypatch):
+    """A hub, and an empty working directory, without the user's settings and secrets."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    for name in [name for name in os.environ if name.upper().startswith("HF_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
+    monkeypatch.setattr(requests, "WAITS", (0.02, 0.04))
+    monkeypatch.chdir(tmp_path)
     hub = Hub()
     yield hub
+    close_session()
     hub.close()
 
 
 @pytest.fixture
-def start(hub, tmp_path):
-    """Start the script in an empty folder, without the user's settings and secrets."""
+def start(hub, tmp_path, cache):
+    """Start the script in a process of its own."""
 
-    def start(*arguments, endpoint=hub.url, before=lambda: None):
-        inherited = {k: v for k, v in os.environ.items() if not k.upper().startswith("HF_")}
-        settings = {
-            "HF_ENDPOINT": endpoint,
-            "HF_HOME": str(tmp_path / "hf_home"),
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-            "HF_HUB_DOWNLOAD_TIMEOUT": "2",
-            "HF_HUB_ETAG_TIMEOUT": "2",
-            "NO_PROXY": "127.0.0.1",
-        }
-
-        def prepare():
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored where tests run in background
-            before()
-
-        return subprocess.Popen(
-            [sys.executable, "-c", IMPATIENT, str(SCRIPT.parent), *arguments],
-            cwd=tmp_path,
-            env=inherited | settings,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=prepare,
-        )
+    def start(*arguments, endpoint=hub.url, **settings):
+        names = "HF_ENDPOINT", "HF_HOME", "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"
+        values = endpoint, str(tmp_path / "hf_home"), "2", "1"
+        environment = dict(zip(names, values, strict=True))
+        settings |= {"environment": environment, "main": impatient}
+        return Process(arguments, tmp_path, cache, **settings)
 
     return start
 
 
 @pytest.fixture
-def run(start):
+def run(hub, monkeypatch, capsys):
     """Run the script to its end; return exit status, standard output and standard error."""
+    from huggingface_hub import constants
 
-    def run(*arguments, **settings):
-        process = start(*arguments, **settings)
-        out, err = process.communicate(timeout=30)
-        return process.returncode, out, err
+    def run(*arguments, endpoint=hub.url):
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        template = endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        try:
+            status = cached_fineweb10B.main([*arguments])
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
 
     return run
 
@@ -284,9 +285,8 @@ def test_a_damaged_shard_that_was_there_is_replaced(run, hub, folder):
 
 def test_two_downloads_into_one_folder_do_not_disturb_each_other(start, hub, folder):
     hub.delay = 0.5
-    processes = [start("1"), start("1")]
-    assert [process.communicate(timeout=30)[1] for process in processes] == ["", ""]
-    assert [process.returncode for process in processes] == [0, 0]
+    with start("1") as one, start("1") as other:
+        assert [(each.end(), each.stderr) for each in (one, other)] == [(0, "")] * 2
     assert contents(folder) == {name: hub.files[name] for name in (VAL, ONE)}
     assert len(hub.gets) == 2
 
@@ -334,16 +334,12 @@ def test_a_run_that_lost_its_hub_is_resumed_by_the_next(run, hub, folder, large)
 )
 def test_a_stopped_run_is_resumed_by_the_next(start, run, hub, folder, large, sent, status):
     hub.stop = hub.released.wait
-    process = start("1")
     partial = folder / f".{VAL}.partial"
-    deadline = time.monotonic() + 10
-    while not (partial.exists() and partial.stat().st_size == SENT):
-        assert time.monotonic() < deadline, process.communicate(timeout=5)
-        time.sleep(0.01)
-    process.send_signal(sent)
-    _, err = process.communicate(timeout=10)
-    assert process.returncode == status
-    assert "Traceback" not in err
+    with start("1") as process:
+        wait_until(lambda: partial.exists() and partial.stat().st_size == SENT)
+        process.send(sent)
+        assert process.end() == status
+        assert "Traceback" not in process.stderr
     assert contents(folder) == {}
 
     assert run("1")[0] == 0
@@ -401,8 +397,11 @@ def test_an_answer_without_end_is_stopped_at_the_size_that_was_promised(run, hub
     assert sum(path.stat().st_size for path in folder.iterdir()) == 0
 
 
-def test_a_hub_that_sends_next_to_nothing_is_given_up_and_what_came_is_kept(run, hub, folder):
-    hub.pause = 0.2
+def test_a_hub_that_sends_next_to_nothing_is_given_up_and_what_came_is_kept(
+    run, hub, folder, monkeypatch
+):
+    monkeypatch.setattr(cached_fineweb10B, "SLOW", 0.25)
+    hub.pause = 0.05
     status, _, err = run("1")
     assert status == 1
     assert_one_sentence(err, VAL, "bytes per second", "continue where it stopped")
@@ -473,12 +472,12 @@ def test_being_offline_is_one_sentence(run, closed_port):
     assert_one_sentence(err, VAL, "network connection")
 
 
-def test_a_hub_that_never_answers_is_given_up(run):
+def test_a_hub_that_never_answers_is_given_up(start):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         before = time.monotonic()
-        status, _, err = run("1", endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
-    assert status == 1
-    assert_one_sentence(err, VAL)
+        with start("1", endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}") as process:
+            assert process.end() == 1
+    assert_one_sentence(process.stderr, VAL)
     assert time.monotonic() - before < 10
 
 
@@ -490,13 +489,11 @@ def test_a_disk_too_small_is_said_before_the_download(run, hub, folder):
     assert hub.gets == []
 
 
-def test_a_disk_that_fills_up_is_one_sentence(run, hub, folder):
-    resource = pytest.importorskip("resource")
+def test_a_disk_that_fills_up_is_one_sentence(start, hub, folder):
     hub.files[ONE] = shard_bytes(SENT, 1)
-    limit = (SENT, SENT)
-    status, _, err = run("1", before=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    assert status == 1
-    assert_one_sentence(err, folder.name, "File too large", "make room")
+    with start("1", limit=SENT) as process:
+        assert process.end() == 1
+    assert_one_sentence(process.stderr, folder.name, "File too large", "make room")
     assert sorted(contents(folder)) == [VAL]
 
 

@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +46,9 @@ def copy(exported, tmp_path):
     return shutil.copytree(exported, tmp_path / "gpt")
 
 
+@partial(jax.jit, static_argnums=0)  # one program for two equal models
 def logits_of(graph, params):
-    return np.asarray(jax.jit(lambda p: nnx.merge(graph, p)(jnp.asarray(TOKENS)))(params))
+    return nnx.merge(graph, params)(jnp.asarray(TOKENS))
 
 
 # The same model
@@ -104,7 +106,7 @@ def test_arrays_and_settings_of_a_model_with_whatever_tricks_come_back_to_the_la
     settings, graph, same, _ = load_model(tmp_path / "gpt", make_mesh(1))
     assert settings.model == config
     jax.tree.map(np.testing.assert_array_equal, same, params)
-    np.testing.assert_array_equal(logits_of(graph, same), logits_of(graph_of(config), params))
+    assert graph == graph_of(config)
 
 
 def test_a_model_exported_before_some_settings_existed_has_the_logits_of_its_run(run, copy):

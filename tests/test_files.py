@@ -85,83 +85,84 @@ PROGRAMS = {
     "export": (export, "runs/a", "--out", "gpt"),
 }
 TRAINING = [name for name, (program, *_) in PROGRAMS.items() if program is train_gpt]
+ONE, BOTH = ["repeat"], ["repeat", "sample"]  # of training, and of the others
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("programs", "content", "told"),
     [
-        (b"", " is not valid JSON (empty)"),
-        (b" \n", " is not valid JSON (empty)"),
-        (b'{"preset": "laptop', " is not valid JSON (Unterminated string"),
-        (json.dumps(RUN).encode() + b"}", " is not valid JSON (Extra data"),
-        (b'{"preset": "\xff"}', " is not valid JSON (not UTF-8 at byte 12)"),
-        (b"\x80\x04pickle", " is not valid JSON (not UTF-8 at byte 0)"),
-        (b"[" * 10_000, " is not valid JSON (nested too deeply)"),
-        (b'{"a":' * 100_000, " is not valid JSON (nested too deeply)"),
-        (b'{"seed": 1, "seed": 2}', ' is not valid JSON ("seed" is given twice)'),
-        (b'{"seed": ' + b"1" * 5000 + b"}", " is not valid JSON (Exceeds the limit"),
-        (b"[]", " must be an object, not []"),
-        (b"null", " must be an object, not null"),
-        (b'"text"', ' must be an object, not "text"'),
+        (PROGRAMS, b"", " is not valid JSON (empty)"),
+        (BOTH, b" \n", " is not valid JSON (empty)"),
+        (BOTH, b'{"preset": "laptop', " is not valid JSON (Unterminated string"),
+        (BOTH, json.dumps(RUN).encode() + b"}", " is not valid JSON (Extra data"),
+        (BOTH, b'{"preset": "\xff"}', " is not valid JSON (not UTF-8 at byte 12)"),
+        (BOTH, b"\x80\x04pickle", " is not valid JSON (not UTF-8 at byte 0)"),
+        (BOTH, b"[" * 10_000, " is not valid JSON (nested too deeply)"),
+        (BOTH, b'{"a":' * 100_000, " is not valid JSON (nested too deeply)"),
+        (BOTH, b'{"seed": 1, "seed": 2}', ' is not valid JSON ("seed" is given twice)'),
+        (BOTH, b'{"seed": ' + b"1" * 5000 + b"}", " is not valid JSON (Exceeds the limit"),
+        (PROGRAMS, b"[]", " must be an object, not []"),
+        (BOTH, b"null", " must be an object, not null"),
+        (BOTH, b'"text"', ' must be an object, not "text"'),
     ],
 )
-def test_a_file_that_is_no_json_object_is_refused(run, capsys, program, content, told):
+def test_a_file_that_is_no_json_object_is_refused(run, capsys, programs, content, told):
     (run / "config.json").write_bytes(content)
-    sentence = refusal(capsys, run, *PROGRAMS[program])
-    assert f"runs/a/config.json{told}" in sentence
-    assert sentence.endswith(": restore it, or give another run.")
+    for program in programs:
+        sentence = refusal(capsys, run, *PROGRAMS[program])
+        assert f"runs/a/config.json{told}" in sentence
+        assert sentence.endswith(": restore it, or give another run.")
 
 
 @pytest.mark.parametrize(
     ("programs", "path", "value", "told"),
     [
-        (PROGRAMS, "sequence_length", "128", 'sequence_length must be an integer, not "128"'),
-        (PROGRAMS, "sequence_length", 128.0, "sequence_length must be an integer, not 128.0"),
-        (PROGRAMS, "sequence_length", True, "sequence_length must be an integer, not true"),
-        (PROGRAMS, "sequence_length", None, "sequence_length must be an integer, not null"),
-        (PROGRAMS, "sequence_length", [1], "sequence_length must be an integer, not [1]"),
-        (PROGRAMS, "sequence_length", {}, "sequence_length must be an integer, not {}"),
+        (BOTH, "sequence_length", "128", 'sequence_length must be an integer, not "128"'),
+        (BOTH, "sequence_length", 128.0, "sequence_length must be an integer, not 128.0"),
+        (BOTH, "sequence_length", True, "sequence_length must be an integer, not true"),
+        (BOTH, "sequence_length", None, "sequence_length must be an integer, not null"),
+        (BOTH, "sequence_length", [1], "sequence_length must be an integer, not [1]"),
+        (BOTH, "sequence_length", {}, "sequence_length must be an integer, not {}"),
         (PROGRAMS, "sequence_length", 0, "sequence_length must be at least 1, not 0"),
-        (PROGRAMS, "num_steps", 10**30, f"num_steps must be at most 2,147,483,647, not {10**30}"),
-        (PROGRAMS, "num_steps", DROPPED, "num_steps is missing"),
-        (PROGRAMS, "dtype", "float16", 'dtype must be float32 or bfloat16, not "float16"'),
-        (PROGRAMS, "dtype", 16, "dtype must be a string, not 16"),
-        (PROGRAMS, "tokenizer", "words", 'tokenizer must be gpt2 or bytes, not "words"'),
-        (PROGRAMS, "model", [], "model must be an object, not []"),
-        (PROGRAMS, "model", DROPPED, "model is missing"),
-        (PROGRAMS, "model.width", "wide", 'model.width must be an integer, not "wide"'),
+        (BOTH, "num_steps", 10**30, f"num_steps must be at most 2,147,483,647, not {10**30}"),
+        (BOTH, "num_steps", DROPPED, "num_steps is missing"),
+        (BOTH, "dtype", "float16", 'dtype must be float32 or bfloat16, not "float16"'),
+        (BOTH, "dtype", 16, "dtype must be a string, not 16"),
+        (BOTH, "tokenizer", "words", 'tokenizer must be gpt2 or bytes, not "words"'),
+        (BOTH, "model", [], "model must be an object, not []"),
+        (BOTH, "model", DROPPED, "model is missing"),
+        (BOTH, "model.width", "wide", 'model.width must be an integer, not "wide"'),
         (PROGRAMS, "model.width", DROPPED, "model.width is missing"),
-        (PROGRAMS, "model.smear", 1, "model.smear must be true or false, not 1"),
-        (PROGRAMS, "model.softcap", nan, "model.softcap must be above 0, not NaN"),
-        (PROGRAMS, "model.windows", [8, -1], "model.windows[1] must be at least 0, not -1"),
-        (PROGRAMS, "model.skips", [[0, 2], [1]], "model.skips[1] must have 2 entries, not [1]"),
-        (PROGRAMS, "model.dynamic", 1, "model.dynamic must be true or false, not 1"),
-        (PROGRAMS, "model.value_layers", [0, "1"], "model.value_layers[1] must be an integer, not"),
-        (PROGRAMS, "model.attention_source", "3", "model.attention_source must be an integer or"),
-        (PROGRAMS, "model.layers", 2, "model.layers, 2, is unknown to this version"),
-        (PROGRAMS, "stages", [], "stages must have at least 1 entry, not []"),
-        (PROGRAMS, "stages", {}, "stages must be a list, not {}"),
-        (PROGRAMS, "stages.0.share", DROPPED, "stages[0].share is missing"),
-        (PROGRAMS, "stages.0.rate", inf, "stages[0].rate must be a number, not Infinity"),
-        (PROGRAMS, "stages.0.windows", "x" * 99, "stages[0].windows must be a list or null, not"),
-        (TRAINING, "learning_rate", nan, "learning_rate must be at least 0, not NaN"),
-        (TRAINING, "learning_rate", 10**400, "learning_rate must be a number, not 1000000"),
-        (TRAINING, "learning_rate", DROPPED, "learning_rate is missing"),
-        (TRAINING, "adam", [], "adam must be an object, not []"),
-        (TRAINING, "adam", DROPPED, "adam is missing"),
-        (TRAINING, "adam.gates", DROPPED, "adam.gates is missing"),
-        (TRAINING, "adam", {}, "adam.additions is missing"),
-        (TRAINING, "adam.biases", 1, "adam.biases, 1, is unknown to this version"),
-        (TRAINING, "adam.head.betas", [0.9], "adam.head.betas must have 2 entries, not [0.9]"),
-        (TRAINING, "adam.head.betas", [0.9, 1], "adam.head.betas[1] must be below 1, not 1"),
-        (TRAINING, "adam.head.learning_rate", nan, "adam.head.learning_rate must be at least 0,"),
-        (TRAINING, "adam_every", 0, "adam_every must be at least 1, not 0"),
-        (TRAINING, "batch_size", "4", 'batch_size must be an integer or null, not "4"'),
-        (TRAINING, "data", "notes", 'data must be a list, not "notes"'),
-        (TRAINING, "data", ["notes", 3], "data[1] must be a string, not 3"),
+        (BOTH, "model.smear", 1, "model.smear must be true or false, not 1"),
+        (BOTH, "model.softcap", nan, "model.softcap must be above 0, not NaN"),
+        (BOTH, "model.windows", [8, -1], "model.windows[1] must be at least 0, not -1"),
+        (BOTH, "model.skips", [[0, 2], [1]], "model.skips[1] must have 2 entries, not [1]"),
+        (BOTH, "model.dynamic", 1, "model.dynamic must be true or false, not 1"),
+        (BOTH, "model.value_layers", [0, "1"], "model.value_layers[1] must be an integer, not"),
+        (BOTH, "model.attention_source", "3", "model.attention_source must be an integer or"),
+        (BOTH, "model.layers", 2, "model.layers, 2, is unknown to this version"),
+        (BOTH, "stages", [], "stages must have at least 1 entry, not []"),
+        (BOTH, "stages", {}, "stages must be a list, not {}"),
+        (BOTH, "stages.0.share", DROPPED, "stages[0].share is missing"),
+        (BOTH, "stages.0.rate", inf, "stages[0].rate must be a number, not Infinity"),
+        (BOTH, "stages.0.windows", "x" * 99, "stages[0].windows must be a list or null, not"),
+        (ONE, "learning_rate", nan, "learning_rate must be at least 0, not NaN"),
+        (ONE, "learning_rate", 10**400, "learning_rate must be a number, not 1000000"),
+        (ONE, "learning_rate", DROPPED, "learning_rate is missing"),
+        (ONE, "adam", [], "adam must be an object, not []"),
+        (ONE, "adam", DROPPED, "adam is missing"),
+        (ONE, "adam.gates", DROPPED, "adam.gates is missing"),
+        (ONE, "adam", {}, "adam.additions is missing"),
+        (ONE, "adam.biases", 1, "adam.biases, 1, is unknown to this version"),
+        (ONE, "adam.head.betas", [0.9], "adam.head.betas must have 2 entries, not [0.9]"),
+        (ONE, "adam.head.betas", [0.9, 1], "adam.head.betas[1] must be below 1, not 1"),
+        (ONE, "adam.head.learning_rate", nan, "adam.head.learning_rate must be at least 0,"),
+        (ONE, "adam_every", 0, "adam_every must be at least 1, not 0"),
+        (ONE, "batch_size", "4", 'batch_size must be an integer or null, not "4"'),
+        (ONE, "data", "notes", 'data must be a list, not "notes"'),
+        (ONE, "data", ["notes", 3], "data[1] must be a string, not 3"),
         (TRAINING, "seed", 2**32, "seed must be at most 4,294,967,295, not 4294967296"),
-        (TRAINING, "warp\ndrive", [1], "warp\\ndrive, [1], is unknown to this version"),
+        (ONE, "warp\ndrive", [1], "warp\\ndrive, [1], is unknown to this version"),
     ],
 )
 def test_a_field_that_is_not_as_declared_is_named(run, capsys, programs, path, value, told):
@@ -234,33 +235,29 @@ for name in GPTConfig.ADDED:
 OF_2026_11_29 = json.dumps(OF_2026_11_29)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize(
-    ("old", "told", "remedy"),
+    ("programs", "old", "told", "remedy"),
     [
-        (OF_2026_11_22, '{"commit": "0123abc"}', "check out its commit, 0123abc, to continue"),
-        (
-            OF_2026_11_22,
-            '{"commit": "0123abc-dirty"}',
-            "check out its commit, 0123abc, to continue",
-        ),
-        (OF_2026_11_22, '{"commit": "unknown"}', "use that version to continue"),
-        (OF_2026_11_22, '{"commit": ', "use that version to continue"),
-        (OF_2026_11_22, "[]", "use that version to continue"),
-        (OF_2026_11_22, None, "use that version to continue"),
-        (OF_2026_11_29, '{"commit": "4567def"}', "check out its commit, 4567def, to continue"),
+        (PROGRAMS, OF_2026_11_22, '{"commit": "0123abc"}', "check out its commit, 0123abc, to"),
+        (BOTH, OF_2026_11_22, '{"commit": "0123abc-dirty"}', "check out its commit, 0123abc, to"),
+        (BOTH, OF_2026_11_22, '{"commit": "unknown"}', "use that version to"),
+        (BOTH, OF_2026_11_22, '{"commit": ', "use that version to"),
+        (BOTH, OF_2026_11_22, "[]", "use that version to"),
+        (PROGRAMS, OF_2026_11_22, None, "use that version to"),
+        (BOTH, OF_2026_11_29, '{"commit": "4567def"}', "check out its commit, 4567def, to"),
     ],
 )
 def test_a_run_of_a_version_with_other_parameters_is_refused_with_its_commit(
-    run, capsys, program, old, told, remedy
+    run, capsys, programs, old, told, remedy
 ):
     (run / "config.json").write_text(old)
     if told is not None:
         (run / "run.json").write_text(told)
-    assert refusal(capsys, run, *PROGRAMS[program]) == (
-        "runs/a/config.json is from an earlier version, whose models were different: "
-        f"{remedy} with it, or give another run."
-    )
+    for program in programs:
+        assert refusal(capsys, run, *PROGRAMS[program]) == (
+            "runs/a/config.json is from an earlier version, whose models were different: "
+            f"{remedy} continue with it, or give another run."
+        )
 
 
 @pytest.mark.parametrize("old", [OF_2026_11_22, OF_2026_11_29])

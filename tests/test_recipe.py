@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from jax.sharding import NamedSharding
 
 from nanogpt.data.batches import RowOrder, Rows, train_batch
 from nanogpt.data.shards import write_shard
 from nanogpt.data.validation import ValidationRows
-from nanogpt.devices.mesh import make_mesh
+from nanogpt.devices.mesh import REPLICATED, make_mesh
 from nanogpt.schedule import Rates
 from nanogpt.training.plan import optimizer_of
 from nanogpt.training.step import (
@@ -120,7 +121,8 @@ def numbers(name, shape):
 
 def first_params():
     """Generate the record's parameters in our form: q and k are rotated in halves."""
-    params = jax.tree.map(np.asarray, init_params(TINY.model, jax.random.key(0)))
+    init = jax.jit(lambda: init_params(TINY.model, jax.random.key(0)))
+    params = jax.tree.map(np.asarray, init())
     params = traverse_util.flatten_dict(params, sep=".")
     for name, array in params.items():
         if name in SPREAD:
@@ -159,7 +161,9 @@ def twelve_steps(folder):
 
     start = first_params()
     params = traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, start), sep=".")
-    state = TrainState(jnp.int32(0), params, optimizer.init(params), *np.zeros((2,), "f4"))
+    moments = jax.jit(optimizer.init)(params)
+    state = TrainState(np.int32(0), params, moments, *np.zeros((2,), "f4"))
+    state = jax.device_put(state, NamedSharding(mesh, REPLICATED))  # as the steps return it
     order, losses = RowOrder(rows, schedule, shuffle=False), []
     for step, its in enumerate(RECORD["steps"], start=1):
         batch = train_batch(*order(step), (8, 1))

@@ -35,7 +35,7 @@ class Options:
     num_steps: int | None = None
     """Steps of each run; None: those of the proxy."""
     tiny: bool = False
-    """Runs of one step and one stage, and a single piece: a test of this script only."""
+    """Runs of one layer, step and stage, and a single piece: a test of this script only."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,7 +82,11 @@ def proxy_of(options: Options) -> "Hyperparameters":
     if options.num_steps is not None:
         proxy = replace(proxy, num_steps=options.num_steps)
     if options.tiny:
-        model = replace(proxy.model, width=32, mlp_width=64, bigram_buckets=64, bigram_width=8)
+        thin = {"width": 32, "mlp_width": 64, "bigram_buckets": 64, "bigram_width": 8}
+        one = {"num_layers": 1, "mlp_only": (), "skips": (), "value_embeddings": 1}
+        places = {"key_offset": (0,), "exclusive": (), "value_layers": (0,)}
+        plain = {"attention_source": None, "dynamic": False}
+        model = replace(proxy.model, **thin, **one, **places, **plain)
         proxy = replace(proxy, num_steps=1, stages=proxy.stages[:1], val_tokens=1024, model=model)
     if options.gpu:
         from benchmarks.cpu.python_sources import python_sources

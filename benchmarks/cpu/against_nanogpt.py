@@ -28,8 +28,9 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks import processes
 from benchmarks.command import ROOT, Mistake, check_positive, run
-from benchmarks.processes import logged, output_of, train
+from benchmarks.processes import logged, train
 from benchmarks.results import save
 from nanogpt.config import AdamGroups
 from nanogpt.data.corpus import Corpus, embedded_corpus
@@ -42,13 +43,14 @@ CONTEXT, BATCH = 64, 12  # as in nanoGPT's configuration
 class Size:
     """The number of training steps of each side, and of validation tokens."""
 
+    their_layers: int
     their_steps: int
     our_steps: int
     val_tokens: int  # a multiple of 256 rows of CONTEXT
 
 
-FULL = Size(their_steps=2000, our_steps=220, val_tokens=262_144)
-TINY = Size(their_steps=2, our_steps=2, val_tokens=256 * CONTEXT)
+FULL = Size(their_layers=4, their_steps=2000, our_steps=220, val_tokens=262_144)
+TINY = Size(their_layers=1, their_steps=2, our_steps=2, val_tokens=256 * CONTEXT)
 
 
 @dataclass(frozen=True)
@@ -160,10 +162,10 @@ def run_in_jax(size: Size) -> Result:
     """Train nanoGPT's configuration in plain JAX."""
     code = (
         "from benchmarks.cpu.nanogpt_in_jax import train; "
-        f"train({size.their_steps}, {size.val_tokens})"
+        f"train({size.their_layers}, {size.their_steps}, {size.val_tokens})"
     )
     started = time.perf_counter()
-    output = output_of([sys.executable, "-c", code], ROOT, shown=False)
+    output = processes.output_of([sys.executable, "-c", code], ROOT, shown=False)
     process = time.perf_counter() - started
     training, val_loss = map(float, last_pair(output))
     return Result(process, training, val_loss, size.their_steps * BATCH * CONTEXT)
@@ -200,24 +202,26 @@ def run_nanogpt(checkout: Path, python: str, corpus: Corpus, scratch: Path, size
     vocabulary = (
         "import pickle; pickle.dump({'vocab_size': 256}, open('data/corpus/meta.pkl', 'wb'))"
     )
-    output_of([python, "-c", vocabulary], copy, shown=False)
+    processes.output_of([python, "-c", vocabulary], copy, shown=False)
 
     steps = size.their_steps
     arguments = (
         "train.py config/train_shakespeare_char.py --dataset=corpus --device=cpu --compile=False "
         f"--eval_iters=20 --log_interval=1 --block_size={CONTEXT} --batch_size={BATCH} "
-        f"--n_layer=4 --n_head=4 --n_embd=128 --max_iters={steps} --lr_decay_iters={steps} "
+        f"--n_layer={size.their_layers} --n_head=4 --n_embd=128 "
+        f"--max_iters={steps} --lr_decay_iters={steps} "
         "--dropout=0.0 --always_save_checkpoint=True --out_dir=out"
     ).split()
     started = time.perf_counter()
-    output = output_of([python, *arguments], copy, shown=False)
+    output = processes.output_of([python, *arguments], copy, shown=False)
     process = time.perf_counter() - started
     times = [float(ms) for ms in re.findall(r"^iter \d+: .* time ([\d.]+)ms", output, re.M)]
     # Every 250th iteration also evaluates and saves: cap its time.
     training = float(np.minimum(times, 3 * np.median(times)).sum()) / 1e3
 
     evaluate = EVALUATE.format(val_tokens=size.val_tokens, context=CONTEXT)
-    iteration, val_loss = last_pair(output_of([python, "-c", evaluate], copy, shown=False))
+    output = processes.output_of([python, "-c", evaluate], copy, shown=False)
+    iteration, val_loss = last_pair(output)
     assert int(iteration) == steps, "the checkpoint is not the last"
     return Result(process, training, float(val_loss), steps * BATCH * CONTEXT)
 

@@ -41,7 +41,7 @@ class Options:
     """Train the laptop preset at several depths, and neighbors of the rule's settings."""
 
     tiny: bool = False
-    """Train for a few steps at few depths: a test of this script only."""
+    """Train two models for a few steps: a test of this script only."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,12 @@ def measure(options: Options) -> None:
     """Train all models; print and save the tables, and draw the picture."""
     from nanogpt.report.compute import fit
 
-    found = trained(all_settings(options.tiny), own_core=True)
+    runs, largest = all_settings(), sized(LARGEST)
+    if options.tiny:
+        smallest, largest = (1, RULE, 0), few_steps(sized(2))
+        runs = {smallest: few_steps(runs[smallest])}
+    found = trained(runs, own_core=True)
     law = fit(*means(found).T) if len(means(found)) >= 4 else None
-    largest = few_steps(sized(1)) if options.tiny else sized(LARGEST)
     figures = {}
     if law:
         loss, error = float(law.loss(flops(largest))), law.error(flops(largest))
@@ -92,24 +95,23 @@ def measure(options: Options) -> None:
     )
 
 
-def all_settings(tiny: bool) -> "dict[Name, Hyperparameters]":
+def all_settings() -> "dict[Name, Hyperparameters]":
     """Return the settings of every run but the largest, the longest first."""
     from train_gpt import PRESETS
 
     preset = PRESETS["laptop"]
-    depths = {2: 1} if tiny else SEEDS
     runs: dict[Name, Hyperparameters] = {}
-    for depth in sorted(depths, reverse=True):
+    for depth in sorted(SEEDS, reverse=True):
         hp = sized(depth)
-        runs |= {(depth, RULE, seed): replace(hp, seed=seed) for seed in range(depths[depth])}
+        runs |= {(depth, RULE, seed): replace(hp, seed=seed) for seed in range(SEEDS[depth])}
         if depth in ENDS:
-            for times in (2.0,) if tiny else (0.5, 2.0):
+            for times in (0.5, 2.0):
                 runs[depth, f"rates x {times:g}", 0] = replace(hp, learning_rate_factor=times)
                 runs[depth, f"batch x {times:g}", 0] = with_batch(hp, times)
         if abs(depth - preset.model.num_layers) == 1:
             tokens = hp.schedule.tokens(hp.num_steps) * flops(preset) / flops(hp)
             runs[depth, SAME_FLOPS, 0] = sized(depth, tokens)
-    return {name: few_steps(hp) for name, hp in runs.items()} if tiny else runs
+    return runs
 
 
 def sized(depth: int, tokens: float | None = None) -> "Hyperparameters":

@@ -20,7 +20,9 @@ from benchmarks.timing import best_in_turn
 ROWS = 32  # rows per step
 SIZES = (32, 16, 8, 4, 2)  # rows per micro-batch
 WARM_UP = 10  # steps
-TINY = "--sequence-length 32 --total-batch-size 1024 --model.num-layers 2"
+TINY = (
+    "--sequence-length 32 --total-batch-size 1024 --model.num-layers 1 --model.value-embeddings 1"
+)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from benchmarks.cpu.against_nanogpt import BATCH, CONTEXT
 from nanogpt.data.corpus import embedded_corpus
 from nanogpt.data.shards import find_shards, read_shard
 
-L, N, D, V, T = 4, 4, 128, 256, CONTEXT
+N, D, V, T = 4, 128, 256, CONTEXT
 Params = dict[str, Any]
 
 
-def train(steps: int, val_tokens: int) -> None:
+def train(layers: int, steps: int, val_tokens: int) -> None:
     """Train on the embedded corpus; print seconds of training and the final validation loss."""
     corpus = embedded_corpus()
     tokens, val = (read_shard(find_shards(p)[0]) for p in (corpus.train_files, corpus.val_files))
@@ -36,7 +36,7 @@ def train(steps: int, val_tokens: int) -> None:
 
     rng = np.random.default_rng(0)
     started = time.perf_counter()
-    params = jax.jit(init)(jax.random.key(0))
+    params = jax.jit(init, static_argnums=0)(layers, jax.random.key(0))
     state = jax.jit(optimizer.init)(params)
     for _ in range(steps):
         rows = rows_at(tokens, rng.integers(len(tokens) - T, size=BATCH))
@@ -67,10 +67,10 @@ def adamw(steps: int) -> optax.GradientTransformation:
     )
 
 
-def init(key: Array) -> Params:
+def init(layers: int, key: Array) -> Params:
     """Return new parameters."""
-    keys = iter(jax.random.split(key, 2 + 4 * L))
-    small = 0.02 / (2 * L) ** 0.5
+    keys = iter(jax.random.split(key, 2 + 4 * layers))
+    small = 0.02 / (2 * layers) ** 0.5
 
     def normal(*shape: int, std: float = 0.02) -> Array:
         return std * jax.random.normal(next(keys), shape)
@@ -85,7 +85,7 @@ def init(key: Array) -> Params:
             "down": normal(4 * D, D, std=small),
         }
 
-    blocks = [block() for _ in range(L)]
+    blocks = [block() for _ in range(layers)]
     return {"tokens": normal(V, D), "places": normal(T, D), "blocks": blocks, "norm": jnp.ones(D)}
 
 

@@ -32,7 +32,7 @@ class Options:
     """Train small models of two widths with multiples of the learning rates."""
 
     tiny: bool = False
-    """Train for one step, without multiples: a test of this script only."""
+    """Train one layer for one step, without multiples: a test of this script only."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def compare(options: Options) -> None:
     from benchmarks.cpu.proxy_runs import final_losses
 
     num_steps, val_tokens, times = (1, 1024, TINY_TIMES) if options.tiny else (150, 65_536, TIMES)
-    base = base_of(num_steps, val_tokens)
+    base = base_of(num_steps, val_tokens, num_layers=1 if options.tiny else 2)
     runs = {
         (name, factor, width): (with_rate(base, width, name, factor), None)
         for width in reversed(WIDTHS)  # the longest first
@@ -65,13 +65,13 @@ def compare(options: Options) -> None:
     save("width_transfer", figures, options.tiny)
 
 
-def base_of(num_steps: int, val_tokens: int) -> "Hyperparameters":
+def base_of(num_steps: int, val_tokens: int, num_layers: int) -> "Hyperparameters":
     """Return the base run, at the larger width."""
     from benchmarks.cpu.proxy_runs import on_bytes
 
     return on_bytes(
         "baseline",
-        {"num_layers": 2, "num_heads": 8, "width": 128},
+        {"num_layers": num_layers, "num_heads": 8, "width": 128},
         total_batch_size=1024,
         num_steps=num_steps,
         cooldown_fraction=0.5,

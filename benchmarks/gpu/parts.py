@@ -140,8 +140,8 @@ def measure_loss(size: Size, kernel: LossKernel, fp8: bool) -> Figures:
 def measure_update(size: Size, rule: Rule, groups: set[str]) -> Figures:
     """Time the optimizer's update of these groups' parameters, including its addition to them."""
     shapes = parameter_shapes(size.hp.model, groups)
-    flat = {name: random(1, *x.shape, dtype=x.dtype)[0] for name, x in shapes.items()}
-    params, gradients = nested(flat), jax.tree.map(jnp.copy, list(flat.values()))
+    draw = jax.jit(lambda: [random(1, *x.shape, dtype=x.dtype)[0] for x in shapes.values()])
+    params, gradients = nested(dict(zip(shapes, draw(), strict=True))), draw()
     rules, first = make_rules(size.hp, rule), size.hp.schedule.rates(1)
     rates = {"rate": first.rate, "momentum": first.momentum}
 
@@ -151,7 +151,7 @@ def measure_update(size: Size, rule: Rule, groups: set[str]) -> Figures:
         updates, state = rules.update(named, state, params, **rates)
         return optax.apply_updates(params, updates), state
 
-    return {"ms": part_ms(size, work, gradients, (params, rules.init(params)))}
+    return {"ms": part_ms(size, work, gradients, (params, jax.jit(rules.init)(params)))}
 
 
 def measure_orthogonalization(size: Size) -> Figures:

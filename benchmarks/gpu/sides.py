@@ -37,7 +37,7 @@ class Size:
 FULL = Size(tokens_per_step=524_288, sequence_length=1024, warm_up=5, steps=20)
 TINY = Size(
     *(128, 2, 1, 2),
-    ours="--batch-size 64 --model.num-layers 2 --model.num-heads 2 --model.width 64 "
+    ours="--batch-size 64 --model.num-layers 1 --model.num-heads 2 --model.width 64 "
     "--model.mlp-width 256",
     pytorch="--layers 2 --heads 2 --width 64",
 )

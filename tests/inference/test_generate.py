@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from scipy.special import softmax
 
 import nanogpt.model.gpt
 from nanogpt.config import GPTConfig
@@ -38,44 +39,30 @@ MODELS = {
 }
 
 
-@cache
-def trained(name):
+def made_up(config):
     """Return a model's graph and parameters, none of them zero as some are before training."""
-    config = MODELS[name]
     random = np.random.default_rng(0)
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    params = jax.tree.map(lambda p: jnp.float32(random.normal(0, 0.3, p.shape)), shapes)
-    return graph_of(config), params
+    arrays = jax.tree.map(lambda p: np.float32(random.normal(0, 0.3, p.shape)), shapes)
+    return graph_of(config), jax.device_put(arrays)
 
 
-def written(
-    graph,
-    params,
-    prompts,
-    num_tokens=TOKENS,
-    context=CONTEXT,
-    sampling=GREEDY,
-    alternatives=3,
-    **how,
-):
+@cache
+def trained(name):
+    """Return those of a model with this name."""
+    return made_up(MODELS[name])
+
+
+def written(graph, params, prompts, num_tokens=TOKENS, **how):
     """Return all that is reported about the tokens, over all chunks."""
-    chunks = list(
-        generate(
-            graph,
-            params,
-            prompts,
-            num_tokens=num_tokens,
-            context=context,
-            sampling=sampling,
-            alternatives=alternatives,
-            **how,
-        )
-    )
+    how = {"context": CONTEXT, "sampling": GREEDY, "alternatives": 100} | how
+    chunks = list(generate(graph, params, prompts, num_tokens=num_tokens, **how))
     assert [len(chunk.tokens) for chunk in chunks[:-1]] == [CHUNK] * (len(chunks) - 1)
     return tuple(np.concatenate(parts) for parts in zip(*chunks, strict=True))
 
 
-def whole_pass(name, monkeypatch):
+@cache
+def whole_pass(name):
     """Return a function from a text to next-token probabilities, by the training forward pass.
 
     Windows are at most CONTEXT tokens; rotations are those of training.
@@ -89,14 +76,14 @@ def whole_pass(name, monkeypatch):
 
     @jax.jit
     def logits(tokens):
-        return nnx.merge(limited, params)(tokens[None])[0]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nanogpt.model.gpt, "rotation", lambda _: turns)
+            return nnx.merge(limited, params)(tokens[None])[0]
 
     def next_probabilities(text):
-        with monkeypatch.context() as patch:
-            patch.setattr(nanogpt.model.gpt, "rotation", lambda _: turns)
-            row = np.zeros(64, np.int32)  # later tokens do not change what a token sees
-            row[: len(text)] = text
-            last = np.asarray(logits(row)[len(text) - 1], "f8")[:100]
+        row = np.zeros(64, np.int32)  # later tokens do not change what a token sees
+        row[: len(text)] = text
+        last = np.asarray(logits(row), "f8")[len(text) - 1, :100]
         odds = np.exp(last - last.max())
         return odds / odds.sum()
 
@@ -105,11 +92,11 @@ def whole_pass(name, monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_each_token_is_predicted_as_by_a_whole_pass_for_prompts_of_any_length_and_past_the_context(
-    name, monkeypatch
+    name,
 ):
-    next_probabilities = whole_pass(name, monkeypatch)
+    next_probabilities = whole_pass(name)
     tokens, probabilities, likeliest, theirs = written(
-        *trained(name), PROMPTS, sampling=Sampling(2.0), alternatives=100
+        *trained(name), PROMPTS, sampling=Sampling(2.0)
     )
     assert tokens.shape == probabilities.shape == (TOKENS, len(PROMPTS))
     assert likeliest.shape == theirs.shape == (TOKENS, len(PROMPTS), 100)
@@ -127,8 +114,8 @@ def test_each_token_is_predicted_as_by_a_whole_pass_for_prompts_of_any_length_an
     assert len(set(tokens.ravel().tolist())) >= 30  # a few repeated tokens would prove little
 
 
-def test_a_greedy_text_is_that_of_whole_passes(monkeypatch):
-    next_probabilities = whole_pass("dense", monkeypatch)
+def test_a_greedy_text_is_that_of_whole_passes():
+    next_probabilities = whole_pass("dense")
     tokens, *_ = written(*trained("dense"), PROMPTS)
     for number, prompt in enumerate(PROMPTS):
         text = prompt[-CONTEXT:]
@@ -142,10 +129,8 @@ def test_a_greedy_text_is_that_of_whole_passes(monkeypatch):
     ("make", "windows", "paired"),
     [
         (with_every_trick, (), (0, 2)),
-        (with_every_trick, (5, 1, 6, 3), ()),
-        (with_every_trick, (5, 1, 6, 3), (0, 2)),
-        (with_every_trick, (2, 1, 1, 4), (0, 2, 3)),
-        (with_every_trick, (40, 1, 7, 0), (0, 3)),
+        (with_every_trick, (5, 1, 6, 3), (0, 3)),
+        (with_every_trick, (2, 1, 40, 4), (0, 2, 3)),
         (like_the_speedrun, (), (0, 3)),
         (like_the_speedrun, (5, 3, 1, 6), (0, 3)),
     ],
@@ -153,31 +138,28 @@ def test_a_greedy_text_is_that_of_whole_passes(monkeypatch):
 def test_tokens_one_by_one_see_of_their_document_what_they_see_in_whole_rows(make, windows, paired):
     how = {"windows": windows, "rotary_windows": (), "paired_heads": paired}
     config = replace(make(), document_separator=7, **how)  # keys are offset in two layers
-    random = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    params = jax.tree.map(lambda p: jnp.float32(random.normal(0, 0.3, p.shape)), shapes)
-    texts = jnp.array(
+    graph, params = made_up(config)
+    texts = np.array(
         [
             [3, 41, 7, 64, 5, 7, 7, 20, 9, 3, 3, 12, 7, 50, 2, 8],
             [7, 9, 30, 30, 11, 64, 7, 5, 70, 2, 7, 98, 5, 41, 2, 1],
             [9, 20, 30, 40, 50, 60, 70, 80, 90, 1, 2, 3, 4, 5, 6, 8],
         ]
     )
-    lengths = jnp.array([5, 7, 1])  # before a document, at its first token, and within one
+    lengths = np.array([5, 7, 1])  # before a document, at its first token, and within one
 
     @jax.jit
     def read(rows):
-        model = nnx.merge(graph_of(config), params)
-        past = Prompts(config, rows)
-        return model.features(rows, past), past.cache(lengths, 16)
+        model, past = nnx.merge(graph, params), Prompts(config, rows[:, :7])
+        features = model.features(rows[:, :7], past)
+        return model.features(rows), features, past.cache(jnp.array(lengths), 16)
 
     @jax.jit
     def go_on(cache, tokens):
         past = Next(config, cache, tokens, 16)
-        return nnx.merge(graph_of(config), params).features(tokens[:, None], past)[:, 0], past.cache
+        return nnx.merge(graph, params).features(tokens[:, None], past)[:, 0], past.cache
 
-    whole = jax.jit(nnx.merge(graph_of(config), params).features)(texts)
-    features, cache = read(texts[:, :7])
+    whole, features, cache = jax.tree.map(np.asarray, read(texts))
     np.testing.assert_allclose(features, whole[:, :7], atol=2e-4)
     every = np.arange(3)
     for step in range(9):
@@ -194,15 +176,13 @@ def test_logits_from_the_cache_are_those_of_a_whole_pass_at_positions_in_the_tho
         40, num_layers=2, num_heads=2, width=32, mlp_width=16, rope_base=64.0, paired_heads=(1,)
     )
     config = replace(config, windows=(64,), value_embeddings=0)
-    random = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    params = jax.tree.map(lambda p: jnp.float32(random.normal(0, 0.3, p.shape)), shapes)
-    params["head"] *= 5
-    graph, prompt = graph_of(config), random.integers(0, 40, 2100).tolist()
+    graph, params = made_up(config)
+    params["head"] = jnp.asarray(5 * np.asarray(params["head"]))
+    prompt = np.random.default_rng(1).integers(0, 40, 2100).tolist()
     tokens, probabilities, *_ = written(graph, params, [prompt], context=4096)
-    text = jnp.array([*prompt, *tokens[:, 0].tolist()])
-    logits = nnx.merge(graph, params)(text[None])[0, len(prompt) - 1 : -1, :40]
-    expected = np.asarray(jax.nn.softmax(logits, axis=1))
+    text = np.array([*prompt, *tokens[:, 0].tolist()])
+    logits = jax.jit(nnx.merge(graph, params))(text[None])[0]
+    expected = softmax(np.asarray(logits)[len(prompt) - 1 : -1, :40], axis=1)
     np.testing.assert_array_equal(tokens[:, 0], expected.argmax(axis=1))
     np.testing.assert_allclose(probabilities[:, 0], expected.max(axis=1), atol=1e-4)
     assert np.ptp(expected) > 0.5
@@ -221,7 +201,7 @@ def test_angles_are_exact_however_long_a_text_is(position):
 
 def test_in_bfloat16_the_probabilities_are_nearly_those_of_float32():
     exact, rough = (
-        written(*trained("every trick"), PROMPTS, num_tokens=1, dtype=dtype, alternatives=100)
+        written(*trained("every trick"), PROMPTS, num_tokens=1, dtype=dtype)
         for dtype in ("float32", "bfloat16")
     )
     # Both list all tokens; sort them by id.
@@ -231,12 +211,12 @@ def test_in_bfloat16_the_probabilities_are_nearly_those_of_float32():
 
 
 def test_the_ids_that_only_pad_the_vocabulary_never_appear():
-    graph, params = trained("every trick")
+    graph, params = trained("dense")
     # Of two opposite columns one always has a positive logit: far above all others here.
-    column = 1000 * jax.random.normal(jax.random.key(2), params["head"].shape[:1])
-    head = params["head"].at[:, 100:].set(column[:, None]).at[:, 110:].multiply(-1)
-    params = params | {"head": head}
-    assert nnx.merge(graph, params)(jnp.array([PROMPTS[0]]))[0, -1].argmax() >= 100
+    head, padding = np.array(params["head"]), np.where(np.arange(28) < 10, 1000, -1000)
+    head[:, 100:] = padding * np.random.default_rng(2).normal(size=(len(head), 1))
+    params = params | {"head": jnp.asarray(head)}
+    assert jax.jit(nnx.merge(graph, params))(np.array([PROMPTS[0]]))[0, -1].argmax() >= 100
     for how in ({}, {"top_k": 128}, {"top_p": 0.99}):
         for temperature in (0.0, 1.0, 100.0):
             sampling = Sampling(temperature, **how)
@@ -266,7 +246,7 @@ def test_a_seed_gives_one_text_and_another_seed_another():
 
 def test_samples_of_one_prompt_differ_and_none_depends_on_how_many_there_are_or_how_long():
     def texts(count, num_tokens):
-        prompts = [PROMPTS[0]] * count
+        prompts = [PROMPTS[2]] * count
         sampling = Sampling(temperature=1.0)
         return written(*trained("dense"), prompts, num_tokens, sampling=sampling)[0].T.tolist()
 
@@ -283,6 +263,18 @@ def test_greedy_text_does_not_depend_on_the_seed():
     assert texts[0] == texts[1]
 
 
+@cache
+def indifferent():
+    """Return a model to which all tokens are alike, and the logits after each of them."""
+    config = GPTConfig(5, num_layers=1, num_heads=1, width=12, mlp_width=8, value_embeddings=0)
+    graph, params = graph_of(config), jax.jit(partial(init_params, config))(jax.random.key(0))
+    embed, head = (np.array(params[name]) for name in ("embed", "head"))
+    head[:] = np.random.default_rng(3).normal(0, 0.2, head.shape)
+    params |= {"embed": jnp.asarray(0 * embed + embed[0]), "head": jnp.asarray(head)}
+    logits = jax.jit(nnx.merge(graph, params))(np.array([[0]]))
+    return graph, params, np.asarray(logits, "f8")[0, 0, :5]
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -294,13 +286,7 @@ def test_greedy_text_does_not_depend_on_the_seed():
     ],
 )
 def test_tokens_are_drawn_as_often_as_the_softmax_of_their_logits_says(sampling):
-    config = GPTConfig(5, num_layers=1, num_heads=1, width=12, mlp_width=8, value_embeddings=0)
-    graph, params = graph_of(config), jax.jit(partial(init_params, config))(jax.random.key(0))
-    # All tokens are alike to this model, so every sample is from the same distribution.
-    params["embed"] = jnp.broadcast_to(params["embed"][0], params["embed"].shape)
-    params["head"] = 0.5 * jax.random.normal(jax.random.key(3), params["head"].shape)
-
-    logits = np.asarray(nnx.merge(graph, params)(jnp.array([[0]])), "f8")[0, 0, :5]
+    graph, params, logits = indifferent()
     odds = np.exp(logits / sampling.temperature)
     order = np.argsort(-odds)
     odds[order[sampling.top_k or 5 :]] = 0
@@ -327,7 +313,7 @@ def test_tokens_are_drawn_as_often_as_the_softmax_of_their_logits_says(sampling)
 def test_programs_are_shared_by_prompts_and_texts_of_nearly_the_same_length():
     from nanogpt.inference.generate import _read, _write
 
-    graph, params = trained("dense")
+    graph, params, _ = indifferent()
     written(graph, params, [[1] * 9], num_tokens=5, context=64)
     before = _read._cache_size(), _write._cache_size()
     for length, num_tokens in ((10, 6), (16, 16), (12, 20)):

@@ -111,9 +111,31 @@ def program(hub, cache, tmp_path):
     return program
 
 
+@pytest.fixture
+def here(hub, tmp_path, monkeypatch, capsys):
+    """Runs a program in this process, where the hub's library is imported once."""
+    from huggingface_hub import constants, utils
+
+    def here(main, *arguments, url=hub.url):
+        template = url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", url)
+        return main([*map(str, arguments)]), *capsys.readouterr()
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.chdir(tmp_path)
+    utils.disable_progress_bars()
+    yield here
+    utils.enable_progress_bars()
+    utils.close_session()
+
+
 def one_sentence(done, *told):
-    status, _, stderr = done
-    assert status == 2
+    status, stdout, stderr = done
+    assert status == 2 and TOKEN not in stdout + stderr
     assert re.fullmatch(r"[^\n]+\.\n", stderr), stderr
     for words in told:
         assert words in stderr
@@ -157,28 +179,29 @@ def test_a_pushed_model_is_sampled_evaluated_and_fine_tuned_by_its_name(
 
 
 def test_what_the_hub_refuses_is_told_in_one_sentence_before_anything_is_written(
-    base, hub, program, tmp_path
+    base, hub, here, tmp_path, monkeypatch
 ):
-    taken = program(export.main, base.folder, "--out", base.folder, "--push-to-hub", NAME)
+    taken = here(export.main, base.folder, "--out", base.folder, "--push-to-hub", NAME)
     one_sentence(taken, "already exists")
     assert not hub.requests
     told = "HTTP 401", NAME, "hf auth login"
     hub.status = 401
-    one_sentence(program(export.main, base.folder, "--out", "gpt", "--push-to-hub", NAME), *told)
+    one_sentence(here(export.main, base.folder, "--out", "gpt", "--push-to-hub", NAME), *told)
     assert not (tmp_path / "gpt").exists()
-    one_sentence(program(sample.main, f"hf://{NAME}"), *told)
+    one_sentence(here(sample.main, f"hf://{NAME}"), *told)
     hub.status = 200
-    one_sentence(program(sample.main, f"hf://{NAME}"), "HTTP 404", "check the name")
+    one_sentence(here(sample.main, f"hf://{NAME}"), "HTTP 404", "check the name")
     for wrong in ("hf://a/b/c", "hf://a", "hf:/a/b", "HF://a/b", "hf://a b/c"):
-        one_sentence(program(sample.main, wrong), "is hf://user/name", repr(wrong))
+        one_sentence(here(sample.main, wrong), "is hf://user/name", repr(wrong))
     for wrong in ("b", "", "a/b/c"):
-        pushed = program(export.main, base.folder, "--out", "gpt", "--push-to-hub", wrong)
+        pushed = here(export.main, base.folder, "--out", "gpt", "--push-to-hub", wrong)
         one_sentence(pushed, "--push-to-hub takes user/name", repr(wrong))
-    unreadable = {"HF_TOKEN": "", "HF_TOKEN_PATH": str(tmp_path)}  # a folder
-    args = base.folder, "--out", "gpt", "--push-to-hub", NAME
-    one_sentence(program(export.main, *args, **unreadable), "Is a directory", str(tmp_path))
-    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9"}  # the discard port
-    one_sentence(program(sample.main, f"hf://{NAME}", **nobody), NAME, "network")
+    nobody = "http://127.0.0.1:9"  # the discard port
+    one_sentence(here(sample.main, f"hf://{NAME}", url=nobody), NAME, "network")
     hub.files = {"config.json": b'{"model_type": "gpt2"}', "model.safetensors": b"large"}
-    one_sentence(program(sample.main, f"hf://{NAME}"), f"hf://{NAME} is a model of type gpt2")
+    one_sentence(here(sample.main, f"hf://{NAME}"), f"hf://{NAME} is a model of type gpt2")
     assert not any("model.safetensors" in each for each in hub.requests)
+    monkeypatch.setenv("HF_TOKEN", "")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path))  # a folder
+    args = base.folder, "--out", "gpt", "--push-to-hub", NAME
+    one_sentence(here(export.main, *args), "Is a directory", str(tmp_path))

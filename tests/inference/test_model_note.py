@@ -34,15 +34,18 @@ CONFIGS = {
         EVERY_TRICK, value_embeddings=2, value_layers=(4, 1), windows=()
     ),
     "value tables of their own without gates": test_model.LATE,
-    "narrow bigrams": replace(EVERY_TRICK, bigram_width=7),
-    "exclusive": replace(EVERY_TRICK, exclusive=(1, -1)),
-    "an attention source": replace(EVERY_TRICK, attention_source=1, backout=None),
+    "exclusive, and documents do not end": replace(
+        EVERY_TRICK, exclusive=(1, -1), document_separator=None
+    ),
+    "an attention source and narrow bigrams": replace(
+        EVERY_TRICK, attention_source=1, backout=None, bigram_width=7
+    ),
     "an attention source without bigrams": replace(
         EVERY_TRICK, attention_source=0, bigram_buckets=0, skips=None
     ),
     "dynamic with the first values": replace(SPEEDRUN, value_embeddings=0, value_layers=()),
-    "dynamic with shared tables without gates": replace(
-        SPEEDRUN, value_embeddings=3, value_layers=(), value_gate=False
+    "dynamic U-net with shared tables without gates": replace(
+        SPEEDRUN, value_embeddings=3, value_layers=(), value_gate=False, skips=None
     ),
     "dynamic with the only table": replace(SPEEDRUN, value_embeddings=1, value_layers=(5,)),
     "dynamic without a table, bigrams, skips or backout": replace(
@@ -50,16 +53,12 @@ CONFIGS = {
         **{"value_embeddings": 2, "value_layers": (0, 1), "skips": (), "backout": None},
         **{"bigram_buckets": 0, "bigram_width": None},
     ),
-    "dynamic U-net": replace(SPEEDRUN, skips=None),
     "dynamic in the only attention": replace(
         test_model.BARE, num_layers=2, mlp_only=(0,), attention_source=0, dynamic=True, skips=()
     ),
-    "documents do not end": replace(EVERY_TRICK, document_separator=None),
-    "a U-net": replace(EVERY_TRICK, skips=None),
-    "no skips": replace(EVERY_TRICK, skips=()),
-    "value tables without gates": replace(EVERY_TRICK, value_gate=False),
+    "a U-net and value tables without gates": replace(EVERY_TRICK, skips=None, value_gate=False),
     "a table for most layers": replace(EVERY_TRICK, value_embeddings=4, mlp_only=(1,)),
-    "one table": replace(EVERY_TRICK, value_embeddings=1),
+    "one table and no skips": replace(EVERY_TRICK, value_embeddings=1, skips=()),
     "no layer with a table": replace(EVERY_TRICK, value_embeddings=1, mlp_only=(-1,)),
     "value residual": test_model.VALUE_RESIDUAL,
     "overlapping": test_model.OVERLAPPING,

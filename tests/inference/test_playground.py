@@ -395,7 +395,7 @@ def test_a_client_that_leaves_within_its_body_is_forgotten(capsys):
     ],
 )
 def test_a_hundred_requests_that_never_end_lock_nobody_out_for_long(half, monkeypatch, caplog):
-    monkeypatch.setattr(playground, "_PATIENCE", 1.0)
+    monkeypatch.setattr(playground, "_PATIENCE", 0.5)
     with serving(Model()) as port, ExitStack() as stack:
         for _ in range(100):
             connection = socket.create_connection(("127.0.0.1", port), timeout=20)
@@ -407,9 +407,9 @@ def test_a_hundred_requests_that_never_end_lock_nobody_out_for_long(half, monkey
 
 
 def test_a_request_that_came_with_the_one_before_may_take_longer(monkeypatch):
-    monkeypatch.setattr(playground, "_PATIENCE", 0.5)
+    monkeypatch.setattr(playground, "_PATIENCE", 0.25)
     body = json.dumps(ORDER | {"num_tokens": 20}).encode()
-    with serving(Model(pause=0.1)) as port:
+    with serving(Model(pause=0.05)) as port:
         first = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
         reply = raw(port, first + post(f"Content-Length: {len(body)}") + body)
     assert b'{"done": ' in reply  # the page does not show it

@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import nanogpt.inference.text
+from nanogpt.config import GPTConfig
 from nanogpt.data.tokenizer import ByteTokenizer, TokenizerError, load_tokenizer
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.inference.generate import Written
@@ -128,7 +129,7 @@ def test_gpt2s_tokens_are_shown_as_the_text_that_they_spell(shown):
 
 
 def test_a_model_writes_through_it():
-    config = with_every_trick()
+    config = GPTConfig(100, num_layers=1, num_heads=1, width=12, mlp_width=8, value_embeddings=0)
     graph, params = graph_of(config), jax.jit(lambda: init_params(config, jax.random.key(0)))()
     tokens = list(
         write(
@@ -154,7 +155,8 @@ def test_the_sample_of_a_run_has_the_windows_with_which_its_model_is_used(monkey
     used = replace(trained, windows=(16, 64))
     hp = replace(PRESETS["laptop"], model=trained, sample_prompt="ab")
     plan = SimpleNamespace(hp=hp, stages=[SimpleNamespace(model=trained, used_model=used)])
-    params = init_params(trained, jax.random.key(0))
+    shapes = jax.eval_shape(lambda: init_params(trained, jax.random.key(0)))
+    params = jax.tree.map(lambda p: np.zeros(p.shape, p.dtype), shapes)
 
     def generate(graph, params, *_, **__):
         assert nnx.merge(graph, params).config == used

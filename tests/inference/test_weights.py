@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import asdict, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -40,13 +40,6 @@ TUNED = [
 def first(base):
     """The run whose weights the others start from."""
     return base.folder
-
-
-@pytest.fixture(scope="module")
-def exported(first, tmp_path_factory):
-    out = tmp_path_factory.mktemp("exported") / "gpt"
-    export.export(first, out)
-    return out
 
 
 def write_data(folder):
@@ -263,6 +256,7 @@ def test_a_resumed_run_does_not_change_what_it_began_with(tuned, place, capsys):
     assert_one_sentence(capsys.readouterr(), "resume", "init_from", "only one")
 
 
+@cache
 def shapes(config):
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 

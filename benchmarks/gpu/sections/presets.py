@@ -23,7 +23,7 @@ TINY_BASELINE = replace(
     model=replace(
         PRESETS["baseline"].model,
         vocab_size=256,
-        num_layers=2,
+        num_layers=1,
         num_heads=2,
         width=64,
         mlp_width=256,

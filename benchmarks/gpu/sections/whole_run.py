@@ -23,7 +23,7 @@ from train_gpt import Hyperparameters
 STEPS = 60
 TINY_RUN = (
     "--preset laptop --dtype float32 --tokenizer bytes --sample-tokens 0 --batch-size 2 "
-    "--sequence-length 32 --total-batch-size 64 --model.num-layers 2 --model.width 32 "
+    "--sequence-length 32 --total-batch-size 64 --model.num-layers 1 --model.width 32 "
     "--model.mlp-width 64 --model.bigram-buckets 128 --model.value-embeddings 1"
 )
 STALL = 1.5  # a step that takes this many times its stage's median waited for the host

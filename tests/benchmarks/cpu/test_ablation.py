@@ -1,8 +1,6 @@
 """The ablation: what each of its runs leaves out, and one small enough for a test."""
 
-import subprocess
-import sys
-
+import jax
 import numpy as np
 import pytest
 
@@ -10,7 +8,10 @@ from benchmarks.cpu import python_sources as sources
 from benchmarks.cpu.pieces import BUILT_IN, CPU, GPU, PIECES
 from benchmarks.cpu.proxy_runs import last_record, on_bytes
 from nanogpt.data.shards import read_shard
-from nanogpt.schedule import Stage
+from nanogpt.optim import muon
+from nanogpt.schedule import Schedule, Stage
+from nanogpt.training.step import init_params
+from tests.programs import run_to_end
 
 
 @pytest.mark.parametrize("proxy", [CPU, GPU], ids=["cpu", "gpu"])
@@ -34,34 +35,26 @@ def test_a_run_ends_with_the_loss_of_its_validation():
     assert last_record(hp, None, None)["val_loss"] == pytest.approx(np.log(256), abs=1e-4)
 
 
-PARAMETERS = "jax.eval_shape(lambda: init_params(CPU.model, jax.random.key(0)))"
+VALUES = {
+    "YaRN": lambda: Schedule.model(CPU.schedule, CPU.model, 2).rotary_windows,
+    "Polar Express": lambda: len(set(muon.POLAR_EXPRESS)),
+    "share of what attentions add": lambda: (
+        "out_share"
+        in jax.eval_shape(lambda: init_params(CPU.model, jax.random.key(0)))["attention"]
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("piece", "value", "answers"),
-    [
-        (
-            "YaRN",
-            "Schedule.model(CPU.schedule, CPU.model, 2).rotary_windows",
-            ["(48, 80, 104)", "()"],
-        ),
-        ("Polar Express", "len(set(nanogpt.optim.muon.POLAR_EXPRESS))", ["5", "1"]),
-        (
-            "share of what attentions add",
-            f"'out_share' in {PARAMETERS}['attention']",
-            ["True", "False"],
-        ),
-    ],
-)
-def test_what_is_no_setting_is_taken_out_of_its_process(piece, value, answers):
-    program = (
-        "import jax\nimport nanogpt.optim.muon\nfrom benchmarks.cpu.pieces import *\n"
-        "from nanogpt.training.step import init_params\n"
-        f"print({value})\nBUILT_IN[{piece!r}]()\nprint({value})"
-    )
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert answer.stdout.splitlines() == answers
-    assert piece in BUILT_IN
+def take_out(_):
+    """Print a value that each piece changes, with and without it."""
+    for piece, value in VALUES.items():
+        print(value(), BUILT_IN[piece]() or value())
+
+
+def test_what_is_no_setting_is_taken_out_of_its_process(tmp_path, cache):
+    done = run_to_end([], tmp_path, cache, main=take_out)
+    assert done.stdout.splitlines() == ["(48, 80, 104) ()", "5 1", "True False"]
+    assert VALUES.keys() == BUILT_IN.keys()
 
 
 @pytest.mark.parametrize("hp", [CPU, GPU], ids=["cpu", "gpu"])

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import asdict
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -104,7 +105,11 @@ def program(path, line):
 # End to end
 
 
-def test_a_tiny_run_measures_both_sides_and_saves_their_ratio(folder, checkout, forked):
+def test_a_tiny_run_measures_both_sides_and_saves_their_ratio(
+    folder, checkout, forked, monkeypatch
+):
+    run_ours = cache(sides.run_ours)  # the same for the time after
+    monkeypatch.setattr(against_pytorch, "run_ours", lambda size: {**run_ours(size)})
     arguments = ["--tiny", "--checkout", "nanoGPT", "--checkout-command", "python train.py 0"]
     pytorch = ["--torch-python", TORCH_PYTHON] if TORCH_PYTHON else ["--no-pytorch"]
     assert main([*arguments, *pytorch]) == 0

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -135,11 +136,16 @@ def test_a_section_that_crashes_keeps_its_rows_and_says_how_it_ended(forked, tmp
     assert why.startswith("It ended with status -6.") and "no such kernel" in why
 
 
-def test_a_section_whose_time_is_over_ends_with_all_that_it_started(forked, tmp_path):
-    rows = {}
-    context, work = Context(True, 10.0, {}), that_starts_another_and_hangs
-    why = in_a_process("steps", context, rows.__setitem__, tmp_path, work)
-    assert why.startswith("Its time ran out after 10 s.")
+def test_a_section_whose_time_is_over_ends_with_all_that_it_started(forked, tmp_path, monkeypatch):
+    rows, now = {}, [0.0]
+
+    def record(row, figures):
+        rows[row], now[0] = figures, 100.0
+
+    monkeypatch.setattr(first_light, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    context, work = Context(True, 90.0, {}), that_starts_another_and_hangs
+    why = in_a_process("steps", context, record, tmp_path, work)
+    assert why.startswith("Its time ran out after 90 s.")
     wait_until(lambda: not is_running(rows["child"]["pid"]))
 
 

@@ -5,14 +5,14 @@ import math
 import re
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 
-import jax
 import jax.numpy as jnp
 import pytest
 
 from benchmarks import results
-from benchmarks.gpu import measurement, parts, rows, step
+from benchmarks.gpu import loop, measurement, parts, rows, step
 from benchmarks.gpu.floors import attention_row, floors, loss_row, orthogonalization_flops
 from benchmarks.gpu.loop import check_agreement, looped
 from benchmarks.gpu.parts import part_jobs
@@ -26,34 +26,64 @@ from nanogpt.devices.hardware import PEAK_BANDWIDTH, PEAK_FLOPS
 SIZE = replace(TINY, hp=stage_alone(TINY.hp, 2))
 BASE = Variant("xla", 2)
 PARTS = ["products of the layers", "products with the head", "attention", "loss", "optimizer"]
-# The variants that are compiled here; each takes seconds.
-COMPILED = "base", "1 rows", "FP8 head", "pallas attention", "without document mask, cudnn"
-STEPS = {*COMPILED, "fastest of each", "base again", "base, traced"}
-
-
-def some_variants(base):
-    found = variants_of(base)
-    return {row: found[row] for row in COMPILED}
+# The rows that are compiled here, of each kind a few; each takes seconds, or tenths of one.
+COMPILED = {
+    "steps": ("base", "1 rows", "without document mask, cudnn"),
+    "products": ("out, forward", "head, d-input", "head, d-weight"),
+    "loss": ("xla", "xla, FP8", "pallas"),
+    "attention": (
+        *("xla, window 48, paired", "pallas, window 48, paired"),
+        "cudnn, window 16, all documents",
+    ),
+    "optimizer": ("Muon and Adam", "orthogonalization in it"),
+}
+MEASURED = COMPILED | {
+    "steps": (*COMPILED["steps"], "fastest of each", "base again", "base, traced")
+}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A tiny run: the figures it saved, its output, and the folder of the trace."""
-    folder, printed = tmp_path_factory.mktemp("step"), StringIO()
-    quickly = "jax_disable_most_optimizations"  # to compile in half the time
-    before = jax.config.values[quickly]
+    """A tiny run: the figures it saved, its output, its folder, and the texts of its loops."""
+    folder, printed, texts, texts_of = tmp_path_factory.mktemp("step"), StringIO(), [], {}
+
+    def some_variants(base):
+        return {row: variants_of(base)[row] for row in COMPILED["steps"]}
+
+    def some_jobs(size, kernel):
+        return [
+            (section, row, partial(measure_and_read, (section, row), measure))
+            for section, row, measure in part_jobs(size, kernel)
+            if row in COMPILED[section]
+        ]
+
+    def measure_and_read(name, measure):
+        found = measure()
+        texts_of[name] = texts.pop()
+        return found
+
+    def looped_and_read(work, rounds):
+        advance = looped(work, rounds)
+
+        def first(carry):
+            compiled = advance.lower(carry).compile()
+            texts.append(compiled.as_text())
+            calls.append(compiled)
+            return compiled(carry)
+
+        calls = []
+        return lambda carry: calls[0](carry) if calls else first(carry)
+
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.setattr(results, "FOLDER", folder)
         patch.setattr(measurement, "variants_of", some_variants)
+        patch.setattr(measurement, "part_jobs", some_jobs)
+        patch.setattr(loop, "looped", looped_and_read)
         patch.setattr(compilation, "use_compilation_cache", lambda: None)
         patch.setattr(rows.gc, "collect", lambda: None)  # takes as long as the rest of a tiny row
-        jax.config.update(quickly, True)
-        try:
-            assert main(["--tiny", "--trace", str(folder / "trace")]) == 0
-        finally:
-            jax.config.update(quickly, before)
+        assert main(["--tiny", "--trace", str(folder / "trace")]) == 0
     figures = json.loads((folder / "gpu_step_stage_3_tiny.json").read_text())
-    return figures, printed.getvalue(), folder / "trace"
+    return figures, printed.getvalue(), folder, texts_of
 
 
 @pytest.fixture
@@ -107,9 +137,9 @@ def test_a_variant_changes_one_thing_of_the_base():
     assert {len(names) for names in changed.values()} == {1}
 
 
-def test_every_variant_and_every_part_has_a_row(run):
-    figures, _, _ = run
-    assert set(figures["steps"]) == STEPS
+def test_every_variant_and_every_part_has_a_row(pretend):
+    figures = pretend(lambda section, row: 1.0)[-1]
+    assert set(figures["steps"]) == {*variants_of(BASE), "fastest of each", "base again"}
     ways = ("forward", "d-input", "d-weight")
     products = {f"{name}, {way}" for name in ("qkv", "out", "up", "down", "head") for way in ways}
     assert set(figures["products"]) == products
@@ -123,8 +153,9 @@ def test_every_variant_and_every_part_has_a_row(run):
 
 
 def test_what_a_cpu_cannot_do_says_so_in_a_sentence_and_all_else_has_a_time(run):
-    figures, _, _ = run
-    for section in ("steps", "products", "attention", "loss", "optimizer"):
+    figures, *_ = run
+    for section, names in MEASURED.items():
+        assert set(figures[section]) == set(names)
         for row, found in figures[section].items():
             if "cudnn" in row:
                 assert re.fullmatch(r"It failed with \w+: .*cuDNN.*", found["failed"])
@@ -133,16 +164,18 @@ def test_what_a_cpu_cannot_do_says_so_in_a_sentence_and_all_else_has_a_time(run)
 
 
 def test_tokens_per_second_and_milliseconds_agree(run):
-    figures, _, _ = run
+    figures, *_ = run
+    assert figures["device"] == "cpu"
+    assert figures["steps"]["base"]["mfu"] is None  # without a data sheet
     rows = [found for found in figures["steps"].values() if "tokens_per_s" in found]
-    assert len(rows) == len(STEPS) - 2  # without cuDNN and the trace
+    assert len(rows) == len(MEASURED["steps"]) - 2  # without cuDNN and the trace
     for found in rows:
         assert found["tokens_per_s"] * found["ms"] / 1e3 == pytest.approx(768)
         assert found["ratio"] == pytest.approx(found["ms"] / figures["steps"]["base"]["ms"])
 
 
 def test_every_variant_computes_what_the_base_does(run):
-    figures, _, _ = run
+    figures, *_ = run
     steps = {row: found for row, found in figures["steps"].items() if "last_loss" in found}
     first = math.log(256)
     for row in steps:
@@ -152,24 +185,8 @@ def test_every_variant_computes_what_the_base_does(run):
     assert steps["1 rows"]["variant"] == {**steps["base"]["variant"], "batch_size": 1}
 
 
-def test_the_parts_and_the_rest_make_up_the_whole_step(run):
-    figures, _, _ = run
-    parts = figures["parts"]
-    whole = figures["steps"]["base"]["ms"]
-    assert parts["whole step"]["ms"] == whole
-    assert sum(parts[name]["ms"] for name in [*PARTS, "rest"]) == pytest.approx(whole)
-    assert sum(parts[name]["of_step"] for name in [*PARTS, "rest"]) == pytest.approx(1)
-
-
-def test_a_device_without_a_data_sheet_has_unknown_floors_and_no_utilization(run):
-    figures, _, _ = run
-    assert figures["device"] == "cpu"
-    assert [figures["parts"][name]["floor_ms"] for name in PARTS] == [None] * len(PARTS)
-    assert figures["steps"]["base"]["mfu"] is None
-
-
 def test_the_tables_show_every_row(run):
-    figures, printed, _ = run
+    figures, printed, *_ = run
     tables = re.split(r"^(\w+) +ms\b.*\n", printed, flags=re.MULTILINE)
     for section, table in zip(tables[1::2], tables[2::2], strict=True):
         for row, found in figures[section].items():
@@ -180,8 +197,7 @@ def test_the_tables_show_every_row(run):
 
 
 def test_the_trace_is_written(run):
-    _, _, trace = run
-    assert list(trace.rglob("*.xplane.pb"))
+    assert list((run[2] / "trace").rglob("*.xplane.pb"))
 
 
 # The loop: nothing is eliminated or hoisted out of it.
@@ -202,26 +218,6 @@ def dots(text: str) -> tuple[int, int]:
     return sum(counts[name] for name in inside), sum(counts.values())
 
 
-@pytest.fixture
-def looped_program(monkeypatch):
-    """`looped_program(section, row)` returns the text of a row's compiled loop."""
-    jobs = {job[:2]: job[2] for job in part_jobs(SIZE, "xla")}
-    texts = []
-
-    def compile_only(size, work, arguments, result=None):
-        result = jax.eval_shape(work, None, *arguments) if result is None else result
-        texts.append(looped(work, 20).lower((result, arguments)).compile().as_text())
-        return 1.0
-
-    monkeypatch.setattr(parts, "part_ms", compile_only)
-
-    def text(section, row):
-        jobs[section, row]()
-        return texts.pop()
-
-    return text
-
-
 @pytest.mark.parametrize(
     ("section", "row", "products"),
     [
@@ -233,8 +229,8 @@ def looped_program(monkeypatch):
         ("optimizer", "orthogonalization in it", 9),  # an iteration of each of three shapes
     ],
 )
-def test_every_round_makes_all_products(looped_program, section, row, products):
-    inside, in_all = dots(looped_program(section, row))
+def test_every_round_makes_all_products(run, section, row, products):
+    inside, in_all = dots(run[3][section, row])
     assert inside == in_all >= products
 
 
@@ -333,6 +329,10 @@ def test_parts_are_scaled_to_the_step(pretend):
     }
     assert {name: parts[name]["ms"] for name in PARTS} == expected
     assert parts["rest"]["ms"] == 100.0 - sum(expected.values())
+    assert parts["whole step"]["ms"] == 100.0
+    assert sum(parts[name]["of_step"] for name in [*PARTS, "rest"]) == pytest.approx(1)
+    # A CPU has no data sheet.
+    assert [parts[name]["floor_ms"] for name in PARTS] == [None] * len(PARTS)
 
 
 def test_another_stage_has_its_shape_and_its_targets_and_a_variant_with_one(pretend):
