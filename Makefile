@@ -26,8 +26,7 @@ ANNOTATED = tests/model/kernels/test_flash_attention.py::test_it_computes_what_t
 DEPENDENT = tests/model tests/devices tests/training tests/inference tests/test_train_gpt.py
 # Of these, what is slow and not about JAX, or numeric.
 APART = $(NUMERIC) tests/devices/test_launchers.py tests/inference/test_playground.py \
-	tests/training/test_interruption.py tests/training/test_resume.py \
-	tests/training/test_sharded_runs.py
+	tests/training/test_interruption.py tests/training/test_resume.py
 
 .PHONY: train test lint shapes others help
 

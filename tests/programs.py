@@ -135,6 +135,14 @@ class Process:
     def send(self, number):
         os.kill(self.pid, number)
 
+    def wait_for_word(self):
+        """Wait until it has written to its standard error."""
+        assert select.select([self._errors], [], [], PATIENCE)[0]
+
+    def allow(self, limit=NO_LIMIT):
+        """Limit all its files to `limit` bytes from now on, as on a full disk."""
+        resource.prlimit(self.pid, resource.RLIMIT_FSIZE, (limit, NO_LIMIT))
+
     def poll(self):
         return self._process.exitcode
 

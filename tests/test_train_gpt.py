@@ -37,6 +37,7 @@ from tests.run_folders import TIMES, mean_loss
 from tests.small_runs import (
     SMALL,
     STAGE_ENDS,
+    STAGED_STAGES,
     STAGED_STEPS,
     STAGED_VAL_TOKENS,
     TOKENS_PER_STEP,
@@ -214,15 +215,15 @@ def test_a_run_ends_with_its_sample(base):
 def test_the_speedrun_takes_its_tokens_and_rates_from_one_stage_after_the_other(staged):
     hp = PRESETS["speedrun"]
     assert staged.console[0].startswith("speedrun preset | ")
-    assert staged.console[0].endswith(" | Ng = 128, 256, 384 / (2 * 64 * 1) = 1, 2, 3")
+    assert staged.console[0].endswith(" | Ng = 128, 384 / (2 * 64 * 1) = 1, 3")
     counts = np.diff([0, *STAGE_ENDS])
-    tokens = np.repeat([384 * stage.batch for stage in hp.stages], counts)
+    tokens = np.repeat([384 * stage.batch for stage in STAGED_STAGES], counts)
     np.testing.assert_allclose(staged.column("tokens"), np.cumsum(tokens))
-    np.testing.assert_allclose(np.diff(staged.column("tokens"))[[0, 10, 20]], [128, 256, 384])
+    np.testing.assert_allclose(np.diff(staged.column("tokens"))[[0, 10]], [128, 384])
     # Rates are constant, then decay linearly to 0.15.
     updates, end = np.arange(STAGED_STEPS), STAGED_STEPS * (1 - hp.hold_fraction)
     begin = end * (1 - hp.cooldown_fraction)
-    first, last = np.repeat([stage.rate for stage in hp.stages], counts), 0.15
+    first, last = np.repeat([stage.rate for stage in STAGED_STAGES], counts), 0.15
     expected = last + (first - last) * np.interp(updates, [begin, end], [1, 0])
     np.testing.assert_allclose(staged.column("learning_rate_factor"), expected)
 
@@ -236,7 +237,7 @@ def test_the_speedrun_learns_and_validates_in_every_stage(staged):
     assert all(one > other for one, other in pairwise(validated.values()))
 
 
-@pytest.mark.parametrize(("step", "stage"), [(6, 0), (28, 3)])
+@pytest.mark.parametrize(("step", "stage"), [(6, 0), (28, 2)])
 def test_weights_of_a_stage_are_loaded_with_its_windows_and_rotations(
     staged, tmp_path, tmp_path_factory, step, stage
 ):
@@ -246,7 +247,7 @@ def test_weights_of_a_stage_are_loaded_with_its_windows_and_rotations(
         if int(checkpoint.name) > step:
             shutil.rmtree(checkpoint)
     _, graph, params, _ = load_run(run, make_mesh(1))
-    stages = PRESETS["speedrun"].stages
+    stages = STAGED_STAGES
     config = nnx.merge(graph, params).config
     assert config.windows == (stages[stage].validation_windows or stages[stage].windows)
     assert config.rotary_windows == tuple(max(each.windows) for each in stages[: stage + 1])
@@ -319,16 +320,24 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(base, cache, tmp_path, monk
 # Runs that must agree
 
 
-def test_accumulation_and_devices_do_not_change_the_losses(base, tmp_path_factory):
-    run = trained(tmp_path_factory, "on_four", "--batch-size", "1", devices=4)
-    assert re.search(r"\| 4 x .* = 2$", run.console[0])
+def test_devices_and_accumulation_do_not_change_the_losses_however_long_they_validate(
+    base, tmp_path_factory
+):
+    """On as many batches as the laptop preset has, CPU devices could wait for each other in
+    different programs."""
+    laptop = PRESETS["laptop"]
+    batches = laptop.val_tokens // (laptop.sequence_length * laptop.batch_size * 2)
+    tokens = f"{batches * 2 * 2 * T}"  # of two rows on each of two devices
+    arguments = ["--batch-size", "2", "--val-loss-every", "0", "--val-tokens", tokens]
+    run = trained(tmp_path_factory, "on_two", *arguments, devices=2)
+    assert re.search(r"\| 2 x .* = 2$", run.console[0])
     np.testing.assert_allclose(run.column("train_loss"), base.column("train_loss"), rtol=1e-5)
-    validations = [[r["val_loss"] for r in x.metrics if "val_loss" in r] for x in (run, base)]
-    np.testing.assert_allclose(*validations, rtol=1e-5)
+    # On far more tokens, which the run has not seen either.
+    assert run.metrics[-1]["val_loss"] == pytest.approx(base.metrics[-1]["val_loss"], abs=0.5)
 
 
-def with_memory_for_the_fifth_attempt(arguments):
-    """The main job, whose first four programs for the training step fail when they run."""
+def with_memory_for_the_third_attempt(arguments):
+    """The main job, whose first two programs for the training step fail when they run."""
     make, attempts = nanogpt.training.programs.make_train_step, []
 
     def make_train_step(*arguments):
@@ -343,7 +352,7 @@ def with_memory_for_the_fifth_attempt(arguments):
                 compiled = self.lowered.compile()
 
                 def run(state, batch, rates):
-                    if number < 4:
+                    if number < 2:
                         jax.tree.map(lambda x: x.delete(), state)  # it was donated
                         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
                     return compiled(state, batch, rates)
@@ -360,12 +369,12 @@ def with_memory_for_the_fifth_attempt(arguments):
 def test_what_memory_cannot_hold_is_halved_then_rematerialized_and_the_losses_stay(
     base, tmp_path_factory
 ):
-    run = trained(tmp_path_factory, "halved", main=with_memory_for_the_fifth_attempt)
-    assert run.console[0].endswith("Ng = 256 / (8 * 32 * 1) = 1")
-    told = [line for line in run.console if line.startswith("out of memory")]
-    for line, (rows, Ng) in zip(told, {8: 2, 4: 4, 2: 8}.items(), strict=False):
-        assert line.endswith(f"with micro-batches of {rows} rows: now {rows // 2}, Ng = {Ng}")
-    assert len(told) == 4 and "one row: layers are now recomputed" in told[3]
+    arguments, main = ["--batch-size", "2"], with_memory_for_the_third_attempt
+    run = trained(tmp_path_factory, "halved", *arguments, main=main)
+    assert run.console[0].endswith("Ng = 256 / (2 * 32 * 1) = 4")
+    halved, recomputed = (line for line in run.console if line.startswith("out of memory"))
+    assert halved.endswith("with micro-batches of 2 rows: now 1, Ng = 8")
+    assert "one row: layers are now recomputed" in recomputed
     np.testing.assert_allclose(run.column("train_loss"), base.column("train_loss"), rtol=1e-5)
 
 
@@ -428,7 +437,7 @@ def test_fineweb_shards_are_read_in_order_each_token_once(tmp_path, tmp_path_fac
         "shards",
         *("--preset", "baseline", "--dtype", "bfloat16", "--batch-size", "1"),
         *("--total-batch-size", f"{count}", "--val-tokens", f"{count}", "--num-steps", "4"),
-        *("--val-loss-every", "0", "--model.windows", "8", "0"),
+        *("--val-loss-every", "0", "--model.num-layers", "1"),
         *("--model.value-embeddings", "0", "--model.bigram-buckets", "0"),
         *("--train-files", str(tmp_path / "fineweb_train_*.bin")),
         *("--val-files", str(tmp_path / "fineweb_val_*.bin")),
@@ -544,6 +553,17 @@ def folder(tmp_path, monkeypatch):
             ["train.bin", "2049", "sequence_length"],
         ),
         ([*ONE_ROW_EACH, "--run-name", "a/b"], ["run_name", "'a/b'"]),
+        (["--mesh", "8"], ["mesh must give devices per axis, such as data=4,model=2"]),
+        (["--mesh", "data=2"], ["mesh data=2 leaves 6 of 8 devices idle"]),
+        (["--mesh", "data=4,model=4"], ["needs 16 devices, but JAX finds 8"]),
+        (
+            [*ONE_ROW_EACH, "--mesh", "model=2"],
+            ["Pairs of heads (num_heads / 2): 1 cannot be split over 2 devices"],
+        ),
+        (
+            [*ONE_ROW_EACH, "--shard-params", "--model.bigram-buckets", "60"],
+            ["bigram_embed cannot be divided by data=8"],
+        ),
         (["--model.num-heads", "3"], ["width", "num_heads"]),
         (["--model.value-embeddings", "99"], ["value_embeddings"]),
         (["--num-steps", "0"], ["num_steps"]),
@@ -624,24 +644,6 @@ def test_arguments_that_cannot_be_read_are_pointed_at(folder, capsys, monkeypatc
     for words in told:
         assert words in output.err
     assert sorted(folder.iterdir()) == before
-
-
-# Several devices
-
-
-def test_two_devices_validate_on_as_many_batches_as_the_laptop_preset_has(tmp_path, cache):
-    """With this many batches, CPU devices could wait for each other in different programs."""
-    laptop, T = PRESETS["laptop"], 16
-    rows = laptop.val_tokens // laptop.sequence_length
-    shape = (
-        f"--batch-size {laptop.batch_size} --sequence-length {T} --val-tokens {rows * T} "
-        f"--total-batch-size {laptop.batch_size * T * 2} "
-        "--num-steps 1 --model.num-layers 1 --model.width 32 --model.mlp-width 32 "
-        "--model.value-embeddings 0 --model.bigram-buckets 0 --model.paired-heads"
-    )
-    done = run_to_end([*SMALL, *shape.split()], tmp_path, cache, devices=2)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "step 1/1 | val loss" in done.stdout
 
 
 # Help

@@ -8,7 +8,6 @@ timing.
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import time
@@ -27,10 +26,9 @@ from nanogpt.data.dataset import SAMPLE
 from nanogpt.data.shards import sample_of, write_shard
 from nanogpt.training.checkpoint import digest_of
 from nanogpt.training.resume import CHANGEABLE, PLACES, resumed_settings
-from tests.programs import NO_LIMIT, Process, wait_until
+from tests.programs import Process, wait_until
 from tests.run_folders import (
     arrays,
-    assert_same_end,
     assert_same_run,
     checkpoints,
     contents,
@@ -54,22 +52,23 @@ from train_gpt import PRESETS, Hyperparameters
 
 
 def test_the_straight_run_has_what_the_others_are_compared_with(straight):
-    assert steps(straight) == [7, 14, 20]
+    assert steps(straight) == [5, 10, 13]
     assert [record["step"] for record in records(straight)] == [*range(1, LONGER + 1)]
-    assert [r["step"] for r in records(straight) if "val_loss" in r] == [4, 8, 12, 16, 20]
+    assert [r["step"] for r in records(straight) if "val_loss" in r] == [4, 8, 12, 13]
     names = arrays(straight, LONGER).keys()
     assert any(name.startswith("['params']") for name in names)
     assert any("['opt_state']" in name for name in names)
-    assert arrays(straight, 14) != arrays(straight, LONGER)
+    assert arrays(straight, 10) != arrays(straight, LONGER)
 
 
 def test_a_run_that_was_killed_is_free_and_goes_on_after_its_last_checkpoint_to_the_same_end(
     straight, place, cache
 ):
+    """On the way it is also told to end, and goes on after that step."""
     run = place / "runs" / "a"
     with started(place, cache) as first:
-        first.read_until("step 7/")
-        wait_until(lambda: steps(run) == [7])
+        first.read_until("step 5/")
+        wait_until(lambda: steps(run) == [5])
         time.sleep(0.2)  # for asynchronous writes
         before = contents(run)
         # Until then only one process at a time has it.
@@ -84,54 +83,42 @@ def test_a_run_that_was_killed_is_free_and_goes_on_after_its_last_checkpoint_to_
         assert contents(run) == before
         first.send(signal.SIGKILL)
         assert first.end() == -signal.SIGKILL
+    with Process(["--resume", "runs/a"], place, cache) as told:
+        told.read_until("step 6/")
+        assert "resuming runs/a after step 5" in told.lines
+        assert not any(line.startswith("step 5/") for line in told.lines)
+        told.send(signal.SIGTERM)
+        told.wait_for_word()
+        assert told.end() == 143
+    last = steps(run)[-1]
+    assert 6 <= last <= 10
+    assert told.lines[-2:] == [
+        f"trained {last} steps; weights and metrics are in runs/a",
+        "Interrupted. Resume with: python3 train_gpt.py --resume runs/a",
+    ]
     process, status, errors = resume(run, cache)
     assert (status, errors) == (0, "")
-    assert "resuming runs/a after step 7" in process.lines
-    assert not any(line.startswith("step 7/") for line in process.lines)
+    assert f"resuming runs/a after step {last}" in process.lines
     assert_same_run(run, straight)
 
 
-def test_a_run_that_was_told_to_end_goes_on_after_that_step_to_the_same_end(straight, place, cache):
-    run = place / "runs" / "a"
-    with started(place, cache, "--checkpoint-every", "0") as process:
-        process.read_until("step 5/")
-        process.send(signal.SIGTERM)
-        assert process.end() == 143
-    (step,) = steps(run)
-    assert 5 <= step <= 9
-    process, status, errors = resume(run, cache)
-    assert (status, errors) == (0, "")
-    assert f"resuming runs/a after step {step}" in process.lines
-    assert_same_run(run, straight)
-
-
-def test_auto_goes_on_with_the_run_that_was_started_last(straight, place, cache):
-    run = died_after(14, straight, place)
+def test_auto_goes_on_with_the_run_that_was_started_last(straight, place, capsys):
+    run = died_after(10, straight, place)
     for name in ("older", "b"):
         shutil.copytree(run, place / "runs" / name)
     for seconds, name in enumerate(("older", "b", "a")):
         os.utime(place / "runs" / name / "config.json", (1e9 + seconds, 1e9 + seconds))
-    before = [contents(place / "runs" / name) for name in ("older", "b")]
-    with Process(["--resume", "auto"], place, cache) as process:
-        assert process.end() == 0
-    assert "resuming runs/a after step 14" in process.lines
-    assert_same_run(run, straight)
-    assert [contents(place / "runs" / name) for name in ("older", "b")] == before
+    assert train_gpt.main(["--resume", "auto", *ONE_ROW_EACH, "--dry-run"]) == 0
+    assert "\nrun: runs/a, after step 10\n" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_with_another_number_of_devices_on_the_same_tokens(straight, place, cache):
-    run = died_after(7, straight, place)
-    with Process(["--resume", "runs/a", "--batch-size", "1"], place, cache, devices=8) as second:
-        second.read_until("step 14/")
-        wait_until(lambda: steps(run) == [7, 14])
-        second.send(signal.SIGKILL)
-        assert second.end() == -signal.SIGKILL
-    third, status, errors = resume(run, cache, "--batch-size", "4", devices=2)
+    run = died_after(5, straight, place)
+    process, status, errors = resume(run, cache, "--batch-size", "1", devices=4)
     assert (status, errors) == (0, "")
-    for process, step, devices, rows in ((second, 7, 8, 1), (third, 14, 2, 4)):
-        assert f"resuming runs/a after step {step}" in process.lines
-        assert any(f"({rows} * 32 * {devices}) = 1" in line for line in process.lines)
-    assert steps(run) == [7, 14, 20]
+    assert "resuming runs/a after step 5" in process.lines
+    assert any("(1 * 32 * 4) = 2" in line for line in process.lines)
+    assert steps(run) == [5, 10, 13]
     for ours, theirs in zip(records(run), records(straight), strict=True):
         assert ours.keys() == theirs.keys()
         assert (ours["step"], ours["tokens"]) == (theirs["step"], theirs["tokens"])
@@ -148,39 +135,31 @@ def test_a_run_goes_on_with_another_number_of_devices_on_the_same_tokens(straigh
 def test_a_run_stopped_in_the_validation_that_ends_a_stage_goes_on_with_the_next_to_the_same_end(
     staged, place, cache
 ):
-    straight, end = staged.folder, STAGE_ENDS[0]
+    straight, end = staged.folder, STAGE_ENDS[1]
     hp = json.loads((straight / "config.json").read_text())
-    # So many tokens that the signal arrives during its first validation.
-    long = ["--val-loss-every", end, "--val-tokens", "50000", "--checkpoint-every", "0"]
-    arguments = ["--config", straight / "config.json", *long, "--run-name", "a"]
-    run = place / "runs" / "a"
-    with Process(arguments, place, cache) as process:
+    run = died_after(end - 3, straight, place)
+    # So many tokens that the signal arrives during the validation.
+    long = ["--val-tokens", "50000", "--checkpoint-every", "0"]
+    with Process(["--resume", "runs/a", *long], place, cache) as process:
         process.read_until(f"step {end}/{STAGED_STEPS} | train")
         process.send(signal.SIGTERM)
         assert process.end() == 143
     assert steps(run)[-1] == end
     assert [record["step"] for record in records(run)] == [*range(1, end)]
-    process, status, errors = resume(
-        run, cache, "--val-loss-every", "3", "--val-tokens", f"{hp['val_tokens']}"
-    )
+    process, status, errors = resume(run, cache, "--val-tokens", f"{hp['val_tokens']}")
     assert (status, errors) == (0, "")
     assert f"resuming runs/a after step {end}" in process.lines
-    # The first process had not validated before, and validation is not part of the training.
-    expected = without_times(straight)
-    for record in expected[: end - 1]:
-        record.pop("val_loss", None)
-    assert without_times(run) == expected
-    assert_same_end(run, straight)
+    assert_same_run(run, straight)
 
 
 def test_a_run_goes_on_from_one_stage_through_the_next_on_another_number_of_devices(
     staged, place, cache
 ):
     straight = staged.folder
-    run = died_after(21, straight, place)
+    run = died_after(24, straight, place)
     process, status, errors = resume(run, cache, "--batch-size", "1", devices=2)
     assert (status, errors) == (0, "")
-    assert any(line.endswith("/ (1 * 64 * 2) = 1, 2, 3") for line in process.lines)
+    assert any(line.endswith("/ (1 * 64 * 2) = 1, 3") for line in process.lines)
     for ours, theirs in zip(records(run), records(straight), strict=True):
         for name in ("step", "tokens", "learning_rate_factor"):
             assert ours[name] == theirs[name]
@@ -196,10 +175,10 @@ def test_a_number_of_steps_that_moves_a_stage_which_has_been_trained_is_refused(
     metrics, whole = (run / "metrics.jsonl").read_bytes(), contents(run / "checkpoints")
     process, status, errors = resume(run, cache, "--num-steps", "56")
     assert (status, process.lines) == (2, [])
-    # 9 steps of 128 tokens and 6 of 256; of 56 steps, the first 18 have 128.
+    # 9 steps of 128 tokens and 6 of 384; of 56 steps, the first 18 have 128.
     assert errors == (
         "num_steps cannot change to 56 while runs/a is resumed: its stages would have had "
-        "1,920 tokens by now instead of 2,688.\n"
+        "1,920 tokens by now instead of 3,456.\n"
     )
     assert (run / "metrics.jsonl").read_bytes() == metrics
     assert contents(run / "checkpoints") == whole
@@ -256,18 +235,18 @@ ONE_ROW_EACH = ["--batch-size", "1"]  # on the eight devices of this process
 def test_a_setting_that_cannot_change_is_named_and_nothing_is_touched(
     straight, place, capsys, change, told
 ):
-    run = died_after(14, straight, place)
+    run = died_after(10, straight, place)
     before = contents(run)
     assert train_gpt.main(["--resume", "runs/a", *ONE_ROW_EACH, *change]) == 2
     assert_one_sentence(capsys.readouterr(), *told)
     assert contents(run) == before
 
 
-def test_a_run_of_the_version_before_late_attentions_goes_on_to_the_same_end(
-    straight, place, cache
+def test_a_run_of_the_version_before_late_attentions_goes_on_with_the_same_settings(
+    straight, place, capsys
 ):
     """All that such a run has written in another way is in config.json and in the manifests."""
-    run = died_after(14, straight, place)
+    run = died_after(10, straight, place)
     later = {"model": GPTConfig.ADDED, "adam": AdamGroups.LATER}
 
     def without_what_is_new(settings):
@@ -294,23 +273,27 @@ def test_a_run_of_the_version_before_late_attentions_goes_on_to_the_same_end(
         del manifest["sha256"]
         manifest["sha256"] = digest_of(manifest)
         (checkpoint / "manifest.json").write_text(json.dumps(manifest))
-    process, status, errors = resume(run, cache)
-    assert (status, errors) == (0, "")
-    assert "resuming runs/a after step 14" in process.lines
-    assert_same_run(run, straight)
+    before, now = (
+        replace(resumed_settings(Hyperparameters, folder, lambda hp: hp), resume=None)
+        for folder in (straight, run)
+    )
+    assert before == now
+    assert train_gpt.main(["--resume", "runs/a", *ONE_ROW_EACH, "--dry-run"]) == 0
+    assert "\nrun: runs/a, after step 10\n" in capsys.readouterr().out
 
 
 def test_lengths_and_intervals_may_change(straight, place, cache):
-    run = died_after(14, straight, place)
-    arguments = ["--num-steps", "18", "--val-loss-every", "3", "--val-tokens", "300"]
+    run = place / "runs" / "a"
+    shutil.copytree(straight, run)
+    arguments = ["--num-steps", "16", "--val-loss-every", "3", "--val-tokens", "300"]
     arguments += ["--checkpoint-every", "2", "--keep-checkpoints", "3", "--device", "cpu"]
     _, status, errors = resume(run, cache, *arguments)
     assert (status, errors) == (0, "")
-    assert [record["step"] for record in records(run)] == [*range(1, 19)]
-    assert [r["step"] for r in records(run) if "val_loss" in r] == [4, 8, 12, 15, 18]
-    assert steps(run) == [14, 16, 18]
+    assert [record["step"] for record in records(run)] == [*range(1, 17)]
+    assert [r["step"] for r in records(run) if "val_loss" in r] == [4, 8, 12, 13, 15, 16]
+    assert steps(run) == [13, 14, 16]
     # The next resume uses the settings of this one.
-    assert json.loads((run / "config.json").read_text())["num_steps"] == 18
+    assert json.loads((run / "config.json").read_text())["num_steps"] == 16
 
 
 def shorter(place):
@@ -350,7 +333,7 @@ def no_data(place):
     ],
 )
 def test_data_that_are_not_what_they_were_are_named(straight, place, capsys, change, told):
-    run = died_after(14, straight, place)
+    run = died_after(10, straight, place)
     change(place)
     metrics, whole = (run / "metrics.jsonl").read_bytes(), contents(run / "checkpoints")
     assert train_gpt.main(["--resume", "runs/a", *ONE_ROW_EACH]) == 2
@@ -411,7 +394,7 @@ def only_an_unfinished_one(run):
 def test_a_run_that_cannot_be_resumed_is_an_error_and_never_a_fresh_start(
     straight, place, capsys, harm, told, asked
 ):
-    run = died_after(14, straight, place)
+    run = died_after(10, straight, place)
     harm(run)
     before = sorted(place.rglob("*"))
     assert train_gpt.main(["--resume", asked, *ONE_ROW_EACH]) == 2
@@ -438,7 +421,7 @@ def test_the_checkpoint_of_another_run_is_named_and_not_gone_on_from(
     (run / "config.json").write_text(json.dumps(config))
     before = contents(run)
     assert train_gpt.main(["--resume", "runs/a", "--num-steps", "25", *ONE_ROW_EACH]) == 2
-    told = f"checkpoints/00000020 is from another run, with {name} {had} instead of {other}: "
+    told = f"checkpoints/00000013 is from another run, with {name} {had} instead of {other}: "
     assert told in capsys.readouterr().err
     assert {
         k: v for k, v in contents(run).items() if k.name not in ("lock", "holder", "log.txt")
@@ -452,11 +435,11 @@ def test_a_run_that_is_finished_says_so(straight, place, capsys):
     assert train_gpt.main(["--resume", "runs/a", *ONE_ROW_EACH]) == 0
     output = capsys.readouterr()
     assert output.out == (
-        "runs/a has already finished its 20 steps. Use a larger --num-steps to train longer.\n"
+        "runs/a has already finished its 13 steps. Use a larger --num-steps to train longer.\n"
     )
     assert train_gpt.main(["--resume", "runs/a", "--num-steps", "3", *ONE_ROW_EACH]) == 0
     output = capsys.readouterr()
-    assert "has already finished its 20 steps, more than --num-steps 3. Use" in output.out
+    assert "has already finished its 13 steps, more than --num-steps 3. Use" in output.out
     assert output.err == ""
     assert (run / "metrics.jsonl").read_bytes() == metrics
     assert contents(run / "checkpoints") == whole
@@ -476,80 +459,64 @@ def flipped_bit(checkpoint):
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(straight, place, cache):
-    run = died_after(14, straight, place)
-    newest = run / "checkpoints" / "00000014"
+    run = died_after(10, straight, place)
+    newest = run / "checkpoints" / "00000010"
     file = largest_file(newest).relative_to(newest).as_posix()
     flipped_bit(newest)
     process, status, errors = resume(run, cache)
     assert (status, errors) == (0, "")
     (warning,) = (line for line in process.lines if line.startswith("WARNING"))
-    for words in ("00000014", file, "changed", "step 7"):
+    for words in ("00000010", file, "changed", "step 5"):
         assert words in warning
-    assert "resuming runs/a after step 7" in process.lines
+    assert "resuming runs/a after step 5" in process.lines
     assert_same_run(run, straight)
 
 
 def test_when_every_checkpoint_is_damaged_each_is_named_and_nothing_is_done(
     straight, place, capsys
 ):
-    run = died_after(14, straight, place)
+    run = died_after(10, straight, place)
     for checkpoint in checkpoints(run):
         flipped_bit(checkpoint)
     before = contents(run / "checkpoints")
     assert train_gpt.main(["--resume", "runs/a", *ONE_ROW_EACH]) == 2
-    assert_one_sentence(capsys.readouterr(), "runs/a", "00000007", "00000014")
+    assert_one_sentence(capsys.readouterr(), "runs/a", "00000005", "00000010")
     assert contents(run / "checkpoints") == before
 
 
 # A full disk: files cannot grow beyond a limit
 
 
-def allow(process, limit=NO_LIMIT):
-    """Limit all files of a process to `limit` bytes from now on."""
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (limit, NO_LIMIT))
-
-
-def test_a_checkpoint_that_does_not_fit_is_loud_and_the_training_goes_on(straight, place, cache):
+def test_what_does_not_fit_is_loud_and_the_training_goes_on(straight, place, cache):
     run = place / "runs" / "a"
-    largest = largest_file(straight / "checkpoints" / "00000014").stat().st_size
+    largest = largest_file(straight / "checkpoints" / "00000010").stat().st_size
     with started(place, cache) as process:
-        process.read_until("step 7/")
-        wait_until(lambda: steps(run) == [7])
-        allow(process, largest // 2)
+        process.read_until("step 5/")
+        wait_until(lambda: steps(run) == [5])
+        room = (run / "metrics.jsonl").stat().st_size + 10
+        process.allow(room)
+        process.read_until("step 8/")
+        assert (run / "metrics.jsonl").stat().st_size <= room
+        process.allow(largest // 2)  # enough for the metrics, which have waited
         assert process.end() == 2
     warnings = [line for line in process.lines if line.startswith("WARNING")]
-    assert ["step 14" in warnings[0], "step 20" in warnings[1]] == [True, True]
-    assert all("was not written" in warning for warning in warnings)
-    assert "The checkpoint of step 20 was not written" in process.stderr.splitlines()[-1]
+    assert any("metrics.jsonl" in line for line in warnings)
+    for step, warning in zip((10, 13), warnings[-2:], strict=True):
+        assert f"The checkpoint of step {step} was not written" in warning
+    assert "The checkpoint of step 13 was not written" in process.stderr.splitlines()[-1]
     assert "Traceback" not in process.stderr
     assert without_times(run) == without_times(straight)
     # Earlier checkpoints are still intact: once there is room, the run continues from there.
-    assert steps(run) == [7]
-    assert arrays(run, 7) == arrays(straight, 7)
-
-
-def test_metrics_that_do_not_fit_wait_until_they_do(straight, place, cache):
-    run = place / "runs" / "a"
-    with started(place, cache) as process:
-        process.read_until("step 7/")
-        wait_until(lambda: steps(run) == [7])
-        room = (run / "metrics.jsonl").stat().st_size + 10
-        allow(process, room)
-        process.read_until("step 12/")
-        assert (run / "metrics.jsonl").stat().st_size <= room
-        allow(process)
-        process.read_until("step 14/")
-        assert process.end() in (0, 2)  # the checkpoint of step 14 may have been too early
-    assert any("WARNING" in line and "metrics.jsonl" in line for line in process.lines)
-    assert without_times(run) == without_times(straight)
+    assert steps(run) == [5]
+    assert arrays(run, 5) == arrays(straight, 5)
 
 
 def test_a_disk_that_is_full_from_the_start_is_told_in_one_sentence(straight, place, cache):
-    run = died_after(14, straight, place)
+    run = died_after(10, straight, place)
     metrics, whole = (run / "metrics.jsonl").read_bytes(), contents(run / "checkpoints")
     for arguments, limit in (
         ([*RUN, "--run-name", "b"], 10),  # no room for config.json
-        (["--resume", "runs/a"], 2_500),  # none for the metrics up to step 14
+        (["--resume", "runs/a"], 2_500),  # none for the metrics up to step 10
     ):
         with Process(arguments, place, cache, limit=limit) as process:
             status = process.end()
@@ -563,33 +530,35 @@ def test_a_disk_that_is_full_from_the_start_is_told_in_one_sentence(straight, pl
 
 
 def test_the_best_checkpoint_is_kept_of_a_run_that_gets_worse(place, cache):
-    arguments = ["--learning-rate-factor", "100", "--num-steps", "5", "--val-loss-every", "1"]
+    arguments = ["--learning-rate-factor", "1e4", "--num-steps", "3", "--val-loss-every", "1"]
     arguments += ["--checkpoint-every", "0", "--keep-checkpoints", "1", "--keep-best"]
-    arguments += ["--adam.head.learning-rate", "1"]  # soon far too confident
     with started(place, cache, *arguments) as process:
         assert (process.end(), process.stderr) == (0, "")
     run = place / "runs" / "a"
     losses = {record["step"]: record["val_loss"] for record in records(run)}
     best = min(losses, key=losses.get)
-    assert best < 5
-    assert steps(run) == [best, 5]
+    assert best < 3
+    assert steps(run) == [best, 3]
     kept = f"runs/a/checkpoints/{best:08}"
     assert any(line.endswith(f"kept in {kept}") for line in process.lines)
     assert process.lines[-1] == f"  python3 evaluate.py {kept}"
-    assert records(run)[0]["learning_rate_factor"] == 100
+    assert records(run)[0]["learning_rate_factor"] == 1e4
 
 
 # Numbers that are not finite
 
 
+TOO_FAST = ["--adam.stream.learning-rate", "1e30"]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(place, cache):
     run = place / "runs" / "a"
-    arguments = ["--adam.stream.learning-rate", "1e30"]
-    arguments += ["--checkpoint-every", "0", "--checkpoint-minutes", "1e-9"]  # after each step
-    with started(place, cache, *arguments) as process:
+    arguments = ["--checkpoint-every", "0", "--checkpoint-minutes", "1e-9"]  # after each step
+    with started(place, cache, *TOO_FAST, *arguments) as process:
         assert process.end() == 3
-    said = process.stderr
-    assert_stopped_at(3, said, "The last good checkpoint is runs/a/checkpoints/00000002.")
+    (said,) = process.stderr.splitlines()
+    assert said.startswith("step 3: loss nan, gradient norm nan, learning rates x 1.000")
+    assert "The last good checkpoint is runs/a/checkpoints/00000002." in said
     assert [record["step"] for record in records(run)] == [1, 2]
     assert steps(run) == [1, 2]
     leaves = jax.tree.leaves(ocp.load_checkpointables(checkpoints(run)[-1]))
@@ -598,36 +567,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_does_harm(place, cach
     before = arrays(run, 2)
     # It is reproducible: the same step stops the next process.
     _, status, again = resume(run, cache)
-    assert (status, again) == (3, said)
+    assert (status, again) == (3, process.stderr)
     assert steps(run) == [1, 2]
     assert arrays(run, 2) == before
 
 
-def test_a_loss_that_is_not_finite_before_any_checkpoint_says_that_there_is_none(place, cache):
-    with started(place, cache, "--adam.stream.learning-rate", "1e30") as process:
-        assert process.end() == 3
-    assert_stopped_at(3, process.stderr, "runs/a has no checkpoint yet")
-    assert steps(place / "runs" / "a") == []
-
-
-def test_a_validation_loss_that_is_not_finite_stops_the_run_too(place, cache):
+def test_a_validation_loss_that_is_not_finite_stops_a_run_which_says_that_it_has_no_checkpoint(
+    place, cache
+):
     """The last update made the parameters too large; there is no later step to notice it."""
-    with started(
-        place, cache, "--adam.stream.learning-rate", "1e30", "--num-steps", "2"
-    ) as process:
+    with started(place, cache, *TOO_FAST, "--num-steps", "2") as process:
         status = process.end()
     assert status == 3, process.lines
     (line,) = process.stderr.splitlines()
     assert "step 2" in line
     assert "nan" in line
+    assert "runs/a has no checkpoint yet" in line
+    assert steps(place / "runs" / "a") == []
     for line in (place / "runs" / "a" / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=pytest.fail)  # NaN is not JSON
-
-
-def assert_stopped_at(step, said, where):
-    (line,) = said.splitlines()
-    assert line.startswith(f"step {step}: loss nan, gradient norm nan, learning rates x 1.000")
-    assert where in line
 
 
 # Before a run begins

@@ -1,28 +1,48 @@
 """A small soak test: a run that is killed three times ends like an uninterrupted one."""
 
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 from orbax.checkpoint import v1 as ocp
 
 from benchmarks import results
-from benchmarks.reliability import soak
+from benchmarks.reliability import killing, soak
 from benchmarks.reliability.killing import Different
 from benchmarks.reliability.left_behind import digest, metrics
+from tests.programs import Process
+
+
+class Forked(Process):
+    """In place of Popen: forked with everything imported, which takes longer than the rest."""
+
+    send_signal = Process.send
+    returncode = property(Process.poll)
+
+    def __init__(self, command, cwd, env, stdout, stderr, encoding):
+        super().__init__(command[2:], cwd, cwd / "cache", environment=env)
+        self.stdout = open(self._read, encoding=encoding)  # noqa: SIM115
+
+    def wait(self, timeout):
+        self._process.join(timeout)
+        return self.poll()
 
 
 @pytest.fixture
 def alone(tmp_path, monkeypatch):
     """Use one device, as on a laptop, and another folder for the figures."""
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # to compile in half the time
+    monkeypatch.setattr(soak, "EVERY", 3)
+    for module in (soak, killing):
+        monkeypatch.setattr(module, "VALIDATE", 6)
+    monkeypatch.setattr(killing, "subprocess", SimpleNamespace(PIPE=-1, STDOUT=-2, Popen=Forked))
     monkeypatch.setattr(results, "FOLDER", tmp_path / "results")
     return tmp_path
 
 
 def test_a_run_that_is_killed_three_times_ends_like_one_that_is_not(alone, capsys):
-    arguments = ["--tiny", "--kills", "3", "--steps", "80", "--seed", "1"]
+    arguments = ["--tiny", "--kills", "3", "--steps", "24", "--seed", "1"]
     assert soak.main(arguments) == 0, capsys.readouterr().out
     figures = json.loads((alone / "results" / "soak_tiny.json").read_text())
     assert figures["identical"] is True
