@@ -44,7 +44,7 @@ def qkv_einsum(x: Array, w: Array) -> Array:
 
 def rotary_by_reversal(x: Float[Array, "B T N H"]) -> Float[Array, "B T N H"]:
     """Rotate in the model's form: the halves are swapped along a separate axis."""
-    return rotary(x, ANGLE)
+    return rotary(x, ANGLE[:, :, None])
 
 
 def layer(

@@ -105,7 +105,7 @@ def _unrolled(graph: nnx.GraphDef, params: Params, dtype: str) -> tuple[nnx.Grap
     """
     model = unrolled(nnx.merge(graph, compute_copy(params, dtype)))
     for attention in model.attention:
-        attention.qkv = nnx.Param(attention.joined())
+        attention.qkv = nnx.Param(jnp.concatenate(attention.matrices(), axis=1))
     return nnx.split(model)
 
 

@@ -15,16 +15,19 @@ Shapes: B batch, T sequence, N heads, H head size.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import gcd
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int
 
 from nanogpt.config import AttentionKernel, GPTConfig
 from nanogpt.model.kernels.cudnn_attention import cudnn_attention
 from nanogpt.model.kernels.splash_attention import splash_attention
+from nanogpt.model.parameters import project
 
 # By platform, fastest first.
 CANDIDATES: dict[str, tuple[AttentionKernel, ...]] = {
@@ -83,16 +86,40 @@ def softmax_attention(
     return jnp.einsum("...qk,...kh->...qh", weights, v)
 
 
-def pair(x: Float[Array, "B T N H"]) -> Float[Array, "B 2*T N//2 H"]:
-    """Merge pairs of heads into one of twice the sequence length, with their tokens alternating."""
+def pair(x: Float[Array, "B T N H"], group: int = 1) -> Float[Array, "B 2*T N//2 H"]:
+    """Merge pairs of heads into one of twice the sequence length, with their tokens alternating.
+
+    Or `group` tokens of one head alternate with as many of the other.
+    """
     B, T, N, H = x.shape
-    return x.reshape(B, T, N // 2, 2, H).swapaxes(2, 3).reshape(B, 2 * T, N // 2, H)
+    groups = x.reshape(B, T // group, group, N // 2, 2, H)
+    return groups.transpose(0, 1, 4, 2, 3, 5).reshape(B, 2 * T, N // 2, H)
 
 
-def part(x: Float[Array, "B T2 pairs H"]) -> Float[Array, "B T2//2 2*pairs H"]:
+def part(x: Float[Array, "B T2 pairs H"], group: int = 1) -> Float[Array, "B T2//2 2*pairs H"]:
     """Undo `pair`."""
     B, T2, pairs, H = x.shape
-    return x.reshape(B, T2 // 2, 2, pairs, H).swapaxes(2, 3).reshape(B, T2 // 2, 2 * pairs, H)
+    groups = x.reshape(B, -1, 2, group, pairs, H)
+    return groups.transpose(0, 1, 3, 4, 2, 5).reshape(B, T2 // 2, 2 * pairs, H)
+
+
+def heads(
+    x: Float[Array, "B T D"],
+    matrices: Sequence[Float[Array, "D _"]],
+    head_size: int,
+    kernel: AttentionKernel,
+) -> Sequence[Float[Array, "B T N H"]]:
+    """Return queries, keys and values by heads: the products of x with their matrices.
+
+    All in one is faster on CPUs; on TPUs, taking it apart again would cost more than it saves.
+    """
+    B, T, _ = x.shape
+    if kernel == "splash":
+        apart = [project(x, each).reshape(B, T, -1, head_size) for each in matrices]
+        # Heads come first in memory, as the kernel reads them; left to itself, XLA makes copies.
+        return [with_layout_constraint(each, Layout((0, 2, 1, 3))) for each in apart]
+    together = project(x, jnp.concatenate(matrices, axis=1))
+    return jnp.unstack(together.reshape(B, T, 3, -1, head_size), axis=2)
 
 
 def pallas_attention(*arrays: Any, **how: Any) -> Float[Array, "B T N H"]:
@@ -119,6 +146,7 @@ def attention(
     scale: float,
     window: int | Int[Array, ""] | None = None,
     kernel: AttentionKernel = "xla",
+    paired: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Causal attention of every query over itself and the tokens before it.
 
@@ -130,8 +158,20 @@ def attention(
         window: number of keys that a query sees, its own included; None for all earlier ones. An
             array is accepted by "xla", and with documents by "pallas".
         kernel: the implementation; see the top of this file.
+        paired: whether two neighboring heads see the keys of both. They take turns: at each token,
+            the first head is at one position and the second at the next, and a window counts both.
     """
-    return KERNELS[kernel](q, k, v, documents, scale=scale, window=window)
+    attend = partial(KERNELS[kernel], scale=scale, window=window)
+    if not paired:
+        return attend(q, k, v, documents)
+    group = 1
+    if kernel == "splash":  # moving whole blocks is faster
+        group = gcd(q.shape[1], 256)
+        attend = partial(attend, group=group)
+    if documents is not None:
+        both = jnp.broadcast_to(documents[:, :, None, None], (*documents.shape, 2, 1))
+        documents = pair(both, group)[:, :, 0, 0]
+    return part(attend(pair(q, group), pair(k, group), pair(v, group), documents), group)
 
 
 def choose_attention(
@@ -176,7 +216,12 @@ def probe(
     """
     config = configs[0]
     T = min(sequence_length, 2048)
-    windows = list({c.window(layer) for c in configs for layer in range(c.num_layers)})
+    kinds = dict.fromkeys(
+        (layer in c.layers(c.paired_heads), c.window(layer))
+        for c in configs
+        for layer in range(c.num_layers)
+    )
+    windows = {paired: [window for p, window in kinds if p == paired] for paired, _ in kinds}
 
     def output_and_gradients(attend, qkv, window):
         documents = None
@@ -189,13 +234,17 @@ def probe(
     def errors(seed):
         shape = (3, 1, T, config.num_heads, config.head_size)
         qkv = jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
-        every, exact = jnp.array([window or T for window in windows]), qkv.astype(jnp.float32)
-        expected = jax.lax.map(partial(output_and_gradients, reference_attention, exact), every)
-        attend = partial(output_and_gradients, partial(attention, kernel=kernel), qkv)
+        return jnp.concatenate([errors_of(qkv, paired) for paired in windows])
+
+    def errors_of(qkv, paired):
+        every = jnp.array([window or 2 * T for window in windows[paired]])
+        exact, reference = qkv.astype(jnp.float32), partial(attention, paired=paired)
+        expected = jax.lax.map(partial(output_and_gradients, reference, exact), every)
+        attend = partial(output_and_gradients, partial(reference, kernel=kernel), qkv)
         if kernel == "pallas" and config.document_separator is not None:
             found = jax.lax.map(attend, every)  # as in the reference, its windows are inputs
         else:
-            found = map(jnp.stack, zip(*map(attend, windows), strict=True))
+            found = map(jnp.stack, zip(*map(attend, windows[paired]), strict=True))
         return jnp.stack([*map(relative_errors, found, expected)]).sum(axis=0)
 
     def relative_errors(found, expected):

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from nanogpt.config import AttentionKernel, GPTConfig
-from nanogpt.model.attention import attention, softmax_attention
+from nanogpt.model.attention import attention, pair, part, softmax_attention
 from nanogpt.model.rotary import turned
 
 
@@ -45,9 +45,13 @@ class Rows:
         shifted = jnp.pad(x, ((0, 0), (1, 0), *[(0, 0)] * (x.ndim - 2)))[:, :-1]
         return shifted if self.begins is None else zero_where(self.begins, shifted)
 
-    def angles(self, speed: Float[np.ndarray, "pairs"], T: int) -> Float[Array, "1 T pairs"]:
-        """Return the rotary angles of a head's pairs at each of T positions, in radians."""
-        return turned(jnp.arange(T)[None], T, speed)
+    def angles(
+        self, layer: int, speed: Float[np.ndarray, "pairs"]
+    ) -> Float[Array, "1 T places pairs"]:
+        """Return the rotary angles of a head's pairs at each token's places, in radians."""
+        count = places(self.config, layer)
+        angles = turned(jnp.arange(self.length * count)[None], self.length * count, speed)
+        return angles.reshape(1, self.length, count, -1)
 
     def attention(
         self,
@@ -57,12 +61,10 @@ class Rows:
         v: Float[Array, "B T N H"],
         scale: float,
     ) -> Float[Array, "B T N H"]:
-        """Return the attention output; with paired heads, a token takes two positions of q."""
-        places, documents = q.shape[1] // self.length, self.documents
-        if places > 1 and documents is not None:
-            documents = jnp.repeat(documents, places, axis=1)
-        window = self.config.window(layer)
-        return attention(q, k, v, documents, scale=scale, window=window, kernel=self.kernel)
+        """Return the attention output of a layer for rotated queries and keys."""
+        window, paired = self.config.window(layer), places(self.config, layer) == 2
+        how = {"scale": scale, "window": window, "kernel": self.kernel, "paired": paired}
+        return attention(q, k, v, self.documents, **how)
 
 
 @jax.tree_util.register_dataclass
@@ -90,7 +92,8 @@ class Prompts(Rows):
         return super().before(name, x)
 
     def attention(self, layer: int, q: Array, k: Array, v: Array, scale: float) -> Array:
-        self.seen[layer] = k, v
+        paired = places(self.config, layer) == 2
+        self.seen[layer] = (pair(k), pair(v)) if paired else (k, v)
         return super().attention(layer, q, k, v, scale)
 
     def cache(self, lengths: Int[Array, "B"], context: int) -> Cache:
@@ -134,19 +137,25 @@ class Next:
         before = self.old.before[name]
         return before if self.begins is None else zero_where(self.begins, before)
 
-    def angles(self, speed: Float[np.ndarray, "pairs"], T: int) -> Float[Array, "B T pairs"]:
-        """Return the rotary angles of a head's pairs at this token's T positions, in radians."""
-        return turned(T * self.old.position[:, None] + jnp.arange(T), 2**31, speed)
+    def angles(
+        self, layer: int, speed: Float[np.ndarray, "pairs"]
+    ) -> Float[Array, "B 1 places pairs"]:
+        """Return the rotary angles of a head's pairs at this token's places, in radians."""
+        count = places(self.config, layer)
+        own = count * self.old.position[:, None] + jnp.arange(count)
+        return turned(own, 2**31, speed)[:, None]
 
     def attention(
         self,
         layer: int,
-        q: Float[Array, "B T N H"],
-        k: Float[Array, "B T N H"],
-        v: Float[Array, "B T N H"],
+        q: Float[Array, "B 1 N H"],
+        k: Float[Array, "B 1 N H"],
+        v: Float[Array, "B 1 N H"],
         scale: float,
-    ) -> Float[Array, "B T N H"]:
-        """Return the attention output for the queries at this token's T positions."""
+    ) -> Float[Array, "B 1 N H"]:
+        """Return the attention output of a layer for this token."""
+        if paired := places(self.config, layer) == 2:
+            q, k, v = pair(q), pair(k), pair(v)
         (B, T, N, H), S = q.shape, self.old.keys[layer].shape[1]
         new = T * self.old.count % S  # the token's first slot
         write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=new, axis=1)
@@ -164,7 +173,8 @@ class Next:
             jnp.repeat(seen, N, axis=0),
             scale,
         )
-        return y.reshape(B, N, T, H).swapaxes(1, 2)
+        y = y.reshape(B, N, T, H).swapaxes(1, 2)
+        return part(y) if paired else y
 
 
 def by_head(x: Float[Array, "B T N H"]) -> Float[Array, "BN T H"]:
@@ -179,6 +189,11 @@ def zero_where(
     """Return features of previous tokens, with zeros where a document begins."""
     begins = begins.reshape(*begins.shape, *[1] * (before.ndim - 2))
     return jnp.where(begins, jnp.zeros_like(before), before)
+
+
+def places(config: GPTConfig, layer: int) -> int:
+    """Return how many positions a token has in a layer: two with paired heads, else one."""
+    return 2 if layer in config.layers(config.paired_heads) else 1
 
 
 def window(config: GPTConfig, layer: int, context: int, places: int) -> int:

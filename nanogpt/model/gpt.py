@@ -49,9 +49,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 
-from nanogpt.config import GATE_INPUTS, GPTConfig, Kernels
+from nanogpt.config import GATE_INPUTS, AttentionKernel, GPTConfig, Kernels
 from nanogpt.devices.sharding import from_parts, share_of_row, to_parts
-from nanogpt.model.attention import pair, part
+from nanogpt.model.attention import heads
 from nanogpt.model.bigrams import bigram_embeddings
 from nanogpt.model.connections import LastLayer, LayerWeights, before_head, mixed
 from nanogpt.model.context import Next, Rows
@@ -98,12 +98,13 @@ class Attention(nnx.Module):
         mixed_in: Float[Array, "B T NH"] | None,
         mixed_share: float | Float[Array, "B T N 1"] | None,
         attend: Attend,
+        kernel: AttentionKernel,
         exclusive: bool = False,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T NH"]]:
         """Return what to add to the stream, and the values after adding a share of `mixed_in`."""
         B, T, _ = x.shape
-        weight = self.joined() if self.qkv.ndim == 3 else self.qkv[...]
-        q, k, v = jnp.unstack(project(x, weight).reshape(B, T, 3, -1, self.head_size), axis=2)
+        matrices = self.matrices() if self.qkv.ndim == 3 else [self.qkv[...]]
+        q, k, v = heads(x, matrices, self.head_size, kernel)
         if mixed_in is not None:
             share = self.mixed_share[...] if mixed_share is None else mixed_share
             v = v + share * mixed_in.reshape(v.shape)
@@ -116,14 +117,10 @@ class Attention(nnx.Module):
         out = self.out_share[...] * self.out[...] if hasattr(self, "out_share") else self.out[...]
         return project(y.reshape(B, T, -1), out), v.reshape(B, T, -1)
 
-    def joined(self) -> Float[Array, "D O"]:
-        """Concatenate the three matrices to [D, 3 N H], for a single product.
-
-        Values are scaled through their matrix, which has far fewer elements.
-        """
-        share = self.own_share[...]
-        scaled = jnp.stack([jnp.ones_like(share)] * 2 + [share])[:, None, None] * self.qkv[...]
-        return scaled.swapaxes(0, 1).reshape(scaled.shape[1], -1)
+    def matrices(self) -> list[Float[Array, "D NH"]]:
+        """Return the matrices of queries, keys and values; the last one scales the values."""
+        q, k, v = self.qkv[...]
+        return [q, k, self.own_share[...] * v]
 
 
 class MLP(nnx.Module):
@@ -253,7 +250,8 @@ class GPT(nnx.Module):
             if layer in gates:
                 share = value_share(x, mixed_in[layer], gates[layer], bool(c.value_layers))
             attend, exclusive = partial(self.attend, past, layer), layer in c.layers(c.exclusive)
-            added, values = attention(x, mixed_in.get(layer), share, attend, exclusive)
+            how = attend, self.kernels.attention, exclusive
+            added, values = attention(x, mixed_in.get(layer), share, *how)
             return weight * add(added), values
 
         def transformed(mlp, weight, x):
@@ -309,15 +307,12 @@ class GPT(nnx.Module):
     def attend(self, past: Rows | Next, layer: int, q: Array, k: Array, v: Array) -> Array:
         """Return the attention output of a layer for q, k and v [B, T, N, H]."""
         speed, scale = rotation(self.config)
-        paired = layer in self.config.layers(self.config.paired_heads)
         q, k = norm(q), norm(k)
         if layer in self.config.layers(self.config.key_offset):
             k = jnp.where(np.tile(speed == 0, 2), past.before(f"key {layer}", k), k)
-        if paired:
-            q, k, v = pair(q), pair(k), pair(v)
-        angle = past.angles(speed, q.shape[1])
-        y = past.attention(layer, rotary(q, angle), rotary(k, angle), v, scale)
-        return part(y) if paired else y
+        angle, on_tpu = past.angles(layer, speed), self.kernels.attention == "splash"
+        q, k = rotary(q, angle, on_tpu), rotary(k, angle, on_tpu)
+        return past.attention(layer, q, k, v, scale)
 
     def value_embeddings(
         self, tokens: Int[Array, "B T"]

@@ -53,10 +53,21 @@ def turned(
     return angles
 
 
-def rotary(x: Float[Array, "B T N H"], angle: Float[Array, "#B T H//2"]) -> Float[Array, "B T N H"]:
-    """Rotate the pairs (i, i + H/2) of each head by these angles, in radians."""
-    angle = angle[:, :, None, None]
-    cos = jnp.cos(angle).astype(x.dtype)
-    sin = jnp.concatenate([jnp.sin(angle), -jnp.sin(angle)], axis=3).astype(x.dtype)
-    pairs = x.reshape(*x.shape[:3], 2, -1)
-    return (pairs * cos + pairs[:, :, :, ::-1] * sin).reshape(x.shape)
+def rotary(
+    x: Float[Array, "B T N H"], angle: Float[Array, "#B T places H//2"], tpu: bool = False
+) -> Float[Array, "B T N H"]:
+    """Rotate the pairs (i, i + H/2) of each head by these angles, in radians.
+
+    Where a token has several places, its heads have them in turn. The result for a TPU is the same,
+    without arrays of half a head, which leave half of each of its registers empty.
+    """
+    places, (N, H) = angle.shape[2], x.shape[2:]
+    cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)
+    if tpu:
+        swap = jnp.asarray(np.roll(np.eye(H), H // 2, axis=0), x.dtype)  # exchanges the halves
+        cos, sin = jnp.tile(cos, 2), jnp.concatenate([sin, -sin], axis=-1)
+        cos, sin = (jnp.tile(of_places, (1, 1, N // places, 1)) for of_places in (cos, sin))
+        return x * cos + (x @ swap) * sin
+    pairs = x.reshape(*x.shape[:2], N // places, places, 2, H // 2)
+    cos, sin = cos[:, :, None, :, None], jnp.stack([sin, -sin], axis=3)[:, :, None]
+    return (pairs * cos + pairs[:, :, :, :, ::-1] * sin).reshape(x.shape)

@@ -192,7 +192,8 @@ def test_logits_from_the_cache_are_those_of_a_whole_pass_at_positions_in_the_tho
 def test_angles_are_exact_however_long_a_text_is(position):
     speed, _ = rotation(MODELS["dense"])
     old = Cache(jnp.array([position, 7]), jnp.array([0, 0]), jnp.int32(0), {}, {}, {})
-    angle = Next(MODELS["dense"], old, jnp.array([0, 0]), CONTEXT).angles(speed, 2)
+    paired = replace(MODELS["dense"], paired_heads=(0,))
+    angle = Next(paired, old, jnp.array([0, 0]), CONTEXT).angles(0, speed)[:, 0]
     places = 2 * np.array([[position], [7]]) + np.arange(2)
     expected = places[:, :, None] * speed
     np.testing.assert_allclose(np.cos(angle), np.cos(expected), atol=5e-6)

@@ -5,6 +5,7 @@ The kernel in nanogpt/model/kernels/flash_attention.py has its own tests.
 
 from dataclasses import asdict
 from functools import partial
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from nanogpt.config import GPTConfig
 from nanogpt.model.attention import (
     attention,
     choose_attention,
+    heads,
     pair,
     part,
     reference_attention,
@@ -78,31 +80,37 @@ def test_large_scores_do_not_overflow():
 # Paired heads
 
 
-def test_heads_are_paired_by_taking_a_token_of_each_in_turn_and_parted_again():
-    x = np.random.default_rng(0).standard_normal((2, 5, 6, 3))
-    paired = np.asarray(pair(jnp.asarray(x, "f4")))
-    assert paired.shape == (2, 10, 3, 3)
-    for b, place, head in np.ndindex(2, 10, 3):
-        token, mate = divmod(place, 2)
-        np.testing.assert_array_equal(
-            paired[b, place, head], x[b, token, 2 * head + mate].astype("f4")
-        )
-    np.testing.assert_array_equal(part(jnp.asarray(paired)), x.astype("f4"))
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_heads_are_paired_by_taking_tokens_of_each_in_turn_and_parted_again(group):
+    x = np.random.default_rng(0).standard_normal((2, 8, 6, 3)).astype("f4")
+    paired = np.asarray(pair(jnp.asarray(x), group))
+    assert paired.shape == (2, 16, 3, 3)
+    turns = [
+        (t, mate)
+        for first in range(0, 8, group)
+        for mate in (0, 1)
+        for t in range(first, first + group)
+    ]
+    for (place, (t, mate)), head in product(enumerate(turns), range(3)):
+        np.testing.assert_array_equal(paired[:, place, head], x[:, t, 2 * head + mate])
+    np.testing.assert_array_equal(part(jnp.asarray(paired), group), x)
 
 
 # Splash attention, which JAX interprets on a CPU
 
 
-@pytest.mark.parametrize("window", [None, 48])
-@pytest.mark.parametrize("separated", [False, True])
-def test_splash_attention_and_its_gradients_equal_the_reference(window, separated):
+@pytest.mark.parametrize(
+    ("window", "separated", "paired"),
+    [(None, False, False), (48, True, False), (None, True, True), (48, False, True)],
+)
+def test_splash_attention_and_its_gradients_equal_the_reference(window, separated, paired):
     q, k, v = some_qkv(B=1, T=384, N=2, H=128)
     documents = jnp.cumsum(jnp.arange(384)[None] % 90 == 50, axis=1)
     weights = jnp.asarray(np.random.default_rng(1).standard_normal(v.shape), "float32")
 
     @partial(jax.jit, static_argnums=0)
     def output_and_gradients(kernel, *qkv):
-        attend = partial(attention, scale=0.12, window=window, kernel=kernel)
+        attend = partial(attention, scale=0.12, window=window, kernel=kernel, paired=paired)
         out, pullback = jax.vjp(lambda *x: attend(*x, documents if separated else None), *qkv)
         return out, *pullback(weights)
 
@@ -128,9 +136,29 @@ def test_splash_attention_sees_what_the_reference_sees_block_by_block(window):
         np.testing.assert_array_equal(mask[block], expected[block])
 
 
-def test_splash_attention_lowers_for_tpus():
+@pytest.mark.parametrize("window", [None, 5, 24])
+@pytest.mark.parametrize("group", [4, 8])
+def test_splash_attention_of_pairs_sees_by_position_whatever_the_order(window, group):
+    T, b = 64, 16
+    places = np.asarray(pair(jnp.arange(T).reshape(1, T // 2, 2, 1), group))[0, :, 0, 0]
+    expected, mask = np.asarray(visible(T, window))[np.ix_(places, places)], band(T, window, group)
+    for q, kv in np.ndindex(T // b, T // b):
+        block = slice(q * b, (q + 1) * b), slice(kv * b, (kv + 1) * b)
+        np.testing.assert_array_equal(mask[block], expected[block])
+
+
+def test_queries_keys_and_values_for_tpus_are_the_same_products():
+    x, *matrices = np.random.default_rng(0).standard_normal((4, 24, 24), "f4")
+    expected = np.stack([x @ matrix for matrix in matrices]).reshape(3, 1, 24, 3, 8)
+    for kernel in ("xla", "splash"):
+        found = heads(jnp.asarray(x[None]), [*map(jnp.asarray, matrices)], 8, kernel)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_splash_attention_lowers_for_tpus(paired):
     qkv = [jax.ShapeDtypeStruct((2, 1024, 6, 128), "bfloat16")] * 3
-    attend = partial(attention, scale=0.12, window=384, kernel="splash")
+    attend = partial(attention, scale=0.12, window=384, kernel="splash", paired=paired)
     lowered = jax.jit(attend).trace(*qkv).lower(lowering_platforms=("tpu",))
     assert "tpu_custom_call" in lowered.as_text()
 

@@ -103,7 +103,7 @@ def test_the_windows_in_use_do_not_change_rotations():
 
 def angles(x, speed):
     """Rotate all positions of x, one by one."""
-    return turned(jnp.arange(x.shape[1])[None], x.shape[1], speed)
+    return turned(jnp.arange(x.shape[1])[None], x.shape[1], speed)[:, :, None]
 
 
 @pytest.mark.parametrize("count", [1, 200, 256, 257, 70_000, 2**31])
@@ -117,16 +117,27 @@ def test_angles_are_those_of_a_product_in_float64_however_far_the_place_is(count
     np.testing.assert_array_equal(found[1], found[0, ::-1])
 
 
-def test_rotary_multiplies_pairs_as_complex_numbers_with_those_of_the_unit_circle():
+@pytest.mark.parametrize("tpu", [False, True])
+def test_rotary_multiplies_pairs_as_complex_numbers_with_those_of_the_unit_circle(tpu):
     H, T, speed = 16, 9, np.array([1.0, 0.3, 0.07, 0.002, 0, 0, 0, 0])
     x = np.random.default_rng(0).standard_normal((2, T, 3, H)).astype("f4")
-    turned = np.asarray(rotary(jnp.asarray(x), angles(x, speed)))
+    turned = np.asarray(rotary(jnp.asarray(x), angles(x, speed), tpu))
     assert turned.dtype == np.float32
     z, found = (a[..., : H // 2] + 1j * a[..., H // 2 :] for a in (x.astype("f8"), turned))
     circle = np.exp(-1j * np.outer(np.arange(T), speed))[:, None]
     np.testing.assert_allclose(found, z * circle, atol=1e-6)
     np.testing.assert_array_equal(found[..., 4:], z[..., 4:])  # unrotated ones: bit for bit
     np.testing.assert_array_equal(found[:, 0], z[:, 0])
+
+
+@pytest.mark.parametrize("tpu", [False, True])
+def test_heads_have_the_places_of_a_token_in_turn(tpu):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 6, 8)), "float32")
+    angle = turned(jnp.arange(10)[None], 10, np.array([1.0, 0.3, 0.07, 0.0])).reshape(1, 5, 2, 4)
+    found = rotary(x, angle, tpu)
+    for head in range(6):
+        alone = rotary(x[:, :, head : head + 1], angle[:, :, head % 2 : head % 2 + 1])
+        np.testing.assert_allclose(found[:, :, head], alone[:, :, 0], atol=1e-6)
 
 
 def test_positions_are_exact_far_into_a_row_though_the_model_computes_in_bfloat16():

@@ -20,15 +20,19 @@ def splash_attention(
     *,
     scale: float,
     window: int | None = None,
+    group: int = 1,
 ) -> Float[Array, "B T N H"]:
-    """Compute JAX's block-sparse attention, interpreted on CPUs; T must be a multiple of 128."""
+    """Compute JAX's block-sparse attention, interpreted on CPUs; T must be a multiple of 128.
+
+    Tokens of paired heads are in groups, as `pair` in attention.py puts them.
+    """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     T, N = q.shape[1:3]
     on_tpu, on_cpu = (
         jax.vmap(
             splash.make_splash_mha(
-                splash.MultiHeadMask([band(T, window)] * N),
+                splash.MultiHeadMask([band(T, window, group)] * N),
                 block_sizes=blocks(T),
                 head_shards=1,
                 q_seq_shards=1,
@@ -58,13 +62,23 @@ def blocks(T: int, size: int = 512) -> "splash.BlockSizes":
 
 
 @cache
-def band(T: int, window: int | None) -> "splash.LocalMask":
+def band(T: int, window: int | None, group: int = 1) -> "splash.LocalMask":
     """Return the mask of a window; it skips the comparison for blocks outside of it."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     left = None if window is None else window - 1
 
+    def position(i):
+        """Return the position in the sequence of index i; groups are powers of two."""
+        return (i & -2 * group) + 2 * (i & group - 1) + (i >> group.bit_length() - 1 & 1)
+
     class Band(splash.LocalMask):
+        def __init__(self, *arguments, **how):
+            super().__init__(*arguments, **how)
+            seen = self.mask_function
+            if group > 1:
+                self.mask_function = lambda q, k: seen(position(q), position(k))
+
         def __getitem__(self, idx: tuple[slice, slice]) -> np.ndarray:
             q, kv = idx
             if kv.start >= q.stop or (left is not None and kv.stop <= q.start - left):
