@@ -98,7 +98,7 @@ def compile_step(
     each row.
     """
     mesh = mesh_of(num_devices, model_devices)
-    optimizer = optimizer_of(hp, mesh)
+    optimizer = optimizer_of(hp, mesh, hp.shard_params)
     init = make_init(config, optimizer, mesh, hp.shard_params)
     state = jax.eval_shape(init, jax.random.key(0))
     rows = batch_size * num_devices // model_devices

@@ -61,8 +61,8 @@ def lowered_on(plan: Plan, chip: str, stage: int) -> dict[str, Lowered]:
     """Lower the training step and the validation of a stage for the slice."""
     devices = np.array(devices_of(chip, plan.num_devices)).reshape(plan.readers, plan.sharers)
     mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    optimizer = optimizer_of(plan.hp, mesh)
-    init = make_init(plan.hp.model, optimizer, mesh, plan.hp.shard_params)
+    optimizer = optimizer_of(plan.hp, mesh, plan.shard_params)
+    init = make_init(plan.hp.model, optimizer, mesh, plan.shard_params)
     steps = {stage: plan.stages[stage].first_step}
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         return {name: x for (name, _), x in lowered(plan, mesh, optimizer, init, steps).items()}

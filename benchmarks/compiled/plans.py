@@ -34,7 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def print_tables(_: Options) -> None:
-    """Print the tables in Markdown; * means that layers are recomputed in the backward pass."""
+    """Print the tables in Markdown.
+
+    * means that layers are recomputed in the backward pass, and † that parameters are sharded.
+    """
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     from benchmarks.compiled.for_tpu import CHIPS
     from nanogpt.training.plan import Hardware
@@ -67,8 +70,8 @@ def cell(preset: str, hardware: "Hardware", kernel: "AttentionKernel") -> str:
     total = plan.device_state_bytes + plan.working_bytes + plan.activation_bytes
     if total > hardware.memory:
         return f"does not fit ({total / 1e9:.1f} GB)"
-    star = "\\*" if plan.kernels.rematerialize else ""
-    return f"{plan.batch_size}{star}, {total / 1e9:.1f} GB"
+    marks = "\\*" * plan.kernels.rematerialize + "†" * plan.shard_params
+    return f"{plan.batch_size}{marks}, {total / 1e9:.1f} GB"
 
 
 if __name__ == "__main__":

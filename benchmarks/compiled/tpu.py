@@ -112,7 +112,7 @@ def lines_of(plan: "Plan", chip: str, stage: int) -> list[dict[str, Any]]:
             "devices": plan.num_devices,
             "preset": plan.hp.preset,
             "stage": stage + 1,
-            "shard_params": plan.hp.shard_params,
+            "shard_params": plan.shard_params,
             "program": name,
             "rows_per_device": R // plan.readers,
             "row_length": plan.stages[stage].row_length,

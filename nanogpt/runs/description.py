@@ -128,7 +128,7 @@ def devices(plan: Plan) -> str:
         words += f" in {plan.hardware.processes} processes"
     if plan.sharers > 1:
         words += f" as data={plan.readers},model={plan.sharers}"
-    return words + (", parameters sharded" if plan.hp.shard_params else "")
+    return words + (", parameters sharded" if plan.shard_params else "")
 
 
 def accumulation(plan: Plan) -> str:

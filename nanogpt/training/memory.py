@@ -37,8 +37,17 @@ class Sizes(NamedTuple):
     computation: copies in the run's dtype, or with shard_params the gathered parameters."""
 
 
+def room_beside(sizes: Sizes, memory: float | None) -> float | None:
+    """Return the bytes left for activations on a device; None if its memory is unknown."""
+    return memory and USABLE * memory - sizes.device_state - sizes.working
+
+
 def sizes_of(
-    hp: "Hyperparameters", optimizer: "GradientTransformation", readers: int, sharers: int
+    hp: "Hyperparameters",
+    optimizer: "GradientTransformation",
+    readers: int,
+    sharers: int,
+    shard_params: bool,
 ) -> Sizes:
     """Return the sizes for `readers` devices along "data" and `sharers` along "model".
 
@@ -54,11 +63,11 @@ def sizes_of(
     for path, array in jax.tree.leaves_with_path((params, optimizer_state)):
         num_bytes = array.size * array.dtype.itemsize
         state += num_bytes
-        parts = num_parts(path, array, {"data": readers, "model": sharers}, hp.shard_params)
+        parts = num_parts(path, array, {"data": readers, "model": sharers}, shard_params)
         device_state += num_bytes // parts
     leaves = jax.tree.leaves_with_path(params)
     for (path, param), copy in zip(leaves, jax.tree.leaves(copies), strict=True):
-        copied = hp.shard_params or copy.dtype != param.dtype
+        copied = shard_params or copy.dtype != param.dtype
         num_bytes = param.size * (4 + (copy.dtype.itemsize if copied else 0))
         working += num_bytes // num_parts(path, param, {"data": 1, "model": sharers}, False)
     return Sizes(sum(param.size for _, param in leaves), state, device_state, working)

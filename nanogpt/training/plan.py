@@ -7,6 +7,7 @@ and tested without compiling anything.
 
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from math import gcd
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ from nanogpt.devices.processes import check_same
 from nanogpt.devices.sharding import check_shared
 from nanogpt.model.attention import choose_attention
 from nanogpt.optim.groups import make_optimizer
-from nanogpt.training.memory import USABLE, row_bytes, sizes_of
+from nanogpt.training.memory import room_beside, row_bytes, sizes_of
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -81,6 +82,8 @@ class Plan:
     """Number of devices along "data", which train on different rows."""
     sharers: int
     """Number of devices along "model", which share the same rows."""
+    shard_params: bool
+    """Whether parameters are sharded: because of the settings, or because a row would not fit."""
     kernels: Kernels
     attention: str
     """The attention kernel and the reason for it, in words."""
@@ -164,7 +167,7 @@ def plan_here(hp: "Hyperparameters") -> Plan:
         device_memory(device),
         multiplies_bfloat16(device),
     )
-    parts = hardware.count if hp.shard_params or hp.mesh else 1
+    parts = hardware.count if hp.shard_params or hp.mesh or hardware.memory else 1
     check_size(hp.model, hp.sequence_length, parts, hardware.memory)
     readers, _ = division(hp.mesh, hardware.count)
     stages = stages_of(hp, readers)
@@ -205,12 +208,17 @@ def make_plan(
     readers, sharers = division(hp.mesh, hardware.count)
     stages = stages_of(hp, readers)
     check_shared(hp.model, [stage.row_length for stage in stages], sharers)
-    sizes = sizes_of(hp, optimizer_of(hp), readers, sharers)
     kernels = Kernels(
         attention, hp.loss_kernel, hp.fp8_head, bool(hp.rematerialize), tensor_parallel=sharers > 1
     )
-    room = hardware.memory and USABLE * hardware.memory - sizes.device_state - sizes.working
-    if hp.rematerialize is None and not row_fits(row_bytes(hp, kernels), room):
+    of_row = row_bytes(hp, kernels)
+    sizes_if = partial(sizes_of, hp, optimizer_of(hp), readers, sharers)
+    shard_params, sizes = hp.shard_params, sizes_if(hp.shard_params)
+    if readers > 1 and not row_fits(of_row, room_beside(sizes, hardware.memory)):
+        with suppress(ConfigError):  # an array that the devices cannot share evenly
+            shard_params, sizes = True, sizes_if(True)
+    room = room_beside(sizes, hardware.memory)
+    if hp.rematerialize is None and not row_fits(of_row, room):
         kernels = replace(kernels, rematerialize=True)
     of_row = row_bytes(hp, kernels)
     rows = gcd(*(stage.tokens_per_step // hp.sequence_length for stage in stages)) // readers
@@ -221,6 +229,7 @@ def make_plan(
         stages=stages,
         readers=readers,
         sharers=sharers,
+        shard_params=shard_params,
         kernels=kernels,
         attention=attention_line,
         batch_size=rows_asked(hp, readers) or largest_batch(rows, of_row, room),
@@ -309,7 +318,7 @@ def rows_asked(hp: "Hyperparameters", readers: int) -> int | None:
 
 
 def optimizer_of(
-    hp: "Hyperparameters", mesh: "Mesh | None" = None
+    hp: "Hyperparameters", mesh: "Mesh | None" = None, shard_params: bool = False
 ) -> "GradientTransformationExtraArgs":
     """Build the optimizer of the run; Muon computes in bfloat16 on accelerators."""
     on_accelerator = mesh is not None and mesh.devices.flat[0].platform != "cpu"
@@ -323,5 +332,5 @@ def optimizer_of(
         head_groups=hp.head_groups,
         newton_schulz_dtype=jnp.bfloat16 if on_accelerator else jnp.float32,
         mesh=mesh,
-        shard_params=hp.shard_params,
+        shard_params=shard_params,
     )

@@ -108,8 +108,8 @@ def prepare_programs(
     Raises ConfigError if not even one row per device fits.
     """
     hp = plan.hp
-    optimizer = optimizer_of(hp, mesh)
-    init = make_init(hp.model, optimizer, mesh, hp.shard_params)
+    optimizer = optimizer_of(hp, mesh, plan.shard_params)
+    init = make_init(hp.model, optimizer, mesh, plan.shard_params)
     fresh = partial(init, jax.random.key(hp.seed))
 
     def attempt(plan: Plan) -> Programs:
@@ -166,9 +166,9 @@ def lowered(
         batch = jax.ShapeDtypeStruct((Ng, *rows.shape), jnp.int32)
         tied = plan.stages[stage].tied_head
         train_step = make_train_step(
-            graph, optimizer, mesh, hp.dtype, hp.skip_spikes, hp.shard_params, tied
+            graph, optimizer, mesh, hp.dtype, hp.skip_spikes, plan.shard_params, tied
         )
-        eval_step = make_eval_step(used, mesh, hp.dtype, hp.shard_params)
+        eval_step = make_eval_step(used, mesh, hp.dtype, plan.shard_params)
         programs["training step", stage] = train_step.lower(
             state, shapes_on(mesh, BATCH, batch), rates
         )
