@@ -83,6 +83,7 @@ class Hub:
         self.front = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.storage = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         for server in (self.front, self.storage):
+            server.handle_error = lambda *_: None  # clients that leave early
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self):

@@ -696,7 +696,7 @@ def test_attention_mixes_its_values_and_gates_what_each_head_takes(gated, values
             layer.out_share = nnx.Param(jnp.array(1.4))
         else:
             layer.mixed_share = nnx.Param(jnp.array(-1.5))
-        return layer(x, mixed_in, given_share, attend), layer(x, None, None, attend)
+        return layer(x, mixed_in, given_share, attend, "xla"), layer(x, None, None, attend, "xla")
 
     share = given_share.astype("f8") if values_gated else -1.5
     mixed_in_by_head = mixed_in.astype("f8").reshape(1, 3, 2, 8)
@@ -730,6 +730,7 @@ def exclusive_attention(shares, x, mixed_in, y):
         jnp.asarray(mixed_in[None]),
         1.0,
         lambda q, k, v: jnp.asarray(y[None]),
+        "xla",
     )
     plain, _ = layer(*given)
     np.testing.assert_allclose(plain[0].reshape(y.shape), y, rtol=1e-6)
