@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from nanogpt.config import AttentionKernel, GPTConfig
 from nanogpt.model.kernels.cudnn_attention import cudnn_attention
@@ -86,7 +86,7 @@ def softmax_attention(
     return jnp.einsum("...qk,...kh->...qh", weights, v)
 
 
-def pair(x: Float[Array, "B T N H"], group: int = 1) -> Float[Array, "B 2*T N//2 H"]:
+def pair(x: Shaped[Array, "B T N H"], group: int = 1) -> Shaped[Array, "B 2*T N//2 H"]:
     """Merge pairs of heads into one of twice the sequence length, with their tokens alternating.
 
     Or `group` tokens of one head alternate with as many of the other.
@@ -96,7 +96,7 @@ def pair(x: Float[Array, "B T N H"], group: int = 1) -> Float[Array, "B 2*T N//2
     return groups.transpose(0, 1, 4, 2, 3, 5).reshape(B, 2 * T, N // 2, H)
 
 
-def part(x: Float[Array, "B T2 pairs H"], group: int = 1) -> Float[Array, "B T2//2 2*pairs H"]:
+def part(x: Shaped[Array, "B T2 pairs H"], group: int = 1) -> Shaped[Array, "B T2//2 2*pairs H"]:
     """Undo `pair`."""
     B, T2, pairs, H = x.shape
     groups = x.reshape(B, -1, 2, group, pairs, H)
