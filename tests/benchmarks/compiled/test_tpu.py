@@ -121,6 +121,18 @@ def test_attention_stays_within_documents_where_there_is_a_separator_and_only_th
         assert sum("segmented" in x.name for x in kernels) == expected
 
 
+def test_no_halves_of_heads_are_stored_which_would_fill_half_of_each_register():
+    N, H = SMALL["num_heads"], SMALL["width"] // SMALL["num_heads"]
+    stored = [
+        dims
+        for kernel in compiled("speedrun")[1].kernels()
+        for dims in re.findall(r"\[([\d,]+)\]", kernel.shape)
+        if dims.endswith(f",{H // 2}")
+    ]
+    large = [d for d in stored if np.prod([*map(int, d.split(","))]) >= ROWS * T * N * H // 2]
+    assert len(large) <= 1, large  # the angles of paired heads
+
+
 def test_without_windows_attention_goes_through_all_blocks():
     from benchmarks.compiled.tpu import attention_kernels
 
