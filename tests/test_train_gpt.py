@@ -408,13 +408,15 @@ def with_little_memory_and_a_broken_matplotlib(arguments):
     return train_gpt.main(arguments)
 
 
-def test_where_not_even_a_row_fits_layers_are_computed_again_and_the_losses_stay(
+def test_where_not_even_a_row_fits_devices_shard_or_layers_are_computed_again_and_losses_stay(
     base, cache, tmp_path_factory, monkeypatch
 ):
     told = "layers are recomputed in the backward pass to save memory"
     arguments = ["--batch-size", "None"]
-    assert told not in heading_of(cache, monkeypatch, 1e6, *arguments)
-    assert told in heading_of(cache, monkeypatch, LITTLE, *arguments)
+    for memory, sharded in {1e6: False, LITTLE: True}.items():
+        heading = heading_of(cache, monkeypatch, memory, *arguments)
+        assert (" | 8 x cpu, parameters sharded | " in heading[0]) == sharded
+        assert told not in heading
     run = trained(
         tmp_path_factory, "little", *arguments, main=with_little_memory_and_a_broken_matplotlib
     )
