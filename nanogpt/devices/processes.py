@@ -167,6 +167,14 @@ def check_same(what: str, here: Sequence[tuple[str, str]]) -> None:
     )
 
 
+def least(number: float | None) -> float | None:
+    """Return the least number of all processes, in all of them; None if any has None."""
+    if jax.process_count() == 1:
+        return number
+    found = float(process_allgather(np.float32(np.nan if number is None else number)).min())
+    return None if np.isnan(found) else found
+
+
 def _digest(text: str) -> np.ndarray:
     return np.frombuffer(sha256(text.encode()).digest(), np.uint8)
 

@@ -26,7 +26,7 @@ from nanogpt.devices.hardware import (
     row_fits,
     utilization,
 )
-from nanogpt.devices.processes import check_same
+from nanogpt.devices.processes import check_same, least
 from nanogpt.devices.sharding import check_shared
 from nanogpt.model.attention import choose_attention
 from nanogpt.optim.groups import make_optimizer
@@ -164,7 +164,7 @@ def plan_here(hp: "Hyperparameters") -> Plan:
         device.device_kind,
         jax.device_count(),
         jax.process_count(),
-        device_memory(device),
+        least(device_memory(device)),  # all must plan alike
         multiplies_bfloat16(device),
     )
     parts = hardware.count if hp.shard_params or hp.mesh or hardware.memory else 1

@@ -10,11 +10,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import nanogpt.devices.processes
 import train_gpt
-from nanogpt.devices.processes import join_processes, processes_line
+from nanogpt.devices.processes import join_processes, least, processes_line
 from nanogpt.runs.folder import SilentRun
 from nanogpt.training.checkpoint import Checkpoint, examined
 from tests.programs import Process, wait_until
@@ -356,3 +357,13 @@ def test_the_run_of_another_process_writes_nothing(tmp_path, capsys):
         run.sync()
     assert capsys.readouterr() == ("", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_plan_for_the_least_memory_that_any_has(monkeypatch):
+    assert (least(2**33 + 1), least(None)) == (2**33 + 1, None)  # alone
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    other = np.float32(2**34)
+    monkeypatch.setattr(
+        nanogpt.devices.processes, "process_allgather", lambda here: np.stack([here, other])
+    )
+    assert [least(memory) for memory in (2**33, 2**35, None)] == [2**33, 2**34, None]
