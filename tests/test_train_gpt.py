@@ -399,6 +399,12 @@ def test_without_a_batch_size_the_micro_batch_is_the_largest_that_should_fit(cac
     assert line == "micro-batch: 256 rows, about 0.1 GB of activations (device memory 0.1 GB)"
 
 
+def test_the_plan_is_made_for_the_least_memory_of_all_processes(cache, monkeypatch):
+    monkeypatch.setattr("nanogpt.training.plan.least", lambda memory: memory / 2)
+    heading = heading_of(cache, monkeypatch, 6e9, "--batch-size", "None")
+    assert any("(device memory 3.0 GB)" in line for line in heading)
+
+
 LITTLE = 0.9e6  # bytes; beside the state a row of 32 tokens needs 9,216 for each of them
 
 
@@ -413,16 +419,21 @@ def test_where_not_even_a_row_fits_devices_shard_or_layers_are_computed_again_an
 ):
     told = "layers are recomputed in the backward pass to save memory"
     arguments = ["--batch-size", "None"]
-    for memory, sharded in {1e6: False, LITTLE: True}.items():
-        heading = heading_of(cache, monkeypatch, memory, *arguments)
-        assert (" | 8 x cpu, parameters sharded | " in heading[0]) == sharded
-        assert told not in heading
-    run = trained(
-        tmp_path_factory, "little", *arguments, main=with_little_memory_and_a_broken_matplotlib
-    )
-    assert told in run.log
-    assert any(line.startswith("WARNING: could not plot the loss: ") for line in run.console)
-    assert run.column("train_loss") == pytest.approx(base.column("train_loss"), rel=1e-5)
+    sharded = ", parameters sharded | "
+    heading = heading_of(cache, monkeypatch, 1e6, *arguments)
+    assert sharded not in heading[0] and told not in heading
+    for devices in (1, 8):
+        run = trained(
+            tmp_path_factory,
+            f"little_{devices}",
+            *arguments,
+            main=with_little_memory_and_a_broken_matplotlib,
+            devices=devices,
+        )
+        assert (sharded in run.console[0], told in run.log) == (devices > 1, devices == 1)
+        assert any(line.startswith("WARNING: could not plot the loss: ") for line in run.console)
+        losses = run.column("train_loss")
+        assert losses == pytest.approx(base.column("train_loss"), rel=1e-5)
 
 
 def test_fineweb_shards_are_read_in_order_each_token_once(tmp_path, tmp_path_factory):

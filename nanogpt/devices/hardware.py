@@ -107,7 +107,7 @@ def check_size(config: GPTConfig, sequence_length: int, devices: int, memory: fl
         raise DoesNotFit(
             f"The model, its optimizer and one row need at least {need / 1e9:,.0f} GB on each "
             f"device, which has {have / 1e9:,.0f} GB: use a smaller model, a shorter "
-            "sequence_length, or more devices with --shard-params."
+            "sequence_length, or more devices."
         )
 
 

@@ -58,8 +58,8 @@ def rotary(
 ) -> Float[Array, "B T N H"]:
     """Rotate the pairs (i, i + H/2) of each head by these angles, in radians.
 
-    Where a token has several places, its heads have them in turn. The result for a TPU is the same,
-    without arrays of half a head, which leave half of each of its registers empty.
+    If a token has several places, its heads take them in turn. For a TPU, the result is computed
+    without arrays of half a head, which would leave half of each register empty.
     """
     places, (N, H) = angle.shape[2], x.shape[2:]
     cos, sin = jnp.cos(angle).astype(x.dtype), jnp.sin(angle).astype(x.dtype)

@@ -83,7 +83,7 @@ class Plan:
     sharers: int
     """Number of devices along "model", which share the same rows."""
     shard_params: bool
-    """Whether parameters are sharded: because of the settings, or because a row would not fit."""
+    """Whether parameters are sharded: as the settings ask, or because a row would not fit."""
     kernels: Kernels
     attention: str
     """The attention kernel and the reason for it, in words."""

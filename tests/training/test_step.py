@@ -221,6 +221,15 @@ def test_no_array_of_the_state_is_empty(how):
     assert all(leaf.size for leaf in jax.tree.leaves(state))
 
 
+def test_the_first_state_has_the_types_of_later_ones_so_a_step_is_compiled_once():
+    init = make_init(CONFIG, some_optimizer(), make_mesh(1))
+    state = jax.eval_shape(init, jax.random.key(0))
+    batch = jax.ShapeDtypeStruct((1, ROWS_PER_STEP, T + 1), jnp.int32)
+    later, _ = jax.eval_shape(step_on(1, "float32", 0.0), state, batch, RATES[0])
+    types = [[(x.dtype, x.weak_type) for x in jax.tree.leaves(each)] for each in (state, later)]
+    assert types[0] == types[1]
+
+
 # One reduction per step
 
 COLLECTIVE = re.compile(
