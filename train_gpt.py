@@ -192,7 +192,7 @@ class Hyperparameters:  # the defaults are those of the speedrun preset
     """Device mesh, e.g. data=4,model=2: data parallelism over rows, tensor parallelism over heads
     and MLPs; None puts all devices on the data axis."""
     shard_params: bool = False
-    """Always shard parameters, gradients and optimizer state (ZeRO-3), not just when needed."""
+    """Shard all parameters, not just embeddings and head (ZeRO-3), even if a row fits without."""
     rematerialize: bool | None = None
     """Recompute layers in the backward pass to save memory; None: only if not even one row fits."""
     seed: Seed = 0

@@ -405,7 +405,7 @@ def test_the_plan_is_made_for_the_least_memory_of_all_processes(cache, monkeypat
     assert any("(device memory 3.0 GB)" in line for line in heading)
 
 
-LITTLE = 0.9e6  # bytes; beside the state a row of 32 tokens needs 9,216 for each of them
+LITTLE = 0.78e6  # bytes; beside the state a row of 32 tokens needs 9,216 for each of them
 
 
 def with_little_memory_and_a_broken_matplotlib(arguments):

@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.compiled.program import Instruction, Program, size_of
 
 HOST = 8  # GPUs connected by NVLink
+SCATTER = "calls=%all-reduce-scatter"
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -29,11 +30,16 @@ def collectives(instructions: Iterable[Instruction]) -> dict[str, list[Instructi
     """Return the collectives, by kind.
 
     Of the two halves of an asynchronous collective, the one with the shape of the result. The parts
-    of a collective that a TPU interleaves with other work form a chain and count as one.
+    of a collective that a TPU interleaves with other work form a chain and count as one. For TPUs
+    XLA writes large reduce-scatters as fusions of an all-reduce and a slice.
     """
     found, chains = defaultdict(list), set()
     for x in instructions:
         kind, chain = x.opcode.removesuffix("-done"), re.findall(r'chain_id="\d+"', x.attributes)
+        if SCATTER in f"calls=%{x.computation}":
+            continue
+        if SCATTER in x.attributes:
+            kind = "reduce-scatter"
         if kind in COLLECTIVES and chains.isdisjoint(chain):
             found[kind].append(x)
             chains.update(chain)
@@ -116,7 +122,10 @@ def sent(program: Program, num_devices: int, micro_batches: int) -> list[Sent]:
     for kind, found in collectives(program).items():
         for each in found:
             begun = each
-            if each.opcode.endswith("-done"):
+            if called := re.search(rf"{SCATTER}[.\d]*", each.attributes):
+                inside = program.computations[called[0].removeprefix("calls=%")]
+                (begun,) = (x for x in inside.values() if x.opcode == "all-reduce")
+            elif each.opcode.endswith("-done"):
                 begun = next(starts[name] for name in each.operands if name in starts)
             members = first_group(begun, num_devices)
             devices, per_host = len(members), max(Counter(n // HOST for n in members).values())

@@ -9,17 +9,20 @@ heads and MLPs of the same rows (tensor parallelism: Megatron-LM, arXiv:1909.080
     head                 replicated: each device computes the loss of its part of the tokens
     all others           replicated, and all devices compute the same with them
 
-With `shard_params` the devices along "data" also shard the parameters, and with them gradients and
-optimizer state (ZeRO-3: arXiv:1910.02054, FSDP: arXiv:2304.11277), 16 bytes or more per weight.
-Layers are all-gathered one by one, 2 bytes per weight in bfloat16, and kept from the first forward
-pass of a step to its last backward pass: they are sent once, however many micro-batches there are,
-while freeing a layer in between would mean sending it again.
+Devices along "data" shard embeddings and head, and with them their gradients and optimizer state
+(ZeRO-3: arXiv:1910.02054, FSDP: arXiv:2304.11277): most of the state, and of Adam's work. With
+`shard_params` they shard all large parameters, 16 bytes or more per weight. Shards are all-gathered
+layer by layer, 2 bytes per weight in bfloat16, and kept from the first forward pass of a step to
+its last backward pass: they are sent once, however many micro-batches there are, while freeing a
+layer in between would mean sending it again.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import prod
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree, Shaped
@@ -38,8 +41,12 @@ LAYOUT = {
     "value_embed": P("data", "model"),  # [tables, V, N H]
     "bigram_embed": P("data", None),
     "embed": P("data", None),
-    "head": P("data", None),
+    "head": P(None, "data"),  # like the embedding, whose gradient it may share
 }
+# Sharded along "data" without `shard_params`, too, if their rows can be divided evenly.
+ALWAYS_SHARDED = ("value_embed", "bigram_embed", "embed", "head")
+# Tables whose rows are rounded to the run's dtype wherever they are used.
+ROUNDED = ("value_embed", "bigram_embed")
 # Parameters that are replicated along "model", but used by each device for its own heads or tokens.
 USED_IN_PARTS = ("head", "own_share", "mixed_share", "out_share")
 
@@ -51,10 +58,16 @@ def _names(path: Path) -> list[str]:
     return [key.key for key in path if isinstance(getattr(key, "key", None), str)]
 
 
-def spec_of(path: Path, array: Array | jax.ShapeDtypeStruct, shard_params: bool) -> P:
+def spec_of(
+    path: Path,
+    array: Array | jax.ShapeDtypeStruct,
+    devices: Mapping[str, int],
+    shard_params: bool,
+) -> P:
     """Return how a parameter, or its optimizer state, is sharded; their paths end the same way.
 
-    Axes of size 1, as in means, are not sharded, nor are the axes of stacks.
+    `devices` has the number of devices along each mesh axis. Axes of size 1, as in means, are not
+    sharded, nor are the axes of stacks.
     """
     names = _names(path)
     layout = LAYOUT.get(".".join(names[-2:])) or LAYOUT.get("".join(names[-1:]))
@@ -63,15 +76,17 @@ def spec_of(path: Path, array: Array | jax.ShapeDtypeStruct, shard_params: bool)
     dividing: list[str | tuple[str, ...] | None] = []
     for size, axes in zip(array.shape[-2:], layout, strict=True):
         axes = (axes,) if isinstance(axes, str) else axes or ()
-        here = [axis for axis in axes if size > 1 and (axis == "model" or shard_params)]
+        even = names[-1] in ALWAYS_SHARDED and size % devices["data"] == 0
+        use = {"model": True, "data": shard_params or even}
+        here = [axis for axis in axes if size > 1 and devices[axis] > 1 and use[axis]]
         dividing.append(tuple(here) if len(here) > 1 else here[0] if here else None)
     return P(*[None] * (array.ndim - 2), *dividing)
 
 
-def specs(arrays: PyTree, shard_params: bool) -> PyTree:
+def specs(arrays: PyTree, mesh: Mesh, shard_params: bool) -> PyTree:
     """Return the `spec_of` each array in a tree of parameters or of training state."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, array: spec_of(path, array, shard_params), arrays
+        lambda path, array: spec_of(path, array, mesh.shape, shard_params), arrays
     )
 
 
@@ -84,7 +99,7 @@ def shardings(arrays: PyTree, mesh: Mesh, shard_params: bool) -> PyTree:
 
     def sharding(path: Path, array: Array | jax.ShapeDtypeStruct) -> NamedSharding:
         num_parts(path, array, mesh.shape, shard_params)
-        return NamedSharding(mesh, spec_of(path, array, shard_params))
+        return NamedSharding(mesh, spec_of(path, array, mesh.shape, shard_params))
 
     return jax.tree_util.tree_map_with_path(sharding, arrays)
 
@@ -101,7 +116,8 @@ def num_parts(
         ConfigError: if it cannot be sharded evenly; the message names it.
     """
     parts = 1
-    for size, axes in zip(array.shape, spec_of(path, array, shard_params), strict=False):
+    spec = spec_of(path, array, devices, shard_params)
+    for size, axes in zip(array.shape, spec, strict=False):
         axes = (axes,) if isinstance(axes, str) else axes or ()
         among = prod(devices[axis] for axis in axes)
         if size % among:
@@ -140,15 +156,19 @@ def _data_axis(spec: P) -> int | None:
     return next(dividing, None)
 
 
-def gathered(parts: PyTree, placed: PyTree) -> PyTree:
-    """All-gather the arrays that are sharded along "data"; in `jax.shard_map`."""
+def gathered(parts: PyTree, placed: PyTree, dtype: str) -> PyTree:
+    """All-gather the arrays that are sharded along "data"; in `jax.shard_map`.
 
-    def gather(part: Float[Array, "..."], spec: P) -> Float[Array, "..."]:
+    Rows that are rounded to `dtype` when used are sent in it.
+    """
+
+    def gather(path: Path, part: Float[Array, "..."], spec: P) -> Float[Array, "..."]:
         if (axis := _data_axis(spec)) is None:
             return part
-        return jax.lax.all_gather(part, "data", axis=axis, tiled=True)
+        sent = part.astype(dtype) if path[-1].key in ROUNDED else part
+        return jax.lax.all_gather(sent, "data", axis=axis, tiled=True).astype(part.dtype)
 
-    return jax.tree.map(gather, parts, placed)
+    return jax.tree_util.tree_map_with_path(gather, parts, placed)
 
 
 def reduced(gradients: PyTree, placed: PyTree) -> PyTree:
@@ -156,13 +176,17 @@ def reduced(gradients: PyTree, placed: PyTree) -> PyTree:
 
     The counterpart of `gathered`, in `jax.shard_map`.
     """
+    sum_of_part = partial(jax.lax.psum_scatter, axis_name="data", tiled=True)
 
     def reduce(path: Path, gradient: Float[Array, "..."], spec: P) -> Float[Array, "..."]:
         if path[-1].key in USED_IN_PARTS:
             gradient = sum_over_model(gradient)
         if (axis := _data_axis(spec)) is None:
             return jax.lax.pmean(gradient, "data")
-        summed = jax.lax.psum_scatter(gradient, "data", scatter_dimension=axis, tiled=True)
+        if gradient.ndim == 3:  # each matrix by itself: for stacks, TPUs send twice as much
+            summed = jnp.stack([sum_of_part(x, scatter_dimension=axis - 1) for x in gradient])
+        else:
+            summed = sum_of_part(gradient, scatter_dimension=axis)
         return summed / jax.lax.axis_size("data")
 
     return jax.tree_util.tree_map_with_path(reduce, gradients, placed)

@@ -34,7 +34,7 @@ class Sizes(NamedTuple):
     """Bytes of these on each device."""
     working: int
     """Bytes on each device for gradients, accumulated in float32, and for the parameters used in
-    computation: copies in the run's dtype, or with shard_params the gathered parameters."""
+    computation: copies in the run's dtype, and gathered ones of those that are sharded."""
 
 
 def room_beside(sizes: Sizes, memory: float | None) -> float | None:
@@ -67,7 +67,8 @@ def sizes_of(
         device_state += num_bytes // parts
     leaves = jax.tree.leaves_with_path(params)
     for (path, param), copy in zip(leaves, jax.tree.leaves(copies), strict=True):
-        copied = shard_params or copy.dtype != param.dtype
+        sharded = num_parts(path, param, {"data": readers, "model": 1}, shard_params) > 1
+        copied = sharded or copy.dtype != param.dtype
         num_bytes = param.size * (4 + (copy.dtype.itemsize if copied else 0))
         working += num_bytes // num_parts(path, param, {"data": 1, "model": sharers}, False)
     return Sizes(sum(param.size for _, param in leaves), state, device_state, working)

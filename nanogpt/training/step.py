@@ -107,9 +107,9 @@ def make_train_step(
         state: TrainState, batch: Int[Array, "Ng R T1"], rates: Rates
     ) -> tuple[TrainState, dict[str, Array]]:
         apart, layers = layers_apart(graph, state.params, dtype)
-        placed = specs(layers, shard_params)
+        placed = specs(layers, mesh, shard_params)
         loss, gradients = jax.shard_map(
-            partial(_loss_and_gradients, apart, placed),
+            partial(_loss_and_gradients, apart, placed, dtype),
             mesh=mesh,
             in_specs=(placed, BATCH, REPLICATED),
             out_specs=(REPLICATED, placed),
@@ -149,12 +149,13 @@ def make_train_step(
 def _loss_and_gradients(
     graph: nnx.GraphDef,
     placed: PyTree,
+    dtype: str,
     parts: Params,
     batch: Int[Array, "Ng R T1"],
     target_weights: tuple[float | Float[Array, ""], ...],
 ) -> tuple[Float[Array, ""], Params]:
     """Return the mean loss and gradients, each device keeping its shard; in `jax.shard_map`."""
-    params = gathered(parts, placed)
+    params = gathered(parts, placed, dtype)
 
     def losses_of(params: Params, rows: Int[Array, "R T1"]) -> tuple[Array, Array]:
         """Return the means over the rows, or this device's terms of them (tensor parallelism)."""
@@ -189,7 +190,7 @@ def make_eval_step(
         rows: Int[Array, "R T1"],
         impossible: UInt8[Array, "V V8"] | None,
     ) -> Float[Array, ""]:
-        model = nnx.merge(graph, gathered(parts, placed))
+        model = nnx.merge(graph, gathered(parts, placed, dtype))
         inputs = jnp.where(rows < 0, ~rows, rows)[:, :-1]
         masks = None if impossible is None else impossible[inputs]
         _, losses = model.loss(inputs, rows[:, 1:], impossible=masks)
@@ -199,7 +200,7 @@ def make_eval_step(
         params: Params, rows: Int[Array, "R T1"], impossible: UInt8[Array, "V V8"] | None = None
     ) -> Float[Array, ""]:
         apart, layers = layers_apart(graph, params, dtype)
-        placed = specs(layers, shard_params)
+        placed = specs(layers, mesh, shard_params)
         return jax.shard_map(
             partial(summed_loss, apart, placed),
             mesh=mesh,

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from nanogpt.config import AdamGroups, ConfigError, GPTConfig, Kernels, mesh_axes
 from nanogpt.devices.mesh import BATCH, ROWS, make_mesh
-from nanogpt.devices.sharding import check_shared, shardings, specs
+from nanogpt.devices.sharding import ROUNDED, check_shared, shardings, specs
 from nanogpt.optim.groups import make_optimizer
 from nanogpt.training.step import (
     TrainState,
@@ -55,6 +55,7 @@ CONFIG = GPTConfig(
 LATE = {"backout": None, "attention_source": 0, "exclusive": (0,), "bigram_width": 16}
 NEW = replace(CONFIG, **LATE, skips=((0, 2),), value_layers=(0, 2), dynamic=True)
 WEIGHTS = (1.0, 0.5)
+TABLES = ("embed", "value_embed", "bigram_embed")
 
 
 def optimizer_on(mesh, shard_params, head_groups):
@@ -203,20 +204,20 @@ def test_each_device_holds_its_part_of_parameters_and_of_the_optimizers_state():
     assert each < whole / 3.5
 
 
-def test_without_shard_params_only_what_heads_and_mlps_share_is_in_parts():
+def test_without_shard_params_what_heads_and_mlps_share_and_what_is_large_in_adam_is_in_parts():
     _, state, _ = compiled(2, 4, False, 2)
     parts = {
         path[-1].key
         for path, leaf in jax.tree.leaves_with_path(state.params)
         if not leaf.sharding.is_fully_replicated
     }
-    assert parts == {"qkv", "out", "gate", "up", "down", "value_embed", "value_gate"}
+    assert parts == {"qkv", "out", "gate", "up", "down", "value_gate", *TABLES, "head"}
 
 
 def test_layouts_name_every_large_parameter():
     shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
     for path, spec in jax.tree.leaves_with_path(
-        specs(shapes, shard_params=True), is_leaf=lambda x: isinstance(x, P)
+        specs(shapes, make_mesh(2), shard_params=True), is_leaf=lambda x: isinstance(x, P)
     ):
         leaf = shapes
         for key in path:
@@ -226,6 +227,20 @@ def test_layouts_name_every_large_parameter():
 
 
 # Communication
+
+
+def test_tables_that_are_sent_in_bfloat16_are_rounded_to_it_wherever_they_are_used():
+    shapes = jax.eval_shape(lambda: init_params(NEW, jax.random.key(0)))
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda p: random.normal(0, 0.3, p.shape).astype("f4"), shapes)
+    step = make_eval_step(graph_of(NEW), mesh := make_mesh(1), "bfloat16")
+
+    def loss(*rounded):
+        changed = {name: params[name].astype(jnp.bfloat16).astype("f4") for name in rounded}
+        return float(step(params | changed, placed(mesh, ROWS, some_rows(1)[0])))
+
+    assert ROUNDED and loss(*ROUNDED) == loss()
+    assert loss("embed") != loss()
 
 
 def test_parameters_in_parts_are_gathered_and_their_gradients_scattered_once_per_step():
@@ -308,4 +323,5 @@ def test_what_cannot_be_divided_is_named():
     shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
     with pytest.raises(ConfigError, match=r"128 rows or columns of embed .* data=3: .* shard_par"):
         shardings({"embed": shapes["embed"]}, make_mesh(3), shard_params=True)
-    shardings(shapes, make_mesh(3), shard_params=False)  # nothing is
+    whole = shardings(shapes, make_mesh(3), shard_params=False)
+    assert all(each.is_fully_replicated for each in jax.tree.leaves(whole))

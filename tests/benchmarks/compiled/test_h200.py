@@ -56,6 +56,7 @@ def compiled(stage, kernels, num_devices=1):
 THIRD = (2, CHOSEN)  # the largest batch
 THIRD_BY_CUDNN = (2, CUDNN)
 FIRST_BY_OWN = (0, OWN)  # three targets, and a tied head
+TABLES = ("embed", "value_embed", "bigram_embed", "head")  # sharded in any run
 LAST_ON_EIGHT = (3, CHOSEN, 8)  # the longest windows
 
 
@@ -152,6 +153,11 @@ def items_of(shape):
     )
 
 
+def size_of_parameters(step, names=None):
+    params = jax.tree.leaves_with_path(step.in_avals[0][0].params)
+    return sum(int(np.prod(p.shape)) for path, p in params if not names or path[-1].key in names)
+
+
 def test_one_gpu_talks_to_nobody():
     from benchmarks.compiled.collectives import collectives
 
@@ -163,12 +169,14 @@ def test_eight_gpus_reduce_each_gradient_once_in_float32_and_nothing_in_a_loop()
 
     step, program = compiled(*LAST_ON_EIGHT)
     found = collectives(program)
-    assert set(found) == {"all-reduce", "all-gather"}
-    parameters = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(step.in_avals[0][0].params))
-    reduced = [x.shape for x in found["all-reduce"]]
-    # And the loss, but nothing for the six heads of layer 0, whose attention is not exclusive.
-    assert sum(map(items_of, reduced)) == parameters + 1 - 6
-    assert all("f32[" in shape and "bf16" not in shape for shape in reduced)
+    assert set(found) == {"all-reduce", "reduce-scatter", "all-gather"}
+    whole, parts = ([x.shape for x in found[kind]] for kind in ("all-reduce", "reduce-scatter"))
+    assert all("f32[" in shape and "bf16" not in shape for shape in whole + parts)
+    # And the loss, and four terms of a norm, but nothing for the six heads of layer 0, whose
+    # attention is not exclusive.
+    assert 8 * sum(map(items_of, parts)) == size_of_parameters(step, TABLES)
+    others = size_of_parameters(step) - size_of_parameters(step, TABLES)
+    assert sum(map(items_of, whole)) == others + 1 + 4 - 6
     assert program.loops()
     for loop in program.loops():
         assert not collectives(loop)
@@ -182,7 +190,20 @@ def test_eight_gpus_gather_the_matrices_that_each_orthogonalized_in_bfloat16():
     # The 24 matrices of queries and keys, for pairs of heads, are three groups of eight, the 10 of
     # MLPs two, the second not full; four or two devices compute them. The 8 square matrices are one
     # group, which every device computes by itself.
-    assert sorted(gathered) == ["bf16[2,8,768,3072]", "bf16[4,8,256,768]"]
+    matrices = [shape for shape in gathered if shape.count(",") == 3]
+    assert sorted(matrices) == ["bf16[2,8,768,3072]", "bf16[4,8,256,768]"]
+
+
+def test_eight_gpus_gather_the_tables_that_are_rounded_anyway_in_bfloat16():
+    from benchmarks.compiled.collectives import collectives
+
+    _, program = compiled(*LAST_ON_EIGHT)
+    gathered = [re.search(r"\w+\[[\d,]+\]", x.shape)[0] for x in collectives(program)["all-gather"]]
+    tables = [shape for shape in gathered if shape.count(",") < 3]
+    buckets, C, D = MODEL.bigram_buckets, MODEL.bigram_width, MODEL.width
+    assert sorted(tables) == sorted(
+        [f"bf16[3,{V},{D}]", f"bf16[{buckets},{C}]", f"bf16[{D},{V}]", f"f32[{V},{D}]"]
+    )
 
 
 def in_order(step, *marks):
@@ -223,8 +244,7 @@ def test_gradients_are_on_their_way_before_the_backward_pass_has_ended():
     # Attention's two products for gradients are one kernel; four matrices and a head have two each.
     assert sum(map(is_backward_product, program)) >= 4 * (1 + 2 * 4)
     whole, early = reduced(program, 8)
-    parameters = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(step.in_avals[0][0].params))
-    assert whole == 4 * (parameters + 1)  # and the loss
+    assert whole == 4 * (size_of_parameters(step) + 1 + 2)  # and the loss, and terms of a norm
     assert early > 0.1 * whole
 
 
@@ -247,8 +267,9 @@ def test_parameters_in_parts_take_an_eighth_and_send_nothing_in_the_accumulation
     from benchmarks.compiled.collectives import collectives
     from benchmarks.compiled.program import Program
 
-    whole, parts = (small_baseline(shard).memory_analysis() for shard in (False, True))
-    assert parts.argument_size_in_bytes < whole.argument_size_in_bytes / 7.5
+    step = small_baseline(True)
+    state = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(step.in_avals[0][0]))
+    assert step.memory_analysis().argument_size_in_bytes < state / 7.5
     program = Program(small_baseline(True, accumulation_steps=2))
     assert program.loops()
     assert not any(collectives(loop) for loop in program.loops())

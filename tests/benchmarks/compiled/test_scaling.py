@@ -2,6 +2,7 @@
 
 import json
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -26,9 +27,10 @@ def bytes_of(tree):
 def test_a_step_sends_its_gradients_once_however_many_micro_batches_there_are():
     program, state, _ = compiled(4, 1, False, 2, SMALL)
     found = sent(Program(program), 4, 2)
-    reduced = [x for x in found if x.kind == "all-reduce"]
+    reduced = [x for x in found if x.kind in ("all-reduce", "reduce-scatter")]
     assert {x.devices for x in reduced} == {4}
-    assert sum(x.bytes for x in reduced) == bytes_of(state.params) + 4  # and a loss
+    # And a loss, and two terms of a norm.
+    assert sum(x.bytes for x in reduced) == bytes_of(state.params) + 4 * (1 + 2)
 
 
 def test_parameters_in_parts_are_sent_whole_once_in_either_direction():
@@ -70,6 +72,25 @@ def test_what_devices_that_share_rows_send_counts_for_each_micro_batch():
     stream = 4 * 16 * 32 * 4  # rows, tokens, width, bytes
     # An attention and two MLPs, forward and backward, and the features to score.
     assert twice - once == 7 * stream
+
+
+def test_a_reduce_scatter_that_xla_writes_as_a_fusion_for_tpus_counts_as_one():
+    text = """HloModule step
+
+%all-reduce-scatter.1 (input: f32[64,8]) -> f32[16,8] {
+  %input = f32[64,8]{1,0} parameter(0)
+  %all-reduce.2 = f32[64,8]{1,0} all-reduce(%input), replica_groups={{0,1,2,3}}, to_apply=%add
+  %constant = u32[] constant(0)
+  ROOT %slice = f32[16,8]{1,0} dynamic-slice(%all-reduce.2, %constant, %constant)
+}
+
+ENTRY %main (x: f32[64,8]) -> f32[16,8] {
+  %x = f32[64,8]{1,0} parameter(0)
+  ROOT %fusion.3 = f32[16,8]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    program = Program(SimpleNamespace(as_text=lambda: text))
+    assert sent(program, 4, 1) == [Sent("reduce-scatter", 4, 4, 1, 64 * 8 * 4)]
 
 
 def test_rings_send_what_nccl_counts():

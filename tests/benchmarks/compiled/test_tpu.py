@@ -27,6 +27,7 @@ pytestmark = [
 SPEEDRUN, BASELINE = PRESETS["speedrun"], PRESETS["baseline"]
 SMALL = {"vocab_size": 2100, "num_heads": 2, "width": 256, "mlp_width": 512}
 V, T, ROWS, DEVICES = 2176, 2048, 2, 8
+TABLES = ("embed", "value_embed", "bigram_embed", "head")  # sharded in any run
 RUNS = {
     # Documents, a window for each layer, heads in pairs, tables, gates and skips.
     "speedrun": replace(
@@ -97,8 +98,9 @@ def numbers(instructions):
     return sum(size_of(x.shape) for x in instructions) // 4
 
 
-def sizes_of_parameters(step):
-    return [int(np.prod(p.shape)) for p in jax.tree.leaves(step.in_avals[0][0].params)]
+def sizes_of_parameters(step, names=None):
+    params = jax.tree.leaves_with_path(step.in_avals[0][0].params)
+    return [int(np.prod(p.shape)) for path, p in params if not names or path[-1].key in names]
 
 
 def test_attention_is_splash_forward_and_backward_in_blocks_of_512_within_its_window():
@@ -159,10 +161,13 @@ def test_data_parallel_chips_reduce_each_gradient_once_in_float32_and_nothing_in
 
     step, program = compiled("speedrun")
     found = collectives(program)
-    assert set(found) == {"all-reduce", "all-gather"}  # Muon gathers its results
-    assert all("bf16" not in x.shape for x in found["all-reduce"])
-    # And the loss, but nothing for the two heads of layer 1, whose attention is not exclusive.
-    assert numbers(found["all-reduce"]) == sum(sizes_of_parameters(step)) + 1 - 2
+    assert set(found) == {"all-reduce", "reduce-scatter", "all-gather"}
+    whole, parts = found["all-reduce"], found["reduce-scatter"]
+    assert all("bf16" not in x.shape for x in whole + parts)
+    # And the loss, and four terms of a norm, but nothing for the two heads of layer 1, whose
+    # attention is not exclusive.
+    assert DEVICES * numbers(parts) == sum(sizes_of_parameters(step, TABLES))
+    assert numbers(whole) == sum(sizes_of_parameters(step)) - DEVICES * numbers(parts) + 1 + 4 - 2
     (loop,) = program.loops()
     assert sum(x.name.startswith("splash_mha") for x in loop) == 9
     assert not collectives(loop)
@@ -193,8 +198,8 @@ def test_chips_that_share_rows_exchange_the_stream_in_the_loop_and_gradients_aft
     assert all(x.shape.startswith(stream) for x in inside["all-reduce"])
     outside = [x for x in collectives(program)["all-reduce"] if x not in inside["all-reduce"]]
     over_data = [x for x in outside if first_group(x, DEVICES) == [0, 2, 4, 6]]
-    # Two tables whole, and half of two layers: four square matrices and two oblong ones.
-    gradients = 2 * V * 256 + 2 * (4 * 256 * 256 + 2 * 256 * 512) // 2
+    # Half of two layers: four square matrices and two oblong ones.
+    gradients = 2 * (4 * 256 * 256 + 2 * 256 * 512) // 2
     assert numbers(over_data) == pytest.approx(gradients, abs=20)  # and a few scalars
     assert all(numbers([x]) < numbers(over_data) for x in outside if x not in over_data)
 
