@@ -21,6 +21,7 @@ import pytest
 import tyro
 from flax import nnx
 
+import nanogpt.devices.processes
 import nanogpt.training.plan
 import nanogpt.training.programs
 import train_gpt
@@ -403,6 +404,19 @@ def test_the_plan_is_made_for_the_least_memory_of_all_processes(cache, monkeypat
     monkeypatch.setattr("nanogpt.training.plan.least", lambda memory: memory / 2)
     heading = heading_of(cache, monkeypatch, 6e9, "--batch-size", "None")
     assert any("(device memory 3.0 GB)" in line for line in heading)
+
+
+def test_processes_that_would_use_different_attention_kernels_are_refused(cache, monkeypatch):
+    # The other process differs in what begins like the reason for a kernel, and in nothing else.
+    module = nanogpt.devices.processes
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(module, "_digest", lambda text: np.uint8([text.startswith("('here")]))
+    monkeypatch.setattr(
+        module, "process_allgather", lambda x: np.stack([x, x * 2 if np.ndim(x) else x])
+    )
+    told = r"Process 1 has different attention from process 0 \(here .*XLA.*\): use the same kind"
+    with pytest.raises(ConfigError, match=told):
+        heading_of(cache, monkeypatch, 6e9)
 
 
 LITTLE = 0.78e6  # bytes; beside the state a row of 32 tokens needs 9,216 for each of them

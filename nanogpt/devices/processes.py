@@ -144,7 +144,11 @@ def leave(status: int) -> int:
     return status
 
 
-def check_same(what: str, here: Sequence[tuple[str, str]]) -> None:
+def check_same(
+    what: str,
+    here: Sequence[tuple[str, str]],
+    remedy: str = "give all the same arguments and files, in a shared folder",
+) -> None:
     """Raise ConfigError in all processes if `here`, a list of (name, text), differs in any.
 
     The message names the first text that differs if all lists have the same length.
@@ -161,10 +165,7 @@ def check_same(what: str, here: Sequence[tuple[str, str]]) -> None:
     if (counts == counts[0]).all():
         each = process_allgather(np.array([*map(_digest, items)]))
         name = f" ({here[int((each[process] != each[0]).any(axis=1).argmax())][0]})"
-    raise ConfigError(
-        f"Process {process} has different {what} from process 0{name}: give all the same "
-        "arguments and files, in a shared folder."
-    )
+    raise ConfigError(f"Process {process} has different {what} from process 0{name}: {remedy}.")
 
 
 def least(number: float | None) -> float | None:

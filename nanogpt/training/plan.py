@@ -185,8 +185,10 @@ def plan_here(hp: "Hyperparameters") -> Plan:
         hp = replace(hp, val_tokens=available)
         dataset = replace(dataset, warnings=(*dataset.warnings, warning))
     models = [model for stage in stages for model in (stage.model, stage.used_model)]
-    attention = choose_attention(models, hp.sequence_length, hp.dtype)
-    return make_plan(hp, hardware, dataset, *attention)
+    attention, line = choose_attention(models, hp.sequence_length, hp.dtype)
+    alike = "use the same kind of device and the same packages in all"
+    check_same("attention", [(f"here {line}", attention)], alike)
+    return make_plan(hp, hardware, dataset, attention, line)
 
 
 def make_plan(
