@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 import tyro
 from msgspec import Meta
 
+from nanogpt.adam import AdamGroups
 from nanogpt.checks import (
     AboveZero,
     ConfigError,
@@ -33,7 +34,7 @@ from nanogpt.checks import (
     checked,
 )
 from nanogpt.command_line import parse
-from nanogpt.config import AdamGroups, ComputeType, GPTConfig, LossKernel, TokenizerName, mesh_axes
+from nanogpt.config import ComputeType, GPTConfig, LossKernel, TokenizerName, mesh_axes
 from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.runs.profile import Trace, steps_of
 from nanogpt.runs.progress import BadNumbers

@@ -4,7 +4,8 @@ from dataclasses import replace
 from math import gcd, log2, sqrt
 from typing import TYPE_CHECKING
 
-from nanogpt.config import Adam, AdamGroups, GPTConfig
+from nanogpt.adam import Adam, AdamGroups
+from nanogpt.config import GPTConfig
 from nanogpt.schedule import Windows
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ import export
 import prepare_data
 import sample
 import train_gpt
+from nanogpt.adam import Adam
 from nanogpt.checks import ConfigError, checked
-from nanogpt.config import Adam, GPTConfig
+from nanogpt.config import GPTConfig
 from nanogpt.files import cannot_write, read_json, write_whole
 from nanogpt.schedule import Stage
 from nanogpt.training.resume import ADDED, saved_settings

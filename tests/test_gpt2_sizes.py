@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from nanogpt.config import Adam
+from nanogpt.adam import Adam
 from nanogpt.devices.hardware import flops_per_token, training_flops
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.training.plan import optimizer_of

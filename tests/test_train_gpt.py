@@ -25,7 +25,8 @@ import nanogpt.devices.processes
 import nanogpt.training.plan
 import nanogpt.training.programs
 import train_gpt
-from nanogpt.config import Adam, AdamGroups, ConfigError, GPTConfig
+from nanogpt.adam import Adam, AdamGroups
+from nanogpt.config import ConfigError, GPTConfig
 from nanogpt.data.shards import write_shard
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.inference.weights import load_run

@@ -32,7 +32,7 @@ from benchmarks import processes
 from benchmarks.command import ROOT, Mistake, check_positive, run
 from benchmarks.processes import logged, train
 from benchmarks.results import save
-from nanogpt.config import AdamGroups
+from nanogpt.adam import AdamGroups
 from nanogpt.data.corpus import Corpus, embedded_corpus
 from nanogpt.data.shards import find_shards, read_shard
 

@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.cpu.proxy_runs import Change, on_bytes
-from nanogpt.config import AdamGroups, GPTConfig
+from nanogpt.adam import AdamGroups
+from nanogpt.config import GPTConfig
 from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.schedule import Schedule, Stage
 from train_gpt import PRESETS, Hyperparameters

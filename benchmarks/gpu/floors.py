@@ -10,7 +10,8 @@ from flax import traverse_util
 
 from benchmarks.gpu.rows import Figures
 from benchmarks.gpu.variants import Size, Variant, milliseconds
-from nanogpt.config import AdamGroups, AttentionKernel, GPTConfig, LossKernel
+from nanogpt.adam import AdamGroups
+from nanogpt.config import AttentionKernel, GPTConfig, LossKernel
 from nanogpt.devices.hardware import PEAK_BANDWIDTH, PEAK_FLOPS, flops_per_token
 from nanogpt.optim.groups import group
 from nanogpt.optim.heads import apart

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PyTree
 
-from nanogpt.config import Adam, AdamGroups
+from nanogpt.adam import Adam, AdamGroups
 from nanogpt.optim.muon import scale_by_muon
 
 # Adam's epsilon, for gradients of losses that are summed over the tokens of a step. (modded-nanogpt

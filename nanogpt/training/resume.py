@@ -10,8 +10,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from nanogpt.adam import AdamGroups
 from nanogpt.checks import ConfigError, checked
-from nanogpt.config import AdamGroups
 from nanogpt.data.dataset import Dataset, difference
 from nanogpt.files import found_in, read_json
 

@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from nanogpt.config import AdamGroups, ConfigError, GPTConfig, Kernels, mesh_axes
+from nanogpt.adam import AdamGroups
+from nanogpt.config import ConfigError, GPTConfig, Kernels, mesh_axes
 from nanogpt.devices.mesh import BATCH, ROWS, make_mesh
 from nanogpt.devices.sharding import ROUNDED, check_shared, shardings, specs
 from nanogpt.optim.groups import make_optimizer

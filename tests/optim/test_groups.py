@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from nanogpt.config import Adam, AdamGroups
+from nanogpt.adam import Adam, AdamGroups
 from nanogpt.optim.groups import cautious_decay, group, make_optimizer
 from nanogpt.optim.muon import MuonState
 from nanogpt.training.step import init_params

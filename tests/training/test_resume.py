@@ -21,7 +21,8 @@ from flax.traverse_util import flatten_dict
 from orbax.checkpoint import v1 as ocp
 
 import train_gpt
-from nanogpt.config import AdamGroups, ConfigError, GPTConfig
+from nanogpt.adam import AdamGroups
+from nanogpt.config import ConfigError, GPTConfig
 from nanogpt.data.dataset import SAMPLE
 from nanogpt.data.shards import sample_of, write_shard
 from nanogpt.training.checkpoint import digest_of

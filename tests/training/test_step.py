@@ -13,7 +13,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from nanogpt.config import AdamGroups, GPTConfig
+from nanogpt.adam import AdamGroups
+from nanogpt.config import GPTConfig
 from nanogpt.devices.mesh import BATCH, ROWS, make_mesh, put
 from nanogpt.devices.sharding import shardings
 from nanogpt.optim.groups import make_optimizer
