@@ -168,10 +168,10 @@ def _loss_and_gradients(
         return jax.tree.map(lambda t, n: t + n.astype(jnp.float32), total, (loss, gradients)), None
 
     zeros = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p)), (0.0, params))
-    total, _ = jax.lax.scan(accumulate, zeros, batch)
-    loss, gradients = jax.tree.map(lambda t: t / len(batch), total)
+    (loss, gradients), _ = jax.lax.scan(accumulate, zeros, batch)
     loss = jax.lax.pmean(sum_over_model(loss), "data")
-    return loss, reduced(gradients, placed)
+    # Divided after the reduction, when each device has only its shard.
+    return jax.tree.map(lambda t: t / len(batch), (loss, reduced(gradients, placed)))
 
 
 def make_eval_step(
