@@ -11,7 +11,7 @@ import numpy as np
 from benchmarks.compiled.program import Instruction, Program, size_of
 
 HOST = 8  # GPUs connected by NVLink
-SCATTER = "calls=%all-reduce-scatter"
+SCATTER = "all-reduce-scatter"  # what XLA calls such a fusion for TPUs
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
@@ -36,9 +36,9 @@ def collectives(instructions: Iterable[Instruction]) -> dict[str, list[Instructi
     found, chains = defaultdict(list), set()
     for x in instructions:
         kind, chain = x.opcode.removesuffix("-done"), re.findall(r'chain_id="\d+"', x.attributes)
-        if SCATTER in f"calls=%{x.computation}":
+        if x.computation.startswith(SCATTER):
             continue
-        if SCATTER in x.attributes:
+        if f"calls=%{SCATTER}" in x.attributes:
             kind = "reduce-scatter"
         if kind in COLLECTIVES and chains.isdisjoint(chain):
             found[kind].append(x)
@@ -122,8 +122,8 @@ def sent(program: Program, num_devices: int, micro_batches: int) -> list[Sent]:
     for kind, found in collectives(program).items():
         for each in found:
             begun = each
-            if called := re.search(rf"{SCATTER}[.\d]*", each.attributes):
-                inside = program.computations[called[0].removeprefix("calls=%")]
+            if called := re.search(rf"calls=%({SCATTER}[.\d]*)", each.attributes):
+                inside = program.computations[called[1]]
                 (begun,) = (x for x in inside.values() if x.opcode == "all-reduce")
             elif each.opcode.endswith("-done"):
                 begun = next(starts[name] for name in each.operands if name in starts)

@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanogpt.devices.compilation import first_that_fits
+from nanogpt.devices.sharding import reduced
 from nanogpt.schedule import Stage
 from train_gpt import PRESETS
 
@@ -171,6 +172,27 @@ def test_data_parallel_chips_reduce_each_gradient_once_in_float32_and_nothing_in
     (loop,) = program.loops()
     assert sum(x.name.startswith("splash_mha") for x in loop) == 9
     assert not collectives(loop)
+
+
+def test_gradients_of_large_stacks_are_scattered_not_reduced_whole():
+    from benchmarks.compiled.collectives import collectives
+    from benchmarks.compiled.for_tpu import devices_of
+    from benchmarks.compiled.program import Program
+    from benchmarks.compiled.tpu import use_tpu_compiler
+
+    use_tpu_compiler()
+    mesh = Mesh(np.array(devices_of("v5e", DEVICES)).reshape(-1, 1), ("data", "model"))
+    whole, part = PartitionSpec(), PartitionSpec(None, "data", None)
+    spread = jax.shard_map(
+        lambda x: reduced({"value_embed": x}, {"value_embed": part})["value_embed"],
+        mesh=mesh,
+        in_specs=whole,
+        out_specs=part,
+        check_vma=False,
+    )
+    tables = jax.ShapeDtypeStruct((3, 50304, 768), "f4", sharding=NamedSharding(mesh, whole))
+    found = collectives(Program(jax.jit(spread).lower(tables).compile()))
+    assert "reduce-scatter" in found and "all-reduce" not in found
 
 
 def test_chips_that_divide_parameters_gather_and_reduce_them_once_and_nothing_in_the_loop():
