@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 
+from benchmarks.compiled.lowering import lowered_for
 from nanogpt.config import GPTConfig, Kernels
 from nanogpt.devices.mesh import BATCH, shapes_on
 from nanogpt.schedule import Rates
-from nanogpt.training.plan import optimizer_of
+from nanogpt.training.plan import Plan, optimizer_of
 from nanogpt.training.step import graph_of, make_init, make_train_step
 from train_gpt import PRESETS, Hyperparameters
 
@@ -111,6 +112,13 @@ def compile_step(
     )
     with lowering_for(mesh):
         return step.lower(state, shapes_on(mesh, BATCH, shape), rates).compile()
+
+
+def lowered_on(plan: Plan, stage: int) -> dict[str, Lowered]:
+    """Lower the training step and the validation of a stage, counted from 0, for H200s."""
+    mesh = mesh_of(plan.num_devices, plan.sharers)
+    with lowering_for(mesh):
+        return lowered_for(mesh, plan, stage)
 
 
 TOKENS = 65_536  # per device and micro-batch: 4 rows of 16,384

@@ -8,10 +8,9 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 from jax.stages import Lowered
 
+from benchmarks.compiled.lowering import lowered_for
 from nanogpt.data.dataset import Dataset
-from nanogpt.training.plan import Hardware, Plan, make_plan, optimizer_of
-from nanogpt.training.programs import lowered
-from nanogpt.training.step import make_init
+from nanogpt.training.plan import Hardware, Plan, make_plan
 from train_gpt import Hyperparameters
 
 GiB = 2**30
@@ -61,8 +60,4 @@ def lowered_on(plan: Plan, chip: str, stage: int) -> dict[str, Lowered]:
     """Lower the training step and the validation of a stage for the slice."""
     devices = np.array(devices_of(chip, plan.num_devices)).reshape(plan.readers, plan.sharers)
     mesh = Mesh(devices, ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    optimizer = optimizer_of(plan.hp, mesh, plan.shard_params)
-    init = make_init(plan.hp.model, optimizer, mesh, plan.shard_params)
-    steps = {stage: plan.stages[stage].first_step}
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return {name: x for (name, _), x in lowered(plan, mesh, optimizer, init, steps).items()}
+    return lowered_for(mesh, plan, stage)
