@@ -105,11 +105,6 @@ def plan_of(preset: str, hardware: "Hardware", kernel: "AttentionKernel") -> "Pl
     return make_plan(hp, hardware, NO_DATA, kernel, "")
 
 
-def total_of(plan: "Plan") -> float:
-    """Return the bytes that a plan expects to use on each device."""
-    return plan.device_state_bytes + plan.working_bytes + plan.activation_bytes
-
-
 def kind_of(plan: "Plan") -> str:
     """Return the compiler for a plan."""
     return "tpu" if plan.hardware.kind.startswith("TPU") else "gpu"
@@ -141,7 +136,7 @@ def compile_and_save(kind: str, tables: list[dict[str, list["Plan"]]]) -> None:
     chosen = {
         name_of(plan): plan
         for plan in every
-        if kind_of(plan) == kind and total_of(plan) <= plan.hardware.memory
+        if kind_of(plan) == kind and plan.device_bytes <= plan.hardware.memory
     }
     found = {}
     for name, plan in chosen.items():
@@ -172,14 +167,12 @@ def bytes_compiled(plan: "Plan") -> float | None:
 
 def cell(plan: "Plan", compiled: dict[str, float | None]) -> str:
     """Return the rows per pass and device, and their memory, planned and compiled."""
-    if total_of(plan) > plan.hardware.memory:
-        return f"does not fit ({total_of(plan) / 1e9:.1f} GB)"
+    planned, found = plan.device_bytes, compiled.get(name_of(plan), 0.0)
+    if found is None or max(planned, found) > plan.hardware.memory:
+        return f"does not fit ({max(planned, found or 0) / 1e9:.1f} GB)"
     marks = "\\*" * plan.kernels.rematerialize + "†" * plan.shard_params
-    planned = f"{plan.batch_size}{marks}, {total_of(plan) / 1e9:.1f} GB"
-    if name_of(plan) not in compiled:
-        return planned
-    found = compiled[name_of(plan)]
-    return f"{planned} ({'too much' if found is None else f'{found / 1e9:.1f}'})"
+    as_compiled = f" ({found / 1e9:.1f})" if found else ""
+    return f"{plan.batch_size}{marks}, {planned / 1e9:.1f} GB{as_compiled}"
 
 
 if __name__ == "__main__":

@@ -34,12 +34,11 @@ def step_ms(size: Size, kind: str) -> float | None:
 def step_expected(size: Size, plan: Plan) -> Figures:
     """Return the predicted time, rate and memory of a step."""
     ms = step_ms(size, plan.hardware.kind)
-    memory = plan.device_state_bytes + plan.working_bytes + plan.activation_bytes
     return {
         "ms": ms,
         "tokens_per_s": ms and 1e3 * size.hp.total_batch_size / ms,
         "mfu": ms and UTILIZATION,
-        "memory_GB": memory / 1e9,
+        "memory_GB": plan.device_bytes / 1e9,
     }
 
 

@@ -87,16 +87,12 @@ def outlook(plan: Plan) -> dict[str, str]:
             f"each, {Ng} x {R} rows of {stage.row_length:,}"
             + (f", longest window {longest:,}" if longest else "")
         )
-    activations, state, working = (
-        plan.activation_bytes,
-        plan.device_state_bytes,
-        plan.working_bytes,
-    )
     available = f" of {size(plan.hardware.memory)}" if plan.hardware.memory else ""
     rows["memory"] = (
-        f"about {size(state + working + activations)}{available} per device: {size(state)} of "
-        f"parameters and optimizer state, {size(working)} of gradients and copies, "
-        f"{size(activations)} of activations"
+        f"about {size(plan.device_bytes)}{available} per device: "
+        f"{size(plan.device_state_bytes)} of parameters and optimizer state, "
+        f"{size(plan.working_bytes)} of gradients and copies, "
+        f"{size(plan.activation_bytes)} of activations"
     )
     saved, (often, validated) = 1, (plan.hp.checkpoint_every, plan.hp.val_loss_every)
     every = [n for n in (often, plan.hp.keep_best and validated) if n]

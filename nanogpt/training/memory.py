@@ -7,7 +7,7 @@ import jax
 from nanogpt.config import Kernels
 from nanogpt.devices.hardware import activation_bytes
 from nanogpt.devices.sharding import num_parts
-from nanogpt.model.parameters import compute_copy
+from nanogpt.model.parameters import is_table
 from nanogpt.training.step import init_params
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ class Sizes(NamedTuple):
     """Bytes of these on each device."""
     working: int
     """Bytes on each device for gradients, accumulated in float32, and for the parameters used in
-    computation: copies in the run's dtype, and gathered ones of those that are sharded."""
+    computation: copies in the run's dtype, and gathered ones of tables that are sharded. In float32
+    nothing is copied, but the gradients of a micro-batch, before they are added, are as large."""
 
 
 def room_beside(sizes: Sizes, memory: float | None) -> float | None:
@@ -56,19 +57,19 @@ def sizes_of(
 
     def init(key: jax.Array) -> tuple:
         params = init_params(hp.model, key)
-        return params, optimizer.init(params), compute_copy(params, hp.dtype)
+        return params, optimizer.init(params)
 
-    params, optimizer_state, copies = jax.eval_shape(init, jax.random.key(0))
+    params, optimizer_state = jax.eval_shape(init, jax.random.key(0))
     state = device_state = working = 0
     for path, array in jax.tree.leaves_with_path((params, optimizer_state)):
         num_bytes = array.size * array.dtype.itemsize
         state += num_bytes
         parts = num_parts(path, array, {"data": readers, "model": sharers}, shard_params)
         device_state += num_bytes // parts
-    leaves = jax.tree.leaves_with_path(params)
-    for (path, param), copy in zip(leaves, jax.tree.leaves(copies), strict=True):
+    for path, param in jax.tree.leaves_with_path(params):
         sharded = num_parts(path, param, {"data": readers, "model": 1}, shard_params) > 1
-        copied = sharded or copy.dtype != param.dtype
-        num_bytes = param.size * (4 + (copy.dtype.itemsize if copied else 0))
+        used = (4 if sharded else 0) if is_table(path) else 4 if hp.dtype == "float32" else 2
+        num_bytes = param.size * (4 + used)
         working += num_bytes // num_parts(path, param, {"data": 1, "model": sharers}, False)
-    return Sizes(sum(param.size for _, param in leaves), state, device_state, working)
+    num_parameters = sum(param.size for param in jax.tree.leaves(params))
+    return Sizes(num_parameters, state, device_state, working)

@@ -128,6 +128,11 @@ class Plan:
         """Approximate bytes of activations on each device."""
         return self.batch_size * self.row_bytes
 
+    @property
+    def device_bytes(self) -> float:
+        """Approximate bytes of everything on each device."""
+        return self.device_state_bytes + self.working_bytes + self.activation_bytes
+
     def validates(self, step: int) -> bool:
         """Return whether to validate after a step."""
         return due(step, self.hp.val_loss_every, self.hp.num_steps)

@@ -10,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.compiled.for_tpu import NO_DATA
 from nanogpt.config import Kernels
 from nanogpt.devices.hardware import activation_bytes
+from nanogpt.training.plan import Hardware, make_plan
 from train_gpt import PRESETS
 
 pytestmark = [
@@ -124,6 +126,16 @@ def test_layers_computed_again_need_the_memory_that_is_reckoned_for_them():
     # The gradient of the logits overwrites them.
     in_place = again - 2 * rows * T * V
     assert 0.8 * in_place < kept < 1.05 * in_place
+
+
+@pytest.mark.parametrize(("dtype", "kernel"), [("bfloat16", "pallas"), ("float32", "xla")])
+def test_a_step_with_few_rows_needs_the_memory_that_was_planned(dtype, kernel):
+    from benchmarks.compiled import plans
+
+    hp = replace(PRESETS["gpt2-medium"], dtype=dtype, batch_size=2)
+    hp = replace(hp, model=replace(hp.model, num_layers=8, vocab_size=1024))
+    plan = make_plan(hp, Hardware("GPU", 1, 1, 40e9), NO_DATA, kernel, "")
+    assert 0.9 * plan.device_bytes < plans.bytes_compiled(plan) < 1.02 * plan.device_bytes
 
 
 def test_an_fp8_head_multiplies_8_bit_floats_in_all_three_products():
