@@ -62,10 +62,15 @@ def settings_here(
     # The steps to profile must be among those that the minutes allow, which are not known yet.
     (hp if given.minutes is None else replace(hp, profile=None)).check()
     hp = with_own_text(hp)
-    # A batch that is not set by hand may change, so that any number of devices can share it.
-    by_hand = override(replace(hp, total_batch_size=1)).total_batch_size != 1
-    fixed = by_hand or given.resume is not None or given.config is not None
-    fitted = (lambda hp: hp) if fixed else fitted_to_devices
+
+    def fitted(hp: "Hyperparameters") -> "Hyperparameters":
+        """Unless it is set by hand, the batch may change, so that all devices can share it."""
+        if given.resume is not None or given.config is not None:
+            return hp
+        shared = fitted_to_devices(hp)
+        by_hand = shared != hp and override(replace(hp, total_batch_size=1)).total_batch_size != 1
+        return hp if by_hand else shared
+
     preset_batch, hp = hp.total_batch_size, fitted(hp)
     if given.minutes is None:
         if preset_batch != hp.total_batch_size and sys.modules["jax"].process_index() == 0:
@@ -158,6 +163,8 @@ def check_left_to_rule(
     given: "Hyperparameters", start: "Hyperparameters", override: "Override"
 ) -> None:
     """Raise ConfigError if `override` sets by hand what `depth` or `minutes` is to decide."""
+    if given.depth is None and given.minutes is None:
+        return
     other = replace(
         start,
         num_steps=start.num_steps + 1,
@@ -169,8 +176,8 @@ def check_left_to_rule(
         raise ConfigError(
             "num_steps and minutes each decide how long to train: use only one of them."
         )
-    sized = "depth" if given.depth is not None else "minutes" if given.minutes is not None else ""
-    if sized and any(a.model.num_layers != b.model.num_layers for a, b in changes):
+    sized = "minutes" if given.depth is None else "depth"
+    if any(a.model.num_layers != b.model.num_layers for a, b in changes):
         raise ConfigError(
             f"model.num_layers and {sized} each decide the number of layers: use only one of them."
         )
