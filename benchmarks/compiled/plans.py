@@ -7,8 +7,8 @@ is the memory that XLA planned for the training step of the last stage when it w
 
     python3 -m benchmarks.compiled.plans --compile gpu    # or tpu
 
-compiles every step anew, in an hour on two cores, and saves its memory. It needs JAX's CUDA plugin
-or libtpu, but no GPU or TPU: pip install -e ".[gpu-compiler]" or ".[tpu-compiler]"
+compiles every step anew, in half an hour on two cores (for TPUs more than an hour), and saves its
+memory. It needs JAX's CUDA plugin or libtpu: pip install -e ".[gpu-compiler]" or ".[tpu-compiler]"
 
 All GPUs are compiled for as an H200: XLA's plan hardly depends on the kind. GPUs that cannot
 multiply bfloat16 train in float32, without flash attention.
