@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -294,6 +294,23 @@ def test_a_presets_batch_suits_the_devices_and_one_that_is_given_must(
     assert "batch: Ng = 3,072 / (4 * 96 * 8) = 1" in told
     assert train_gpt.main([*arguments, "--total-batch-size", "4096"]) == 2
     assert "use --total-batch-size 3072 or 6144." in capsys.readouterr().err
+    settings = asdict(replace(PRESETS["laptop"], sequence_length=96))
+    Path("config.json").write_text(json.dumps(settings))
+    assert train_gpt.main(["--config", "config.json", "--dry-run"]) == 2
+    assert "use --total-batch-size 3072 or 6144." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "refusal"),
+    [
+        ("--depth 3 --model.num-layers 2", "model.num_layers and depth each decide the number"),
+        ("--minutes 1 --model.num-layers 2", "model.num_layers and minutes each decide the number"),
+        ("--minutes 1 --num-steps 5", "num_steps and minutes each decide how long to train"),
+    ],
+)
+def test_what_a_rule_decides_cannot_be_set_by_hand(arguments, refusal, capsys):
+    assert train_gpt.main(["--preset", "laptop", *arguments.split()]) == 2
+    assert capsys.readouterr().err.startswith(refusal)
 
 
 def test_a_dry_run_refuses_what_the_run_would_refuse(base, cache, tmp_path, monkeypatch, capsys):

@@ -2,16 +2,16 @@
 
     python3 -m benchmarks.compiled.plans
 
-It prints the tables of docs/gpu.md and docs/tpu.md in seconds: nothing is measured. In parentheses
-is the memory that XLA planned for the training step of the last stage when it was last compiled:
+It prints the tables of docs/gpu.md and docs/tpu.md in seconds. In parentheses is the memory that
+XLA plans for the training step of the last stage, read from results/; nothing is measured.
 
     python3 -m benchmarks.compiled.plans --compile gpu    # or tpu
 
-compiles every step anew, in half an hour on two cores (for TPUs more than an hour), and saves its
-memory. It needs JAX's CUDA plugin or libtpu: pip install -e ".[gpu-compiler]" or ".[tpu-compiler]"
+compiles these steps first, in half an hour on two cores (for TPUs more than an hour), and saves
+their memory. This needs JAX's CUDA plugin or libtpu: pip install -e ".[gpu-compiler]" or
+".[tpu-compiler]". Steps for any GPU are compiled for an H200.
 
-All GPUs are compiled for as an H200: XLA's plan hardly depends on the kind. GPUs that cannot
-multiply bfloat16 train in float32, without flash attention.
+GPUs that cannot multiply bfloat16 train in float32, without flash attention.
 """
 
 import json

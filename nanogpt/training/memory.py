@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from nanogpt.config import Kernels
 from nanogpt.devices.hardware import activation_bytes
@@ -68,7 +69,9 @@ def sizes_of(
         device_state += num_bytes // parts
     for path, param in jax.tree.leaves_with_path(params):
         sharded = num_parts(path, param, {"data": readers, "model": 1}, shard_params) > 1
-        used = (4 if sharded else 0) if is_table(path) else 4 if hp.dtype == "float32" else 2
+        used = jnp.dtype(hp.dtype).itemsize
+        if is_table(path):  # float32 in any run
+            used = 4 if sharded else 0
         num_bytes = param.size * (4 + used)
         working += num_bytes // num_parts(path, param, {"data": 1, "model": sharers}, False)
     num_parameters = sum(param.size for param in jax.tree.leaves(params))
