@@ -15,10 +15,10 @@ ARGS ?=
 ACCELERATOR ?= $(shell if [ -e /dev/nvidia0 ]; then echo cuda12; \
 	elif [ -e /dev/accel0 ] || [ -e /dev/vfio/0 ]; then echo tpu; else echo cpu; fi)
 INSTALL = $(VENV)/bin/python -m pip install --disable-pip-version-check --editable
-NUMERIC = tests/model/test_attention.py tests/model/test_bigrams.py tests/model/test_connections.py \
-	tests/model/test_gates.py tests/model/test_gpt.py tests/model/test_loss.py \
-	tests/model/test_rotary.py tests/model/test_softcap.py tests/optim tests/data/test_batches.py \
-	tests/training/test_step.py
+NUMERIC = tests/model/test_attention.py tests/model/test_bigrams.py tests/model/test_composed.py \
+	tests/model/test_connections.py tests/model/test_gates.py tests/model/test_gpt.py \
+	tests/model/test_loss.py tests/model/test_rotary.py tests/model/test_softcap.py tests/optim \
+	tests/data/test_batches.py tests/training/test_step.py
 # Of slow files, a test that calls what is annotated.
 ANNOTATED = tests/model/kernels/test_flash_attention.py::test_it_computes_what_the_reference_does \
 	tests/inference/test_generate.py::test_in_bfloat16_the_probabilities_are_nearly_those_of_float32

@@ -52,20 +52,23 @@ def windows(short: int, long: int) -> tuple[int, ...]:
     return (short,) * 3 + (long,) + (short,) * 6 + (long,)
 
 
-# The model, stages and rates of modded-nanogpt's record of 2026-05-20; see docs/recipe.md.
+# The model, stages and rates of modded-nanogpt's record of 2026-05-27; see docs/recipe.md.
 SPEEDRUN_MODEL = GPTConfig(
     num_layers=11,
     mlp_only=(6,),
     key_offset=(3, 10),
     paired_heads=(0, 2, 5, 9),
-    exclusive=(1, 3, 4, 7, 8, 10),
+    exclusive=(1, 3, 4, 7),
+    gated=(3, 10),
+    composed=(10,),
     attention_source=7,
     dynamic=True,
     skips=((3, 6),),
     value_embeddings=5,
     value_layers=(1, 2, 8, 9, 10),
-    bigram_buckets=15 * 50304,
-    bigram_width=192,
+    bigram_buckets=15 * 50304 // 2,
+    bigram_width=768,
+    attention_gate=False,
     document_separator=50256,
     tied_head=True,
     attention_init=0.5,
@@ -77,10 +80,10 @@ SPEEDRUN_MODEL = GPTConfig(
     logit_shift=5.0,
 )
 SPEEDRUN_STAGES = (
-    Stage(1375 / 3, 1 / 3, 1.0, 1.00, windows(128, 384), None, (1.0, 0.5, 0.25), 896),
-    Stage(1375 / 3, 2 / 3, 1.0, 1.52, windows(384, 896), None, (1.0, 0.5)),
-    Stage(1375 / 3, 1.0, 1.0, 1.73, windows(640, 1408), split_head=True),
-    Stage(10, 1.0, 1.0, 1.73, windows(768, 1664), windows(768, 2560)),
+    Stage(425, 1 / 3, 1.0, 1.00, windows(128, 384), None, (1.0, 0.5, 0.25), 896),
+    Stage(425, 2 / 3, 1.0, 1.52, windows(384, 896), None, (1.0, 0.5)),
+    Stage(425, 1.0, 1.0, 1.73, windows(640, 1408), split_head=True),
+    Stage(15, 1.0, 1.0, 1.73, windows(768, 1664), windows(768, 2560)),
 )
 
 
@@ -131,7 +134,7 @@ class Hyperparameters:  # the defaults are those of the speedrun preset
     """Tokens per optimizer step, over all devices and accumulation steps."""
 
     # Optimization
-    num_steps: Positive = 1385
+    num_steps: Positive = 1290
     """Optimizer steps."""
     stages: tyro.conf.Suppress[Stages] = SPEEDRUN_STAGES
     """Training stages, in order; see nanogpt/schedule.py."""
@@ -158,7 +161,7 @@ class Hyperparameters:  # the defaults are those of the speedrun preset
     """Steps between updates of Adam (all other parameters), which uses the mean gradient."""
     adam: AdamGroups = AdamGroups()
     """Adam's settings for each parameter group."""
-    hold_fraction: Annotated[float, Meta(ge=0, lt=1)] = 10 / 1385
+    hold_fraction: Annotated[float, Meta(ge=0, lt=1)] = 15 / 1290
     """Fraction of the steps, at the end, for which learning rates stay at their minimum."""
     cooldown_fraction: Share = 0.6
     """Fraction of the steps before the hold over which learning rates decay linearly."""
@@ -295,7 +298,7 @@ class Hyperparameters:  # the defaults are those of the speedrun preset
 
 
 PRESETS = {
-    # GPT-2 small's size with the recipe of modded-nanogpt's record of 2026-05-20.
+    # GPT-2 small's size with the recipe of modded-nanogpt's record of 2026-05-27.
     "speedrun": Hyperparameters(preset="speedrun"),
     # The same size with few of those tricks: modded-nanogpt's plain recipe of 2024-11-10.
     "baseline": Hyperparameters(

@@ -25,7 +25,10 @@ class AdamGroups:
     """Adam's settings for each group of parameters. The defaults are the speedrun's."""
 
     # Groups that are trained as part of `scalars` if their settings are the same, as in older runs.
-    LATER: ClassVar = ("stream", "additions", "connections", "connection_biases")
+    LATER: ClassVar = (
+        *("stream", "additions", "connections", "connection_biases"),
+        *("dynamic_gates", "dynamic_gate_biases"),
+    )
 
     embedding: Adam = Adam(0.008, (0.5, 0.95), 0.75)
     """Token embedding."""
@@ -44,13 +47,17 @@ class AdamGroups:
     stream: Adam = Adam(0.04, (0.9, 0.95))
     """Weights of the stream in each layer."""
     additions: Adam = Adam(0.008, (0.9, 0.95))
-    """Weights of bigrams, attention and MLP in each layer, and of exclusive attention."""
+    """Weights of bigrams, attention and MLP in each layer."""
     scalars: Adam = Adam(0.04)
     """All other scalars."""
     connections: Adam = Adam(0.002, weight_decay=0.005)
     """Dynamic connections."""
     connection_biases: Adam = Adam(0.002)
     """Their biases."""
+    dynamic_gates: Adam = Adam(0.0008, weight_decay=0.005)
+    """The MLPs that compute dynamic gates."""
+    dynamic_gate_biases: Adam = Adam(0.0008)
+    """Their biases and scale."""
 
     @classmethod
     def alike(

@@ -56,7 +56,7 @@ class GPTConfig:
 
     ADDED: ClassVar = {
         *("value_layers", "bigram_width", "attention_out_init", "attention_source"),
-        *("exclusive", "dynamic"),
+        *("exclusive", "dynamic", "gated", "composed", "composed_window"),
     }  # see `checked`
 
     vocab_size: Positive = 50257
@@ -138,15 +138,24 @@ class GPTConfig:
     """Layers with paired heads: two heads attend to the keys of both."""
 
     exclusive: tuple[int, ...] = ()
-    """Layers in which a learned share of the attention output along the token's own value is
-    removed."""
+    """Layers that remove a share of the attention output along the token's own value; the share
+    is dynamic."""
+
+    gated: tuple[int, ...] = ()
+    """Layers with a dynamic gate for each attention head."""
+
+    composed: tuple[int, ...] = ()
+    """Layers whose heads also attend where other heads do, as far as dynamic weights say."""
+
+    composed_window: Positive = 112
+    """Number of keys, a query's own included, to which heads attend for each other."""
 
     backout: int | None = None
     """Layer whose output, times a learned factor, is subtracted before the head; None for none."""
 
     dynamic: bool = False
-    """Let each token choose how the last layer and the head combine earlier outputs; needs
-    attention_source."""
+    """Let each token choose how layers and the head combine earlier outputs, and their gates;
+    needs attention_source."""
 
     tied_head: bool = False
     """Tie embedding and head until a stage of the run splits them."""
@@ -200,6 +209,8 @@ class GPTConfig:
             "key_offset": self.key_offset,
             "paired_heads": self.paired_heads,
             "exclusive": self.exclusive,
+            "gated": self.gated,
+            "composed": self.composed,
             "value_layers": self.value_layers,
         }.items():
             for layer in layers:
@@ -210,8 +221,12 @@ class GPTConfig:
                     )
         if self.paired_heads and self.num_heads % 2:
             raise ConfigError(f"paired_heads needs an even num_heads, not {self.num_heads}.")
-        if both := self.layers(self.paired_heads) & self.layers(self.exclusive):
-            raise ConfigError(f"paired_heads and exclusive both contain layer {min(both)}.")
+        for name in ("exclusive", "composed"):
+            if both := self.layers(self.paired_heads) & self.layers(getattr(self, name)):
+                raise ConfigError(f"paired_heads and {name} both contain layer {min(both)}.")
+        for name in ("exclusive", "gated", "composed"):
+            if getattr(self, name) and not self.dynamic:
+                raise ConfigError(f"{name} needs dynamic, but it is False.")
         if (own := self.value_layers) and not self.value_embeddings == len(own) == len({*own}):
             raise ConfigError(
                 f"value_layers must be as many different layers as value_embeddings, "
@@ -219,16 +234,22 @@ class GPTConfig:
             )
         if idle := self.layers(self.value_layers) & self.layers(self.mlp_only):
             raise ConfigError(f"value_layers contains layer {min(idle)}, which has no attention.")
-        if self.bigram_width and self.bigram_width >= self.width:
+        if self.bigram_width and self.bigram_width > self.width:
             raise ConfigError(
-                f"bigram_width ({self.bigram_width}) must be less than width ({self.width}); None "
-                "uses all channels."
+                f"bigram_width ({self.bigram_width}) must be at most width ({self.width})."
             )
         last = self.num_layers - 1
         if self.dynamic and self.attention_source in (None, last):
             raise ConfigError("dynamic needs an attention_source before the last layer.")
-        if self.dynamic and last in self.layers(self.mlp_only):
-            raise ConfigError(f"dynamic needs attention in the last layer, {last}.")
+        again, mlp_only = self.chooses_again, self.layers(self.mlp_only)
+        if self.dynamic and again >= last:
+            raise ConfigError(f"dynamic needs 3 layers or more, not {self.num_layers}.")
+        for choice in ({0}, {last}, {*range(again, last)}) if self.dynamic else ():
+            if choice <= mlp_only:
+                which = " or ".join(map(str, sorted(choice)))
+                raise ConfigError(
+                    f"dynamic needs attention in layer {which}, but mlp_only contains it."
+                )
         if self.num_attentions == 0:
             raise ConfigError("mlp_only contains all layers, but at least one needs attention.")
         for name, used in {
@@ -241,7 +262,7 @@ class GPTConfig:
                     f"{name} reads {GATE_INPUTS} channels, but width is {self.width}: set it to "
                     "False."
                 )
-        if self.skips and self.width < GATE_INPUTS:
+        if self.skips and not self.dynamic and self.width < GATE_INPUTS:
             raise ConfigError(
                 f"skips reads {GATE_INPUTS} channels, but width is {self.width}: set it to None."
             )
@@ -284,6 +305,12 @@ class GPTConfig:
         """The layers whose value embeddings have gates."""
         last = self.num_layers - 1 if self.dynamic else None
         return tuple(layer for layer in self.value_tables if self.value_gate and layer != last)
+
+    @property
+    def chooses_again(self) -> int:
+        """With `dynamic`, the layer before which tokens choose the gates of that and later layers;
+        those of earlier layers they choose before the first."""
+        return max(1, ((self.attention_source or 0) + 1) // 2)
 
     @property
     def num_attentions(self) -> int:

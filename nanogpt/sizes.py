@@ -99,17 +99,20 @@ def with_layers_like(hp: "Hyperparameters", base: "Hyperparameters") -> "Hyperpa
     mlp_only = layers(old.mlp_only)
     own = tuple(sorted({place(layer) for layer in old.value_layers} - {*mlp_only}))
     source = None if old.attention_source is None else place(old.attention_source)
+    dynamic = old.dynamic and source != L - 1
     model = replace(
         hp.model,
         mlp_only=mlp_only,
         key_offset=layers(old.key_offset),
         paired_heads=layers(old.paired_heads),
         windows=old.windows and windows(old.windows),
-        exclusive=layers(old.exclusive),
         value_layers=own,
         value_embeddings=len(own) or min(old.value_embeddings, L),
         attention_source=source,
-        dynamic=old.dynamic and source != L - 1,
+        dynamic=dynamic,
+        exclusive=layers(old.exclusive) if dynamic else (),
+        gated=layers(old.gated) if dynamic else (),
+        composed=layers(old.composed) if dynamic else (),
         skips=old.skips
         and tuple((place(a), place(b)) for a, b in old.skips if place(a) < place(b)),
         backout=None if old.backout is None else place(old.backout),

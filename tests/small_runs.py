@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanogpt.adam import AdamGroups
 from nanogpt.data.shards import write_shard
 from tests.programs import Process, as_a_user_starts_it, run_to_end
 from train_gpt import PRESETS
@@ -38,9 +39,10 @@ STAGED = (
     "--batch-size 2 --sequence-length 64 --total-batch-size 384 "
     f"--num-steps {STAGED_STEPS} --max-document-length 40 --checkpoint-every 3 "
     f"--keep-checkpoints 10 --val-loss-every 3 --val-tokens {STAGED_VAL_TOKENS} "
-    "--model.num-layers 2 --model.width 16 --model.mlp-width 32 --model.mlp-only "
-    "--model.skips 0 1 --model.paired-heads 0 --model.key-offset 1 --model.exclusive 1 "
-    "--model.attention-source 0 --model.value-embeddings 2 --model.value-layers 0 1 "
+    "--model.num-layers 3 --model.width 16 --model.mlp-width 32 --model.mlp-only "
+    "--model.skips 0 1 --model.paired-heads 0 --model.key-offset 2 --model.exclusive 1 "
+    "--model.gated 2 --model.composed 2 --model.composed-window 5 "
+    "--model.attention-source 0 --model.value-embeddings 2 --model.value-layers 0 2 "
     "--model.bigram-width 4 --model.document-separator 255 --heads-together 1 "
     "--learning-rate 0.1 --model.attention-scale 2 --model.rope-base 16"
 ).split()
@@ -60,7 +62,7 @@ RUN = [
     *("--preset", "laptop", *SMALL, *DATA, "--num-steps", f"{LONGER}"),
     *("--checkpoint-every", f"{EVERY}", "--keep-checkpoints", "9"),
     *("--model.num-heads", "4"),  # which two devices share, in pairs too
-    *("--adam.connections.learning-rate", "1e-5", "--adam.connection-biases.learning-rate", "1e-5"),
+    *(f"--adam.{name.replace('_', '-')}.learning-rate=1e-5" for name in AdamGroups.LATER),
 ]
 
 

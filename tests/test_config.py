@@ -16,6 +16,9 @@ NEUTRAL = {  # fields that older files lack, with values that change nothing
     "attention_source": None,
     "exclusive": (),
     "dynamic": False,
+    "gated": (),
+    "composed": (),
+    "composed_window": 112,
 }
 
 
@@ -168,9 +171,18 @@ def test_a_field_that_a_shape_does_not_have_is_refused_also_if_another_is_missin
             {"paired_heads": (1, -3), "exclusive": (-1, 9)},
             "paired_heads and exclusive both contain layer 9",
         ),
+        (
+            {"paired_heads": (1, 4), "composed": (-1, -8, 2)},
+            "paired_heads and composed both contain layer 4",
+        ),
+        ({"exclusive": (1,)}, "exclusive needs dynamic, but it is False"),
+        ({"gated": (1,)}, "gated needs dynamic, but it is False"),
+        ({"composed": (1,)}, "composed needs dynamic, but it is False"),
+        ({"composed": (-13,)}, "composed contains layer -13, but layers are numbered 0 to 11"),
+        ({"gated": (12,)}, "gated contains layer 12, but layers are numbered 0 to 11"),
+        ({"composed_window": 0}, "composed_window must be at least 1, not 0"),
         ({"bigram_width": 0}, "bigram_width must be at least 1, not 0"),
-        ({"bigram_width": 768}, r"bigram_width \(768\) must be less than width \(768\); None uses"),
-        ({"bigram_width": 769}, r"bigram_width \(769\) must be less than width"),
+        ({"bigram_width": 769}, r"bigram_width \(769\) must be at most width \(768\)"),
         ({"attention_out_init": -0.1}, "attention_out_init must be at least 0, not -0.1"),
         ({"attention_out_init": float("inf")}, "attention_out_init must be a number, not inf"),
         ({"dynamic": True}, "dynamic needs an attention_source before the last layer"),
@@ -178,7 +190,19 @@ def test_a_field_that_a_shape_does_not_have_is_refused_also_if_another_is_missin
         ({"dynamic": 1, "attention_source": 5}, "dynamic must be true or false, not 1"),
         (
             {"dynamic": True, "attention_source": 5, "mlp_only": (-1,)},
-            "dynamic needs attention in the last layer, 11",
+            "dynamic needs attention in layer 11, but mlp_only contains it",
+        ),
+        (
+            {"dynamic": True, "attention_source": 5, "mlp_only": (4, 0)},
+            "dynamic needs attention in layer 0, but mlp_only contains it",
+        ),
+        (
+            {"dynamic": True, "attention_source": 10, "mlp_only": (*range(5, 11),)},
+            "dynamic needs attention in layer 5 or 6 or 7 or 8 or 9 or 10, but mlp_only contains",
+        ),
+        (
+            {"dynamic": True, "attention_source": 0, "num_layers": 2, "value_embeddings": 0},
+            "dynamic needs 3 layers or more, not 2",
         ),
         ({"mlp_only": (*range(12),)}, "mlp_only contains all layers, but at least one"),
         ({"width": 8, "num_heads": 1}, "smear reads 12 channels, but width is 8: set it to False"),
@@ -209,6 +233,9 @@ def test_a_shape_that_cannot_be_built_is_refused_in_one_sentence(change, complai
     assert "\n" not in str(refusal.value)
 
 
+LATE = {"attention_source": 3, "dynamic": True}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -229,17 +256,17 @@ def test_a_shape_that_cannot_be_built_is_refused_in_one_sentence(change, complai
         {"rope_fraction": 1.0},
         {"value_embeddings": 2, "value_layers": (11, 0)},
         {"value_embeddings": 12, "value_layers": (*range(12),)},
-        {"bigram_width": 767, "attention_out_init": 0.0},
-        {"attention_source": 11, "exclusive": (-12, 11)},
-        {"attention_source": 10, "dynamic": True, "mlp_only": (*range(11),)},
+        {"bigram_width": 768, "attention_out_init": 0.0},
+        {"attention_source": 10, "dynamic": True, "mlp_only": (*range(1, 5), *range(6, 11))},
         {
             "attention_source": 0,
             "dynamic": True,
             "skips": (),
-            "num_layers": 2,
+            "num_layers": 3,
             "value_embeddings": 0,
         },
-        {"exclusive": (1, -1), "paired_heads": (0, -2)},
+        LATE | {"exclusive": (1, -1), "composed": (0, 3), "paired_heads": (-2,)},
+        LATE | {"composed_window": 1, "gated": (*range(12),), "paired_heads": (*range(12),)},
     ],
 )
 def test_a_shape_on_the_edge_of_what_can_be_built_is_accepted(change):

@@ -342,7 +342,7 @@ def test_a_run_from_before_the_model_and_its_groups_had_more_is_as_it_was(tmp_pa
         ("model", [], "model must be an object, not []"),
         ("model.width", 2.0, "model.width must be an integer, not 2.0"),
         ("model.backout", DROPPED, "model.backout is missing"),
-        ("model.bigram_width", 96, "bigram_width (96) must be less than width (96)"),
+        ("model.bigram_width", 97, "bigram_width (97) must be at most width (96)"),
         ("model.layers", 2, "model.layers, 2, is unknown to this version"),
         ("model.num_heads", 5, "width (96) must be a multiple of 4 * num_heads"),
     ],

@@ -107,14 +107,16 @@ def test_special_layers_stay_together(depth):
         assert long == set(hp.model.key_offset)
     assert depth - 1 in long
     assert not set(hp.model.mlp_only) & (set(hp.model.paired_heads) | long)
-    # All others are exclusive.
-    others = {*range(depth)} - {*hp.model.mlp_only, *hp.model.paired_heads}
-    assert others == set(hp.model.exclusive)
+    # With long windows, attention is gated, and in the last layer composed.
+    if hp.model.dynamic:
+        assert hp.model.gated == hp.model.key_offset
+        assert {depth - 1} <= set(hp.model.composed) <= set(hp.model.gated)
+    assert not set(hp.model.mlp_only) & set(hp.model.exclusive)
 
 
 def test_special_layers_stay_in_place_at_twice_the_depth():
     model = at_depth(PRESETS["speedrun"], 21).model  # layer 2 n is like layer n of 11
-    for name in ("mlp_only", "key_offset", "paired_heads", "exclusive"):
+    for name in ("mlp_only", "key_offset", "paired_heads", "exclusive", "gated", "composed"):
         even = {layer // 2 for layer in getattr(model, name) if layer % 2 == 0}
         assert even == set(getattr(PRESETS["speedrun"].model, name))
     assert (model.skips, model.attention_source, model.dynamic) == (((6, 12),), 14, True)
@@ -145,6 +147,8 @@ def test_value_tables_and_what_late_attentions_read_are_at_the_nearest_layers(
     assert hp.model.value_embeddings == len(tables)
     # Only where a layer is late can the last one choose what to read.
     assert hp.model.dynamic == (source < depth - 1)
+    if not hp.model.dynamic:
+        assert hp.model.exclusive == hp.model.gated == hp.model.composed == ()
 
 
 def test_a_value_table_whose_nearest_layer_has_no_attention_is_left_out():
@@ -156,9 +160,12 @@ def test_a_value_table_whose_nearest_layer_has_no_attention_is_left_out():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5, 11, 18])
-def test_bigrams_fill_a_quarter_of_the_stream_at_any_width(depth):
-    hp = at_depth(PRESETS["speedrun"], depth)
-    assert hp.model.bigram_width == hp.model.width / 4
+def test_bigrams_fill_the_same_part_of_the_stream_at_any_width(depth):
+    base = PRESETS["speedrun"]
+    hp = at_depth(base, depth)
+    assert hp.model.bigram_width == hp.model.width
+    quarter = replace(base, model=replace(base.model, bigram_width=192))
+    assert at_depth(quarter, depth).model.bigram_width == hp.model.width / 4
     assert at_depth(PRESETS["laptop"], depth).model.bigram_width is None
     assert hp.model.num_heads % hp.heads_together == 0
 

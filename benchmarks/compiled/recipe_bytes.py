@@ -31,10 +31,12 @@ if TYPE_CHECKING:
 
 INGREDIENTS = (  # of benchmarks/cpu/pieces.py
     "bigram table",
-    "signs of narrow bigrams (but as wide as the stream)",
+    "signs of bigrams",
     "value gates (but one share per layer)",
     "exclusive attention",
-    "dynamic connections (but backout)",
+    "gated attention",
+    "composed heads",
+    "dynamic connections and all gates (but backout)",
     "document mask",
     "tied head",
     "several targets",

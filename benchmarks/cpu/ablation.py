@@ -84,8 +84,9 @@ def proxy_of(options: Options) -> "Hyperparameters":
     if options.tiny:
         thin = {"width": 32, "mlp_width": 64, "bigram_buckets": 64, "bigram_width": 8}
         one = {"num_layers": 1, "mlp_only": (), "skips": (), "value_embeddings": 1}
-        places = {"key_offset": (0,), "exclusive": (), "value_layers": (0,)}
+        places = {"key_offset": (0,), "value_layers": (0,)}
         plain = {"attention_source": None, "dynamic": False}
+        plain |= dict.fromkeys(("exclusive", "gated", "composed"), ())
         model = replace(proxy.model, **thin, **one, **places, **plain)
         proxy = replace(proxy, num_steps=1, stages=proxy.stages[:1], val_tokens=1024, model=model)
     if options.gpu:

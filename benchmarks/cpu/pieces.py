@@ -24,11 +24,14 @@ CPU = on_bytes(
         "paired_heads": (0,),
         "skips": ((0, 2),),
         "attention_source": 2,
-        "exclusive": (2, 3),
+        "exclusive": (2,),
+        "gated": (3,),
+        "composed": (3,),
+        "composed_window": 14,
         "value_embeddings": 2,
         "value_layers": (2, 3),
         "bigram_buckets": 3 * 16384,
-        "bigram_width": 32,
+        "bigram_width": 128,
         "document_separator": TOKENIZERS["bytes"].separator,
     },
     max_document_length=None,  # most documents are longer than the rows
@@ -61,7 +64,7 @@ GPU = replace(
         width=256,
         mlp_width=1024,
         bigram_buckets=3 * 50304,
-        bigram_width=64,
+        bigram_width=256,
     ),
 )
 
@@ -132,19 +135,20 @@ PIECES: dict[str, Callable[[Hyperparameters], Hyperparameters]] = {
     "value tables of their own (but shared ones)": model(value_layers=()),
     "value gates (but one share per layer)": model(value_gate=False),
     "bigram table": model(bigram_buckets=0),
-    "signs of narrow bigrams (but as wide as the stream)": model(bigram_width=None),
+    "signs of bigrams": model(bigram_width=None),
     "gated skip": model(skips=()),
     "gated skip (but a U-net)": model(skips=None),
     "residual share of 1.1": model(residual_init=1.0),
     "output matrices of attentions that are not zero at first": model(attention_out_init=0.0),
     "exclusive attention": model(exclusive=()),
-    "dynamic connections (but backout)": lambda hp: model(
-        dynamic=False, backout=hp.model.attention_source
+    "gated attention": model(gated=()),
+    "composed heads": model(composed=()),
+    "dynamic connections and all gates (but backout)": lambda hp: model(
+        dynamic=False, exclusive=(), gated=(), composed=(), backout=hp.model.attention_source
     )(hp),
     "one source of late attentions": lambda hp: model(attention_source=hp.model.num_layers - 2)(hp),
     "half of each head rotated": model(rope_fraction=1.0),
     "attention scale of 0.1": lambda hp: model(attention_scale=hp.model.head_size**-0.5)(hp),
-    "attention gate": model(attention_gate=False),
     "smear": model(smear=False),
     "MLP-only layer": model(mlp_only=()),
     "key offset": model(key_offset=()),

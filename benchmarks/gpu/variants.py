@@ -54,12 +54,13 @@ SPEEDRUN = PRESETS["speedrun"]
 FULL = Size(replace(SPEEDRUN, batch_size=4), rounds=20, calls=4, repeats=5)
 TINY_MODEL = replace(
     SPEEDRUN.model,
-    **{"vocab_size": 256, "num_layers": 3, "num_heads": 2, "width": 64, "mlp_width": 256},
-    **{"mlp_only": (1,), "key_offset": (2,), "paired_heads": (2,), "exclusive": (0,)},
-    **{"attention_source": 1, "value_embeddings": 2, "value_layers": (0, 2), "skips": ((0, 2),)},
-    **{"bigram_buckets": 128, "bigram_width": 16, "document_separator": 255},
+    **{"vocab_size": 256, "num_layers": 4, "num_heads": 2, "width": 64, "mlp_width": 256},
+    **{"mlp_only": (1,), "key_offset": (3,), "paired_heads": (0,), "exclusive": (2,)},
+    **{"gated": (3,), "composed": (3,), "composed_window": 12, "skips": ((0, 1),)},
+    **{"attention_source": 2, "value_embeddings": 2, "value_layers": (0, 3)},
+    **{"bigram_buckets": 128, "bigram_width": 64, "document_separator": 255},
 )
-TINY_STAGES = tuple(replace(stage, windows=(16, 16, 48)) for stage in SPEEDRUN.stages)
+TINY_STAGES = tuple(replace(stage, windows=(16, 16, 16, 48)) for stage in SPEEDRUN.stages)
 TINY_BATCH = {"dtype": "float32", "batch_size": 2, "sequence_length": 64, "total_batch_size": 768}
 TINY = Size(
     replace(SPEEDRUN, heads_together=1, stages=TINY_STAGES, model=TINY_MODEL, **TINY_BATCH), 2, 2, 1

@@ -34,7 +34,6 @@ LAYOUT = {
     "attention.qkv": P("data", "model"),  # [3, D, N H]
     "attention.out": P(("model", "data"), None),  # [N H, D]
     "attention.gate": P(None, "model"),  # [inputs, N]
-    "attention.exclusion": P(None, "model"),  # [1, N]
     "value_gate": P(None, "model"),
     "mlp.up": P("data", "model"),  # [D, F]
     "mlp.down": P("model", "data"),  # [F, D]

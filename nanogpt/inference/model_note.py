@@ -4,12 +4,13 @@ It lists the arrays and contains a NumPy program with this model's settings, wit
 does not use. tests/inference/test_model_note.py runs that program.
 """
 
+from textwrap import fill
 from typing import Any
 
 from nanogpt.config import GATE_INPUTS, GPTConfig
 from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.inference.export import named
-from nanogpt.model.connections import SCALE
+from nanogpt.model.connections import SCALE, first_gates
 from nanogpt.model.rotary import rotation
 from nanogpt.training.step import Params
 
@@ -96,7 +97,6 @@ def meanings(c: GPTConfig) -> dict[str, str]:
         "attention.mixed_share": "coefficient of the values added to a layer's own",
         "attention.out_share": "coefficient of the attention output",
         "attention.gate": "gate of each head",
-        "attention.exclusion": "how much of each head's output along the token's value is removed",
         "mlp.up": "up projection of each layer",
         "mlp.down": "down projection of each layer",
         "residual_shares": "coefficient of the residual stream in each layer"
@@ -107,13 +107,21 @@ def meanings(c: GPTConfig) -> dict[str, str]:
         "skips": "coefficient of each skip connection",
         "skip_gate": "gate of each skip connection",
         "backout": f"how much of layer {c.backout}'s output is subtracted at the end",
-        "last_layer.up": "up projection for each token's weights in the last layer",
-        "last_layer.down": "down projection for them",
-        "last_layer.bias": "their bias",
-        "before_head.up": "up projection for each token's weights before the head",
-        "before_head.down": "down projection for them",
-        "before_head.bias": "their bias",
+        **_chosen("last_layer", "weights in the last layer"),
+        **_chosen("before_head", "weights before the head"),
+        **_chosen("early_gates", f"gates in layers before {c.chooses_again}"),
+        **_chosen("late_gates", f"gates in layers from {c.chooses_again} on"),
+        "dynamic.gate_scale": "coefficient of these gates",
         "head": "output projection to logits",
+    }
+
+
+def _chosen(name: str, weights: str) -> dict[str, str]:
+    """Return a description of each array of a small MLP that computes weights for each token."""
+    return {
+        f"dynamic.{name}.up": f"up projection for each token's {weights}",
+        f"dynamic.{name}.down": "down projection for them",
+        f"dynamic.{name}.bias": "their bias",
     }
 
 
@@ -135,7 +143,8 @@ SEEN_BY_PAIRS = {"window": "window", "document": "np.repeat(document, 2)"}
 
 def _masks(c: GPTConfig) -> list[str]:
     """Return which masks of SEEN this model has."""
-    return ["window"] * bool(c.windows) + ["document"] * (c.document_separator is not None)
+    windows = bool(c.windows or c.composed)
+    return ["window"] * windows + ["document"] * (c.document_separator is not None)
 
 
 def _helpers(c: GPTConfig) -> list[Any]:
@@ -166,10 +175,24 @@ def sigmoid(x):
 """,
         c.dynamic
         and f"""\
-def token_weights(x, name):  # which each token computes for its connections
-    hidden = x @ p[f"{{name}}.up"]
+# Gates that tokens choose, and how many numbers each of them is.
+EARLY = {_columns(c, range(c.chooses_again))}
+LATE = {_columns(c, range(c.chooses_again, c.num_layers))}
+
+
+def token_weights(x, name):  # which each token chooses, [T, weights]
+    hidden = x @ p[f"dynamic.{{name}}.up"]
     hidden = hidden * (1 + np.vectorize(erf)(hidden / 2**0.5)) / 2  # GELU
-    return {SCALE} * (hidden @ p[f"{{name}}.down"] + p[f"{{name}}.bias"]).T[:, :, None]
+    return hidden @ p[f"dynamic.{{name}}.down"] + p[f"dynamic.{{name}}.bias"]
+
+
+def connections(x, name):  # one weight after the other, [T, 1] each
+    return np.hsplit({SCALE} * token_weights(x, name), len(p[f"dynamic.{{name}}.bias"]))
+
+
+def chosen_gates(x, name, sizes):
+    gates = p["dynamic.gate_scale"] * token_weights(x, name)
+    return dict(zip(sizes, np.hsplit(gates, np.cumsum([*sizes.values()])[:-1])))
 
 
 """,
@@ -229,6 +252,13 @@ def part(x):  # undo pair
     ]
 
 
+def _columns(c: GPTConfig, layers: range) -> str:
+    """Return the code for the numbers of columns of these layers' gates."""
+    sizes = first_gates(c, layers).items()
+    named = " ".join(f"{kind}_{number}={size}," for (kind, number), (size, _) in sizes)
+    return f"dict(\n{fill(named, 100, initial_indent='    ', subsequent_indent='    ')}\n)"
+
+
 def _value_gate(c: GPTConfig) -> bool:
     """Return whether gates decide how much of the value embeddings is added."""
     return c.value_gate and c.value_embeddings > 0
@@ -245,8 +275,6 @@ def _before(c: GPTConfig, name: str) -> str:
 
 
 def _embedding(c: GPTConfig) -> list[Any]:
-    first = c.bigram_buckets and c.attention_source is not None
-    begin = ' + p["bigram_shares"][0] * bigrams' if first else ""
     return [
         """\
 def logits(tokens):  # from ids [T] to next-token logits [T, V]
@@ -272,14 +300,35 @@ def logits(tokens):  # from ids [T] to next-token logits [T, V]
         c.bigram_buckets
         and c.bigram_width
         and f"""\
-    # The first {c.bigram_width} channels have them, with signs from another hash of each pair.
+    # Their signs are from another hash of each pair.
     signs = mixed[:, None] + np.arange({c.bigram_width}, dtype="u4") * np.uint32({0x9E3779B9:#x})
     for shift, factor in (16, {0x85EBCA6B:#x}), (13, {0xC2B2AE35:#x}), (16, 1):
         signs = (signs ^ (signs >> shift)) * np.uint32(factor)
-    bigrams = np.pad((1 - 2.0 * (signs & 1)) * bigrams, ((0, 0), (0, {c.width - c.bigram_width})))
+    bigrams = (1 - 2.0 * (signs & 1)) * bigrams
 """,
-        f"    x = x0 = norm(x){begin}\n    outputs = []\n",
+        c.bigram_buckets
+        and c.bigram_width
+        and c.bigram_width < c.width
+        and f"""\
+    bigrams = np.pad(bigrams, ((0, 0), (0, {c.width - c.bigram_width})))  # in the first channels
+""",
+        "    x = x0 = norm(x)\n",
+        c.dynamic and '    gates = chosen_gates(x0, "early_gates", EARLY)\n',
+        c.bigram_buckets
+        and c.attention_source is not None
+        and f"    x = {'first = ' if c.dynamic else ''}x0 + {_share(c, 'bigram', '0')} * bigrams\n",
+        "    outputs = []\n",
     ]
+
+
+def _share(c: GPTConfig, kind: str, layer: str = "layer") -> str:
+    """Return the code for the share of embeddings or bigrams in a layer's stream."""
+    if not c.dynamic:
+        return f'p["{kind}_shares"][{layer}]'
+    if layer == "0":
+        return f'gates["{kind}_0"]'
+    name = f'f"{kind}_{{layer}}"'
+    return f"gates.get({name}, 0)" if c.mlp_only else f"gates[{name}]"
 
 
 def _layers(c: GPTConfig) -> list[Any]:
@@ -288,6 +337,11 @@ def _layers(c: GPTConfig) -> list[Any]:
     windows = ", ".join(str(c.window(layer) or "np.inf") for layer in range(c.num_layers))
     return [
         "    for layer in range(L):\n",
+        c.dynamic
+        and f"""\
+        if layer == {c.chooses_again}:
+            gates |= chosen_gates(x, "late_gates", LATE)
+""",
         c.skip_pairs
         and f"""\
         for skip, (source, target) in enumerate({[*c.skip_pairs]}):
@@ -295,6 +349,12 @@ def _layers(c: GPTConfig) -> list[Any]:
                 share = p["skips"][skip]
 """,
         c.skips
+        and c.dynamic
+        and """\
+                share = sigmoid(share) * gates[f"skip_{skip}"]
+""",
+        c.skips
+        and not c.dynamic
         and f"""\
                 share = 2 * sigmoid(share) * sigmoid(x0[:, :{GATE_INPUTS}] @ p["skip_gate"][skip])
 """,
@@ -313,7 +373,7 @@ def _layers(c: GPTConfig) -> list[Any]:
             if layer in {sorted(c.layers(c.key_offset))}:  # unrotated channels: previous key
                 k = np.where(np.tile(SPEED == 0, 2), {_before(c, "k")}, k)
 """,
-        c.windows
+        "window" in _masks(c)
         and f"""\
             # Number of keys that each query sees, its own included, by layer.
             window = [{windows}][layer]
@@ -326,12 +386,27 @@ def _layers(c: GPTConfig) -> list[Any]:
             else:
                 y = attend(q, k, v{more})
 """,
+        c.composed
+        and f"""\
+            if layer in {sorted(c.layers(c.composed))}:  # each head also attends where all do
+                given = gates[f"given_{{layer}}"][:, :, None]
+                given = given / np.sqrt(np.mean(given**2, axis=1, keepdims=True) + 1e-6)
+                all_v = np.repeat(v.reshape(-1, 1, N * H), N, axis=1)  # for each head
+                window = min(window, {c.composed_window})
+                shared = np.sum(given * attend(q, k, all_v{more}), axis=1)
+                y = y + gates[f"taken_{{layer}}"][:, :, None] * shared.reshape(-1, N, H)
+""",
         c.exclusive
         and f"""\
             if layer in {sorted(c.layers(c.exclusive))}:
                 along, square = (np.sum(a * v, axis=-1, keepdims=True) for a in (y, v))
-                share = np.tanh(p["attention.exclusion"][i])[:, :, None]
+                share = np.tanh(gates[f"exclusion_{{layer}}"])[:, :, None]
                 y = y - share * along / np.maximum(square, 1e-8) * v
+""",
+        c.gated
+        and f"""\
+            if layer in {sorted(c.layers(c.gated))}:
+                y = y * gates[f"gate_{{layer}}"][:, :, None]
 """,
         c.attention_gate
         and f"""\
@@ -358,12 +433,12 @@ def _shares(c: GPTConfig) -> list[Any]:
         c.dynamic and "        if layer < L - 1:\n",
         f"""\
 {deeper}        x_share, x_again = p["residual_shares"][layer]
-{deeper}        x0_share = p["embedding_shares"][layer]
+{deeper}        x0_share = {_share(c, "embedding")}
 {deeper}        attention_share, mlp_share = p["output_shares"][layer]
 """,
         c.bigram_buckets
         and f"""\
-{deeper}        bigram_share = p["bigram_shares"][layer] * (layer > 0)  # x0 has them already
+{deeper}        bigram_share = {_share(c, "bigram")} * (layer > 0)  # x begins with them
 """,
         *(_last_layer(c) if c.dynamic else ()),
     ]
@@ -375,18 +450,21 @@ def _last_layer(c: GPTConfig) -> list[Any]:
     values = ""
     if last in c.value_tables:
         values = f'p["value_embed"][{c.value_tables[last]}][tokens]'
-    elif not c.value_embeddings and c.num_attentions > 1:
+    elif not c.value_embeddings:
         values = "first_v.reshape(-1, N * H)"
     return [
-        f"""\
+        """\
         else:
-            w = token_weights(x, "last_layer")
+            w = connections(x, "last_layer")
+""",
+        c.bigram_buckets and "            x0 = first\n",
+        f"""\
             mixed_in = w[0] * x0 + w[1] * outputs[{late}] + w[2] * x
 """,
         values
         and f"""\
-            gates = np.repeat(np.hstack([w[6], w[7]]), N * H // 2, axis=1)
-            mixed_in = mixed_in + gates * {values}
+            halves = np.repeat(np.hstack([w[6], w[7]]), N * H // 2, axis=1)
+            mixed_in = mixed_in + halves * {values}
 """,
         f"""\
             x = x + w[3] * x0 + w[4] * outputs[{late}] + w[5] * x
@@ -472,6 +550,6 @@ def _before_head(c: GPTConfig) -> str:
     late, previous, *skipped = (f"outputs[{layer}]" for layer in outputs)
     return f"""\
     sources = {", ".join(["x0", late, previous, *table, *skipped])}
-    w = token_weights(x, "before_head")
+    w = connections(x, "before_head")
     x = x + sum(share * source for share, source in zip(w, sources))
 """

@@ -34,6 +34,16 @@ if TYPE_CHECKING:
 # JAX, and what imports it, is imported in the functions that need it: train_gpt.py parses its
 # arguments first.
 
+
+def early_and_late(model: GPTConfig, named: tuple[int, ...]) -> tuple[int, int] | None:
+    """Return in how many layers of a setting tokens choose gates early, and in how many late."""
+    if not model.dynamic:
+        return None
+    layers = model.layers(named) - model.layers(model.mlp_only)
+    early = sum(layer < model.chooses_again for layer in layers)
+    return early, len(layers) - early
+
+
 # Settings that a run takes over from the weights it starts from, because shapes or meaning of the
 # weights depend on them. vocab_size is compared after padding, and settings that name layers only
 # by what they do to shapes: three of them, in this order, decide on the number of value gates.
@@ -46,16 +56,26 @@ BOUND = {
     "model.mlp_width": lambda hp: hp.model.mlp_width,
     "model.value_embeddings": lambda hp: hp.model.value_embeddings,
     "model.value_gate": lambda hp: hp.model.value_gate,
-    "model.attention_source": lambda hp: hp.model.attention_source is None,
     "model.dynamic": lambda hp: hp.model.dynamic,
+    "model.attention_source": lambda hp: (
+        hp.model.attention_source is None or (hp.model.dynamic and hp.model.chooses_again)
+    ),
     "model.value_layers": lambda hp: hp.model.value_layers and (len(hp.model.gated_values),),
-    "model.mlp_only": lambda hp: (hp.model.num_attentions, len(hp.model.gated_values)),
-    "model.skips": lambda hp: (hp.model.skips is None, len(hp.model.skip_pairs)),
+    "model.mlp_only": lambda hp: (
+        *(len(hp.model.gated_values), hp.model.num_attentions),
+        early_and_late(hp.model, (*range(hp.model.num_layers),)),
+    ),
+    "model.skips": lambda hp: (
+        *(hp.model.skips is None, len(hp.model.skip_pairs)),
+        hp.model.dynamic and sum(b < hp.model.chooses_again for _, b in hp.model.skips or ()),
+    ),
     "model.bigram_buckets": lambda hp: hp.model.bigram_buckets,
     "model.bigram_width": lambda hp: hp.model.bigram_buckets and hp.model.bigram_width,
     "model.smear": lambda hp: hp.model.smear,
     "model.attention_gate": lambda hp: hp.model.attention_gate,
-    "model.exclusive": lambda hp: hp.model.exclusive == (),
+    "model.exclusive": lambda hp: early_and_late(hp.model, hp.model.exclusive),
+    "model.gated": lambda hp: early_and_late(hp.model, hp.model.gated),
+    "model.composed": lambda hp: early_and_late(hp.model, hp.model.composed),
     "model.backout": lambda hp: hp.model.backout is None,
 }
 

@@ -16,17 +16,17 @@ def bigram_embeddings(
     tokens: Int[Array, "B T"],
     before: Int[Array, "B T"],
     width: int,
+    signs: bool,
     dtype: DTypeLike,
 ) -> Float[Array, "B T {width}"]:
-    """Return the embedding of each token with the one before it, in `dtype`.
+    """Return the embedding of each token with the one before it, with or without signs, in `dtype`.
 
-    If the table is narrower than `width`, it has signs, and the other channels are zero.
+    If the table is narrower than `width`, the other channels are zero.
     """
     buckets, channels = table.shape
     found = table[bigram_bucket(tokens, before, buckets)].astype(dtype)
-    if channels == width:
-        return found
-    found = found * bigram_signs(tokens, before, channels).astype(dtype)
+    if signs:
+        found = found * bigram_signs(tokens, before, channels).astype(dtype)
     return jnp.pad(found, ((0, 0), (0, 0), (0, width - channels)))
 
 

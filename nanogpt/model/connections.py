@@ -1,20 +1,26 @@
-"""Connections between distant layers with weights that each token computes for itself.
+"""Dynamic connections and gates: weights that each token computes for itself.
 
 A small MLP reads the stream and returns a few weights per token, for outputs of earlier layers and
 for what a layer adds to the stream: MUDD (Xiao et al., arXiv:2502.12170), in the last layer and
-before the head only (modded-nanogpt, 2026-04-22).
+before the head only (modded-nanogpt, 2026-04-22). Two more return the gates of all other layers
+(2026-05-27).
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from nanogpt.config import GPTConfig
+from nanogpt.model.gates import opened
 from nanogpt.model.parameters import matrix
+
+if TYPE_CHECKING:
+    from nanogpt.model.gpt import GPT
 
 HIDDEN = 64  # width of the small MLPs
 SCALE = 0.1  # of their outputs, which so move a tenth as far in each step
@@ -44,9 +50,11 @@ class Connections(nnx.Module):
         self.down = nnx.Param(jnp.zeros((HIDDEN, len(first))))
         self.bias = nnx.Param(jnp.array(first) / SCALE)
 
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T weights"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], scale: float | Float[Array, ""] = SCALE
+    ) -> Float[Array, "B T weights"]:
         hidden = jax.nn.gelu(x @ self.up[...], approximate=False)
-        return SCALE * (hidden @ self.down[...] + self.bias[...])
+        return scale * (hidden @ self.down[...] + self.bias[...])
 
 
 def mixed(
@@ -92,3 +100,83 @@ def before_head(config: GPTConfig, key: Key[Array, ""]) -> Connections:
     """Create those before the head; at first they subtract half of the second source."""
     sources = SOURCES + bool(config.value_layers) + len(config.skip_pairs)
     return Connections(config.width, [0.0, -0.5] + [0.0] * (sources - 2), key)
+
+
+Gates = dict[tuple[str, int], Float[Array, "..."]]  # by kind and layer, or number of the skip
+
+
+def first_gates(c: GPTConfig, layers: Iterable[int]) -> dict[tuple[str, int], tuple[int, float]]:
+    """Return the gates of these layers: how many numbers each has, and the first value of all."""
+    N, attending = c.num_heads, [n for n in layers if n not in c.layers(c.mlp_only)]
+    first = {("exclusion", n): (N, 0.0) for n in attending if n in c.layers(c.exclusive)}
+    first |= {("gate", n): (N, 0.25) for n in attending if n in c.layers(c.gated)}
+    for layer in attending:
+        if layer < c.num_layers - 1:  # the last one has connections
+            first["embedding", layer] = 1, 0.0
+            if c.bigram_buckets:
+                first["bigram", layer] = 1, 0.05
+    skips = enumerate(c.skips or ())
+    first |= {("skip", n): (1, 0.5) for n, (_, target) in skips if target in layers}
+    for layer in attending:
+        if layer in c.layers(c.composed):
+            first |= {("given", layer): (N, 1.0), ("taken", layer): (N, 0.0)}
+    return first
+
+
+class DynamicGates(Connections):
+    """The gates of some layers."""
+
+    def __init__(self, config: GPTConfig, layers: Iterable[int], key: Key[Array, ""]):
+        first = first_gates(config, layers)
+        super().__init__(
+            config.width, [value for n, value in first.values() for _ in range(n)], key
+        )
+        self.names = tuple(first)
+        self.ends = tuple(np.cumsum([n for n, _ in first.values()]).tolist())
+
+    def chosen(self, x: Float[Array, "B T D"], scale: Float[Array, ""]) -> Gates:
+        """Return each of the gates."""
+        each = jnp.split(self(x, scale), self.ends[:-1], axis=-1)
+        return dict(zip(self.names, each, strict=True))
+
+
+class Dynamic(nnx.Module):
+    """All that tokens choose for themselves."""
+
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
+        again, L = config.chooses_again, config.num_layers
+        self.last_layer = LastLayer(config, rngs.params())
+        self.before_head = before_head(config, rngs.params())
+        self.early_gates = DynamicGates(config, range(again), rngs.params())
+        self.late_gates = DynamicGates(config, range(again, L), rngs.params())
+        self.gate_scale = nnx.Param(jnp.array(SCALE))
+
+    def early(self, x0: Float[Array, "B T D"]) -> Gates:
+        """Return the gates that tokens choose before the first layer."""
+        return self.early_gates.chosen(x0, self.gate_scale[...])
+
+    def late(self, x: Float[Array, "B T D"]) -> Gates:
+        """Return those of later layers."""
+        return self.late_gates.chosen(x, self.gate_scale[...])
+
+
+def fixed_gates(model: "GPT", x0: Float[Array, "B T D"]) -> Gates:
+    """Return the gates of a model whose tokens do not choose them."""
+    gates: Gates = {("embedding", n): share for n, share in enumerate(model.embedding_shares[...])}
+    if model.config.bigram_buckets:
+        gates |= {("bigram", n): share for n, share in enumerate(model.bigram_shares[...])}
+    if model.config.skips:
+        opens = (2 * opened(x0, gate)[..., 0] for gate in model.skip_gate[...])
+        gates |= {("skip", n): gate for n, gate in enumerate(opens)}
+    return gates
+
+
+def layer_weights(model: "GPT", layer: int, gates: Gates) -> LayerWeights:
+    """Return the weights of all layers but one with connections."""
+    stream, late = model.residual_shares[layer], model.config.attention_source is not None
+    embedding, bigram = (gates.get((kind, layer), 0.0) for kind in ("embedding", "bigram"))
+    if not late:
+        return LayerWeights(stream, embedding, bigram)
+    bigram = bigram if layer > 0 else 0.0  # the first layer begins with them
+    (stream, again), (attention, mlp) = stream, model.output_shares[layer]
+    return LayerWeights(stream, embedding, bigram, attention, again, mlp)

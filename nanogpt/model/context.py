@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from nanogpt.config import AttentionKernel, GPTConfig
 from nanogpt.model.attention import attention, pair, part, softmax_attention
+from nanogpt.model.composed import Weights, shared_attention, shared_nearby
 from nanogpt.model.rotary import turned
 
 
@@ -65,6 +66,21 @@ class Rows:
         window, paired = self.config.window(layer), places(self.config, layer) == 2
         how = {"scale": scale, "window": window, "kernel": self.kernel, "paired": paired}
         return attention(q, k, v, self.documents, **how)
+
+    def shared(
+        self,
+        layer: int,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B T N H"],
+        v: Float[Array, "B T N H"],
+        scale: float,
+        given: Weights,
+        taken: Weights,
+    ) -> Float[Array, "B T N H"]:
+        """Return what composed heads add to the attention output of a layer."""
+        documents = jnp.zeros(q.shape[:2], int) if self.documents is None else self.documents
+        window = shared_window(self.config, layer, self.length)
+        return shared_nearby(q, k, v, documents, window, scale, given, taken)
 
 
 @jax.tree_util.register_dataclass
@@ -161,20 +177,42 @@ class Next:
         write = partial(jax.lax.dynamic_update_slice_in_dim, start_index=new, axis=1)
         self.cache.keys[layer] = write(self.old.keys[layer], by_head(k))
         self.cache.values[layer] = write(self.old.values[layer], by_head(v))
-        own = jnp.arange(T)[:, None]
-        age = (new + T - 1 - jnp.arange(S)) % S  # how many positions ago each slot was filled
-        distance = age - (T - 1 - own)
-        seen = (distance >= 0) & (distance < window(self.config, layer, self.context, T))
-        seen = seen & (distance <= T * self.reach[:, None, None] + own)  # [B, T, S]
         y = softmax_attention(
             by_head(q),
             self.cache.keys[layer],
             self.cache.values[layer],
-            jnp.repeat(seen, N, axis=0),
+            jnp.repeat(self.seen(S, T, window(self.config, layer, self.context, T)), N, axis=0),
             scale,
         )
         y = y.reshape(B, N, T, H).swapaxes(1, 2)
         return part(y) if paired else y
+
+    def seen(self, S: int, T: int, window: int) -> Bool[Array, "B {T} {S}"]:
+        """Return which slots of a ring the token sees from each of its T positions."""
+        own = jnp.arange(T)[:, None]
+        newest = T * self.old.count % S + T - 1
+        age = (newest - jnp.arange(S)) % S  # how many positions ago each slot was filled
+        distance = age - (T - 1 - own)
+        seen = (distance >= 0) & (distance < window)
+        return seen & (distance <= T * self.reach[:, None, None] + own)
+
+    def shared(
+        self,
+        layer: int,
+        q: Float[Array, "B 1 N H"],
+        k: Float[Array, "B 1 N H"],
+        v: Float[Array, "B 1 N H"],
+        scale: float,
+        given: Weights,
+        taken: Weights,
+    ) -> Float[Array, "B 1 N H"]:
+        """Return what composed heads add to the attention output of a layer, for this token."""
+        del k, v  # they are in the cache, after `attention`
+        B, _, N, H = q.shape
+        rings = self.cache.keys[layer], self.cache.values[layer]
+        keys, values = (ring.reshape(B, N, -1, H).swapaxes(1, 2) for ring in rings)
+        mask = self.seen(keys.shape[1], 1, shared_window(self.config, layer, self.context))
+        return shared_attention(q, keys, values, mask, scale, given, taken)
 
 
 def by_head(x: Float[Array, "B T N H"]) -> Float[Array, "BN T H"]:
@@ -199,6 +237,11 @@ def places(config: GPTConfig, layer: int) -> int:
 def window(config: GPTConfig, layer: int, context: int, places: int) -> int:
     """Return how many keys a query of a layer sees with a cache; a token has `places` positions."""
     return min(config.window(layer) or places * context, places * context)
+
+
+def shared_window(config: GPTConfig, layer: int, context: int) -> int:
+    """Return how many keys of a layer composed heads share."""
+    return min(config.composed_window, window(config, layer, context, 1))
 
 
 def slots(config: GPTConfig, layer: int, context: int, places: int) -> int:

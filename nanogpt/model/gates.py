@@ -31,13 +31,6 @@ class Smear(nnx.Module):
         return x + self.share[...] * gate * before
 
 
-def skip_share(
-    share: Float[Array, ""], gate: Float[Array, "inputs 1"] | None, x0: Float[Array, "B T D"]
-) -> Float[Array, ""] | Float[Array, "B T 1"]:
-    """Return the weight of an earlier layer's output in a skip connection, gated or not."""
-    return share if gate is None else 2 * jax.nn.sigmoid(share) * opened(x0, gate)[..., 0]
-
-
 def value_share(
     x: Float[Array, "B T D"],
     values: Float[Array, "B T NH"],

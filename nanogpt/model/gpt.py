@@ -31,6 +31,7 @@ The tricks of the speedrun are added to that, each a small function or a few lin
     attention source      late attentions all read one earlier output   (modded-nanogpt, 2026-03-06)
     dynamic connections   tokens weigh earlier outputs     (Xiao et al., arXiv:2502.12170)
     exclusive attention   output without the token's own value   (Zhai, arXiv:2603.09078)
+    composed heads        heads attend where others do, too      (Xiao et al., arXiv:2405.08553)
     softcap               bounds the logits                (Gemma 2, arXiv:2408.00118)
     several targets       later tokens are predicted, too  (Gloeckle et al., arXiv:2404.19737; from
                           the same logits: modded-nanogpt, 2025-12)
@@ -53,9 +54,9 @@ from nanogpt.config import GATE_INPUTS, AttentionKernel, GPTConfig, Kernels
 from nanogpt.devices.sharding import from_parts, share_of_row, to_parts
 from nanogpt.model.attention import heads
 from nanogpt.model.bigrams import bigram_embeddings
-from nanogpt.model.connections import LastLayer, LayerWeights, before_head, mixed
+from nanogpt.model.connections import Dynamic, Gates, fixed_gates, layer_weights, mixed
 from nanogpt.model.context import Next, Rows
-from nanogpt.model.gates import Smear, opened, skip_share, value_share
+from nanogpt.model.gates import Smear, opened, value_share
 from nanogpt.model.kernels.relu_squared import relu_squared
 from nanogpt.model.loss import linear_cross_entropy
 from nanogpt.model.parameters import matrix, project, stack, unstack
@@ -89,8 +90,6 @@ class Attention(nnx.Module):
             self.mixed_share = nnx.Param(jnp.array(0.5))
         if config.attention_gate:
             self.gate = nnx.Param(jnp.zeros((GATE_INPUTS, N)))
-        if config.exclusive:
-            self.exclusion = nnx.Param(jnp.zeros((1, N)))
 
     def __call__(
         self,
@@ -99,7 +98,8 @@ class Attention(nnx.Module):
         mixed_share: float | Float[Array, "B T N 1"] | None,
         attend: Attend,
         kernel: AttentionKernel,
-        exclusive: bool = False,
+        exclusion: Float[Array, "B T N"] | None = None,
+        gate: Float[Array, "B T N"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T NH"]]:
         """Return what to add to the stream, and the values after adding a share of `mixed_in`."""
         B, T, _ = x.shape
@@ -109,9 +109,11 @@ class Attention(nnx.Module):
             share = self.mixed_share[...] if mixed_share is None else mixed_share
             v = v + share * mixed_in.reshape(v.shape)
         y = attend(q, k, v)
-        if exclusive:
+        if exclusion is not None:
             along, square = (jnp.sum(a * v, axis=-1, keepdims=True) for a in (y, v))
-            y = y - jnp.tanh(self.exclusion[...])[..., None] * along / jnp.maximum(square, 1e-8) * v
+            y = y - jnp.tanh(exclusion)[..., None] * along / jnp.maximum(square, 1e-8) * v
+        if gate is not None:
+            y = y * gate[..., None]
         if hasattr(self, "gate"):
             y = y * opened(x, self.gate[...])
         out = self.out_share[...] * self.out[...] if hasattr(self, "out_share") else self.out[...]
@@ -157,7 +159,6 @@ class GPT(nnx.Module):
         self.mlp = stack(MLP, L, c, rngs.params())
         # Weights of what is added up in each layer: see LayerWeights.
         fixed, stream = L - c.dynamic, c.residual_init
-        self.embedding_shares = nnx.Param(jnp.zeros(fixed))
         if c.attention_source is None:
             self.residual_shares = nnx.Param(jnp.full(fixed, stream))
         else:
@@ -165,16 +166,18 @@ class GPT(nnx.Module):
             self.output_shares = nnx.Param(jnp.ones((fixed, 2)))
         if c.bigram_buckets:
             self.bigram_embed = nnx.Param(jnp.zeros((c.bigram_buckets, c.bigram_width or D)))
-            self.bigram_shares = nnx.Param(jnp.full(fixed, 0.05 if c.bigram_width else 0.1))
         if skips := len(c.skip_pairs):
             self.skips = nnx.Param(jnp.full(skips, 1.0 if c.skips is None else -1.5))
-        if c.skips:
-            self.skip_gate = nnx.Param(jnp.zeros((skips, GATE_INPUTS, 1)))
         if c.backout is not None:
             self.backout = nnx.Param(jnp.array(0.5))
         if c.dynamic:
-            self.last_layer = LastLayer(c, rngs.params())
-            self.before_head = before_head(c, rngs.params())
+            self.dynamic = Dynamic(c, rngs=rngs)
+        else:
+            self.embedding_shares = nnx.Param(jnp.zeros(L))
+            if c.bigram_buckets:
+                self.bigram_shares = nnx.Param(jnp.full(L, 0.05 if c.bigram_width else 0.1))
+            if c.skips:
+                self.skip_gate = nnx.Param(jnp.zeros((skips, GATE_INPUTS, 1)))
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         """Return the soft-capped logits of the token after each token, float32."""
@@ -232,13 +235,15 @@ class GPT(nnx.Module):
         c, L, late = self.config, self.config.num_layers, self.config.attention_source
         last = L - 1 if c.dynamic else None  # the layer with dynamic connections
         past = past or Rows(c, tokens, self.kernels.attention)
-        x0 = self.embedded(tokens, past)
-        mixed_in, gates = self.value_embeddings(tokens)
+        x = first = x0 = self.embedded(tokens, past)
+        gates = self.dynamic.early(x0) if c.dynamic else fixed_gates(self, x0)
+        mixed_in, value_gates = self.value_embeddings(tokens)
         tables, bigrams = [mixed_in[layer] for layer in c.value_layers], 0.0
         if c.bigram_buckets:
-            before = past.before("token", tokens)
-            bigrams = bigram_embeddings(self.bigram_embed[...], tokens, before, c.width, x0.dtype)
-            x0 = x0 if late is None else x0 + self.bigram_shares[0] * bigrams
+            table, before = self.bigram_embed[...], past.before("token", tokens)
+            how = c.width, c.bigram_width is not None, x0.dtype
+            bigrams = bigram_embeddings(table, tokens, before, *how)
+            x = first = x0 if late is None else x0 + gates["bigram", 0] * bigrams
 
         # `read` and `add` enclose what devices share (tensor parallelism); `again` recomputes in
         # the backward pass instead of storing activations (rematerialization).
@@ -247,29 +252,34 @@ class GPT(nnx.Module):
 
         def attended(attention, layer, weight, source):
             x, share = read(norm(source)), 1.0 if layer == last else None
-            if layer in gates:
-                share = value_share(x, mixed_in[layer], gates[layer], bool(c.value_layers))
-            attend, exclusive = partial(self.attend, past, layer), layer in c.layers(c.exclusive)
-            how = attend, self.kernels.attention, exclusive
-            added, values = attention(x, mixed_in.get(layer), share, *how)
+            if layer in value_gates:
+                share = value_share(x, mixed_in[layer], value_gates[layer], bool(c.value_layers))
+            how = partial(self.attend, past, layer, gates), self.kernels.attention
+            of_heads = (gates.get((kind, layer)) for kind in ("exclusion", "gate"))
+            added, values = attention(x, mixed_in.get(layer), share, *how, *of_heads)
             return weight * add(added), values
 
         def transformed(mlp, weight, x):
             return weight * add(mlp(read(norm(x))))
 
         attentions, mlps = unstack(self.attention, c.num_attentions), unstack(self.mlp, L)
-        x, mlp_only, outputs = x0, c.layers(c.mlp_only), []
+        outputs = []
         for layer, mlp in enumerate(mlps):
+            if c.dynamic and layer == c.chooses_again:
+                gates |= self.dynamic.late(x)
             for number, (source, target) in enumerate(c.skip_pairs):
                 if target == layer:
-                    gate = self.skip_gate[number] if c.skips else None
-                    x = x + skip_share(self.skips[number], gate, x0) * outputs[source]
+                    share = self.skips[number]
+                    if c.skips:
+                        share = jax.nn.sigmoid(share) * gates["skip", number]
+                    x = x + share * outputs[source]
             if late is not None and layer == last:
-                w, values, x = self.last_layer.weigh(x, x0, outputs[late], mixed_in.get(layer))
-                mixed_in = {layer: values}
+                how = first, outputs[late], mixed_in.get(layer)
+                w, values, x = self.dynamic.last_layer.weigh(x, *how)
+                mixed_in, x0 = {layer: values}, first
             else:
-                w = self.weights(layer)
-            if layer not in mlp_only:
+                w = layer_weights(self, layer, gates)
+            if layer not in c.layers(c.mlp_only):
                 stream = w.stream * x + w.embedding * x0 + w.bigram * bigrams
                 source = stream if late is None else outputs[late] if layer > late else x
                 attend = partial(attended, next(attentions), layer, w.attention)
@@ -284,18 +294,8 @@ class GPT(nnx.Module):
         if late is not None and c.dynamic:
             skipped = [outputs[source] for source, _ in c.skip_pairs]
             sources = x0, outputs[late], outputs[-2], *tables[:1], *skipped
-            x = x + mixed(self.before_head(x), *sources)
+            x = x + mixed(self.dynamic.before_head(x), *sources)
         return norm(x)
-
-    def weights(self, layer: int) -> LayerWeights:
-        """Return the learned weights of what is added up in a layer."""
-        stream, embedding = self.residual_shares[layer], self.embedding_shares[layer]
-        bigram = self.bigram_shares[layer] if self.config.bigram_buckets else 0.0
-        if self.config.attention_source is None:
-            return LayerWeights(stream, embedding, bigram)
-        bigram = bigram if layer > 0 else 0.0  # the first layer begins with them
-        (stream, again), (attention, mlp) = stream, self.output_shares[layer]
-        return LayerWeights(stream, embedding, bigram, attention, again, mlp)
 
     def embedded(self, tokens: Int[Array, "B T"], past: Rows | Next) -> Float[Array, "B T D"]:
         """Return x0: the normalized embeddings of the tokens, each with a smear of the previous."""
@@ -304,7 +304,9 @@ class GPT(nnx.Module):
             x = self.smear(x, past.before("embedding", x))
         return norm(x).astype(self.head.dtype)
 
-    def attend(self, past: Rows | Next, layer: int, q: Array, k: Array, v: Array) -> Array:
+    def attend(
+        self, past: Rows | Next, layer: int, gates: Gates, q: Array, k: Array, v: Array
+    ) -> Array:
         """Return the attention output of a layer for q, k and v [B, T, N, H]."""
         speed, scale = rotation(self.config)
         q, k = norm(q), norm(k)
@@ -312,7 +314,10 @@ class GPT(nnx.Module):
             k = jnp.where(np.tile(speed == 0, 2), past.before(f"key {layer}", k), k)
         angle, on_tpu = past.angles(layer, speed), self.kernels.attention == "splash"
         q, k = rotary(q, angle, on_tpu), rotary(k, angle, on_tpu)
-        return past.attention(layer, q, k, v, scale)
+        y = past.attention(layer, q, k, v, scale)
+        if ("taken", layer) not in gates:
+            return y
+        return y + past.shared(layer, q, k, v, scale, gates["given", layer], gates["taken", layer])
 
     def value_embeddings(
         self, tokens: Int[Array, "B T"]

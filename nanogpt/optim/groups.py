@@ -41,11 +41,13 @@ def group(path: Path, parameter: Array | jax.ShapeDtypeStruct) -> str:
         return "tables"
     if module in ("last_layer", "before_head"):
         return "connection_biases" if name == "bias" else "connections"
+    if name == "gate_scale" or module in ("early_gates", "late_gates"):
+        return "dynamic_gates" if name in ("up", "down") else "dynamic_gate_biases"
     if name == "residual_shares":
         return "stream"
     if name == "embedding_shares":
         return "shortcuts"
-    if name.endswith("_shares") or name == "exclusion":
+    if name.endswith("_shares"):
         return "additions"
     if name.endswith("gate"):  # stacked like matrices, but only a few numbers per head
         return "smear_gate" if module == "smear" else "gates"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from nanogpt.config import Kernels
 from nanogpt.devices.hardware import activation_bytes
-from nanogpt.devices.sharding import num_parts
+from nanogpt.devices.sharding import ROUNDED, num_parts
 from nanogpt.model.parameters import is_table
 from nanogpt.training.step import init_params
 
@@ -70,8 +70,10 @@ def sizes_of(
     for path, param in jax.tree.leaves_with_path(params):
         sharded = num_parts(path, param, {"data": readers, "model": 1}, shard_params) > 1
         used = jnp.dtype(hp.dtype).itemsize
-        if is_table(path):  # float32 in any run
-            used = 4 if sharded else 0
+        if is_table(path) and not sharded:  # used as it is
+            used = 0
+        elif is_table(path) and path[-1].key not in ROUNDED:  # float32 in any run
+            used = 4
         num_bytes = param.size * (4 + used)
         working += num_bytes // num_parts(path, param, {"data": 1, "model": sharers}, False)
     num_parameters = sum(param.size for param in jax.tree.leaves(params))

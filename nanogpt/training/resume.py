@@ -95,7 +95,9 @@ def refuse_earlier_version(path: Path) -> None:
     model, circumstances = found.get("model"), found.get("from")
     if not isinstance(model, dict):
         return
-    if "earlier_windows" not in model and ("dynamic" in model or not model.get("mlp_only")):
+    earlier = model.get("dynamic") is True and "composed" not in model
+    earlier = earlier or ("dynamic" not in model and bool(model.get("mlp_only")))
+    if not earlier and "earlier_windows" not in model:
         return
     with suppress(ConfigError):
         circumstances = circumstances or read_json(path.with_name("run.json"), dict[str, Any], "")

@@ -49,7 +49,8 @@ def thin(name):
         rotary_windows=tuple(-(-window // 128) for window in model.rotary_windows),
         document_separator=None if model.document_separator is None else 255,
         bigram_buckets=model.bigram_buckets and 61,
-        bigram_width=model.bigram_width and 6,
+        bigram_width=model.bigram_width and 24 * model.bigram_width // model.width,
+        composed_window=7,
     )
 
 
@@ -112,11 +113,12 @@ PROMPTS = [[4, 17, 23, 99, 4, 5], [6, 8], [4, *range(30, 44)]]
 LENGTH = 40  # far beyond T
 
 
-@pytest.mark.parametrize("separator", [4, None])  # without one, only padding ends what tokens see
+# Without a separator, only padding ends what tokens see. Composed heads may share all that is seen.
+@pytest.mark.parametrize(("separator", "shared"), [(4, 9), (None, 10 * T)])
 def test_greedy_texts_are_those_of_our_sampler_beyond_the_training_length(
-    tmp_path, config, separator
+    tmp_path, config, separator, shared
 ):
-    config = replace(config, document_separator=separator)
+    config = replace(config, document_separator=separator, composed_window=shared)
     params = jax.tree.map(jax.numpy.asarray, written(tmp_path / "gpt", config))
     greedy = {"num_tokens": LENGTH, "context": T, "sampling": Sampling(temperature=0)}
     ours = generate(graph_of(config), params, PROMPTS, **greedy)

@@ -26,7 +26,15 @@ EVERY_TRICK = replace(
     value_gate=True,
     skips=((0, 2), (1, 4), (3, 4)),
 )
-SPEEDRUN = replace(test_model.SPEEDRUN, vocab_size=300, skips=((0, 2), (1, 4), (3, 5)))
+SPEEDRUN = replace(  # composed heads also share less than a window, and their output is exclusive
+    test_model.SPEEDRUN,
+    vocab_size=300,
+    skips=((0, 1), (0, 2), (1, 4), (3, 5)),
+    exclusive=(1, 4, -1),
+    gated=(0, 4, -1),
+    composed=(1, -1),
+    composed_window=9,
+)
 CONFIGS = {
     "every trick": EVERY_TRICK,
     "the speedrun": SPEEDRUN,
@@ -34,9 +42,7 @@ CONFIGS = {
         EVERY_TRICK, value_embeddings=2, value_layers=(4, 1), windows=()
     ),
     "value tables of their own without gates": test_model.LATE,
-    "exclusive, and documents do not end": replace(
-        EVERY_TRICK, exclusive=(1, -1), document_separator=None
-    ),
+    "documents do not end": replace(EVERY_TRICK, document_separator=None),
     "an attention source and narrow bigrams": replace(
         EVERY_TRICK, attention_source=1, backout=None, bigram_width=7
     ),
@@ -53,8 +59,17 @@ CONFIGS = {
         **{"value_embeddings": 2, "value_layers": (0, 1), "skips": (), "backout": None},
         **{"bigram_buckets": 0, "bigram_width": None},
     ),
-    "dynamic in the only attention": replace(
-        test_model.BARE, num_layers=2, mlp_only=(0,), attention_source=0, dynamic=True, skips=()
+    "dynamic with all kinds of gates and narrow bigrams": replace(
+        SPEEDRUN, attention_gate=True, bigram_width=7, document_separator=None
+    ),
+    "dynamic with bigrams without signs": replace(SPEEDRUN, bigram_width=None),
+    "dynamic connections and shares alone": replace(
+        test_model.BARE, num_layers=3, attention_source=0, dynamic=True, skips=()
+    ),
+    "composed heads without windows and documents": replace(
+        test_model.BARE,
+        **{"num_layers": 4, "attention_source": 2, "dynamic": True, "mlp_only": (1,)},
+        **{"composed": (0, 3), "composed_window": 4},
     ),
     "a U-net and value tables without gates": replace(EVERY_TRICK, skips=None, value_gate=False),
     "a table for most layers": replace(EVERY_TRICK, value_embeddings=4, mlp_only=(1,)),
@@ -77,13 +92,16 @@ CONFIGS = {
 def alive(config):
     """Return random parameters.
 
-    Those of dynamic connections are such that a token's weights are about as large as the shares of
-    other layers: differences of large terms, or a vanishing stream, would magnify rounding.
+    Those of dynamic connections and gates are such that a token's weights are about as large as
+    other shares: differences of large terms, or a vanishing stream, would magnify rounding.
     """
     params = test_model.alive(config)
-    for name in {"last_layer", "before_head"} & params.keys():
-        params[name]["up"] *= 0.05
-        params[name]["bias"] *= 10
+    dynamic = params.get("dynamic", {})
+    for name in dynamic.keys() - {"gate_scale"}:
+        dynamic[name]["up"] *= 0.05
+        dynamic[name]["bias"] *= 10
+    if dynamic:
+        dynamic["gate_scale"] = np.float32(0.15)
     return params
 
 

@@ -268,7 +268,8 @@ def start_from(config, changed):
 
 
 OTHERS = {"vocab_size": 1000, "mlp_only": (0, 2), "value_layers": (0,)}
-ABSENT = {"backout": None, "attention_source": None, "bigram_width": None, "exclusive": ()}
+OTHERS |= {"exclusive": (4, 5), "gated": (1, 5, 1, 0), "composed": (4, 5)}
+ABSENT = {"backout": None, "attention_source": None}
 
 
 @pytest.mark.parametrize("make", [with_every_trick, like_the_speedrun])
@@ -288,7 +289,8 @@ def test_a_setting_of_the_model_is_refused_exactly_when_the_shapes_depend_on_it(
             assert shapes(changed) != shapes(config), name
             refused.add(name)
     assert refused >= {"width", "num_heads", "mlp_only", "smear", "skips", "value_gate", "dynamic"}
-    assert refused >= {*ABSENT, "value_layers"}
+    assert refused >= {*ABSENT, "value_layers", "bigram_width"}
+    assert config.dynamic == (refused >= {"exclusive", "gated", "composed"})
 
 
 def test_of_the_vocabulary_the_padded_size_counts_and_of_layers_and_skips_their_number(tiny):
@@ -296,7 +298,8 @@ def test_of_the_vocabulary_the_padded_size_counts_and_of_layers_and_skips_their_
     assert shapes(same) == shapes(tiny)
     start_from(tiny, same)
     model = like_the_speedrun()
-    same = replace(model, value_layers=(0, 3, 5), exclusive=(1,), attention_source=1)
+    same = replace(model, value_layers=(0, 3, 5), attention_source=4)
+    same = replace(same, exclusive=(0, 0, 5, 2), gated=(0, 4), composed=(4, 2), skips=((0, 4),))
     assert shapes(same) == shapes(model)
     start_from(model, same)
 
@@ -312,6 +315,9 @@ def test_the_number_of_value_gates_and_what_they_read_stay(tiny):
     assert shapes(other) != shapes(model)
     with pytest.raises(ConfigError, match=r"^model\.value_layers cannot be \(0, 3, 4\): "):
         start_from(model, other)
+    # The bigrams would lose their signs.
+    with pytest.raises(ConfigError, match=r"^model\.bigram_width cannot be None: "):
+        start_from(model, replace(model, bigram_width=None))
     # The same gates would read half of their channels elsewhere.
     one = replace(tiny, value_embeddings=1)
     other = replace(one, value_layers=(3,))

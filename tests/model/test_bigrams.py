@@ -110,17 +110,16 @@ def test_pairs_that_share_a_row_have_unlike_signs_so_that_they_cancel_in_the_mea
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("signs", [True, False])
 @pytest.mark.parametrize("channels", [3, 8])
-def test_narrow_embeddings_have_signs_and_fill_the_first_channels_and_wide_ones_are_as_they_are(
-    channels, dtype
-):
+def test_embeddings_fill_the_first_channels_with_or_without_signs(channels, signs, dtype):
     table = np.random.default_rng(0).standard_normal((5, channels), "f4")
     pairs = some_pairs(9)
-    found = bigram_embeddings(jnp.asarray(table), *pairs, 8, dtype)
+    found = bigram_embeddings(jnp.asarray(table), *pairs, 8, signs, dtype)
     assert (found.shape, found.dtype) == ((1, 14, 8), dtype)
     expected = np.zeros((14, 8), "f4")
     expected[:, :channels] = table[of_each(bucket_of, pairs, 5)]
-    if channels < 8:
+    if signs:
         expected[:, :channels] *= of_each(signs_of, pairs, channels)
     np.testing.assert_array_equal(found[0], jnp.asarray(expected, dtype))
 
@@ -128,7 +127,7 @@ def test_narrow_embeddings_have_signs_and_fill_the_first_channels_and_wide_ones_
 def test_a_row_learns_from_each_of_its_pairs_with_their_signs():
     pairs, above = some_pairs(20), np.random.default_rng(2).standard_normal((25, 6), "f4")
     _, pullback = jax.vjp(
-        lambda table: bigram_embeddings(table, *pairs, 6, "float32")[0], jnp.zeros((3, 4))
+        lambda table: bigram_embeddings(table, *pairs, 6, True, "float32")[0], jnp.zeros((3, 4))
     )
     expected = np.zeros((3, 4))
     rows, signs = of_each(bucket_of, pairs, 3), of_each(signs_of, pairs, 4)

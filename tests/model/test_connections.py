@@ -10,9 +10,17 @@ import pytest
 from flax import nnx
 
 from nanogpt.config import GPTConfig
-from nanogpt.model.connections import Connections, LastLayer, before_head, mixed
+from nanogpt.model.connections import (
+    Connections,
+    DynamicGates,
+    LastLayer,
+    before_head,
+    first_gates,
+    mixed,
+)
 from nanogpt.training.step import graph_of, init_params
 from tests.conftest import like_the_speedrun
+from train_gpt import PRESETS
 
 B, T, D = 2, 3, 16
 SMALL = GPTConfig(num_layers=3, num_heads=2, width=D, attention_source=0, dynamic=True, skips=())
@@ -123,10 +131,10 @@ def test_before_the_head_half_of_what_late_attentions_read_is_taken_back_at_firs
 
 @pytest.mark.parametrize("source", [0, 3, 4])
 def test_new_connections_change_nothing_in_a_model_but_take_back_half_of_what_was_read(source):
-    config = replace(like_the_speedrun(), attention_source=source)
+    config = replace(like_the_speedrun(), attention_source=source, gated=())
     config.check()
     new = init_params(config, jax.random.key(0))
-    connections = {name: new.pop(name) for name in ("last_layer", "before_head")}
+    connections = new.pop("dynamic")
     random = np.random.default_rng(0)
     others = jax.tree.map(lambda p: jnp.float32(0.3 * random.standard_normal(p.shape)), new)
     tokens = jnp.asarray(random.integers(0, 100, (2, 7)))
@@ -135,19 +143,77 @@ def test_new_connections_change_nothing_in_a_model_but_take_back_half_of_what_wa
         return jax.jit(lambda: nnx.merge(graph_of(config), params).features(tokens))()
 
     # Without them, the last layer has shares of its own, here those that they begin with, and the
-    # gates of its value embedding, half open, give all of it instead of twice as much.
+    # gates of its value embedding, half open, give all of it instead of twice as much. All layers
+    # have shares of the embeddings. The skip's gate, half open, gives twice as much.
     plain = others | {"backout": jnp.float32(0.5)}
     for name, its in {
         "residual_shares": [1.1**0.5] * 2,
         "output_shares": [1.0, 1.0],
-        "embedding_shares": 0.0,
-        "bigram_shares": 0.05,
         "value_gate": np.zeros((12, 2)),
     }.items():
         plain[name] = jnp.concatenate([others[name], jnp.float32([its])])
+    plain["embedding_shares"], plain["bigram_shares"] = jnp.zeros(6), jnp.full(6, 0.05)
     plain["value_embed"] = others["value_embed"].at[2].multiply(2)
-    without = replace(config, dynamic=False, backout=source)
+    half = jax.nn.sigmoid(others["skips"]) / 2
+    plain["skips"], plain["skip_gate"] = jnp.log(half / (1 - half)), jnp.zeros((1, 12, 1))
+    none = dict.fromkeys(("exclusive", "composed"), ())
+    without = replace(config, dynamic=False, backout=source, **none)
     expected = features(without, plain)
-    np.testing.assert_allclose(features(config, others | connections), expected, atol=1e-4)
+    found = features(config, others | {"dynamic": connections})
+    np.testing.assert_allclose(found, expected, atol=1e-4)
     nothing_taken_back = features(without, plain | {"backout": jnp.float32(0)})
-    assert abs(nothing_taken_back - expected).max() > 0.1
+    assert abs(nothing_taken_back - expected).max() > 0.02
+
+
+RECORD = PRESETS["speedrun"].model
+
+
+def test_gates_are_those_of_the_record_in_its_order():
+    """The record writes its gates out for six heads; these are their first values."""
+    early = np.zeros(26)
+    early[12:18] = 0.25  # of attention 3
+    early[19:26:2] = 0.05  # bigrams of layers 0 to 3
+    late = np.zeros(41)
+    late[12:18] = 0.25  # of attention 10
+    late[19:28:2] = 0.05  # bigrams of layers 4, 5, 7, 8, 9
+    late[28] = 0.5  # the skip
+    late[29:35] = 1  # of composed heads: given
+    assert RECORD.chooses_again == 4
+    for layers, expected in ((range(4), early), (range(4, 11), late)):
+        gates = DynamicGates(RECORD, layers, jax.random.key(0))
+        x = fixed(1, 1, 768)
+        np.testing.assert_allclose(gates(x)[0, 0], expected, atol=1e-6)
+        np.testing.assert_allclose(gates(x, 0.2)[0, 0], 2 * expected, atol=1e-6)
+        chosen = gates.chosen(x, jnp.float32(0.1))
+        assert [each.shape[-1] for each in chosen.values()] == [
+            6 if kind in ("exclusion", "gate", "given", "taken") else 1 for kind, _ in chosen
+        ]
+        together = jnp.concatenate([*chosen.values()], axis=-1)
+        np.testing.assert_allclose(together[0, 0], expected, atol=1e-6)
+
+
+def test_layers_have_the_gates_that_they_use():
+    config = replace(
+        SMALL,
+        num_layers=5,
+        num_heads=3,
+        width=24,
+        mlp_only=(1,),
+        exclusive=(0, 1),
+        gated=(4,),
+        composed=(2,),
+        skips=((0, 1), (0, 4)),
+    )
+    first = {  # layer 1 has no attention, and the last one connections
+        ("exclusion", 0): (3, 0.0),
+        ("embedding", 0): (1, 0.0),
+        ("embedding", 2): (1, 0.0),
+        ("skip", 0): (1, 0.5),
+        ("given", 2): (3, 1.0),
+        ("taken", 2): (3, 0.0),
+    }
+    assert first_gates(config, range(3)) == first
+    bigrams = replace(config, bigram_buckets=8)
+    with_bigrams = first | {("bigram", 0): (1, 0.05), ("bigram", 2): (1, 0.05)}
+    assert first_gates(bigrams, range(3)) == with_bigrams
+    assert first_gates(config, range(4, 5)) == {("gate", 4): (3, 0.25), ("skip", 1): (1, 0.5)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from nanogpt.model.gates import Smear, opened, skip_share, value_share
+from nanogpt.model.gates import Smear, opened, value_share
 
 B, T, D, N = 2, 5, 20, 4
 
@@ -49,10 +49,9 @@ def test_a_gate_opens_with_the_sigmoid_of_its_channels_in_each_head():
 def test_with_weights_of_zero_every_gate_is_half_open_and_that_of_a_value_is_one(dtype):
     x, values = (fixed(B, T, D, seed=seed).astype(dtype) for seed in (0, 1))
     zero = jnp.zeros((12, N), dtype)
-    halves = [opened(x, zero), skip_share(jnp.zeros((), dtype), zero[:, :1], x)]
     for found, value in zip(
-        [*halves, *(value_share(x, values, zero, read) for read in (True, False))],
-        (0.5, 0.5, 1, 1),  # a skip's is twice a half of a half
+        [opened(x, zero), *(value_share(x, values, zero, read) for read in (True, False))],
+        (0.5, 1, 1),
         strict=True,
     ):
         assert found.dtype == dtype
@@ -64,9 +63,6 @@ def test_each_gate_reads_only_its_channels():
     dozen, half = [*range(12)], [*range(6)]
     assert channels_read(lambda x: opened(x, gate), x) == [dozen]
     assert channels_read(lambda x: opened(x, gate[:7]), x) == [[*range(7)]]
-    assert channels_read(lambda x: skip_share(jnp.array(0.3), gate[:, :1], x)[..., None], x) == [
-        dozen
-    ]
     for read_values, channels in ((False, [dozen, []]), (True, [half, half])):
         found = channels_read(lambda *x, r=read_values: value_share(*x, gate, r), x, values)
         assert found == channels
@@ -82,15 +78,6 @@ def test_the_share_of_a_value_is_twice_its_gate_which_may_read_half_of_it(read_v
         expected[b, t, n] = 2 * sigmoid(np.dot(np.array(read, "f8"), gate[:, n]))
     assert expected.min() < 0.1 and expected.max() > 1.9
     np.testing.assert_allclose(found, expected, atol=1e-5)
-
-
-def test_a_skip_has_a_share_of_its_own_that_a_gate_may_open_up_to_twice():
-    x0, gate = fixed(B, T, D), fixed(12, 1, seed=1)
-    assert skip_share(jnp.float32(-1.5), None, x0) == -1.5
-    found = skip_share(jnp.float32(-1.5), gate, x0)
-    expected = 2 * sigmoid(-1.5) * sigmoid(np.asarray(x0, "f8")[:, :, :12] @ gate)
-    assert expected.min() < 0.1 and expected.max() > 0.27
-    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_smear_adds_a_gated_share_of_the_token_before():

@@ -84,7 +84,7 @@ def numpy_logits(config, params, tokens):
         """Each head sees the keys of its mates at earlier positions and at its own."""
         out = np.zeros_like(v)
         documents = np.cumsum(begins, axis=1)
-        for b, t, n in np.ndindex(B, T, N):
+        for b, t, n in np.ndindex(*q.shape[:3]):
             near = places[t, n] - places[:, mates[n]]  # [T, mates]
             seen = (near >= 0) & (near < (window or np.inf))
             seen &= (documents[b] == documents[b, t])[:, None]
@@ -93,11 +93,12 @@ def numpy_logits(config, params, tokens):
             out[b, t, n] = np.einsum("tm,tmh->h", weights, v[b][:, mates[n]])
         return out
 
-    def chosen(x, by):
+    def chosen(x, by, scale=0.1):
         """Return weights that each token chooses with a small MLP, each [B, T, 1]."""
-        hidden = x @ p[by]["up"]
+        mlp = p["dynamic"][by]
+        hidden = x @ mlp["up"]
         hidden = hidden * (0.5 + 0.5 * np.vectorize(erf)(hidden / np.sqrt(2)))  # GELU
-        weights = (hidden @ p[by]["down"] + p[by]["bias"]) / 10
+        weights = (hidden @ mlp["down"] + mlp["bias"]) * scale
         return [weights[:, :, n, None] for n in range(weights.shape[-1])]
 
     x = p["embed"][tokens]
@@ -114,44 +115,81 @@ def numpy_logits(config, params, tokens):
             row = p["bigram_embed"][bucket_of(*pair, config.bigram_buckets)]
             signs = 1 if config.bigram_width is None else signs_of(*pair, config.bigram_width)
             bigrams[b, t, : len(row)] = signs * row
-        if late is not None:  # they are in the stream from the beginning
-            x0 = x0 + p["bigram_shares"][0] * bigrams
-    x, outputs, first_values, num_gates = x0, [], None, 0
+    # What tokens choose for each layer, twice: numbers per head, then weights of the sums, ...
     with_attention = [layer for layer in range(L) if layer not in config.mlp_only]
+    again, gates = max(1, ((late or 0) + 1) // 2), {}
+
+    def choose(x, by, layers):
+        numbers = iter(chosen(x, by, p["dynamic"]["gate_scale"]))
+        layers = [layer for layer in layers if layer in with_attention]
+        for name, some in (("exclusion", config.exclusive), ("gate", config.gated)):
+            for layer in layers:
+                if layer in some:
+                    gates[name, layer] = np.concatenate([next(numbers) for _ in range(N)], axis=-1)
+        for layer in layers:
+            if layer != L - 1:
+                gates["embedding", layer] = next(numbers)
+                gates["bigram", layer] = next(numbers) if config.bigram_buckets else 0
+        for number, (_, target) in enumerate(config.skips or ()):
+            if (target < again) == (by == "early_gates"):
+                gates["skip", number] = next(numbers)
+        for layer in layers:
+            if layer in config.composed:
+                for name in ("given", "taken"):
+                    gates[name, layer] = np.concatenate([next(numbers) for _ in range(N)], axis=-1)
+        assert not [*numbers]
+
+    if config.dynamic:
+        choose(x0, "early_gates", range(again))
+    else:
+        gates |= {("embedding", layer): p["embedding_shares"][layer] for layer in range(L)}
+        if config.bigram_buckets:
+            gates |= {("bigram", layer): p["bigram_shares"][layer] for layer in range(L)}
+    first = x0
+    if late is not None and config.bigram_buckets:  # they are in the stream from the beginning
+        first = x0 + gates["bigram", 0] * bigrams
+    x, outputs, first_values, num_gates = first, [], None, 0
     # The last layers have the tables in turn, and the first ones all but the first table.
     tables = {layer: layer + 1 for layer in range(count - 1)}
     tables.update({L - count + table: table for table in range(count)})
     if config.value_layers:
         tables = dict(zip(config.value_layers, range(count), strict=True))
     for layer in range(L):
+        if config.dynamic and layer == again:
+            choose(x, "late_gates", range(layer, L))
         mirror = L - 1 - layer  # first to last, second to second to last, ...
         if config.skips is None and mirror < layer:
             x = x + p["skips"][layer - (L - L // 2)] * outputs[mirror]
         for number, (source, target) in enumerate(config.skips or ()):
             if target == layer:
-                gate = sigmoid(x0[:, :, :12] @ p["skip_gate"][number])
-                x = x + 2 * sigmoid(p["skips"][number]) * gate * outputs[source]
+                if config.dynamic:
+                    gate = gates["skip", number]
+                else:
+                    gate = 2 * sigmoid(x0[:, :, :12] @ p["skip_gate"][number])
+                x = x + sigmoid(p["skips"][number]) * gate * outputs[source]
         # What the sum of the layer consists of: shares of the stream, of the embedding, of the
         # bigrams and of the attention; and after attention, of the stream again and of the MLP.
         shares, more_values, halves = [1.0, 0.0, 0.0, 1.0, 1.0, 1.0], 0.0, None
         if config.dynamic and layer == L - 1:
             weights = chosen(x, "last_layer")
-            sources = x0, outputs[late], x
+            sources = first, outputs[late], x
             more_values = sum(w * source for w, source in zip(weights[:3], sources, strict=True))
             x = x + sum(w * source for w, source in zip(weights[3:6], sources, strict=True))
             halves, shares = weights[6:8], weights[8:]
         elif late is None:
-            shares[:2] = p["residual_shares"][layer], p["embedding_shares"][layer]
+            shares[0] = p["residual_shares"][layer]
         else:
             shares[0], shares[4] = p["residual_shares"][layer]
             shares[3], shares[5] = p["output_shares"][layer]
-            shares[1] = p["embedding_shares"][layer]
-        if config.bigram_buckets and halves is None and (late is None or layer > 0):
-            shares[2] = p["bigram_shares"][layer]
+        if halves is None and layer in with_attention:
+            shares[1] = gates["embedding", layer]
+            if config.bigram_buckets and (late is None or layer > 0):
+                shares[2] = gates["bigram", layer]
 
         if layer in with_attention:
             weights = {n: w[with_attention.index(layer)] for n, w in p["attention"].items()}
-            stream = shares[0] * x + shares[1] * x0 + shares[2] * bigrams
+            stream = shares[0] * x + shares[1] * (x0 if halves is None else first)
+            stream = stream + shares[2] * bigrams
             if late is None:
                 read = rms_norm(stream)
             else:
@@ -188,11 +226,21 @@ def numpy_logits(config, params, tokens):
                         k[:, :, :, j] = np.where(begins[:, :, None], 0, last)
             window = config.windows[layer % len(config.windows)] if config.windows else 0
             y = softmax_attention(q, k, v, window, places, mates)
+            if layer in config.composed:  # each head attends where another does, one by one
+                given, taken = gates["given", layer], gates["taken", layer]
+                given = given / np.sqrt(np.mean(given**2, axis=-1, keepdims=True) + 1e-6)
+                near = min(window or np.inf, config.composed_window)
+                for n, other in np.ndindex(N, N):
+                    q_k = (q[:, :, [other]], k[:, :, [other]])
+                    looked = softmax_attention(*q_k, v[:, :, [n]], near, places[:, :1], [[0]])
+                    y[:, :, n] += (taken[:, :, n] * given[:, :, other])[..., None] * looked[:, :, 0]
             if layer in config.exclusive:
                 for b, t, n in np.ndindex(B, T, N):
                     direction = v[b, t, n] / np.linalg.norm(v[b, t, n])
-                    share = np.tanh(weights["exclusion"][0, n])
+                    share = np.tanh(gates["exclusion", layer][b, t, n])
                     y[b, t, n] -= share * np.dot(y[b, t, n], direction) * direction
+            if layer in config.gated:
+                y = y * gates["gate", layer][..., None]
             if config.attention_gate:
                 y = y * sigmoid(read[:, :, :12] @ weights["gate"])[..., None]
             added = weights.get("out_share", 1) * (y.reshape(B, T, N * H) @ weights["out"])
@@ -204,7 +252,7 @@ def numpy_logits(config, params, tokens):
     if config.backout is not None:
         x = x - p["backout"] * outputs[config.backout]
     if config.dynamic:
-        sources = [x0, outputs[late], outputs[L - 2]]
+        sources = [first, outputs[late], outputs[L - 2]]
         if config.value_layers:
             sources.append(p["value_embed"][0][tokens])
         if config.skips is None:
@@ -267,6 +315,7 @@ SPEEDRUN = replace(  # in layers like the speedrun's; the first table is that of
     num_heads=4,
     width=48,
     mlp_width=48,
+    bigram_width=48,
     windows=(3, 300, 6),
     rotary_windows=(40, 100, 300),
     document_separator=4,
@@ -287,7 +336,7 @@ LATE = GPTConfig(  # the others are not gated, and the third layer has nothing t
     bigram_buckets=61,
     bigram_width=7,
     attention_source=0,
-    exclusive=(1,),
+    skips=((0, 1),),
 )
 DYNAMIC = GPTConfig(  # the last layer's values are mixed with those of the first, too
     vocab_size=100,
@@ -300,6 +349,7 @@ DYNAMIC = GPTConfig(  # the last layer's values are mixed with those of the firs
     dynamic=True,
     softcap=4.0,
 )
+ALL_CHOSEN = {"exclusive": (0, 3), "gated": (0, 1), "composed": (0, 3), "attention_source": 2}
 BARE = GPTConfig(
     vocab_size=128,
     num_layers=1,
@@ -320,14 +370,14 @@ BARE = GPTConfig(
         (OVERLAPPING, (0.5, 2.0)),
         (SPEEDRUN, (1.0, 0.5, 0.25)),
         (LATE, (1.0,)),
-        (replace(LATE, attention_source=None, exclusive=(0, 1, 3)), (1.0,)),
+        (replace(LATE, attention_source=None), (1.0,)),
         (DYNAMIC, (1.0,)),
-        (replace(DYNAMIC, mlp_only=(0, 1, 2), skips=((1, 3), (0, 2))), (1.0,)),
+        (replace(DYNAMIC, mlp_only=(2,), skips=((1, 3), (0, 2)), **ALL_CHOSEN), (1.0,)),
         (BARE, (1.0,)),
     ],
     ids=[
         *("every trick", "value residual", "overlapping", "speedrun", "late", "not late"),
-        *("dynamic", "only last attention", "bare"),
+        *("dynamic", "all chosen", "bare"),
     ],
 )
 def test_logits_and_losses_equal_a_float64_model_in_numpy(config, weights):
@@ -355,15 +405,15 @@ def test_logits_and_losses_equal_a_float64_model_in_numpy(config, weights):
     np.testing.assert_allclose(objective, expected_objective, atol=1e-3)
 
 
-def test_layers_may_be_counted_from_the_last_one_backwards():
-    forwards = replace(EVERY_TRICK, exclusive=(1, 4))
-    backwards = replace(
-        forwards,
-        mlp_only=(-2,),
-        key_offset=(0, -1),
-        paired_heads=(-5, -3),
-        exclusive=(-4, -1),
-    )
+@pytest.mark.parametrize(
+    ("forwards", "named"),
+    [
+        (EVERY_TRICK, {"mlp_only": (-2,), "key_offset": (0, -1), "paired_heads": (-5, -3)}),
+        (SPEEDRUN, {"exclusive": (-5, 4), "gated": (1, -1), "composed": (-1,)}),
+    ],
+)
+def test_layers_may_be_counted_from_the_last_one_backwards(forwards, named):
+    backwards = replace(forwards, **named)
     tokens, params = some_tokens(forwards, 1, 9), alive(forwards)
     expected, found = (jax.jit(build(c, params))(tokens) for c in (forwards, backwards))
     np.testing.assert_array_equal(found, expected)
@@ -449,17 +499,18 @@ def test_late_attentions_and_dynamic_connections_begin_as_in_the_speedrun():
     numbers = {  # of all but the last layer
         "residual_shares": np.full((5, 2), 1.1**0.5, "f4"),
         "output_shares": np.ones((5, 2)),
-        "embedding_shares": np.zeros(5),
-        "bigram_embed": np.zeros((128, 8)),
-        "bigram_shares": np.full(5, 0.05, "f4"),
+        "bigram_embed": np.zeros((128, 32)),
         "value_gate": np.zeros((2, 12, 2)),
-        "skip_gate": np.zeros((1, 12, 1)),
         "skips": [-1.5],
     }
+    assert not {"embedding_shares", "bigram_shares", "skip_gate"} & params.keys()
     for name, expected in numbers.items():
         np.testing.assert_array_equal(params[name], expected, err_msg=name)
-    np.testing.assert_array_equal(params["attention"]["exclusion"], np.zeros((5, 1, 2)))
-    for part, weights in (("last_layer", 14), ("before_head", 5)):
+    assert "gate" not in params["attention"]
+    params |= params["dynamic"]
+    assert params["gate_scale"] == np.float32(0.1)
+    sizes = {"last_layer": 14, "before_head": 5, "early_gates": 8, "late_gates": 13}
+    for part, weights in sizes.items():
         assert not params[part]["down"].any() and params[part]["down"].shape == (64, weights)
     # Three sources of values and three of the stream, two gates, and the weights of all sums.
     last = [0] * 6 + [2, 2, 1.1**0.5, 0, 0.05, 1, 1.1**0.5, 1]
@@ -552,9 +603,15 @@ def influence(config):
         ({"windows": (5, 2), "paired_heads": (0, 1)}, 2 + 1 + 4, 2 + 1 + 4, 2 + 1 + 4),
         # The second and the third layer both read what the first one put out.
         ({"windows": (5, 2), "attention_source": 0}, 4 + 4, 4 + 4, 4 + 4),
-        ({"windows": (2, 5), "attention_source": 0, "exclusive": (0, 1, 2)}, 1 + 4, 1 + 4, 1 + 4),
+        ({"windows": (2, 5), "attention_source": 0}, 1 + 4, 1 + 4, 1 + 4),
         # In the values of the last one is also the stream, to which the second one has added.
         ({"windows": (5, 2), "attention_source": 0, "dynamic": True}, 4 + 1 + 4, 9, 9),
+        # Gates read their own token, and composed heads what the layer sees.
+        (
+            {"windows": (2, 5), "attention_source": 0, "dynamic": True, "exclusive": (0, 1, 2)}
+            | {"gated": (0, 1, 2), "composed": (0, 2)},
+            *(1 + 4 + 1, 1 + 4 + 1, 1 + 4 + 1),
+        ),
         (
             {"windows": (5, 2), "bigram_width": 7, "attention_source": 1, "value_layers": (2, 0)},
             *(4 + 1 + 4, 4 + 1 + 4, 4 + 1 + 4),
@@ -647,7 +704,9 @@ def run_on_values(monkeypatch):
             given.append(v.reshape(*tokens.shape, -1))
             return v
 
-        monkeypatch.setattr(GPT, "attend", lambda self, past, layer, *qkv: attend(*qkv, layer))
+        monkeypatch.setattr(
+            GPT, "attend", lambda self, past, layer, gates, *qkv: attend(*qkv, layer)
+        )
         features, values = jax.jit(lambda: (build(config, params).features(tokens), given))()
         return features, layers, values
 
@@ -689,7 +748,6 @@ def test_attention_mixes_its_values_and_gates_what_each_head_takes(gated, values
         layer.own_share = nnx.Param(jnp.array(0.7))
         assert hasattr(layer, "gate") == gated
         assert hasattr(layer, "out_share") == values_gated != hasattr(layer, "mixed_share")
-        assert not hasattr(layer, "exclusion")
         if gated:
             layer.gate = nnx.Param(jnp.asarray(gate))
         if values_gated:
@@ -718,12 +776,10 @@ def test_attention_mixes_its_values_and_gates_what_each_head_takes(gated, values
 def exclusive_attention(shares, x, mixed_in, y):
     """Return what is left of an attention's output y [T, N, H], and its values [T, N, H].
 
-    Of an attention that is not exclusive, all of it is left.
+    Of an attention that is not exclusive, all of it is left, and of a gated one as much as its gate
+    says.
     """
-    config = replace(BARE, num_heads=2, width=16, value_embeddings=1, exclusive=(0,))
-    layer = Attention(config, rngs=nnx.Rngs(0))
-    assert layer.exclusion[...].tolist() == [[0, 0]]
-    layer.exclusion = nnx.Param(jnp.array([shares]))
+    layer = Attention(replace(BARE, num_heads=2, width=16), rngs=nnx.Rngs(0))
     layer.out = nnx.Param(jnp.eye(16))
     given = (
         jnp.asarray(x[None]),
@@ -734,18 +790,22 @@ def exclusive_attention(shares, x, mixed_in, y):
     )
     plain, _ = layer(*given)
     np.testing.assert_allclose(plain[0].reshape(y.shape), y, rtol=1e-6)
-    return (np.asarray(each[0].reshape(y.shape), "f8") for each in layer(*given, exclusive=True))
+    shares = jnp.broadcast_to(jnp.asarray(shares, "f4"), (1, *y.shape[:2]))
+    exclusive, gated = layer(*given, exclusion=shares), layer(*given, None, 1.5 - shares)
+    expected = y * np.asarray(1.5 - shares)[0, ..., None]
+    np.testing.assert_allclose(gated[0][0].reshape(y.shape), expected, rtol=1e-5)
+    return (np.asarray(each[0].reshape(y.shape), "f8") for each in exclusive)
 
 
 def test_exclusive_attention_takes_away_a_share_of_its_part_along_the_tokens_own_value():
     x, mixed_in = fixed(2, 5, 16)
     y = fixed(5, 2, 8, seed=1)
-    shares = 0.6, -1.2
+    shares = np.array([[0.6, -1.2], [0.3, 0.4], [-0.7, 2.0], [0.5, 0.9], [1.5, -0.3]])
     found, v = exclusive_attention(shares, x, mixed_in, y)
     for t, n in np.ndindex(5, 2):
         projection = np.outer(v[t, n], v[t, n]) / np.dot(v[t, n], v[t, n])
-        expected = y[t, n] - np.tanh(shares[n]) * projection @ y[t, n]
-        assert np.linalg.norm(expected - y[t, n]) > 0.02
+        expected = y[t, n] - np.tanh(shares[t, n]) * projection @ y[t, n]
+        assert np.linalg.norm(expected - y[t, n]) > 0.01
         np.testing.assert_allclose(found[t, n], expected, atol=1e-5)
 
 
@@ -927,9 +987,9 @@ def seeing_attentions(monkeypatch):
     def of_model(config, tokens):
         given, attend = {}, GPT.attend
 
-        def seen(self, past, layer, q, k, v):
+        def seen(self, past, layer, gates, q, k, v):
             given[layer] = q, k, v
-            return attend(self, past, layer, q, k, v)
+            return attend(self, past, layer, gates, q, k, v)
 
         monkeypatch.setattr(GPT, "attend", seen)
         return jax.jit(lambda params: (build(config, params).features(tokens), given))
@@ -956,16 +1016,21 @@ def test_late_attentions_do_not_see_what_layers_after_their_source_do_to_the_str
     dynamic, seeing_attentions
 ):
     config = replace(like_the_speedrun(), num_layers=7, skips=(), dynamic=dynamic)
+    if not dynamic:
+        config = replace(config, exclusive=(), gated=(), composed=())
     params, tokens = alive(config), some_tokens(config, B=1, T=6)
     run = seeing_attentions(config, tokens)
     features, before = run(params)
     assert list(before) == [0, 1, 3, 4, 5, 6]
+    # Of the gates of layers 2 to 6, two exclude, four gate heads, and pairs weigh embeddings and
+    # bigrams of layers 3, 4 and 5.
+    late_gates = [("dynamic.late_gates.bias", n, ()) for n in (4 + 4, 4 + 3)]
+    late_shares = [("embedding_shares", 5, ()), ("bigram_shares", 4, ())]
     for name, layer, place in (
         ("mlp.down", 4, ()),
         ("attention.out", 4, ()),  # of layer 5, the fifth with attention
         ("residual_shares", 4, ()),
-        ("embedding_shares", 5, ()),
-        ("bigram_shares", 4, ()),
+        *(late_gates if dynamic else late_shares),
         ("output_shares", 5, (1,)),
     ):
         now, after = run(changed(params, name, layer, place))
@@ -987,24 +1052,25 @@ def test_attentions_up_to_the_source_of_late_ones_read_the_stream_before_embeddi
     params, tokens = alive(config), some_tokens(config, B=1, T=6)
     run = seeing_attentions(config, tokens)
     features, before = run(params)
-    for name, place in (
-        ("residual_shares", (0,)),
-        ("residual_shares", (1,)),
-        ("output_shares", (0,)),
-        ("embedding_shares", ()),
-        ("bigram_shares", ()),
+    for name, *place in (
+        ("residual_shares", 1, 0),
+        ("residual_shares", 1, 1),
+        ("output_shares", 1, 0),
+        # Two numbers exclude, two gate heads, two weigh the embeddings of layer 0, two of layer 1.
+        ("dynamic.early_gates.bias", 6),
+        ("dynamic.early_gates.bias", 7),
     ):
-        now, after = run(changed(params, name, 1, place))
+        now, after = run(changed(params, name, place[0], place[1:]))
         assert abs(now - features).max() > 1e-3, (name, place)
         assert same(after[1], before[1]) == [True] * 3, (name, place)
         assert same(after[3], before[3]) == [False] * 3, (name, place)
 
 
 def test_with_late_attentions_the_stream_begins_with_the_first_share_of_the_bigrams():
-    config = replace(LATE, num_layers=2, mlp_only=(), value_embeddings=0, value_layers=())
+    config = replace(LATE, num_layers=2, mlp_only=(), value_embeddings=0, value_layers=(), skips=())
     params, tokens = alive(config), some_tokens(config, B=1, T=6)
     # Nothing is added but embeddings.
-    params["attention"]["out"][:] = params["mlp"]["down"][:] = params["skips"][:] = 0
+    params["attention"]["out"][:] = params["mlp"]["down"][:] = 0
     params["residual_shares"][:] = [[2, 1.5], [0.5, -1]]
     params["embedding_shares"][:], params["bigram_shares"][:] = (0.3, 0.7), (0.4, 10)
     found = jax.jit(build(config, params).features)(tokens)
@@ -1017,8 +1083,8 @@ def test_with_late_attentions_the_stream_begins_with_the_first_share_of_the_bigr
     for n, (before, token) in enumerate(pairs):
         row = params["bigram_embed"][bucket_of(token, before, 61)]
         bigrams[n, :7] = row * signs_of(token, before, 7)
-    x0 = rms_norm(embedded) + 0.4 * bigrams
-    x = 1.5 * (2 * x0 + 0.3 * x0)
+    x0 = rms_norm(embedded)
+    x = 1.5 * (2 * (x0 + 0.4 * bigrams) + 0.3 * x0)
     x = -(0.5 * x + 0.7 * x0 + 10 * bigrams)
     np.testing.assert_allclose(found[0], rms_norm(x), atol=1e-5)
 
@@ -1031,7 +1097,7 @@ def test_the_half_of_a_key_that_is_not_rotated_is_that_of_the_token_before():
     q, k, v = fixed(3, 1, 5, 2, 8)
     model, past = build(config, alive(config)), Rows(config, tokens, "xla")
     found = jax.jit(
-        lambda: [model.attend(past, layer, *map(jnp.asarray, (q, k, v))) for layer in range(2)]
+        lambda: [model.attend(past, layer, {}, *map(jnp.asarray, (q, k, v))) for layer in range(2)]
     )()
 
     # Of 4 pairs (i, i + 4) two rotate, by 1 and 0.1 radians per token, and two do not.
@@ -1101,18 +1167,14 @@ def test_the_tokens_after_the_next_are_scored_up_to_the_end_of_a_row():
             {
                 "residual_shares": [(2, 0)],
                 "output_shares": [(2, 0)],
-                "embedding_shares": [2],
-                "bigram_shares": [2],
-                "attention.exclusion": [(0, 0, n) for n in range(4)]
-                + [(2, 0, n) for n in range(4)],
             },
         ),
         (
             DYNAMIC,
             {
                 "attention.mixed_share": [0, 3],
-                "last_layer.down": [(0, 10)],
-                "last_layer.bias": [10],
+                "dynamic.last_layer.down": [(0, 10)],
+                "dynamic.last_layer.bias": [10],
             },
         ),
     ],
@@ -1192,9 +1254,11 @@ def test_norm_gives_a_mean_square_of_one_to_all_but_the_smallest():
 @pytest.mark.parametrize("config", [EVERY_TRICK, SPEEDRUN], ids=["every trick", "speedrun"])
 def test_in_bfloat16_the_model_agrees_with_float32_to_the_accuracy_of_bfloat16(config):
     params, tokens = alive(config), some_tokens(config, B=2, T=T)
-    for name in {"last_layer", "before_head"} & params.keys():  # near their beginning: if the
-        new = init_params(config, jax.random.key(0))[name]  # stream nearly cancels, errors grow
-        params[name] = new | {"down": 0.2 * params[name]["down"]}
+    if config.dynamic:  # near their beginning: if the stream nearly cancels, errors grow
+        new = init_params(config, jax.random.key(0))["dynamic"]
+        for name in ("last_layer", "before_head", "early_gates", "late_gates"):
+            new[name]["down"] = 0.2 * params["dynamic"][name]["down"]
+        params["dynamic"] = new
 
     @partial(jax.jit, static_argnums=0)
     def run(dtype, params):

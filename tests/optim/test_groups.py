@@ -30,6 +30,8 @@ SHAPES = {
     "skip_gate": (1, 3, 1),
     "last_layer.down": (3, 5),
     "before_head.bias": (5,),
+    "late_gates.up": (8, 3),
+    "early_gates.bias": (4,),
 }
 RATES = {
     "up": 0.05,
@@ -44,6 +46,8 @@ RATES = {
     "skip_gate": 0.01,
     "last_layer.down": 0.008,
     "before_head.bias": 0.09,
+    "late_gates.up": 0.011,
+    "early_gates.bias": 0.013,
 }
 BY_ADAM = tuple(RATES)[1:]
 BETAS = 0.8, 0.95
@@ -59,6 +63,8 @@ GROUPS = AdamGroups(
     skip_gate=Adam(RATES["skip_gate"], BETAS),
     connections=Adam(RATES["last_layer.down"], BETAS),
     connection_biases=Adam(RATES["before_head.bias"], BETAS),
+    dynamic_gates=Adam(RATES["late_gates.up"], BETAS),
+    dynamic_gate_biases=Adam(RATES["early_gates.bias"], BETAS),
 )
 
 
@@ -109,18 +115,16 @@ def adam_of_kingma_and_ba(gradients, rate):
 # Groups
 
 
-CONNECTIONS = ("last_layer", "before_head")
+CONNECTIONS = ("dynamic.last_layer", "dynamic.before_head")
+GATES = ("dynamic.early_gates", "dynamic.late_gates")
 OF_BOTH = {
     "muon": {"attention.qkv", "attention.out", "mlp.up", "mlp.down"},
     "embedding": {"embed"},
     "head": {"head"},
     "tables": {"value_embed", "bigram_embed"},
-    "gates": {"attention.gate", "value_gate"},
+    "gates": {"value_gate"},
     "smear_gate": {"smear.gate"},
-    "skip_gate": {"skip_gate"},
     "stream": {"residual_shares"},
-    "shortcuts": {"embedding_shares"},
-    "additions": {"bigram_shares"},
     "scalars": {"attention.own_share", "attention.out_share", "smear.share", "skips"},
 }
 
@@ -128,13 +132,24 @@ OF_BOTH = {
 @pytest.mark.parametrize(
     ("make", "more"),
     [
-        (with_every_trick, {"scalars": {"backout"}}),
+        (
+            with_every_trick,
+            {
+                "scalars": {"backout"},
+                "gates": {"attention.gate"},
+                "skip_gate": {"skip_gate"},
+                "shortcuts": {"embedding_shares"},
+                "additions": {"bigram_shares"},
+            },
+        ),
         (
             like_the_speedrun,
             {
-                "additions": {"output_shares", "attention.exclusion"},
+                "additions": {"output_shares"},
                 "connections": {f"{x}.{y}" for x in CONNECTIONS for y in ("up", "down")},
                 "connection_biases": {f"{x}.bias" for x in CONNECTIONS},
+                "dynamic_gates": {f"{x}.{y}" for x in GATES for y in ("up", "down")},
+                "dynamic_gate_biases": {*(f"{x}.bias" for x in GATES), "dynamic.gate_scale"},
             },
         ),
     ],
@@ -288,6 +303,7 @@ def test_later_groups_with_the_settings_of_the_scalars_are_trained_and_kept_with
     assert names_of_adams_groups(state) == {*before, "scalars"}
 
     later = {"stream", "additions", "connections", "connection_biases"}
+    later |= {"dynamic_gates", "dynamic_gate_biases"}
     others = {name: Adam(0.04, BETAS, 1e-30) for name in later}
     apart, state = updates_of(optimizer_with(adam=replace(alike, **others)), gradients, params)
     assert names_of_adams_groups(state) == {*before, "scalars", *later}

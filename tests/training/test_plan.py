@@ -47,7 +47,7 @@ def test_a_step_has_all_its_tokens_whatever_the_hardware():
 def test_stages_follow_each_other_through_all_steps():
     stages = plan_of("speedrun").stages
     steps = [step for each in stages for step in range(each.first_step, each.last_step + 1)]
-    assert steps == [*range(1, 1386)]
+    assert steps == [*range(1, 1291)]
     assert [max(each.model.windows) for each in stages] == [384, 896, 1408, 1664]
     assert [max(each.used_model.windows) for each in stages] == [384, 896, 1408, 2560]
     assert [each.tied_head for each in stages] == [True, True, False, False]
@@ -91,15 +91,17 @@ def test_less_memory_means_fewer_rows_then_rematerialization():
         assert plan.device_bytes <= 15 / 16 * plan.hardware.memory
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_the_speedrun_fits_tpus_of_16_gb_with_room_to_spare(devices):
-    v5e = Hardware("TPU v5 lite", devices, 1, 15.75 * 2**30)
+def test_the_speedrun_fits_eight_tpus_of_16_gb_but_not_one():
+    v5e = Hardware("TPU v5 lite", 8, 1, 15.75 * 2**30)
     plan = plan_of("speedrun", v5e, "splash")
     # What XLA plans for the program of the last stage is in docs/tpu.md. Eight devices shard the
     # tables, and need no recomputation.
     assert plan.batch_size == 1
-    assert (plan.shard_params, plan.kernels.rematerialize) == (False, devices == 1)
-    assert plan.device_bytes < 0.89 * v5e.memory
+    assert (plan.shard_params, plan.kernels.rematerialize) == (False, False)
+    assert plan.device_bytes < 0.92 * v5e.memory
+    alone = plan_of("speedrun", replace(v5e, count=1), "splash")
+    assert alone.kernels.rematerialize
+    assert alone.device_bytes > v5e.memory
 
 
 def test_parameters_are_sharded_if_a_row_would_not_fit_otherwise_and_they_can_be_evenly():
@@ -140,16 +142,18 @@ def test_gradients_and_copies_have_the_size_that_they_have_in_the_step(
     mesh, shard_params, dtype, itemsize
 ):
     # Devices cannot share the rows of models whose heads need whole value embeddings.
-    own = {"value_layers": (), "dynamic": False} if mesh else {}
+    names = ("value_layers", "exclusive", "gated", "composed")
+    own = dict.fromkeys(names, ()) | {"dynamic": False} if mesh else {}
     c = replace(PRESETS["speedrun"].model, paired_heads=(), **own)
     plan = plan_of("speedrun", mesh=mesh, shard_params=shard_params, model=c, dtype=dtype)
     sharers = plan.sharers
     V, D = c.padded_vocab_size, c.width
     matrices = 10 * 4 * D * D + 11 * 2 * D * c.mlp_width  # divided among those that share a row
-    of_values, others = 5 * V * D, V * D + c.bigram_buckets * D // 4
+    of_values, others = 5 * V * D, V * D + c.bigram_buckets * D
     gradients = 4 * ((matrices + of_values) / sharers + others + V * D)
     copies = itemsize * (matrices / sharers + V * D)  # of the head, too
-    copies += 4 * (of_values / sharers + others)  # tables, gathered
+    # Tables are gathered; all but the embedding are sent, and stay, in the run's dtype.
+    copies += itemsize * (of_values / sharers + others - V * D) + 4 * V * D
     assert plan.working_bytes == pytest.approx(gradients + copies, rel=1e-3)
 
 
@@ -241,8 +245,8 @@ def test_what_is_due_is_due_at_its_interval_and_at_the_end():
 def test_the_outlook_tells_epochs_stages_memory_and_disk():
     told = table(plan_of("speedrun")) | outlook(plan_of("speedrun"))
     assert told["devices"] == "8 x NVIDIA H200"
-    assert told["tokens"].endswith(" in 1,385 steps, 0.364 epochs")  # of 10^9 tokens
-    assert told["stage 1"].startswith("steps 1 to 458, 131,072 tokens each, ")
+    assert told["tokens"].endswith(" in 1,290 steps, 0.34 epochs")  # of 10^9 tokens
+    assert told["stage 1"].startswith("steps 1 to 425, 131,072 tokens each, ")
     state = plan_of("speedrun").state_bytes
     assert f"3 of {state / 1e9:.1f} GB" in told["checkpoints"]
     assert f"up to {3 * state / 1e9:.1f} GB on disk" in told["checkpoints"]

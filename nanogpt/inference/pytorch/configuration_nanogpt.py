@@ -86,6 +86,28 @@ class NanoGPTConfig(PretrainedConfig):
         """The layer with dynamic connections, if any."""
         return self.num_hidden_layers - 1 if self.model["dynamic"] else None
 
+    @property
+    def chooses_again(self) -> int:
+        """With `dynamic`, the layer before which tokens choose the gates of that and later ones."""
+        return max(1, (self.model["attention_source"] + 1) // 2)
+
+    def gates(self, layers: range) -> dict[tuple[str, int], int]:
+        """Return how many numbers each gate of these layers is, by kind and layer, or skip."""
+        N, attending = self.num_attention_heads, [n for n in self.attentions if n in layers]
+        found = {("exclusion", n): N for n in attending if n in self.layers("exclusive")}
+        found |= {("gate", n): N for n in attending if n in self.layers("gated")}
+        for layer in attending:
+            if layer != self.dynamic_layer:
+                found["embedding", layer] = 1
+                if self.model["bigram_buckets"]:
+                    found["bigram", layer] = 1
+        skips = enumerate(self.model["skips"] or ())
+        found |= {("skip", n): 1 for n, (_, target) in skips if target in layers}
+        for layer in attending:
+            if layer in self.layers("composed"):
+                found |= {("given", layer): N, ("taken", layer): N}
+        return found
+
     def window(self, layer: int, places: int) -> float:
         """Return how many keys a query sees, its own included; a token has `places` positions.
 

@@ -25,10 +25,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .configuration_nanogpt import NanoGPTConfig
 
 GATE_INPUTS = 12  # channels of the residual stream that gates read
-HIDDEN = 64  # width of the MLPs of dynamic connections
+HIDDEN = 64  # width of the MLPs of dynamic connections and gates
 MODULUS = 2**32  # of hashes
 FIELDS = CausalLMOutputWithPast.__dataclass_fields__
 CACHE = "cache" if "cache" in FIELDS else "past_key_values"  # its name in older versions
+Gates = dict[tuple[str, int], Tensor]  # [B, T, 1 or N], or one for all tokens, by kind and layer
 
 
 def parameter(*shape: int) -> nn.Parameter:
@@ -50,22 +51,58 @@ class Shares(NamedTuple):
     """The coefficients of the stream in a layer, and of all that is added to it."""
 
     stream: Tensor
-    embedding: Tensor
+    embedding: Tensor | float
     bigrams: Tensor | float
     attention: Tensor | float = 1.0
     stream_again: Tensor | float = 1.0  # the stream after attention
     mlp: Tensor | float = 1.0
 
 
-def connections(width: int, weights: int) -> nn.ParameterDict:
-    """Return the parameters of dynamic connections, an MLP."""
-    up, down = parameter(width, HIDDEN), parameter(HIDDEN, weights)
-    return nn.ParameterDict({"up": up, "down": down, "bias": parameter(weights)})
+class Connections(nn.Module):
+    """Weights that each token computes for itself, with an MLP."""
+
+    def __init__(self, width: int, weights: int):
+        super().__init__()
+        self.up, self.down = parameter(width, HIDDEN), parameter(HIDDEN, weights)
+        self.bias = parameter(weights)
+
+    def forward(self, x: Tensor, scale: Tensor | float = 0.1) -> Tensor:
+        """Return the weights [B, T, weights] of the tokens of x [B, T, D]."""
+        return scale * (F.gelu(x @ self.up) @ self.down + self.bias)
 
 
-def weights_of(x: Tensor, p: nn.ParameterDict) -> tuple[Tensor, ...]:
-    """Return the weights [B, T, 1] that each token of x [B, T, D] computes for its connections."""
-    return (0.1 * (F.gelu(x @ p["up"]) @ p["down"] + p["bias"])).split(1, dim=-1)
+class DynamicGates(Connections):
+    """The gates of some layers."""
+
+    def __init__(self, width: int, sizes: dict[tuple[str, int], int]):
+        super().__init__(width, sum(sizes.values()))
+        self.sizes = sizes
+
+    def chosen(self, x: Tensor, scale: Tensor) -> Gates:
+        """Return each of the gates."""
+        each = self.forward(x, scale).split([*self.sizes.values()], dim=-1)
+        return dict(zip(self.sizes, each, strict=True))
+
+
+class Dynamic(nn.Module):
+    """All that tokens choose for themselves."""
+
+    def __init__(self, config: NanoGPTConfig):
+        super().__init__()
+        D, L, again = config.hidden_size, config.num_hidden_layers, config.chooses_again
+        sources = 3 + bool(config.model["value_layers"]) + len(config.skip_pairs)
+        self.last_layer, self.before_head = Connections(D, 14), Connections(D, sources)
+        self.early_gates = DynamicGates(D, config.gates(range(again)))
+        self.late_gates = DynamicGates(D, config.gates(range(again, L)))
+        self.gate_scale = parameter()
+
+    def early(self, x0: Tensor) -> Gates:
+        """Return the gates that tokens choose before the first layer."""
+        return self.early_gates.chosen(x0, self.gate_scale)
+
+    def late(self, x: Tensor) -> Gates:
+        """Return those of later layers."""
+        return self.late_gates.chosen(x, self.gate_scale)
 
 
 def mixed(weights: tuple[Tensor, ...], *sources: Tensor) -> Tensor:
@@ -131,24 +168,43 @@ class Past:
         a, b = x.chunk(2, dim=-1)
         return torch.cat([a * cos + b * sin, b * cos - a * sin], dim=-1)
 
-    def seen(self, layer: int, places: int) -> Tensor:
+    def seen(self, window: float, places: int) -> Tensor:
         """Return which keys each query sees, [B, 1, places T, places S]."""
         documents = self.documents.repeat_interleave(places, dim=1)
         at = torch.arange(documents.shape[1], device=documents.device)
         ago = at[-places * self.T :, None] - at
-        near = (ago >= 0) & (ago < self.config.window(layer, places))
+        near = (ago >= 0) & (ago < window)
         return (near & (documents[:, -places * self.T :, None] == documents[:, None]))[:, None]
 
-    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Return the attention output; it and all arguments are [B, N, T, H]."""
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor, gates: Gates) -> Tensor:
+        """Return the attention output; it, and q, k and v, are [B, N, T, H]."""
         paired = layer in self.config.layers("paired_heads")
         places, joined, apart = (2, pair, part) if paired else (1, lambda x: x, lambda x: x)
         q, k = (apart(self.rotated(joined(x), places)) for x in (q, k))
         k, v = self.kept(1 + self.config.attentions.index(layer), k, v)
         if layer in self.config.layers("key_offset"):
             k = torch.where(self.still, self.before(k), k)
-        q, k, v, seen = joined(q), joined(k), joined(v), self.seen(layer, places)
-        return apart(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale))
+        window = self.config.window(layer, places)
+        q, k, v, seen = joined(q), joined(k), joined(v), self.seen(window, places)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale)
+        if ("taken", layer) in gates:
+            seen = self.seen(min(self.config.model["composed_window"], window), places)
+            y = y + self.shared(q, k, v, seen, gates["given", layer], gates["taken", layer])
+        return apart(y)
+
+    def shared(
+        self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor, given: Tensor, taken: Tensor
+    ) -> Tensor:
+        """Return what each head adds by attending where all heads do, with weights [B, T, N].
+
+        `given` are those from heads, which are divided by their root mean square, and `taken` those
+        to heads.
+        """
+        scores = self.scale * q.float() @ k.float().mT
+        attended = scores.masked_fill(~seen, -torch.inf).softmax(dim=-1)
+        given = F.rms_norm(given.float(), given.shape[-1:], eps=1e-6)
+        shared = torch.einsum("bnts,btn->bts", attended, given).to(v.dtype)
+        return taken.mT[..., None] * (shared[:, None] @ v)
 
 
 class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
@@ -176,27 +232,26 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
         self.attention["out_share" if tables and c["value_gate"] else "mixed_share"] = parameter(A)
         if c["attention_gate"]:
             self.attention["gate"] = parameter(A, GATE_INPUTS, N)
-        if c["exclusive"]:
-            self.attention["exclusion"] = parameter(A, 1, N)
         up, down = parameter(L, D, c["mlp_width"]), parameter(L, c["mlp_width"], D)
         self.mlp = nn.ParameterDict({"up": up, "down": down})
         fixed = L - c["dynamic"]  # layers whose shares are the same for all tokens
         self.residual_shares = parameter(fixed, 2) if late else parameter(fixed)
-        self.embedding_shares = parameter(fixed)
         if late:
             self.output_shares = parameter(fixed, 2)
         if c["bigram_buckets"]:
             self.bigram_embed = parameter(c["bigram_buckets"], c["bigram_width"] or D)
-            self.bigram_shares = parameter(fixed)
         if skips := len(config.skip_pairs):
             self.skips = parameter(skips)
-        if c["skips"]:
-            self.skip_gate = parameter(skips, GATE_INPUTS, 1)
         if c["backout"] is not None:
             self.backout = parameter()
         if c["dynamic"]:
-            self.last_layer = connections(D, 14)
-            self.before_head = connections(D, 3 + bool(c["value_layers"]) + skips)
+            self.dynamic = Dynamic(config)
+        else:
+            self.embedding_shares = parameter(L)
+            if c["bigram_buckets"]:
+                self.bigram_shares = parameter(L)
+            if c["skips"]:
+                self.skip_gate = parameter(skips, GATE_INPUTS, 1)
         self.post_init()
 
     def forward(
@@ -233,29 +288,33 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def features(self, tokens: Tensor, past: Past) -> Tensor:
         """Return the input of the head [B, T, D]: the normalized stream after the last layer."""
         c, config, L = self.config.model, self.config, self.config.num_hidden_layers
-        late, x0, bigrams = c["attention_source"], self.embedded(tokens, past), 0.0
+        x = first = x0 = self.embedded(tokens, past)
+        gates = self.dynamic.early(x0) if c["dynamic"] else self.fixed_gates(x0)
+        late, bigrams, outputs = c["attention_source"], 0.0, []
         if c["bigram_buckets"]:
             bigrams = self.bigrams(tokens, past.tokens_before)
-            x0 = x0 if late is None else x0 + self.bigram_shares[0] * bigrams
+            x = first = x0 if late is None else x0 + gates["bigram", 0] * bigrams
         mixed_in = {
             layer: self.value_embed[table][tokens].to(x0.dtype)
             for layer, table in config.value_tables.items()
         }
         tables = [mixed_in[layer] for layer in c["value_layers"]]
-        x, outputs = x0, []
         for layer in range(L):
+            if c["dynamic"] and layer == config.chooses_again:
+                gates |= self.dynamic.late(x)
             for number, (source, target) in enumerate(config.skip_pairs):
                 if target == layer:
-                    x = x + self.skip_share(number, x0) * outputs[source]
+                    x = x + self.skip_share(number, gates) * outputs[source]
             if layer == config.dynamic_layer:
-                x, values, share = self.connected(x, x0, outputs[late], mixed_in.get(layer))
-                mixed_in = {layer: values}
+                x, values, share = self.connected(x, first, outputs[late], mixed_in.get(layer))
+                mixed_in, x0 = {layer: values}, first
             else:
-                share = self.shares(layer)
+                share = self.shares(layer, gates)
             if layer in config.attentions:
                 stream = share.stream * x + share.embedding * x0 + share.bigrams * bigrams
                 source = stream if late is None else outputs[late] if layer > late else x
-                added, values = self.attended(layer, norm(source), mixed_in.get(layer), past)
+                how = mixed_in.get(layer), gates, past
+                added, values = self.attended(layer, norm(source), *how)
                 x = stream + share.attention * added
                 if not c["value_embeddings"] and not mixed_in:  # later layers add the first values
                     mixed_in = dict.fromkeys(range(L), values)
@@ -267,7 +326,7 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
         if c["dynamic"]:
             skipped = [outputs[source] for source, _ in config.skip_pairs]
             sources = x0, outputs[late], outputs[-2], *tables[:1], *skipped
-            x = x + mixed(weights_of(x, self.before_head), *sources)
+            x = x + mixed(self.dynamic.before_head(x).split(1, dim=-1), *sources)
         return norm(x)
 
     def embedded(self, tokens: Tensor, past: Past) -> Tensor:
@@ -283,7 +342,8 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
     def bigrams(self, tokens: Tensor, before: Tensor) -> Tensor:
         """Return the embedding of each token with the one before it [B, T, D].
 
-        Narrow ones have signs, from another hash of each pair, and zeros in the other channels.
+        If they have a width of their own, they have signs, from another hash of each pair, and
+        zeros in the other channels.
         """
         c = self.config.model
         hashed = (tokens * 0x9E3779B1 ^ before * 0x85EBCA77) % MODULUS
@@ -297,59 +357,71 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
             hashed = (hashed ^ (hashed >> shift)) * factor % MODULUS
         return F.pad(found * (1 - 2 * (hashed & 1)), (0, c["width"] - c["bigram_width"]))
 
-    def shares(self, layer: int) -> Shares:
-        """Return the coefficients in a layer, the same for all tokens."""
-        c = self.config.model
-        stream, embedding = self.residual_shares[layer], self.embedding_shares[layer]
-        bigrams = self.bigram_shares[layer] if c["bigram_buckets"] else 0.0
-        if c["attention_source"] is None:
+    def fixed_gates(self, x0: Tensor) -> Gates:
+        """Return the gates of a model whose tokens do not choose them."""
+        gates = {("embedding", layer): share for layer, share in enumerate(self.embedding_shares)}
+        if self.config.model["bigram_buckets"]:
+            gates |= {("bigram", layer): share for layer, share in enumerate(self.bigram_shares)}
+        if self.config.model["skips"]:
+            opens = (2 * opened(x0, gate) for gate in self.skip_gate)
+            gates |= {("skip", number): gate for number, gate in enumerate(opens)}
+        return gates
+
+    def shares(self, layer: int, gates: Gates) -> Shares:
+        """Return the coefficients in a layer without dynamic connections."""
+        stream = self.residual_shares[layer]
+        embedding, bigrams = (gates.get((kind, layer), 0.0) for kind in ("embedding", "bigram"))
+        if self.config.model["attention_source"] is None:
             return Shares(stream, embedding, bigrams)
         bigrams = bigrams if layer > 0 else 0.0  # the first layer begins with them
         (stream, again), (attention, mlp) = stream, self.output_shares[layer]
         return Shares(stream, embedding, bigrams, attention, again, mlp)
 
     def connected(
-        self, x: Tensor, x0: Tensor, late: Tensor, values: Tensor | None
+        self, x: Tensor, first: Tensor, late: Tensor, values: Tensor | None
     ) -> tuple[Tensor, Tensor, Shares]:
         """Return the last layer's stream, what it adds to its values, and its coefficients.
 
         Each half of the layer's value embedding, `values`, has a weight of its own.
         """
-        weights = weights_of(x, self.last_layer)
+        weights = self.dynamic.last_layer(x).split(1, dim=-1)
         to_values, to_stream, gates, shares = weights[:3], weights[3:6], weights[6:8], weights[8:]
-        added = mixed(to_values, x0, late, x)
+        added = mixed(to_values, first, late, x)
         if values is not None:
             halves = zip(gates, values.chunk(2, dim=-1), strict=True)
             added = added + torch.cat([gate * half for gate, half in halves], dim=-1)
-        return x + mixed(to_stream, x0, late, x), added, Shares(*shares)
+        return x + mixed(to_stream, first, late, x), added, Shares(*shares)
 
-    def skip_share(self, number: int, x0: Tensor) -> Tensor:
+    def skip_share(self, number: int, gates: Gates) -> Tensor:
         """Return the coefficient of a skip connection, per token if it is gated."""
         if self.config.model["skips"] is None:
             return self.skips[number]
-        return 2 * torch.sigmoid(self.skips[number]) * opened(x0, self.skip_gate[number])
+        return torch.sigmoid(self.skips[number]) * gates["skip", number]
 
     def attended(
-        self, layer: int, x: Tensor, mixed_in: Tensor | None, past: Past
+        self, layer: int, x: Tensor, mixed_in: Tensor | None, gates: Gates, past: Past
     ) -> tuple[Tensor, Tensor]:
         """Return what an attention adds to the stream, and its values, with `mixed_in` added.
 
-        All of them are [B, T, D].
+        They, x and `mixed_in` are [B, T, D].
         """
         i, p = self.config.attentions.index(layer), self.attention
         q, k, v = (self.by_head(x @ weight) for weight in p["qkv"][i])
         v = p["own_share"][i] * v
         if mixed_in is not None:
             v = v + self.value_share(layer, x, mixed_in) * self.by_head(mixed_in)
-        y = past.attention(layer, norm(q), norm(k), v)
-        if layer in self.config.layers("exclusive"):
+        y = past.attention(layer, norm(q), norm(k), v, gates)
+        y, v = y.transpose(1, 2), v.transpose(1, 2)
+        if ("exclusion", layer) in gates:
             along, square = ((each * v).sum(dim=-1, keepdim=True) for each in (y, v))
-            y = y - p["exclusion"][i].tanh().view(-1, 1, 1) * along / square.clamp(min=1e-8) * v
-        y, v = y.transpose(1, 2), v.transpose(1, 2).flatten(2)
+            share = gates["exclusion", layer].tanh()[..., None]
+            y = y - share * along / square.clamp(min=1e-8) * v
+        if ("gate", layer) in gates:
+            y = y * gates["gate", layer][..., None]
         if "gate" in p:
             y = y * opened(x, p["gate"][i])[..., None]
         out = p["out_share"][i] * p["out"][i] if "out_share" in p else p["out"][i]
-        return y.flatten(2) @ out, v
+        return y.flatten(2) @ out, v.flatten(2)
 
     def value_share(self, layer: int, x: Tensor, mixed_in: Tensor) -> Tensor | float:
         """Return the coefficient of `mixed_in` in a layer's values, [B, N, T, 1] if it is gated."""

@@ -28,7 +28,8 @@ pytestmark = [
 MODEL = replace(
     PRESETS["speedrun"].model,
     **{"num_layers": 5, "mlp_only": (2,), "key_offset": (1, 4), "paired_heads": (0,)},
-    **{"skips": ((1, 2),), "attention_source": 3, "exclusive": (1, 3, 4)},
+    **{"skips": ((1, 2),), "attention_source": 3, "exclusive": (1, 3)},
+    **{"gated": (1, 4), "composed": (4,)},
     **{"value_embeddings": 3, "value_layers": (1, 3, 4)},
 )
 STAGES = tuple(
@@ -184,11 +185,10 @@ def test_eight_gpus_reduce_each_gradient_once_in_float32_and_nothing_in_a_loop()
     assert set(found) == {"all-reduce", "reduce-scatter", "all-gather"}
     whole, parts = ([x.shape for x in found[kind]] for kind in ("all-reduce", "reduce-scatter"))
     assert all("f32[" in shape and "bf16" not in shape for shape in whole + parts)
-    # And the loss, and four terms of a norm, but nothing for the six heads of layer 0, whose
-    # attention is not exclusive.
+    # And the loss, and four terms of a norm.
     assert 8 * sum(map(items_of, parts)) == size_of_parameters(step, TABLES)
     others = size_of_parameters(step) - size_of_parameters(step, TABLES)
-    assert sum(map(items_of, whole)) == others + 1 + 4 - 6
+    assert sum(map(items_of, whole)) == others + 1 + 4
     assert program.loops()
     for loop in program.loops():
         assert not collectives(loop)

@@ -43,7 +43,9 @@ RUNS = {
             paired_heads=(1,),
             skips=((0, 2),),
             attention_source=1,
-            exclusive=(0, 2),
+            exclusive=(0,),
+            gated=(2,),
+            composed=(2,),
             value_embeddings=2,
             value_layers=(0, 2),
             document_separator=2099,
@@ -165,10 +167,9 @@ def test_data_parallel_chips_reduce_each_gradient_once_in_float32_and_nothing_in
     assert set(found) == {"all-reduce", "reduce-scatter", "all-gather"}
     whole, parts = found["all-reduce"], found["reduce-scatter"]
     assert all("bf16" not in x.shape for x in whole + parts)
-    # And the loss, and four terms of a norm, but nothing for the two heads of layer 1, whose
-    # attention is not exclusive.
+    # And the loss, and four terms of a norm.
     assert DEVICES * numbers(parts) == sum(sizes_of_parameters(step, TABLES))
-    assert numbers(whole) == sum(sizes_of_parameters(step)) - DEVICES * numbers(parts) + 1 + 4 - 2
+    assert numbers(whole) == sum(sizes_of_parameters(step)) - DEVICES * numbers(parts) + 1 + 4
     (loop,) = program.loops()
     assert sum(x.name.startswith("splash_mha") for x in loop) == 9
     assert not collectives(loop)

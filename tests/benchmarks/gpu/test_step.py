@@ -251,20 +251,21 @@ def fake_device(monkeypatch):
 
 
 def test_the_floors_are_those_of_the_arithmetic_by_hand(fake_device):
-    """L 3, two with attention, D 64, F 256, V 256, T 64, 768 tokens; 1 GFLOP/s and 1 MB/s."""
+    """L 4, three with attention, D 64, F 256, V 256, T 64, 768 tokens; 1 GFLOP/s and 1 MB/s."""
     attention, mlp = 3 * 64 * 64 + 64 * 64, 64 * 256 + 256 * 64
-    weights = 2 * attention + 3 * mlp
-    # A window of 16, and one of 48 over paired heads, whose row has 128 queries.
-    keys = (sum(range(1, 17)) + 48 * 16) / 64 + (sum(range(1, 49)) + 80 * 48) / 128
+    weights = 3 * attention + 4 * mlp
+    # Windows of 16 and 48, and one of 16 over paired heads, whose row has 128 queries.
+    keys = (sum(range(1, 17)) + 48 * 16) / 64 + (sum(range(1, 49)) + 16 * 48) / 64
+    keys += (sum(range(1, 17)) + 112 * 16) / 128
     # Of a polynomial; each head's queries and keys are matrices of their own.
-    products = 2 * (2 * 6 * 64**3 + 4 * (4 * 32**2 * 64 + 2 * 32**3))
-    products += 3 * 2 * (4 * 64**2 * 256 + 2 * 64**3)
-    tables = 4 * 256 * 64 + 128 * 16  # embedding, values of two layers, head; pairs of tokens
-    # Two shares of each of two attentions and one of each of their heads, six of each of two
-    # layers, a skip, the smear's share; gates of four heads, of the values of two, of the skip and
-    # of the smear, from 12 channels; two MLPs with 64 hidden channels, for 14 and 5 weights.
-    scalars = 2 * 2 + 4 + 6 * 2 + 1 + 1 + 12 * (2 * 2 + 2 + 1 + 1)
-    scalars += 2 * 64 * 64 + (64 + 1) * (14 + 5)
+    products = 3 * (2 * 6 * 64**3 + 4 * (4 * 32**2 * 64 + 2 * 32**3))
+    products += 4 * 2 * (4 * 64**2 * 256 + 2 * 64**3)
+    tables = 4 * 256 * 64 + 128 * 64  # embedding, values of two layers, head; pairs of tokens
+    # Two shares of each of three attentions, four of each of three layers, a skip, the smear's
+    # share; gates of two heads' values and of the smear, from 12 channels; MLPs with 64 hidden
+    # channels, for 14 and 5 weights and 2 and 11 gates, and the scale of these.
+    scalars = 2 * 3 + 4 * 3 + 1 + 1 + 12 * (2 + 1)
+    scalars += 4 * 64 * 64 + (64 + 1) * (14 + 5 + 2 + 11) + 1
     # Copies a gradient; at the next step reads the copy and a gradient, and reads and writes a
     # weight and two means.
     adam = (2 + 2 + 2 * 3) / 2
