@@ -96,8 +96,8 @@ class Hyperparameters:  # the defaults are those of the speedrun preset
     """All settings of a run, with their defaults."""
 
     preset: Preset = "auto"
-    """Defaults for all other settings. auto: speedrun with an accelerator, otherwise laptop; with
-    init_from, the settings of that run."""
+    """Defaults for all other settings. auto: with an accelerator speedrun, or baseline if that does
+    not fit, otherwise laptop; with init_from, the settings of that run."""
     config: str | None = None
     """config.json of an earlier run, to use its settings as defaults instead of a preset's."""
     depth: Annotated[int, Meta(ge=1, le=128)] | None = None

@@ -14,7 +14,7 @@ from nanogpt.training.plan import Hardware, Plan, make_plan
 from train_gpt import Hyperparameters
 
 GiB = 2**30
-NO_DATA = Dataset("no data", (), (), (), "")
+NO_DATA = Dataset("no data", (), (), (), ())
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     Override = Callable[[Hyperparameters], Hyperparameters]
 
+SOURCES = "resume", "init_from", "config"  # settings that give the starting settings
+
 
 def join_others(given: "Hyperparameters") -> None:
     """Join the other processes of the run, if there are any. Call it before using JAX."""
@@ -71,10 +73,13 @@ def settings_here(
         by_hand = shared != hp and override(replace(hp, total_batch_size=1)).total_batch_size != 1
         return hp if by_hand else shared
 
+    chosen_here = given.preset == "auto" and not any(getattr(given, name) for name in SOURCES)
+    if chosen_here and hp.preset == "baseline":
+        tell("preset baseline, because speedrun does not fit into the memory of a device here")
     preset_batch, hp = hp.total_batch_size, fitted(hp)
     if given.minutes is None:
-        if preset_batch != hp.total_batch_size and sys.modules["jax"].process_index() == 0:
-            print(f"total_batch_size is {hp.total_batch_size:,} here, instead of {preset_batch:,}")
+        if preset_batch != hp.total_batch_size:
+            tell(f"total_batch_size is {hp.total_batch_size:,} here, instead of {preset_batch:,}")
         return hp
     # Check now what would otherwise be refused only after timing, which takes minutes.
     check_name(Path("runs"), hp.run_name)
@@ -87,6 +92,12 @@ def settings_here(
     hp = afford(hp, choose, begun)
     hp.check()
     return hp
+
+
+def tell(line: str) -> None:
+    """Print a line, once among all processes. JAX must be loaded."""
+    if sys.modules["jax"].process_index() == 0:
+        print(line)
 
 
 def fitted_to_devices(hp: "Hyperparameters") -> "Hyperparameters":
@@ -115,7 +126,7 @@ def settings(
     kind = type(given)
     if given.depth is not None or given.minutes is not None:
         checked(asdict(given), kind)  # before settings follow from them
-    sources = [name for name in ("resume", "init_from", "config") if getattr(given, name)]
+    sources = [name for name in SOURCES if getattr(given, name)]
     if len(sources) > 1:
         raise ConfigError(
             f"{' and '.join(sources)} each give the starting settings: use only one of them."
@@ -145,7 +156,7 @@ def settings(
     elif weights and weights.settings:
         start = weights.settings
     else:
-        start = presets[preset_for_hardware(given.device)]
+        start = presets[preset_for_hardware(given, presets)]
     if given.depth is not None:
         start = at_depth(start, given.depth, tokens)
     start = suited_to_data(start, override(start))
@@ -212,10 +223,16 @@ def with_own_text(hp: "Hyperparameters") -> "Hyperparameters":
     return replace(hp, train_files=text.train_files, val_files=text.val_files)
 
 
-def preset_for_hardware(device: str) -> str:
-    """Return `speedrun` if JAX finds an accelerator that may be used, else `laptop`."""
-    if device == "cpu" or not (find_spec("jax_plugins") or find_spec("libtpu")):
+def preset_for_hardware(given: "Hyperparameters", presets: Mapping[str, "Hyperparameters"]) -> str:
+    """Return `laptop` if JAX finds no accelerator that may be used, or `baseline` if `speedrun`
+    does not fit into its memory."""
+    if given.device == "cpu" or not (find_spec("jax_plugins") or find_spec("libtpu")):
         return "laptop"  # without loading JAX, which is installed for CPUs only
     from nanogpt.devices.accelerator import use_device
 
-    return "laptop" if use_device() == "cpu" else "speedrun"
+    if use_device() == "cpu":
+        return "laptop"
+    from nanogpt.training.plan import fits, hardware_here
+
+    own_size = given.depth is not None or given.minutes is not None
+    return "speedrun" if own_size or fits(presets["speedrun"], hardware_here()) else "baseline"

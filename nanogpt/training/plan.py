@@ -8,7 +8,7 @@ and tested without compiling anything.
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from math import gcd
+from math import gcd, inf
 from typing import TYPE_CHECKING
 
 import jax
@@ -133,6 +133,11 @@ class Plan:
         """Approximate bytes of everything on each device."""
         return self.device_state_bytes + self.working_bytes + self.activation_bytes
 
+    @property
+    def fits(self) -> bool:
+        """Whether everything fits into a device's memory, if that is known."""
+        return self.device_bytes <= (self.hardware.memory or inf)
+
     def validates(self, step: int) -> bool:
         """Return whether to validate after a step."""
         return due(step, self.hp.val_loss_every, self.hp.num_steps)
@@ -164,14 +169,7 @@ def plan_here(hp: "Hyperparameters") -> Plan:
     """
     shared = replace(hp, coordinator_address=None, num_processes=None, process_id=None)
     check_same("settings", [(name, repr(value)) for name, value in asdict(shared).items()])
-    device = jax.local_devices()[0]
-    hardware = Hardware(
-        device.device_kind,
-        jax.device_count(),
-        jax.process_count(),
-        least(device_memory(device)),  # all must plan alike
-        multiplies_bfloat16(device),
-    )
+    hardware = hardware_here()
     parts = hardware.count if hp.shard_params or hp.mesh or hardware.memory else 1
     check_size(hp.model, hp.sequence_length, parts, hardware.memory)
     readers, _ = division(hp.mesh, hardware.count)
@@ -194,6 +192,25 @@ def plan_here(hp: "Hyperparameters") -> Plan:
     alike = "use the same kind of device and the same packages in all"
     check_same("attention", [(f"here {line}", attention)], alike)
     return make_plan(hp, hardware, dataset, attention, line)
+
+
+def hardware_here() -> Hardware:
+    """Return the devices that JAX finds, the same in all processes."""
+    device = jax.local_devices()[0]
+    return Hardware(
+        device.device_kind,
+        jax.device_count(),
+        jax.process_count(),
+        least(device_memory(device)),  # all must plan alike
+        multiplies_bfloat16(device),
+    )
+
+
+def fits(hp: "Hyperparameters", hardware: Hardware) -> bool:
+    """Return whether a row fits into the memory of each device, with the fastest attention."""
+    hp = with_whole_passes(hp, division(hp.mesh, hardware.count)[0])
+    attention: AttentionKernel = "pallas" if hardware.bfloat16 else "xla"
+    return make_plan(hp, hardware, Dataset("", (), (), (), ()), attention, "").fits
 
 
 def make_plan(

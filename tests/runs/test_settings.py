@@ -7,7 +7,8 @@ import pytest
 
 from nanogpt.checks import ConfigError
 from nanogpt.runs.settings import settings_here, suited_to_data, with_own_text
-from train_gpt import PRESETS
+from nanogpt.training.plan import Hardware
+from train_gpt import PRESETS, Hyperparameters
 
 
 @pytest.mark.parametrize(
@@ -63,3 +64,33 @@ def test_steps_to_profile_must_be_among_those_that_the_minutes_allow(tmp_path, m
     assert chosen(beyond).profile == beyond
     with pytest.raises(ConfigError, match="within steps 1 to 5000"):
         chosen("4999:5001")
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "devices", "bfloat16", "given", "chosen"),
+    [
+        (141, 1, True, {}, "speedrun"),
+        (21.6, 1, True, {}, "speedrun"),
+        (14.4, 1, True, {}, "baseline"),
+        (14.4, 8, True, {}, "speedrun"),  # with all parameters sharded
+        (7.2, 8, True, {}, "baseline"),
+        (28.8, 1, False, {}, "baseline"),  # without flash attention
+        (None, 3, True, {}, "speedrun"),
+        (14.4, 1, True, {"depth": 6}, "speedrun"),
+        (14.4, 1, True, {"preset": "speedrun"}, "speedrun"),
+        (14.4, 1, True, {"preset": "baseline"}, "baseline"),
+    ],
+)
+def test_with_an_accelerator_the_preset_is_the_speedrun_if_it_fits(
+    monkeypatch, capsys, gigabytes, devices, bfloat16, given, chosen
+):
+    memory = gigabytes and gigabytes * 1e9
+    hardware = Hardware("NVIDIA", devices, 1, memory, bfloat16)
+    monkeypatch.setattr("nanogpt.runs.settings.find_spec", lambda name: True)
+    monkeypatch.setattr("nanogpt.devices.accelerator.use_device", lambda device="auto": "gpu")
+    monkeypatch.setattr("nanogpt.training.plan.hardware_here", lambda: hardware)
+    monkeypatch.setattr("jax.device_count", lambda: devices)
+    hp = settings_here(replace(Hyperparameters(), **given), PRESETS, lambda start: start)
+    assert hp.preset == chosen
+    told = chosen == "baseline" and "preset" not in given
+    assert ("speedrun does not fit" in capsys.readouterr().out) == told
