@@ -67,8 +67,8 @@ def flops_per_token(config: GPTConfig, sequence_length: int) -> float:
     Each weight of a matrix costs one multiplication and one addition forward and twice that
     backward; so does each pair of a query and a key it sees, per channel, for the scores and again
     for the values. Embedding lookups cost nothing. The padding of V is counted, as it takes part in
-    the products. Gates and dynamic connections are not counted: they are a thousandth of it. With
-    paired heads there are half as many heads, with rows twice as long.
+    the products. Gates, dynamic connections and composed heads are not counted: they are three
+    thousandths of it. With paired heads there are half as many heads, with rows twice as long.
     """
     c = config
     weights = c.num_attentions * 4 * c.width**2 + c.num_layers * 2 * c.width * c.mlp_width
