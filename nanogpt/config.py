@@ -145,17 +145,17 @@ class GPTConfig:
     """Layers with a dynamic gate for each attention head."""
 
     composed: tuple[int, ...] = ()
-    """Layers whose heads also attend where other heads do, as far as dynamic weights say."""
+    """Layers whose heads also attend where other heads do, with dynamic weights."""
 
     composed_window: Positive = 112
-    """Number of keys, a query's own included, to which heads attend for each other."""
+    """Number of keys, a query's own included, that composed heads share."""
 
     backout: int | None = None
     """Layer whose output, times a learned factor, is subtracted before the head; None for none."""
 
     dynamic: bool = False
-    """Let each token choose how layers and the head combine earlier outputs, and their gates;
-    needs attention_source."""
+    """Let each token choose the gates of all layers, and how the last layer and the head combine
+    earlier outputs; needs attention_source."""
 
     tied_head: bool = False
     """Tie embedding and head until a stage of the run splits them."""
@@ -241,15 +241,13 @@ class GPTConfig:
         last = self.num_layers - 1
         if self.dynamic and self.attention_source in (None, last):
             raise ConfigError("dynamic needs an attention_source before the last layer.")
-        again, mlp_only = self.chooses_again, self.layers(self.mlp_only)
+        again, mlp_only = self.late_gates_from, self.layers(self.mlp_only)
         if self.dynamic and again >= last:
             raise ConfigError(f"dynamic needs 3 layers or more, not {self.num_layers}.")
-        for choice in ({0}, {last}, {*range(again, last)}) if self.dynamic else ():
-            if choice <= mlp_only:
-                which = " or ".join(map(str, sorted(choice)))
-                raise ConfigError(
-                    f"dynamic needs attention in layer {which}, but mlp_only contains it."
-                )
+        for first, end in ((0, 0), (again, last - 1), (last, last)) if self.dynamic else ():
+            if mlp_only.issuperset(range(first, end + 1)):
+                which = f"layer {first}" if first == end else f"one of layers {first} to {end}"
+                raise ConfigError(f"dynamic needs attention in {which}: change mlp_only.")
         if self.num_attentions == 0:
             raise ConfigError("mlp_only contains all layers, but at least one needs attention.")
         for name, used in {
@@ -307,9 +305,9 @@ class GPTConfig:
         return tuple(layer for layer in self.value_tables if self.value_gate and layer != last)
 
     @property
-    def chooses_again(self) -> int:
-        """With `dynamic`, the layer before which tokens choose the gates of that and later layers;
-        those of earlier layers they choose before the first."""
+    def late_gates_from(self) -> int:
+        """With `dynamic`, the first layer whose gates are chosen late, from the stream before it;
+        those of earlier layers are chosen from the embeddings."""
         return max(1, ((self.attention_source or 0) + 1) // 2)
 
     @property

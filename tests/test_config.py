@@ -190,15 +190,15 @@ def test_a_field_that_a_shape_does_not_have_is_refused_also_if_another_is_missin
         ({"dynamic": 1, "attention_source": 5}, "dynamic must be true or false, not 1"),
         (
             {"dynamic": True, "attention_source": 5, "mlp_only": (-1,)},
-            "dynamic needs attention in layer 11, but mlp_only contains it",
+            "dynamic needs attention in layer 11: change mlp_only",
         ),
         (
             {"dynamic": True, "attention_source": 5, "mlp_only": (4, 0)},
-            "dynamic needs attention in layer 0, but mlp_only contains it",
+            "dynamic needs attention in layer 0: change mlp_only",
         ),
         (
             {"dynamic": True, "attention_source": 10, "mlp_only": (*range(5, 11),)},
-            "dynamic needs attention in layer 5 or 6 or 7 or 8 or 9 or 10, but mlp_only contains",
+            "dynamic needs attention in one of layers 5 to 10: change mlp_only",
         ),
         (
             {"dynamic": True, "attention_source": 0, "num_layers": 2, "value_embeddings": 0},

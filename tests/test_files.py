@@ -236,6 +236,14 @@ for name in GPTConfig.ADDED:
 OF_2026_11_29 = json.dumps(OF_2026_11_29)
 
 
+def of_2026_11_30(**how):
+    """Return a config.json with late attentions, which saw bigrams in the token embeddings."""
+    config = json.loads(json.dumps(asdict(PRESETS["speedrun"])))
+    for name in ("gated", "composed", "composed_window"):
+        del config["model"][name]
+    return json.dumps(config | {"model": config["model"] | how})
+
+
 @pytest.mark.parametrize(
     ("programs", "old", "told", "remedy"),
     [
@@ -246,6 +254,10 @@ OF_2026_11_29 = json.dumps(OF_2026_11_29)
         (BOTH, OF_2026_11_22, "[]", "use that version to"),
         (PROGRAMS, OF_2026_11_22, None, "use that version to"),
         (BOTH, OF_2026_11_29, '{"commit": "4567def"}', "check out its commit, 4567def, to"),
+        (BOTH, of_2026_11_30(), '{"commit": "4567def"}', "check out its commit, 4567def, to"),
+        (BOTH, of_2026_11_30(dynamic=False), None, "use that version to"),
+        (BOTH, of_2026_11_30(dynamic=False, exclusive=[]), None, "use that version to"),
+        (BOTH, of_2026_11_30(dynamic=False, attention_source=None), None, "use that version to"),
     ],
 )
 def test_a_run_of_a_version_with_other_parameters_is_refused_with_its_commit(

@@ -133,7 +133,11 @@ def saved(kind: str) -> dict[str, float | None]:
 def compile_and_save(kind: str, tables: list[dict[str, list["Plan"]]]) -> None:
     """Compile the last training step of every plan that fits, and save its bytes."""
     every = [plan for table in tables for each in table.values() for plan in each]
-    chosen = {name_of(plan): plan for plan in every if kind_of(plan) == kind and plan.fits}
+    chosen = {
+        name_of(plan): plan
+        for plan in every
+        if kind_of(plan) == kind and plan.device_bytes <= plan.hardware.memory
+    }
     found = {}
     for name, plan in chosen.items():
         found[name] = bytes_compiled(plan)

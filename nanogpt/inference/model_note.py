@@ -10,7 +10,7 @@ from typing import Any
 from nanogpt.config import GATE_INPUTS, GPTConfig
 from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.inference.export import named
-from nanogpt.model.connections import SCALE, first_gates
+from nanogpt.model.connections import SCALE, initial_gates
 from nanogpt.model.rotary import rotation
 from nanogpt.training.step import Params
 
@@ -109,8 +109,8 @@ def meanings(c: GPTConfig) -> dict[str, str]:
         "backout": f"how much of layer {c.backout}'s output is subtracted at the end",
         **_chosen("last_layer", "weights in the last layer"),
         **_chosen("before_head", "weights before the head"),
-        **_chosen("early_gates", f"gates in layers before {c.chooses_again}"),
-        **_chosen("late_gates", f"gates in layers from {c.chooses_again} on"),
+        **_chosen("early_gates", f"gates in layers before {c.late_gates_from}"),
+        **_chosen("late_gates", f"gates in layers from {c.late_gates_from} on"),
         "dynamic.gate_scale": "coefficient of these gates",
         "head": "output projection to logits",
     }
@@ -176,8 +176,8 @@ def sigmoid(x):
         c.dynamic
         and f"""\
 # Gates that tokens choose, and how many numbers each of them is.
-EARLY = {_columns(c, range(c.chooses_again))}
-LATE = {_columns(c, range(c.chooses_again, c.num_layers))}
+EARLY = {_columns(c, range(c.late_gates_from))}
+LATE = {_columns(c, range(c.late_gates_from, c.num_layers))}
 
 
 def token_weights(x, name):  # which each token chooses, [T, weights]
@@ -254,7 +254,7 @@ def part(x):  # undo pair
 
 def _columns(c: GPTConfig, layers: range) -> str:
     """Return the code for the numbers of columns of these layers' gates."""
-    sizes = first_gates(c, layers).items()
+    sizes = initial_gates(c, layers).items()
     named = " ".join(f"{kind}_{number}={size}," for (kind, number), (size, _) in sizes)
     return f"dict(\n{fill(named, 100, initial_indent='    ', subsequent_indent='    ')}\n)"
 
@@ -339,7 +339,7 @@ def _layers(c: GPTConfig) -> list[Any]:
         "    for layer in range(L):\n",
         c.dynamic
         and f"""\
-        if layer == {c.chooses_again}:
+        if layer == {c.late_gates_from}:
             gates |= chosen_gates(x, "late_gates", LATE)
 """,
         c.skip_pairs

@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 
 def early_and_late(model: GPTConfig, named: tuple[int, ...]) -> tuple[int, int] | None:
-    """Return in how many layers of a setting tokens choose gates early, and in how many late."""
+    """Return how many layers of a setting have gates chosen early, and how many late."""
     if not model.dynamic:
         return None
     layers = model.layers(named) - model.layers(model.mlp_only)
-    early = sum(layer < model.chooses_again for layer in layers)
+    early = sum(layer < model.late_gates_from for layer in layers)
     return early, len(layers) - early
 
 
@@ -58,7 +58,7 @@ BOUND = {
     "model.value_gate": lambda hp: hp.model.value_gate,
     "model.dynamic": lambda hp: hp.model.dynamic,
     "model.attention_source": lambda hp: (
-        hp.model.attention_source is None or (hp.model.dynamic and hp.model.chooses_again)
+        hp.model.attention_source is None or (hp.model.dynamic and hp.model.late_gates_from)
     ),
     "model.value_layers": lambda hp: hp.model.value_layers and (len(hp.model.gated_values),),
     "model.mlp_only": lambda hp: (
@@ -67,7 +67,7 @@ BOUND = {
     ),
     "model.skips": lambda hp: (
         *(hp.model.skips is None, len(hp.model.skip_pairs)),
-        hp.model.dynamic and sum(b < hp.model.chooses_again for _, b in hp.model.skips or ()),
+        hp.model.dynamic and sum(b < hp.model.late_gates_from for _, b in hp.model.skips or ()),
     ),
     "model.bigram_buckets": lambda hp: hp.model.bigram_buckets,
     "model.bigram_width": lambda hp: hp.model.bigram_buckets and hp.model.bigram_width,

@@ -2,7 +2,7 @@
 
 A small MLP reads the stream and returns a few weights per token, for outputs of earlier layers and
 for what a layer adds to the stream: MUDD (Xiao et al., arXiv:2502.12170), in the last layer and
-before the head only (modded-nanogpt, 2026-04-22). Two more return the gates of all other layers
+before the head only (modded-nanogpt, 2026-04-22). Two more return the gates of all layers
 (2026-05-27).
 """
 
@@ -105,8 +105,8 @@ def before_head(config: GPTConfig, key: Key[Array, ""]) -> Connections:
 Gates = dict[tuple[str, int], Float[Array, "..."]]  # by kind and layer, or number of the skip
 
 
-def first_gates(c: GPTConfig, layers: Iterable[int]) -> dict[tuple[str, int], tuple[int, float]]:
-    """Return the gates of these layers: how many numbers each has, and the first value of all."""
+def initial_gates(c: GPTConfig, layers: Iterable[int]) -> dict[tuple[str, int], tuple[int, float]]:
+    """Return, for each gate of these layers, its numbers per token and their initial value."""
     N, attending = c.num_heads, [n for n in layers if n not in c.layers(c.mlp_only)]
     first = {("exclusion", n): (N, 0.0) for n in attending if n in c.layers(c.exclusive)}
     first |= {("gate", n): (N, 0.25) for n in attending if n in c.layers(c.gated)}
@@ -127,16 +127,16 @@ class DynamicGates(Connections):
     """The gates of some layers."""
 
     def __init__(self, config: GPTConfig, layers: Iterable[int], key: Key[Array, ""]):
-        first = first_gates(config, layers)
+        first = initial_gates(config, layers)
         super().__init__(
             config.width, [value for n, value in first.values() for _ in range(n)], key
         )
         self.names = tuple(first)
-        self.ends = tuple(np.cumsum([n for n, _ in first.values()]).tolist())
+        self.ends = tuple(np.cumsum([n for n, _ in first.values()])[:-1].tolist())
 
     def chosen(self, x: Float[Array, "B T D"], scale: Float[Array, ""]) -> Gates:
         """Return each of the gates."""
-        each = jnp.split(self(x, scale), self.ends[:-1], axis=-1)
+        each = jnp.split(self(x, scale), self.ends, axis=-1)
         return dict(zip(self.names, each, strict=True))
 
 
@@ -144,7 +144,7 @@ class Dynamic(nnx.Module):
     """All that tokens choose for themselves."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
-        again, L = config.chooses_again, config.num_layers
+        again, L = config.late_gates_from, config.num_layers
         self.last_layer = LastLayer(config, rngs.params())
         self.before_head = before_head(config, rngs.params())
         self.early_gates = DynamicGates(config, range(again), rngs.params())
@@ -172,7 +172,7 @@ def fixed_gates(model: "GPT", x0: Float[Array, "B T D"]) -> Gates:
 
 
 def layer_weights(model: "GPT", layer: int, gates: Gates) -> LayerWeights:
-    """Return the weights of all layers but one with connections."""
+    """Return a layer's weights, unless it has dynamic connections."""
     stream, late = model.residual_shares[layer], model.config.attention_source is not None
     embedding, bigram = (gates.get((kind, layer), 0.0) for kind in ("embedding", "bigram"))
     if not late:

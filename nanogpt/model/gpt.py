@@ -29,7 +29,7 @@ The tricks of the speedrun are added to that, each a small function or a few lin
     paired heads          two heads attend to the keys of both   (modded-nanogpt, 2026-01-07)
     bigram embedding      hashed token pairs, in each layer   (modded-nanogpt, 2026-01-19)
     attention source      late attentions all read one earlier output   (modded-nanogpt, 2026-03-06)
-    dynamic connections   tokens weigh earlier outputs     (Xiao et al., arXiv:2502.12170)
+    dynamic connections   tokens weigh earlier outputs and gates   (Xiao et al., arXiv:2502.12170)
     exclusive attention   output without the token's own value   (Zhai, arXiv:2603.09078)
     composed heads        heads attend where others do, too      (Xiao et al., arXiv:2405.08553)
     softcap               bounds the logits                (Gemma 2, arXiv:2408.00118)
@@ -265,7 +265,7 @@ class GPT(nnx.Module):
         attentions, mlps = unstack(self.attention, c.num_attentions), unstack(self.mlp, L)
         outputs = []
         for layer, mlp in enumerate(mlps):
-            if c.dynamic and layer == c.chooses_again:
+            if c.dynamic and layer == c.late_gates_from:
                 gates |= self.dynamic.late(x)
             for number, (source, target) in enumerate(c.skip_pairs):
                 if target == layer:

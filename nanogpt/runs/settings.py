@@ -61,6 +61,12 @@ def settings_here(
     """
     begun = time.monotonic()
     hp = settings(given, presets, override)
+    chosen_here = given.preset == "auto" and not any(getattr(given, name) for name in SOURCES)
+    if chosen_here and hp.preset == "baseline":
+        tell(
+            "Using preset baseline: speedrun does not fit into a device's memory here "
+            "(--preset speedrun tries it)."
+        )
     # The steps to profile must be among those that the minutes allow, which are not known yet.
     (hp if given.minutes is None else replace(hp, profile=None)).check()
     hp = with_own_text(hp)
@@ -73,9 +79,6 @@ def settings_here(
         by_hand = shared != hp and override(replace(hp, total_batch_size=1)).total_batch_size != 1
         return hp if by_hand else shared
 
-    chosen_here = given.preset == "auto" and not any(getattr(given, name) for name in SOURCES)
-    if chosen_here and hp.preset == "baseline":
-        tell("preset baseline, because speedrun does not fit into the memory of a device here")
     preset_batch, hp = hp.total_batch_size, fitted(hp)
     if given.minutes is None:
         if preset_batch != hp.total_batch_size:
@@ -156,7 +159,7 @@ def settings(
     elif weights and weights.settings:
         start = weights.settings
     else:
-        start = presets[preset_for_hardware(given, presets)]
+        start = presets[preset_for_hardware(given, override(presets["speedrun"]))]
     if given.depth is not None:
         start = at_depth(start, given.depth, tokens)
     start = suited_to_data(start, override(start))
@@ -223,9 +226,12 @@ def with_own_text(hp: "Hyperparameters") -> "Hyperparameters":
     return replace(hp, train_files=text.train_files, val_files=text.val_files)
 
 
-def preset_for_hardware(given: "Hyperparameters", presets: Mapping[str, "Hyperparameters"]) -> str:
-    """Return `laptop` if JAX finds no accelerator that may be used, or `baseline` if `speedrun`
-    does not fit into its memory."""
+def preset_for_hardware(given: "Hyperparameters", speedrun: "Hyperparameters") -> str:
+    """Return `laptop` without an accelerator, and with one `speedrun`, or `baseline` if it cannot.
+
+    It cannot if `speedrun`, with the user's settings, does not fit into memory. With a size or
+    weights of their own, users have chosen what must fit.
+    """
     if given.device == "cpu" or not (find_spec("jax_plugins") or find_spec("libtpu")):
         return "laptop"  # without loading JAX, which is installed for CPUs only
     from nanogpt.devices.accelerator import use_device
@@ -234,5 +240,5 @@ def preset_for_hardware(given: "Hyperparameters", presets: Mapping[str, "Hyperpa
         return "laptop"
     from nanogpt.training.plan import fits, hardware_here
 
-    own_size = given.depth is not None or given.minutes is not None
-    return "speedrun" if own_size or fits(presets["speedrun"], hardware_here()) else "baseline"
+    sized = any((given.depth, given.minutes, given.init_from))
+    return "speedrun" if sized or fits(speedrun, hardware_here()) else "baseline"

@@ -30,7 +30,7 @@ from nanogpt.devices.processes import check_same, least
 from nanogpt.devices.sharding import check_shared
 from nanogpt.model.attention import choose_attention
 from nanogpt.optim.groups import make_optimizer
-from nanogpt.training.memory import room_beside, row_bytes, sizes_of
+from nanogpt.training.memory import USABLE, room_beside, row_bytes, sizes_of
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -133,11 +133,6 @@ class Plan:
         """Approximate bytes of everything on each device."""
         return self.device_state_bytes + self.working_bytes + self.activation_bytes
 
-    @property
-    def fits(self) -> bool:
-        """Whether everything fits into a device's memory, if that is known."""
-        return self.device_bytes <= (self.hardware.memory or inf)
-
     def validates(self, step: int) -> bool:
         """Return whether to validate after a step."""
         return due(step, self.hp.val_loss_every, self.hp.num_steps)
@@ -170,6 +165,7 @@ def plan_here(hp: "Hyperparameters") -> Plan:
     shared = replace(hp, coordinator_address=None, num_processes=None, process_id=None)
     check_same("settings", [(name, repr(value)) for name, value in asdict(shared).items()])
     hardware = hardware_here()
+    hardware = replace(hardware, memory=least(hardware.memory))  # all must plan alike
     parts = hardware.count if hp.shard_params or hp.mesh or hardware.memory else 1
     check_size(hp.model, hp.sequence_length, parts, hardware.memory)
     readers, _ = division(hp.mesh, hardware.count)
@@ -195,22 +191,28 @@ def plan_here(hp: "Hyperparameters") -> Plan:
 
 
 def hardware_here() -> Hardware:
-    """Return the devices that JAX finds, the same in all processes."""
+    """Return the devices that JAX finds, with the memory of this process's."""
     device = jax.local_devices()[0]
     return Hardware(
         device.device_kind,
         jax.device_count(),
         jax.process_count(),
-        least(device_memory(device)),  # all must plan alike
+        device_memory(device),
         multiplies_bfloat16(device),
     )
 
 
 def fits(hp: "Hyperparameters", hardware: Hardware) -> bool:
-    """Return whether a row fits into the memory of each device, with the fastest attention."""
-    hp = with_whole_passes(hp, division(hp.mesh, hardware.count)[0])
+    """Return whether a row fits into the memory of each device, with the fastest attention.
+
+    Settings that are impossible with this number of devices are left for the plan to refuse.
+    """
     attention: AttentionKernel = "pallas" if hardware.bfloat16 else "xla"
-    return make_plan(hp, hardware, Dataset("", (), (), (), ()), attention, "").fits
+    with suppress(ConfigError):
+        hp = with_whole_passes(hp, division(hp.mesh, hardware.count)[0])
+        plan = make_plan(hp, hardware, Dataset("", (), (), (), ()), attention, "")
+        return plan.device_bytes <= USABLE * (hardware.memory or inf)
+    return True
 
 
 def make_plan(

@@ -95,7 +95,9 @@ def refuse_earlier_version(path: Path) -> None:
     model, circumstances = found.get("model"), found.get("from")
     if not isinstance(model, dict):
         return
-    earlier = model.get("dynamic") is True and "composed" not in model
+    # Late attentions, which dynamic models have, saw other embeddings.
+    late = model.get("attention_source") is not None or bool(model.get("exclusive"))
+    earlier = late and "composed" not in model
     earlier = earlier or ("dynamic" not in model and bool(model.get("mlp_only")))
     if not earlier and "earlier_windows" not in model:
         return

@@ -15,7 +15,7 @@ from nanogpt.model.connections import (
     DynamicGates,
     LastLayer,
     before_head,
-    first_gates,
+    initial_gates,
     mixed,
 )
 from nanogpt.training.step import graph_of, init_params
@@ -178,7 +178,7 @@ def test_gates_are_those_of_the_record_in_its_order():
     late[19:28:2] = 0.05  # bigrams of layers 4, 5, 7, 8, 9
     late[28] = 0.5  # the skip
     late[29:35] = 1  # of composed heads: given
-    assert RECORD.chooses_again == 4
+    assert RECORD.late_gates_from == 4
     for layers, expected in ((range(4), early), (range(4, 11), late)):
         gates = DynamicGates(RECORD, layers, jax.random.key(0))
         x = fixed(1, 1, 768)
@@ -212,8 +212,8 @@ def test_layers_have_the_gates_that_they_use():
         ("given", 2): (3, 1.0),
         ("taken", 2): (3, 0.0),
     }
-    assert first_gates(config, range(3)) == first
+    assert initial_gates(config, range(3)) == first
     bigrams = replace(config, bigram_buckets=8)
     with_bigrams = first | {("bigram", 0): (1, 0.05), ("bigram", 2): (1, 0.05)}
-    assert first_gates(bigrams, range(3)) == with_bigrams
-    assert first_gates(config, range(4, 5)) == {("gate", 4): (3, 0.25), ("skip", 1): (1, 0.5)}
+    assert initial_gates(bigrams, range(3)) == with_bigrams
+    assert initial_gates(config, range(4, 5)) == {("gate", 4): (3, 0.25), ("skip", 1): (1, 0.5)}

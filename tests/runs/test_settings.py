@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from nanogpt.checks import ConfigError
-from nanogpt.runs.settings import settings_here, suited_to_data, with_own_text
+from nanogpt.runs.settings import preset_for_hardware, settings_here, suited_to_data, with_own_text
 from nanogpt.training.plan import Hardware
 from train_gpt import PRESETS, Hyperparameters
 
@@ -72,13 +72,24 @@ def test_steps_to_profile_must_be_among_those_that_the_minutes_allow(tmp_path, m
         (141, 1, True, {}, "speedrun"),
         (21.6, 1, True, {}, "speedrun"),
         (14.4, 1, True, {}, "baseline"),
+        (18.0, 1, True, {}, "baseline"),  # would need nearly all
+        (14.4, 2, True, {}, "baseline"),
         (14.4, 8, True, {}, "speedrun"),  # with all parameters sharded
+        (14.4, 1, True, {"init_from": "x"}, "speedrun"),
+        # Too many for the batch, which a user may enlarge.
+        (141, 16, True, {}, "speedrun"),
+        (
+            14.4,
+            1,
+            True,
+            {"model": replace(PRESETS["speedrun"].model, bigram_buckets=0)},
+            "speedrun",
+        ),
         (7.2, 8, True, {}, "baseline"),
         (28.8, 1, False, {}, "baseline"),  # without flash attention
         (None, 3, True, {}, "speedrun"),
         (14.4, 1, True, {"depth": 6}, "speedrun"),
-        (14.4, 1, True, {"preset": "speedrun"}, "speedrun"),
-        (14.4, 1, True, {"preset": "baseline"}, "baseline"),
+        (14.4, 1, True, {"preset": "speedrun"}, "baseline"),
     ],
 )
 def test_with_an_accelerator_the_preset_is_the_speedrun_if_it_fits(
@@ -90,7 +101,12 @@ def test_with_an_accelerator_the_preset_is_the_speedrun_if_it_fits(
     monkeypatch.setattr("nanogpt.devices.accelerator.use_device", lambda device="auto": "gpu")
     monkeypatch.setattr("nanogpt.training.plan.hardware_here", lambda: hardware)
     monkeypatch.setattr("jax.device_count", lambda: devices)
-    hp = settings_here(replace(Hyperparameters(), **given), PRESETS, lambda start: start)
-    assert hp.preset == chosen
-    told = chosen == "baseline" and "preset" not in given
+    given = replace(Hyperparameters(), **given)
+    changed = {"model": given.model} if given.model != Hyperparameters().model else {}
+    assert preset_for_hardware(given, replace(PRESETS["speedrun"], **changed)) == chosen
+    if given.init_from or changed or devices == 16:
+        return
+    hp = settings_here(given, PRESETS, lambda start: start)
+    assert hp.preset == (chosen if given.preset == "auto" else given.preset)
+    told = chosen == "baseline" and given.preset == "auto"
     assert ("speedrun does not fit" in capsys.readouterr().out) == told

@@ -33,6 +33,7 @@ def some_settings(seed):
         def some(*layers, draw=draw):
             return tuple(layer for layer in layers if draw.random() < 0.3)
 
+        dynamic = seed % 2 == 1
         pairs = [(a, b) for b in range(L) for a in range(b)]
         own = draw.choice(((), tuple(draw.sample(range(L), draw.randint(1, L)))))
         model = GPTConfig(
@@ -48,7 +49,7 @@ def some_settings(seed):
             value_layers=own,
             value_gate=draw.random() < 0.5,
             bigram_buckets=draw.choice((0, 1, 7)),
-            bigram_width=draw.choice((None, 1, 3)),
+            bigram_width=draw.choice((None, 1, 4)),  # 4 can be all channels
             smear=draw.random() < 0.5,
             attention_gate=draw.random() < 0.5,
             attention_out_init=draw.choice((0.0, 0.5)),
@@ -56,9 +57,12 @@ def some_settings(seed):
             skips=draw.choice((None, (), some(*pairs))),
             key_offset=some(*range(-L, L)),
             paired_heads=some(*range(-L, L)),
-            exclusive=some(*range(-L, L)),
+            exclusive=some(*range(-L, L)) if dynamic else (),
+            gated=some(*range(-L, L)) if dynamic else (),
+            composed=some(*range(-L, L)) if dynamic else (),
+            composed_window=draw.choice((1, 2, 112)),
             backout=draw.choice((None, 0, L - 1)),
-            dynamic=seed % 2 == 1,
+            dynamic=dynamic,
             tied_head=draw.random() < 0.5,
             rope_fraction=draw.choice((0.0, 0.5, 1.0)),
         )

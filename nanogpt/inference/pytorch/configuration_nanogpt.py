@@ -87,7 +87,7 @@ class NanoGPTConfig(PretrainedConfig):
         return self.num_hidden_layers - 1 if self.model["dynamic"] else None
 
     @property
-    def chooses_again(self) -> int:
+    def late_gates_from(self) -> int:
         """With `dynamic`, the layer before which tokens choose the gates of that and later ones."""
         return max(1, (self.model["attention_source"] + 1) // 2)
 

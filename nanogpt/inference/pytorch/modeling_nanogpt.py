@@ -89,7 +89,7 @@ class Dynamic(nn.Module):
 
     def __init__(self, config: NanoGPTConfig):
         super().__init__()
-        D, L, again = config.hidden_size, config.num_hidden_layers, config.chooses_again
+        D, L, again = config.hidden_size, config.num_hidden_layers, config.late_gates_from
         sources = 3 + bool(config.model["value_layers"]) + len(config.skip_pairs)
         self.last_layer, self.before_head = Connections(D, 14), Connections(D, sources)
         self.early_gates = DynamicGates(D, config.gates(range(again)))
@@ -300,7 +300,7 @@ class NanoGPTForCausalLM(PreTrainedModel, GenerationMixin):
         }
         tables = [mixed_in[layer] for layer in c["value_layers"]]
         for layer in range(L):
-            if c["dynamic"] and layer == config.chooses_again:
+            if c["dynamic"] and layer == config.late_gates_from:
                 gates |= self.dynamic.late(x)
             for number, (source, target) in enumerate(config.skip_pairs):
                 if target == layer:
