@@ -60,7 +60,7 @@ TINY_MODEL = replace(
     **{"attention_source": 2, "value_embeddings": 2, "value_layers": (0, 3)},
     **{"bigram_buckets": 128, "bigram_width": 64, "document_separator": 255},
 )
-TINY_STAGES = tuple(replace(stage, windows=(16, 16, 16, 48)) for stage in SPEEDRUN.stages)
+TINY_STAGES = tuple(replace(stage, windows=(48, 16, 16, 16)) for stage in SPEEDRUN.stages)
 TINY_BATCH = {"dtype": "float32", "batch_size": 2, "sequence_length": 64, "total_batch_size": 768}
 TINY = Size(
     replace(SPEEDRUN, heads_together=1, stages=TINY_STAGES, model=TINY_MODEL, **TINY_BATCH), 2, 2, 1

@@ -254,9 +254,8 @@ def test_the_floors_are_those_of_the_arithmetic_by_hand(fake_device):
     """L 4, three with attention, D 64, F 256, V 256, T 64, 768 tokens; 1 GFLOP/s and 1 MB/s."""
     attention, mlp = 3 * 64 * 64 + 64 * 64, 64 * 256 + 256 * 64
     weights = 3 * attention + 4 * mlp
-    # Windows of 16 and 48, and one of 16 over paired heads, whose row has 128 queries.
-    keys = (sum(range(1, 17)) + 48 * 16) / 64 + (sum(range(1, 49)) + 16 * 48) / 64
-    keys += (sum(range(1, 17)) + 112 * 16) / 128
+    # Two windows of 16, and one of 48 over paired heads, whose row has 128 queries.
+    keys = 2 * (sum(range(1, 17)) + 48 * 16) / 64 + (sum(range(1, 49)) + 80 * 48) / 128
     # Of a polynomial; each head's queries and keys are matrices of their own.
     products = 3 * (2 * 6 * 64**3 + 4 * (4 * 32**2 * 64 + 2 * 32**3))
     products += 4 * 2 * (4 * 64**2 * 256 + 2 * 64**3)
@@ -320,11 +319,11 @@ def test_parts_are_scaled_to_the_step(pretend):
     parts = pretend(lambda section, row: times.get(section) or attention.get(row, 50.0))[-1][
         "parts"
     ]
-    Ng, L, attentions = 6, 3, 2
+    Ng, L, attentions = 6, 4, 3
     expected = {
         "products of the layers": Ng * (attentions * 2 + L * 2) * 3 * 0.25,
         "products with the head": Ng * 3 * 0.25,
-        "attention": Ng * (1.0 + 3.0),
+        "attention": Ng * (2 * 1.0 + 3.0),
         "loss": Ng * (2.0 - 3 * 0.25),
         "optimizer": 5.0,
     }
@@ -387,7 +386,7 @@ def test_a_row_that_fails_stops_no_other(pretend):
     assert last["products"]["up, d-weight"] == last["products"]["head, d-weight"] == failed
     assert last["products"]["up, forward"] == last["steps"]["base again"] == {"ms": 1.0}
     assert last["steps"]["pallas loss"] == {"failed": "It is wrong."}
-    assert last["parts"]["attention"]["ms"] == 12.0
+    assert last["parts"]["attention"]["ms"] == 18.0
     assert "failed" in last["parts"]["products of the layers"] and "failed" in last["parts"]["rest"]
 
     rows = [sum(len(figures[s]) for s in COLUMNS if s != "parts") for figures in saved[:-1]]
