@@ -25,6 +25,7 @@ from nanogpt.data.batches import RowOrder, Rows, train_batch
 from nanogpt.data.shards import write_shard
 from nanogpt.data.validation import ValidationRows
 from nanogpt.devices.mesh import REPLICATED, make_mesh
+from nanogpt.model.connections import DynamicGates
 from nanogpt.schedule import Rates
 from nanogpt.training.plan import optimizer_of
 from nanogpt.training.step import (
@@ -215,3 +216,28 @@ def test_the_preset_takes_as_many_tokens_as_the_record():
     # 1,275 steps, a third each of 8, 16 and 24 times 16,384 tokens, and 15 more.
     assert SPEEDRUN.schedule.ends == (425, 850, 1275, 1290)
     assert SPEEDRUN.schedule.tokens(1290) == 16_384 * (425 * (8 + 16 + 24) + 15 * 24)
+
+
+def test_gates_are_those_of_the_record_in_its_order():
+    """The record writes its gates out for six heads; these are their first values."""
+    early = np.zeros(26)
+    early[12:18] = 0.25  # of attention 3
+    early[19:26:2] = 0.05  # bigrams of layers 0 to 3
+    late = np.zeros(41)
+    late[12:18] = 0.25  # of attention 10
+    late[19:28:2] = 0.05  # bigrams of layers 4, 5, 7, 8, 9
+    late[28] = 0.5  # the skip
+    late[29:35] = 1  # of composed heads: given
+    model = SPEEDRUN.model
+    assert model.late_gates_from == 4
+    for layers, expected in ((range(4), early), (range(4, 11), late)):
+        gates = DynamicGates(model, layers, jax.random.key(0))
+        x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 1, 768)), "f4")
+        np.testing.assert_allclose(gates(x)[0, 0], expected, atol=1e-6)
+        np.testing.assert_allclose(gates(x, 0.2)[0, 0], 2 * expected, atol=1e-6)
+        chosen = gates.chosen(x, jnp.float32(0.1))
+        assert [each.shape[-1] for each in chosen.values()] == [
+            6 if kind in ("exclusion", "gate", "given", "taken") else 1 for kind, _ in chosen
+        ]
+        together = jnp.concatenate([*chosen.values()], axis=-1)
+        np.testing.assert_allclose(together[0, 0], expected, atol=1e-6)

@@ -12,7 +12,6 @@ from flax import nnx
 from nanogpt.config import GPTConfig
 from nanogpt.model.connections import (
     Connections,
-    DynamicGates,
     LastLayer,
     before_head,
     initial_gates,
@@ -20,7 +19,6 @@ from nanogpt.model.connections import (
 )
 from nanogpt.training.step import graph_of, init_params
 from tests.conftest import like_the_speedrun
-from train_gpt import PRESETS
 
 B, T, D = 2, 3, 16
 SMALL = GPTConfig(num_layers=3, num_heads=2, width=D, attention_source=0, dynamic=True, skips=())
@@ -163,33 +161,6 @@ def test_new_connections_change_nothing_in_a_model_but_take_back_half_of_what_wa
     np.testing.assert_allclose(found, expected, atol=1e-4)
     nothing_taken_back = features(without, plain | {"backout": jnp.float32(0)})
     assert abs(nothing_taken_back - expected).max() > 0.02
-
-
-RECORD = PRESETS["speedrun"].model
-
-
-def test_gates_are_those_of_the_record_in_its_order():
-    """The record writes its gates out for six heads; these are their first values."""
-    early = np.zeros(26)
-    early[12:18] = 0.25  # of attention 3
-    early[19:26:2] = 0.05  # bigrams of layers 0 to 3
-    late = np.zeros(41)
-    late[12:18] = 0.25  # of attention 10
-    late[19:28:2] = 0.05  # bigrams of layers 4, 5, 7, 8, 9
-    late[28] = 0.5  # the skip
-    late[29:35] = 1  # of composed heads: given
-    assert RECORD.late_gates_from == 4
-    for layers, expected in ((range(4), early), (range(4, 11), late)):
-        gates = DynamicGates(RECORD, layers, jax.random.key(0))
-        x = fixed(1, 1, 768)
-        np.testing.assert_allclose(gates(x)[0, 0], expected, atol=1e-6)
-        np.testing.assert_allclose(gates(x, 0.2)[0, 0], 2 * expected, atol=1e-6)
-        chosen = gates.chosen(x, jnp.float32(0.1))
-        assert [each.shape[-1] for each in chosen.values()] == [
-            6 if kind in ("exclusion", "gate", "given", "taken") else 1 for kind, _ in chosen
-        ]
-        together = jnp.concatenate([*chosen.values()], axis=-1)
-        np.testing.assert_allclose(together[0, 0], expected, atol=1e-6)
 
 
 def test_layers_have_the_gates_that_they_use():
