@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
@@ -159,7 +160,7 @@ def settings(
     elif weights and weights.settings:
         start = weights.settings
     else:
-        start = presets[preset_for_hardware(given, override(presets["speedrun"]))]
+        start = presets[preset_for_hardware(given, partial(override, presets["speedrun"]))]
     if given.depth is not None:
         start = at_depth(start, given.depth, tokens)
     start = suited_to_data(start, override(start))
@@ -226,7 +227,7 @@ def with_own_text(hp: "Hyperparameters") -> "Hyperparameters":
     return replace(hp, train_files=text.train_files, val_files=text.val_files)
 
 
-def preset_for_hardware(given: "Hyperparameters", speedrun: "Hyperparameters") -> str:
+def preset_for_hardware(given: "Hyperparameters", speedrun: "Callable[[], Hyperparameters]") -> str:
     """Return `laptop` without an accelerator, and with one `speedrun`, or `baseline` if it cannot.
 
     It cannot if `speedrun`, with the user's settings, does not fit into memory. With a size or
@@ -241,4 +242,4 @@ def preset_for_hardware(given: "Hyperparameters", speedrun: "Hyperparameters") -
     from nanogpt.training.plan import fits, hardware_here
 
     sized = any((given.depth, given.minutes, given.init_from))
-    return "speedrun" if sized or fits(speedrun, hardware_here()) else "baseline"
+    return "speedrun" if sized or fits(speedrun(), hardware_here()) else "baseline"

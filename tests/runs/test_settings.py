@@ -103,7 +103,7 @@ def test_with_an_accelerator_the_preset_is_the_speedrun_if_it_fits(
     monkeypatch.setattr("jax.device_count", lambda: devices)
     given = replace(Hyperparameters(), **given)
     changed = {"model": given.model} if given.model != Hyperparameters().model else {}
-    assert preset_for_hardware(given, replace(PRESETS["speedrun"], **changed)) == chosen
+    assert preset_for_hardware(given, lambda: replace(PRESETS["speedrun"], **changed)) == chosen
     if given.init_from or changed or devices == 16:
         return
     hp = settings_here(given, PRESETS, lambda start: start)
