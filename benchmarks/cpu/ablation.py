@@ -1,13 +1,14 @@
-"""Ablation of the recipe: a small speedrun, with one piece left out at a time.
+"""Ablation of the recipe: small runs without one piece of it, or with one more.
 
-    python3 -m benchmarks.cpu.ablation          # on CPUs, one run per core at a time
-    python3 -m benchmarks.cpu.ablation --gpu    # on Python's packages, in GPT-2 tokens
+    python3 -m benchmarks.cpu.ablation          # the laptop preset, one run per core at a time
+    python3 -m benchmarks.cpu.ablation --gpu    # a small speedrun on the source code of Python
 
-Every run uses the same data, number of tokens and seeds as the run with all pieces. The table gives
-the loss that each piece saves: the mean over the seeds of the difference of validation losses, run
-without it minus run with it, and its standard deviation. A proxy does not show the gain in a large
-run, but it shows which pieces work as intended. (Without the document mask, the same targets are
-validated in other rows, which are cut anywhere.)
+On CPUs the pieces of the speedrun that the laptop preset lacks are added, too. Every run uses the
+same data, number of tokens and seeds as the unchanged run. The table gives the mean over the seeds
+of the difference of validation losses, changed run minus unchanged, its standard deviation, and the
+ratio of their times. Such small runs do not show the gain in a large one, but they show which
+pieces work as intended. (Without the document mask, the same targets are validated in other rows,
+which are cut anywhere.)
 """
 
 import sys
@@ -19,21 +20,24 @@ from benchmarks.command import Mistake, check_positive, run
 from benchmarks.results import save
 
 if TYPE_CHECKING:
+    from benchmarks.cpu.proxy_runs import Change
     from train_gpt import Hyperparameters
+
+UNCHANGED = "unchanged"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Train a small speedrun with one piece of its recipe left out at a time."""
+    """Train with one piece of the recipe changed at a time."""
 
     gpu: bool = False
-    """Use the larger proxy, on a GPU, instead of the small one on the CPU."""
+    """Train a small speedrun, on a GPU, instead of the laptop preset on the CPU."""
     seeds: int = 3
     """Number of runs of each kind."""
     pieces: tuple[str, ...] = ()
-    """Only the pieces with names that contain one of these."""
+    """Only the changes with names that contain one of these."""
     num_steps: int | None = None
-    """Steps of each run; None: those of the proxy."""
+    """Steps of each run; None: 300 on the CPU, 500 on a GPU."""
     tiny: bool = False
     """Runs of one layer, step and stage, and a single piece: a test of this script only."""
 
@@ -44,34 +48,48 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def compare(options: Options) -> None:
-    """Train with each piece left out, with every seed; print and save the table."""
+    """Train with each piece changed, with every seed; print and save the table."""
     check_positive(options, "seeds", "num_steps")
-    from benchmarks.cpu.pieces import BUILT_IN, PIECES
-    from benchmarks.cpu.proxy_runs import final_losses
+    from benchmarks.cpu.proxy_runs import last_records
 
     proxy, seeds = proxy_of(options), range(1 if options.tiny else options.seeds)
-    variants = {piece: leave_out(proxy) for piece, leave_out in PIECES.items()}
-    # Leave out pieces that the proxy does not have.
-    variants = {piece: hp for piece, hp in variants.items() if hp != proxy}
-    variants |= dict.fromkeys(BUILT_IN, proxy)
-    wanted = ("YaRN",) if options.tiny else options.pieces
-    pieces = [name for name in variants if not wanted or any(part in name for part in wanted)]
-    if not pieces:
-        raise Mistake(f"No piece has such a name; the pieces are {', '.join(variants)}.")
+    changes = changes_of(proxy, options)
+    wanted = ("Polar Express",) if options.tiny else options.pieces
+    chosen = {
+        name: change
+        for name, change in changes.items()
+        if not wanted or any(part in name for part in wanted)
+    }
+    if not chosen:
+        raise Mistake(f"No piece has such a name; the pieces are {', '.join(changes)}.")
     runs = {
-        (piece, seed): (replace(variants.get(piece, proxy), seed=seed), BUILT_IN.get(piece))
+        (name, seed): (replace(hp, seed=seed), by_hand)
         for seed in seeds
-        for piece in (None, *pieces)
+        for name, (hp, by_hand) in {UNCHANGED: (proxy, None), **chosen}.items()
     }
-    found = final_losses(runs, own_core=not options.gpu)
-    losses = {piece: [found[piece, seed] for seed in seeds] for piece in (None, *pieces)}
-    print_table(losses)
-    figures = {
-        "tokens": proxy.schedule.tokens(proxy.num_steps),
-        "with_everything": losses.pop(None),
-        "without": losses,
+    last = last_records(runs, own_core=not options.gpu)
+    found = {
+        name: {key: [last[name, seed][key] for seed in seeds] for key in ("val_loss", "time_s")}
+        for name in (UNCHANGED, *chosen)
     }
+    print_table(found)
+    figures = {"tokens": proxy.schedule.tokens(proxy.num_steps), "runs": found}
     save(f"ablation_{'gpu' if options.gpu else 'cpu'}", figures, options.tiny)
+
+
+def changes_of(
+    proxy: "Hyperparameters", options: Options
+) -> "dict[str, tuple[Hyperparameters, Change | None]]":
+    """Return settings, and what else is changed, for each piece that the proxy has or may have."""
+    from benchmarks.cpu.pieces import ADDITIONS, BUILT_IN, PIECES
+
+    changed = {f"without {piece}": leave_out(proxy) for piece, leave_out in PIECES.items()}
+    if not options.gpu and not options.tiny:
+        changed |= {f"with {piece}": add(proxy) for piece, add in ADDITIONS.items()}
+    settings = {name: (hp, None) for name, hp in changed.items() if hp != proxy}
+    growing = any(stage.windows for stage in proxy.stages)  # what YaRN needs
+    built_in = {piece: by_hand for piece, by_hand in BUILT_IN.items() if growing or piece != "YaRN"}
+    return settings | {f"without {piece}": (proxy, change) for piece, change in built_in.items()}
 
 
 def proxy_of(options: Options) -> "Hyperparameters":
@@ -83,11 +101,8 @@ def proxy_of(options: Options) -> "Hyperparameters":
         proxy = replace(proxy, num_steps=options.num_steps)
     if options.tiny:
         thin = {"width": 32, "mlp_width": 64, "bigram_buckets": 64, "bigram_width": 8}
-        one = {"num_layers": 1, "mlp_only": (), "skips": (), "value_embeddings": 1}
-        places = {"key_offset": (0,), "value_layers": (0,)}
-        plain = {"attention_source": None, "dynamic": False}
-        plain |= dict.fromkeys(("exclusive", "gated", "composed"), ())
-        model = replace(proxy.model, **thin, **one, **places, **plain)
+        one = {"num_layers": 1, "value_embeddings": 1}
+        model = replace(proxy.model, **thin, **one)
         proxy = replace(proxy, num_steps=1, stages=proxy.stages[:1], val_tokens=1024, model=model)
     if options.gpu:
         from benchmarks.cpu.python_sources import python_sources
@@ -97,18 +112,20 @@ def proxy_of(options: Options) -> "Hyperparameters":
     return proxy
 
 
-def print_table(losses: dict[str | None, list[float]]) -> None:
-    """Print what each piece saves, largest first; losses[None] are those with all pieces."""
-    print(f"with everything: {' '.join(f'{loss:.4f}' for loss in losses[None])}")
-    print("| without | costs | sd |\n|---|---|---|")
-    gains = {
-        piece: [without - whole for without, whole in zip(values, losses[None], strict=True)]
-        for piece, values in losses.items()
-        if piece is not None
+def print_table(found: dict[str, dict[str, list[float]]]) -> None:
+    """Print what each change costs, most costly first."""
+    unchanged = found[UNCHANGED]
+    print(f"{UNCHANGED}: {' '.join(f'{loss:.4f}' for loss in unchanged['val_loss'])}")
+    print("| | loss | sd | time |\n|---|---|---|---|")
+    costs = {
+        name: [a - b for a, b in zip(runs["val_loss"], unchanged["val_loss"], strict=True)]
+        for name, runs in found.items()
+        if name != UNCHANGED
     }
-    for piece, gain in sorted(gains.items(), key=lambda item: -mean(item[1])):
-        spread = f"{stdev(gain):.4f}" if len(gain) > 1 else "-"
-        print(f"| {piece} | {mean(gain):+.4f} | {spread} |")
+    for name, cost in sorted(costs.items(), key=lambda item: -mean(item[1])):
+        spread = f"{stdev(cost):.4f}" if len(cost) > 1 else "-"
+        time = mean(found[name]["time_s"]) / mean(unchanged["time_s"])
+        print(f"| {name} | {mean(cost):+.4f} | {spread} | {time:.2f} |")
 
 
 if __name__ == "__main__":

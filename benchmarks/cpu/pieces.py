@@ -1,54 +1,26 @@
-"""The pieces of the recipe, with a function that removes each, and the small runs to test them."""
+"""The pieces of the recipe, with functions that remove or add them, and the runs to test them."""
 
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.cpu.proxy_runs import Change, on_bytes
-from nanogpt.adam import AdamGroups
+from benchmarks.cpu.proxy_runs import Change
+from nanogpt.adam import Adam, AdamGroups
 from nanogpt.config import GPTConfig
-from nanogpt.data.tokenizer import TOKENIZERS
 from nanogpt.schedule import Schedule, Stage
 from train_gpt import PRESETS, Hyperparameters
 
-# The speedrun on bytes, at a size that a CPU core trains in a minute or two.
-CPU = on_bytes(
-    "speedrun",
-    {
-        "num_layers": 4,
-        "num_heads": 2,
-        "width": 128,
-        "mlp_width": 512,
-        "mlp_only": (1,),
-        "key_offset": (3,),
-        "paired_heads": (0,),
-        "skips": ((0, 2),),
-        "attention_source": 2,
-        "exclusive": (2,),
-        "gated": (3,),
-        "composed": (3,),
-        "composed_window": 14,
-        "value_embeddings": 2,
-        "value_layers": (2, 3),
-        "bigram_buckets": 3 * 16384,
-        "bigram_width": 128,
-        "document_separator": TOKENIZERS["bytes"].separator,
-    },
-    max_document_length=None,  # most documents are longer than the rows
-    total_batch_size=3072,
+# The laptop preset, in 300 of its 1,000 steps.
+CPU = replace(
+    PRESETS["laptop"],
     num_steps=300,
-    stages=(
-        Stage(0.33, 1 / 3, 1.0, 1.00, (16, 16, 16, 48), target_weights=(1.0, 0.5, 0.25)),
-        Stage(0.33, 2 / 3, 1.0, 1.52, (32, 32, 32, 80), target_weights=(1.0, 0.5)),
-        Stage(0.33, 1.0, 1.0, 1.73, (32, 32, 32, 104), split_head=True),
-        Stage(0.01, 1.0, 1.0, 1.73, (40, 40, 40, 112), (40, 40, 40, 128)),
-    ),
-    momentum_cooldown_steps=10,
-    adam=replace(AdamGroups(), tables=replace(AdamGroups().tables, learning_rate=0.15)),
-    val_tokens=262_144,
+    val_loss_every=0,
+    sample_tokens=0,
+    checkpoint_every=0,
+    device="cpu",
 )
 
-# The same with GPT-2's vocabulary, for a GPU: the speedrun's depth, matrices a ninth of the size.
+# The speedrun for a GPU: its depth, with matrices a ninth of the size.
 GPU = replace(
     PRESETS["speedrun"],
     num_steps=500,
@@ -81,10 +53,47 @@ def model(**changes: Any) -> Callable[[Hyperparameters], Hyperparameters]:
     return lambda hp: replace(hp, model=replace(hp.model, **changes))
 
 
+def half_batch(hp: Hyperparameters) -> Hyperparameters:
+    """Use half the batch for the first half of the tokens."""
+    two = (Stage(2.0, batch=0.5, rate=0.7), Stage(1.0))
+    return replace(hp, stages=two, num_steps=hp.num_steps * 3 // 2)
+
+
+def tied(hp: Hyperparameters) -> Hyperparameters:
+    """Tie embedding and head for two thirds of the run."""
+    two = (Stage(2.0), Stage(1.0, split_head=True))
+    adam = replace(hp.adam, embedding=hp.adam.head)
+    return replace(hp, adam=adam, stages=two, model=replace(hp.model, tied_head=True))
+
+
+def dynamic(**changes: Any) -> Callable[[Hyperparameters], Hyperparameters]:
+    """Return a function that adds dynamic connections and, with `changes`, what needs them."""
+    # As in the speedrun, a quarter of the head's rate for the connections, a tenth for the gates.
+    slow = {
+        **dict.fromkeys(("connections", "connection_biases"), 1 / 4),
+        **dict.fromkeys(("dynamic_gates", "dynamic_gate_biases"), 1 / 10),
+    }
+
+    def add(hp: Hyperparameters) -> Hyperparameters:
+        rates = {name: Adam(share * hp.adam.head.learning_rate) for name, share in slow.items()}
+        how = {"dynamic": True, "attention_source": hp.model.num_layers - 2} | changes
+        return replace(hp, adam=replace(hp.adam, **rates), model=replace(hp.model, **how))
+
+    return add
+
+
 def untied(hp: Hyperparameters) -> Hyperparameters:
     """Untie embedding and head, with the embedding trained like the other tables."""
     adam = replace(hp.adam, embedding=hp.adam.tables)
     return replace(hp, adam=adam, model=replace(hp.model, tied_head=False))
+
+
+def with_adam_decay(hp: Hyperparameters) -> Hyperparameters:
+    """Add the speedrun's weight decay to all of Adam's groups."""
+    decays = {name: how.weight_decay for name, how in vars(AdamGroups()).items()}
+    groups = vars(hp.adam).items()
+    groups = {name: replace(how, weight_decay=decays[name]) for name, how in groups}
+    return replace(hp, adam=AdamGroups(**groups))
 
 
 def without_adam_decay(hp: Hyperparameters) -> Hyperparameters:
@@ -130,23 +139,27 @@ def without_out_share() -> None:
     Attention.__init__ = init
 
 
+# What each piece is without; a proxy that does not have it stays the same.
 PIECES: dict[str, Callable[[Hyperparameters], Hyperparameters]] = {
     "value embeddings (but value residual)": model(value_embeddings=0, value_layers=()),
     "value tables of their own (but shared ones)": model(value_layers=()),
     "value gates (but one share per layer)": model(value_gate=False),
     "bigram table": model(bigram_buckets=0),
     "signs of bigrams": model(bigram_width=None),
-    "gated skip": model(skips=()),
-    "gated skip (but a U-net)": model(skips=None),
+    "skips": model(skips=()),
+    "skips (but a U-net)": model(skips=None),
     "residual share of 1.1": model(residual_init=1.0),
     "output matrices of attentions that are not zero at first": model(attention_out_init=0.0),
+    "attention gate": model(attention_gate=False),
     "exclusive attention": model(exclusive=()),
     "gated attention": model(gated=()),
     "composed heads": model(composed=()),
     "dynamic connections and all gates (but backout)": lambda hp: model(
         dynamic=False, exclusive=(), gated=(), composed=(), backout=hp.model.attention_source
     )(hp),
-    "one source of late attentions": lambda hp: model(attention_source=hp.model.num_layers - 2)(hp),
+    "one source of late attentions": lambda hp: model(
+        attention_source=hp.model.attention_source and hp.model.num_layers - 2
+    )(hp),
     "half of each head rotated": model(rope_fraction=1.0),
     "attention scale of 0.1": lambda hp: model(attention_scale=hp.model.head_size**-0.5)(hp),
     "smear": model(smear=False),
@@ -173,6 +186,29 @@ PIECES: dict[str, Callable[[Hyperparameters], Hyperparameters]] = {
     "learning-rate floor": lambda hp: replace(hp, final_learning_rate_factor=0.0),
     "hold of the lowest rates": lambda hp: replace(hp, hold_fraction=0.0),
     "fall of the momentum": lambda hp: replace(hp, momentum_cooldown_steps=0),
+}
+
+# Pieces of the speedrun that the laptop preset does not have.
+ADDITIONS: dict[str, Callable[[Hyperparameters], Hyperparameters]] = {
+    "value tables of their own": model(value_layers=(1, 2)),
+    "signs of bigrams": lambda hp: model(bigram_width=hp.model.width)(hp),
+    "residual share of 1.1": model(residual_init=1.1),
+    "output matrices of attentions that are not zero at first": model(attention_out_init=0.5),
+    "head tied for two thirds": tied,
+    "dynamic connections": dynamic(),
+    "dynamic connections, gated attention": dynamic(gated=(-1,)),
+    "dynamic connections, exclusive attention": dynamic(exclusive=(1,)),
+    "dynamic connections, composed heads": dynamic(composed=(1,), composed_window=32),
+    "backout": model(backout=1),
+    "faster matrices out of MLPs": lambda hp: replace(hp, mlp_out_factor=2.0),
+    "Muon head by head": lambda hp: replace(hp, heads_together=1),
+    "cautious decay in Muon": lambda hp: replace(hp, weight_decay=1.2),
+    "cautious decay in Adam": with_adam_decay,
+    "Adam every second step": lambda hp: replace(hp, adam_every=2),
+    "learning-rate floor": lambda hp: replace(hp, final_learning_rate_factor=0.15),
+    "fall of the momentum": lambda hp: replace(hp, momentum_cooldown_steps=50),
+    "half the batch at first": half_batch,
+    "several targets": lambda hp: replace(hp, stages=(Stage(target_weights=(1.0, 0.5)), Stage())),
 }
 
 # Pieces that are not settings, with functions that remove them from the current process.

@@ -1,11 +1,14 @@
 """The ablation: what each of its runs leaves out, and one small enough for a test."""
 
+from itertools import product
+
 import jax
 import numpy as np
 import pytest
 
 from benchmarks.cpu import python_sources as sources
-from benchmarks.cpu.pieces import BUILT_IN, CPU, GPU, PIECES
+from benchmarks.cpu.ablation import Options, changes_of
+from benchmarks.cpu.pieces import ADDITIONS, BUILT_IN, CPU, GPU, PIECES
 from benchmarks.cpu.proxy_runs import last_record, on_bytes
 from nanogpt.data.shards import read_shard
 from nanogpt.optim import muon
@@ -14,17 +17,34 @@ from nanogpt.training.step import init_params
 from tests.programs import run_to_end
 
 
-@pytest.mark.parametrize("proxy", [CPU, GPU], ids=["cpu", "gpu"])
-@pytest.mark.parametrize("piece", PIECES)
-def test_a_run_without_a_piece_is_valid_and_sees_as_many_tokens(proxy, piece):
-    without = PIECES[piece](proxy)
-    without.check()
-    tokens = [hp.schedule.tokens(hp.num_steps) for hp in (without, proxy)]
+@pytest.mark.parametrize(
+    ("proxy", "change"),
+    [
+        *product([CPU, GPU], PIECES.values()),
+        *product([CPU], ADDITIONS.values()),
+    ],
+)
+def test_a_changed_run_is_valid_and_sees_as_many_tokens(proxy, change):
+    changed = change(proxy)
+    changed.check()
+    tokens = [hp.schedule.tokens(hp.num_steps) for hp in (changed, proxy)]
     assert tokens[0] == pytest.approx(tokens[1], rel=0.01)
 
 
-def test_every_piece_is_in_one_of_the_proxies():
-    assert all(leave_out(CPU) != CPU or leave_out(GPU) != GPU for leave_out in PIECES.values())
+def test_every_piece_is_in_the_speedrun_and_every_addition_is_one_to_the_laptop_preset():
+    assert all(leave_out(GPU) != GPU or leave_out(CPU) != CPU for leave_out in PIECES.values())
+    assert all(add(CPU) != CPU for add in ADDITIONS.values())
+
+
+def test_a_piece_that_a_run_does_not_have_is_not_left_out():
+    cpu, gpu = (changes_of(hp, Options(gpu=hp is GPU)) for hp in (CPU, GPU))
+    assert {
+        "without smear",
+        "without Polar Express",
+        "with dynamic connections, composed heads",
+    } <= cpu.keys()
+    assert {"without composed heads", "without YaRN"} <= gpu.keys() - cpu.keys()
+    assert not any(name.startswith("with ") for name in gpu)
 
 
 def test_a_run_ends_with_the_loss_of_its_validation():
@@ -36,7 +56,7 @@ def test_a_run_ends_with_the_loss_of_its_validation():
 
 
 VALUES = {
-    "YaRN": lambda: Schedule.model(CPU.schedule, CPU.model, 2).rotary_windows,
+    "YaRN": lambda: Schedule.model(GPU.schedule, GPU.model, 2).rotary_windows,
     "Polar Express": lambda: len(set(muon.POLAR_EXPRESS)),
     "share of what attentions add": lambda: (
         "out_share"
@@ -53,7 +73,7 @@ def take_out(_):
 
 def test_what_is_no_setting_is_taken_out_of_its_process(tmp_path, cache):
     done = run_to_end([], tmp_path, cache, main=take_out)
-    assert done.stdout.splitlines() == ["(48, 80, 104) ()", "5 1", "True False"]
+    assert done.stdout.splitlines() == ["(384, 896, 1408) ()", "5 1", "True False"]
     assert VALUES.keys() == BUILT_IN.keys()
 
 
