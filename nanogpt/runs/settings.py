@@ -109,7 +109,7 @@ def fitted_to_devices(hp: "Hyperparameters") -> "Hyperparameters":
     import jax
 
     from nanogpt.devices.accelerator import use_device
-    from nanogpt.training.plan import division, with_whole_passes
+    from nanogpt.training.stages import division, with_whole_passes
 
     use_device(hp.device)
     readers, _ = division(hp.mesh, jax.device_count())

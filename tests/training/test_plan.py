@@ -13,14 +13,8 @@ from nanogpt.data.dataset import Dataset, Shard
 from nanogpt.data.shards import write_shard
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.runs.description import outlook, table, warnings
-from nanogpt.training.plan import (
-    Hardware,
-    division,
-    make_plan,
-    optimizer_of,
-    plan_here,
-    with_whole_passes,
-)
+from nanogpt.training.plan import Hardware, make_plan, optimizer_of, plan_here
+from nanogpt.training.stages import division, with_whole_passes
 from nanogpt.training.step import make_init
 from train_gpt import PRESETS
 

@@ -10,7 +10,8 @@ from benchmarks.gpu.variants import FULL, TINY, Size, Variant, stage_alone
 from nanogpt.config import AttentionKernel
 from nanogpt.devices.hardware import device_memory
 from nanogpt.model.attention import choose_attention
-from nanogpt.training.plan import Hardware, Plan, make_plan, stages_of
+from nanogpt.training.plan import Hardware, Plan, make_plan
+from nanogpt.training.stages import stages_of
 from train_gpt import PRESETS, Hyperparameters
 
 LONGEST = 2  # the longest stage of the speedrun, counted from 0
