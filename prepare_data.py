@@ -56,7 +56,7 @@ class Options:
     tokenizer: TokenizerName = "gpt2"
     """Tokenizer; train with the same one."""
     field: str = "text"
-    """Field (JSON lines) or column (Parquet, CSV) that holds the text."""
+    """Field (JSON) or column (Parquet, CSV) that holds the text."""
     name: str | None = None
     """Prefix of the shards' names, as in text_train_000001.bin; None: the name of the dataset, or
     "text"."""

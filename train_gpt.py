@@ -113,11 +113,11 @@ class Hyperparameters:  # the defaults are those of the speedrun preset
     tokenizer: TokenizerName = "gpt2"
     """Tokenizer of the shards, or for text given with `data`; also decodes samples."""
     data: tuple[str, ...] = ()
-    """Your own text instead of shards: files, folders or globs of plain text, JSON lines or
+    """Your own text instead of shards: files, folders or globs of plain text, JSON, CSV or
     Parquet; see docs/own-text.md. Rows are then shuffled, documents are used whole, and the
     vocabulary is the tokenizer's, unless set otherwise."""
     data_field: str = "text"
-    """Field (JSON lines) or column (Parquet, CSV) of `data` that holds the text."""
+    """Field (JSON) or column (Parquet, CSV) of `data` that holds the text."""
     shuffle: bool = False
     """Shuffle rows in the first epoch too; later epochs are always shuffled."""
 

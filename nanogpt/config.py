@@ -101,8 +101,8 @@ class GPTConfig:
     """Gate value embeddings per token and head; False: one learned share per layer."""
 
     bigram_buckets: Count = 0
-    """Rows of the hashed bigram embedding table, added to the residual stream in each layer; 0 for
-    none."""
+    """Rows of the hashed bigram embedding table, added to the residual stream in each layer with
+    attention; 0 for none."""
 
     bigram_width: Positive | None = None
     """Width of the bigram embeddings, which are added to the first channels of the stream, with

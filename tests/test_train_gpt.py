@@ -290,7 +290,7 @@ def test_a_presets_batch_suits_the_devices_and_one_that_is_given_must(
     arguments = ["--preset", "laptop", "--sequence-length", "96", "--dry-run"]
     assert train_gpt.main(arguments) == 0
     first, *told = capsys.readouterr().out.splitlines()
-    assert first == "total_batch_size is 3,072 here, instead of 4,096"
+    assert first == "total_batch_size is 3,072 instead of 4,096, so that all devices can share it"
     assert "batch: Ng = 3,072 / (4 * 96 * 8) = 1" in told
     assert train_gpt.main([*arguments, "--total-batch-size", "4096"]) == 2
     assert "use --total-batch-size 3072 or 6144." in capsys.readouterr().err

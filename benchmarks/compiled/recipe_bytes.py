@@ -40,8 +40,8 @@ INGREDIENTS = (  # of benchmarks/cpu/pieces.py
     "document mask",
     "tied head",
     "several targets",
-    "gated skip",
-    "gated skip (but a U-net)",
+    "skips",
+    "skips (but a U-net)",
 )
 ROWS = 4  # for comparison with one row, which shows what does not grow with the tokens
 

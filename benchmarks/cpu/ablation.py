@@ -93,7 +93,7 @@ def changes_of(
 
 
 def proxy_of(options: Options) -> "Hyperparameters":
-    """Return the settings of the run with all pieces."""
+    """Return the settings of the unchanged run."""
     from benchmarks.cpu.pieces import CPU, GPU
 
     proxy = GPU if options.gpu else CPU

@@ -49,7 +49,7 @@ def each_stage(hp: Hyperparameters, **changes: Any) -> Hyperparameters:
 
 
 def model(**changes: Any) -> Callable[[Hyperparameters], Hyperparameters]:
-    """Return a function that removes a piece by changing settings of the model."""
+    """Return a function that changes settings of the model."""
     return lambda hp: replace(hp, model=replace(hp.model, **changes))
 
 
@@ -161,7 +161,9 @@ PIECES: dict[str, Callable[[Hyperparameters], Hyperparameters]] = {
         attention_source=hp.model.attention_source and hp.model.num_layers - 2
     )(hp),
     "half of each head rotated": model(rope_fraction=1.0),
-    "attention scale of 0.1": lambda hp: model(attention_scale=hp.model.head_size**-0.5)(hp),
+    "attention scale (but 1 / sqrt(H))": lambda hp: model(attention_scale=hp.model.head_size**-0.5)(
+        hp
+    ),
     "smear": model(smear=False),
     "MLP-only layer": model(mlp_only=()),
     "key offset": model(key_offset=()),

@@ -227,7 +227,7 @@ class RowOrder:
         return rows, first + steps * self.schedule.tokens_per_step(stage) // rows.sequence_length
 
     def _first_of(self, stage: int) -> tuple[Rows, int]:
-        """Return the same at a stage's first step; numbers continue if the rows stay the same."""
+        """Return a stage's rows and the number of its first one; equal rows go on counting."""
         kind = self.schedule.row_kind(stage)
         if stage == 0:
             return self.make(*kind, 0), 0

@@ -3,7 +3,7 @@
 Dynamically composable attention (Xiao et al., arXiv:2405.08553) mixes the attention weights of all
 heads. Here, as in modded-nanogpt (2026-05-27), that is one sum per token, over nearby keys:
 
-    shared = sum over heads g of given_g * weights_g,    to which head h adds taken_h * shared @ v_h
+    shared = sum over heads g of given_g * weights_g;    head h adds taken_h * (shared @ v_h)
 
 Shapes: B batch, T sequence, N heads, H head size, Q queries and K keys of a block.
 """
@@ -28,8 +28,8 @@ def shared_attention(
 ) -> Float[Array, "*B Q N H"]:
     """Return what each head adds by attending where all heads do.
 
-    `given` are the weights from heads, which are divided by their root mean square, and `taken`
-    those to heads.
+    `given` are the weights of the heads in the sum, divided here by their root mean square;
+    `taken` are the weights with which heads use it.
     """
     scores = jnp.einsum("...qnh,...knh->...nqk", q, k, preferred_element_type=jnp.float32)
     seen = jnp.where(mask[..., None, :, :], scale * scores, -jnp.inf)
@@ -52,7 +52,7 @@ def shared_nearby(
     given: Weights,
     taken: Weights,
 ) -> Float[Array, "B T N H"]:
-    """Return `shared_attention` in rows: to the last `window` keys in a query's document.
+    """Return `shared_attention` for rows: each query sees its document's last `window` keys.
 
     Blocks of queries see their own block of keys and the one before it.
     """

@@ -1,12 +1,12 @@
 """Dynamic connections and gates: weights that each token computes for itself.
 
-A small MLP reads the stream and returns a few weights per token, for outputs of earlier layers and
-for what a layer adds to the stream: MUDD (Xiao et al., arXiv:2502.12170), in the last layer and
-before the head only (modded-nanogpt, 2026-04-22). Two more return the gates of all layers
-(2026-05-27).
+Two small MLPs, one in the last layer and one before the head, read the stream and return a few
+weights per token, for outputs of earlier layers and for what the last layer adds to the stream:
+MUDD (Xiao et al., arXiv:2502.12170; modded-nanogpt, 2026-04-22). Two others return the gates of all
+layers (2026-05-27).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nanogpt.model.gpt import GPT
 
 HIDDEN = 64  # width of the small MLPs
-SCALE = 0.1  # of their outputs, which so move a tenth as far in each step
+SCALE = 0.1  # factor on their outputs, which then move a tenth as far in each step
 # What the last layer's attention adds to its values, and the layer to its stream: three sources
 # each. Then the two gates of its value embedding.
 SOURCES, GATES = 3, 2
@@ -66,7 +66,10 @@ def mixed(
 
 
 class LastLayer(Connections):
-    """Those of the last layer; at first they change nothing, and both gates are 2."""
+    """The connections of the last layer.
+
+    At first they add no earlier output, and both gates of its value embedding are 2.
+    """
 
     def __init__(self, config: GPTConfig, key: Key[Array, ""]):
         stream = config.residual_init**0.5
@@ -97,7 +100,7 @@ class LastLayer(Connections):
 
 
 def before_head(config: GPTConfig, key: Key[Array, ""]) -> Connections:
-    """Create those before the head; at first they subtract half of the second source."""
+    """Create the connections before the head; at first they subtract half the second source."""
     sources = SOURCES + bool(config.value_layers) + len(config.skip_pairs)
     return Connections(config.width, [0.0, -0.5] + [0.0] * (sources - 2), key)
 
@@ -105,8 +108,8 @@ def before_head(config: GPTConfig, key: Key[Array, ""]) -> Connections:
 Gates = dict[tuple[str, int], Float[Array, "..."]]  # by kind and layer, or number of the skip
 
 
-def initial_gates(c: GPTConfig, layers: Iterable[int]) -> dict[tuple[str, int], tuple[int, float]]:
-    """Return, for each gate of these layers, its numbers per token and their initial value."""
+def initial_gates(c: GPTConfig, layers: range) -> dict[tuple[str, int], tuple[int, float]]:
+    """Return, for each gate of these layers, its size per token and its initial value."""
     N, attending = c.num_heads, [n for n in layers if n not in c.layers(c.mlp_only)]
     first = {("exclusion", n): (N, 0.0) for n in attending if n in c.layers(c.exclusive)}
     first |= {("gate", n): (N, 0.25) for n in attending if n in c.layers(c.gated)}
@@ -126,7 +129,7 @@ def initial_gates(c: GPTConfig, layers: Iterable[int]) -> dict[tuple[str, int], 
 class DynamicGates(Connections):
     """The gates of some layers."""
 
-    def __init__(self, config: GPTConfig, layers: Iterable[int], key: Key[Array, ""]):
+    def __init__(self, config: GPTConfig, layers: range, key: Key[Array, ""]):
         first = initial_gates(config, layers)
         super().__init__(
             config.width, [value for n, value in first.values() for _ in range(n)], key
@@ -141,7 +144,7 @@ class DynamicGates(Connections):
 
 
 class Dynamic(nnx.Module):
-    """All that tokens choose for themselves."""
+    """All weights and gates that each token computes for itself."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         again, L = config.late_gates_from, config.num_layers
@@ -152,11 +155,11 @@ class Dynamic(nnx.Module):
         self.gate_scale = nnx.Param(jnp.array(SCALE))
 
     def early(self, x0: Float[Array, "B T D"]) -> Gates:
-        """Return the gates that tokens choose before the first layer."""
+        """Return the gates of the early layers, from the embeddings."""
         return self.early_gates.chosen(x0, self.gate_scale[...])
 
     def late(self, x: Float[Array, "B T D"]) -> Gates:
-        """Return those of later layers."""
+        """Return the gates of later layers, from the stream before them."""
         return self.late_gates.chosen(x, self.gate_scale[...])
 
 
@@ -172,7 +175,7 @@ def fixed_gates(model: "GPT", x0: Float[Array, "B T D"]) -> Gates:
 
 
 def layer_weights(model: "GPT", layer: int, gates: Gates) -> LayerWeights:
-    """Return a layer's weights, unless it has dynamic connections."""
+    """Return the weights of a layer without dynamic connections."""
     stream, late = model.residual_shares[layer], model.config.attention_source is not None
     embedding, bigram = (gates.get((kind, layer), 0.0) for kind in ("embedding", "bigram"))
     if not late:

@@ -13,7 +13,7 @@ The tricks of the speedrun are added to that, each a small function or a few lin
     zero projections      output matrices start at zero    (Yang et al., arXiv:2203.03466)
     tied head             embedding and head share weights (Press and Wolf, arXiv:1608.05859; until
                           late in the run: modded-nanogpt, 2025-12-19)
-    embedding shortcut    x <- a x + b x0 in each layer    (modded-nanogpt, 2024-11-06)
+    embedding shortcut    x <- a x + b x0 before attention (modded-nanogpt, 2024-11-06)
     skips                 early outputs added to late layers   (modded-nanogpt, 2024-11-10; one,
                           gated: 2025-11-18 and 12-29)
     value residual        first layer's values added to later ones   (Zhou et al., arXiv:2410.17897)
@@ -27,9 +27,9 @@ The tricks of the speedrun are added to that, each a small function or a few lin
     key offset            part of a key comes from the previous token, so that one layer can find
                           what followed a token            (modded-nanogpt, 2025-12-14)
     paired heads          two heads attend to the keys of both   (modded-nanogpt, 2026-01-07)
-    bigram embedding      hashed token pairs, in each layer   (modded-nanogpt, 2026-01-19)
+    bigram embedding      hashed token pairs, in each attention layer   (modded-nanogpt, 2026-01-19)
     attention source      late attentions all read one earlier output   (modded-nanogpt, 2026-03-06)
-    dynamic connections   tokens weigh earlier outputs and gates   (Xiao et al., arXiv:2502.12170)
+    dynamic connections   each token weighs outputs and sets gates   (Xiao et al., arXiv:2502.12170)
     exclusive attention   output without the token's own value   (Zhai, arXiv:2603.09078)
     composed heads        heads attend where others do, too      (Xiao et al., arXiv:2405.08553)
     softcap               bounds the logits                (Gemma 2, arXiv:2408.00118)
@@ -238,7 +238,7 @@ class GPT(nnx.Module):
         x = first = x0 = self.embedded(tokens, past)
         gates = self.dynamic.early(x0) if c.dynamic else fixed_gates(self, x0)
         mixed_in, value_gates = self.value_embeddings(tokens)
-        tables, bigrams = [mixed_in[layer] for layer in c.value_layers], 0.0
+        bigrams, first_table = 0.0, [mixed_in[layer] for layer in c.value_layers[:1]]
         if c.bigram_buckets:
             table, before = self.bigram_embed[...], past.before("token", tokens)
             how = c.width, c.bigram_width is not None, x0.dtype
@@ -293,7 +293,7 @@ class GPT(nnx.Module):
             x = x - self.backout[...] * outputs[c.backout]
         if late is not None and c.dynamic:
             skipped = [outputs[source] for source, _ in c.skip_pairs]
-            sources = x0, outputs[late], outputs[-2], *tables[:1], *skipped
+            sources = x0, outputs[late], outputs[-2], *first_table, *skipped
             x = x + mixed(self.dynamic.before_head(x), *sources)
         return norm(x)
 

@@ -57,7 +57,7 @@ def linear_cross_entropy(
         kernel: "pallas" reads the logits once per step instead of twice, on NVIDIA GPUs; other
             devices, and losses that are not differentiated, use XLA.
         fp8: whether to multiply in 8-bit floats; see nanogpt/model/kernels/fp8.py.
-        impossible: bits of ids without probability, in validation; see nanogpt/data/canonical.py.
+        impossible: a bit for each id without probability, in validation; see data/canonical.py.
 
     Raises ValueError if there are not K weights.
     """

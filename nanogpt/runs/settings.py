@@ -66,14 +66,14 @@ def settings_here(
     if chosen_here and hp.preset == "baseline":
         tell(
             "Using preset baseline: speedrun does not fit into a device's memory here "
-            "(--preset speedrun tries it)."
+            "(use --preset speedrun to try it anyway)."
         )
     # The steps to profile must be among those that the minutes allow, which are not known yet.
     (hp if given.minutes is None else replace(hp, profile=None)).check()
     hp = with_own_text(hp)
 
     def fitted(hp: "Hyperparameters") -> "Hyperparameters":
-        """Unless it is set by hand, the batch may change, so that all devices can share it."""
+        """Return them with a total_batch_size that the devices can share, unless set by hand."""
         if given.resume is not None or given.config is not None:
             return hp
         shared = fitted_to_devices(hp)
@@ -83,7 +83,10 @@ def settings_here(
     preset_batch, hp = hp.total_batch_size, fitted(hp)
     if given.minutes is None:
         if preset_batch != hp.total_batch_size:
-            tell(f"total_batch_size is {hp.total_batch_size:,} here, instead of {preset_batch:,}")
+            tell(
+                f"total_batch_size is {hp.total_batch_size:,} instead of {preset_batch:,}, so that "
+                "all devices can share it"
+            )
         return hp
     # Check now what would otherwise be refused only after timing, which takes minutes.
     check_name(Path("runs"), hp.run_name)
@@ -228,10 +231,11 @@ def with_own_text(hp: "Hyperparameters") -> "Hyperparameters":
 
 
 def preset_for_hardware(given: "Hyperparameters", speedrun: "Callable[[], Hyperparameters]") -> str:
-    """Return `laptop` without an accelerator, and with one `speedrun`, or `baseline` if it cannot.
+    """Return the preset for this hardware: `laptop` without an accelerator, otherwise `speedrun`,
+    or `baseline` if `speedrun` does not fit.
 
-    It cannot if `speedrun`, with the user's settings, does not fit into memory. With a size or
-    weights of their own, users have chosen what must fit.
+    `speedrun` is tried with the user's settings. Whether a size or weights of their own choice fit
+    is up to them.
     """
     if given.device == "cpu" or not (find_spec("jax_plugins") or find_spec("libtpu")):
         return "laptop"  # without loading JAX, which is installed for CPUs only

@@ -179,7 +179,7 @@ def plan_here(hp: "Hyperparameters") -> Plan:
 
 
 def hardware_here() -> Hardware:
-    """Return the devices that JAX finds, with the memory of this process's."""
+    """Return the devices that JAX finds, with the memory of this process's first one."""
     device = jax.local_devices()[0]
     return Hardware(
         device.device_kind,
@@ -191,13 +191,14 @@ def hardware_here() -> Hardware:
 
 
 def fits(hp: "Hyperparameters", hardware: Hardware) -> bool:
-    """Return whether a row fits into the memory of each device, with the fastest attention.
+    """Return whether one row fits into the memory of each device, with the fastest attention.
 
     Settings that are impossible with this number of devices are left for the plan to refuse.
     """
     attention: AttentionKernel = "pallas" if hardware.bfloat16 else "xla"
     with suppress(ConfigError):
-        hp = with_whole_passes(hp, division(hp.mesh, hardware.count)[0])
+        readers, _ = division(hp.mesh, hardware.count)
+        hp = with_whole_passes(replace(hp, batch_size=1), readers)
         plan = make_plan(hp, hardware, Dataset("", (), (), (), ()), attention, "")
         return plan.device_bytes <= USABLE * (hardware.memory or inf)
     return True
@@ -234,7 +235,7 @@ def make_plan(
     room = room_beside(sizes, hardware.memory)
     if hp.rematerialize is None and not row_fits(of_row, room):
         kernels = replace(kernels, rematerialize=True)
-    of_row = row_bytes(hp, kernels)
+        of_row = row_bytes(hp, kernels)
     rows = gcd(*(stage.tokens_per_step // hp.sequence_length for stage in stages)) // readers
     return Plan(
         hp=hp,

@@ -20,7 +20,7 @@ class StagePlan:
     """Less than first_step for a stage without steps."""
     model: GPTConfig
     used_model: GPTConfig
-    """The same with the windows for validation."""
+    """The model as used for validation, evaluation and sampling."""
     tied_head: bool
     """Whether embedding and head are tied."""
     row_length: int
@@ -89,13 +89,12 @@ def with_whole_passes(hp: "Hyperparameters", readers: int) -> "Hyperparameters":
     Unchanged if there is none up to twice as large.
     """
     rows = round(hp.total_batch_size / hp.sequence_length)
-    for away in range(max(1, rows)):
-        for near in (rows + away, rows - away):
-            new = replace(hp, total_batch_size=near * hp.sequence_length)
-            with suppress(ConfigError):
-                new.schedule.check()
-                stages_of(new, readers)
-                return new
+    for near in sorted(range(1, 2 * max(1, rows)), key=lambda n: (abs(n - rows), -n)):
+        new = replace(hp, total_batch_size=near * hp.sequence_length)
+        with suppress(ConfigError):
+            new.schedule.check()
+            stages_of(new, readers)
+            return new
     return hp
 
 

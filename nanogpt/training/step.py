@@ -55,7 +55,7 @@ def graph_of(config: GPTConfig, kernels: Kernels = XLA) -> nnx.GraphDef:
 def init_params(config: GPTConfig, key: Key[Array, ""]) -> Params:
     """Return the initial parameters of a model, float32, as a nested dict."""
     params = nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key))))
-    return optax.tree.cast(params, jnp.float32)  # not weakly typed, so as after any step
+    return optax.tree.cast(params, jnp.float32)  # not weakly typed, like those after any step
 
 
 def make_init(
@@ -154,7 +154,10 @@ def _loss_and_gradients(
     batch: Int[Array, "Ng R T1"],
     target_weights: tuple[float | Float[Array, ""], ...],
 ) -> tuple[Float[Array, ""], Params]:
-    """Return the mean loss and gradients, each device keeping its shard; in `jax.shard_map`."""
+    """Return the mean loss, and the gradients, of which each device keeps its shard.
+
+    Call it in `jax.shard_map`.
+    """
     params = gathered(parts, placed, dtype)
 
     def losses_of(params: Params, rows: Int[Array, "R T1"]) -> tuple[Array, Array]:

@@ -88,6 +88,7 @@ def test_steps_to_profile_must_be_among_those_that_the_minutes_allow(tmp_path, m
         (7.2, 8, True, {}, "baseline"),
         (28.8, 1, False, {}, "baseline"),  # without flash attention
         (None, 3, True, {}, "speedrun"),
+        (72, 1, True, {"batch_size": 8}, "speedrun"),  # one row fits; a run lowers it
         (14.4, 1, True, {"depth": 6}, "speedrun"),
         (14.4, 1, True, {"preset": "speedrun"}, "baseline"),
     ],
@@ -101,8 +102,8 @@ def test_with_an_accelerator_the_preset_is_the_speedrun_if_it_fits(
     monkeypatch.setattr("nanogpt.devices.accelerator.use_device", lambda device="auto": "gpu")
     monkeypatch.setattr("nanogpt.training.plan.hardware_here", lambda: hardware)
     monkeypatch.setattr("jax.device_count", lambda: devices)
+    changed = {name: given[name] for name in ("model", "batch_size") if name in given}
     given = replace(Hyperparameters(), **given)
-    changed = {"model": given.model} if given.model != Hyperparameters().model else {}
     assert preset_for_hardware(given, lambda: replace(PRESETS["speedrun"], **changed)) == chosen
     if given.init_from or changed or devices == 16:
         return

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks.compiled import h200, recipe_bytes
 from benchmarks.cpu import python_sources as sources
 from benchmarks.cpu.ablation import Options, changes_of
 from benchmarks.cpu.pieces import ADDITIONS, BUILT_IN, CPU, GPU, PIECES
@@ -34,6 +35,13 @@ def test_a_changed_run_is_valid_and_sees_as_many_tokens(proxy, change):
 def test_every_piece_is_in_the_speedrun_and_every_addition_is_one_to_the_laptop_preset():
     assert all(leave_out(GPU) != GPU or leave_out(CPU) != CPU for leave_out in PIECES.values())
     assert all(add(CPU) != CPU for add in ADDITIONS.values())
+
+
+def test_the_compiled_benchmarks_name_pieces_that_there_are():
+    cases = [*recipe_bytes.all_cases().values(), *h200.all_steps().values()]
+    for hp in {case[0] for case in cases}:
+        hp.check()
+    assert len({case[0] for case in cases}) > len(recipe_bytes.INGREDIENTS)
 
 
 def test_a_piece_that_a_run_does_not_have_is_not_left_out():
