@@ -79,9 +79,13 @@ def unrolled(model: Any) -> Any:
 
 
 def layers_apart(graph: nnx.GraphDef, params: Params, dtype: str) -> tuple[nnx.GraphDef, Params]:
-    """Return the model and its parameters in `dtype`, with separate layers."""
+    """Return the model and its parameters in `dtype`, with separate layers.
+
+    The barrier makes XLA, too, keep them separate: TPUs load a small matrix ahead of its use, but
+    not a part of a stack.
+    """
     graph, layers = nnx.split(unrolled(nnx.merge(graph, compute_copy(params, dtype))))
-    return graph, nnx.to_pure_dict(layers)
+    return graph, jax.lax.optimization_barrier(nnx.to_pure_dict(layers))
 
 
 def stacked(params: Params) -> Params:

@@ -227,6 +227,26 @@ def test_chips_that_share_rows_exchange_the_stream_in_the_loop_and_gradients_aft
     assert all(numbers([x]) < numbers(over_data) for x in outside if x not in over_data)
 
 
+def test_products_of_a_single_micro_batch_read_each_layer_s_matrix_by_itself():
+    # A TPU loads a small matrix ahead of its use, but not a part of a stack.
+    from benchmarks.compiled.for_tpu import lowered_on, plan_on
+    from benchmarks.compiled.program import Program
+    from benchmarks.compiled.tpu import use_tpu_compiler
+
+    use_tpu_compiler()
+    how = {"batch_size": ROWS, "sequence_length": T, "total_batch_size": ROWS * T}
+    model = replace(BASELINE.model, **SMALL, num_layers=5)
+    plan = plan_on(replace(BASELINE, model=model, **how), "v5e", 1)
+    assert plan.shape(0) == (1, ROWS)
+    program = Program(lowered_on(plan, "v5e", 0)["training step"].compile())
+    products = [x for x in program.kernels() if re.search("jvp.*dot_general", x.attributes)]
+    shapes = {
+        program.computations[x.computation][name].shape for x in products for name in x.operands
+    }
+    assert any(shape.startswith("bf16[256,512]") for shape in shapes)
+    assert not [shape for shape in shapes if shape.startswith("bf16[5,")]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_memory_is_what_the_choice_of_the_micro_batch_reckons_with(name):
     memory, plan = compiled(name)[0].memory_analysis(), plan_of(name)
