@@ -61,7 +61,7 @@ def compare(options: Options) -> None:
         if not wanted or any(part in name for part in wanted)
     }
     if not chosen:
-        raise Mistake(f"No piece has such a name; the pieces are {', '.join(changes)}.")
+        raise Mistake(f"No piece has such a name; the pieces are {'; '.join(changes)}.")
     runs = {
         (name, seed): (replace(hp, seed=seed), by_hand)
         for seed in seeds
@@ -100,9 +100,9 @@ def proxy_of(options: Options) -> "Hyperparameters":
     if options.num_steps is not None:
         proxy = replace(proxy, num_steps=options.num_steps)
     if options.tiny:
-        thin = {"width": 32, "mlp_width": 64, "bigram_buckets": 64, "bigram_width": 8}
-        one = {"num_layers": 1, "value_embeddings": 1}
-        model = replace(proxy.model, **thin, **one)
+        thin = {"width": 32, "mlp_width": 64, "bigram_buckets": 64}
+        one = {"num_layers": 1, "value_embeddings": 1, "vocab_size": proxy.model.vocab_size}
+        model = replace(CPU.model, **thin, **one)
         proxy = replace(proxy, num_steps=1, stages=proxy.stages[:1], val_tokens=1024, model=model)
     if options.gpu:
         from benchmarks.cpu.python_sources import python_sources

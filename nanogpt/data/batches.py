@@ -227,7 +227,7 @@ class RowOrder:
         return rows, first + steps * self.schedule.tokens_per_step(stage) // rows.sequence_length
 
     def _first_of(self, stage: int) -> tuple[Rows, int]:
-        """Return a stage's rows and the number of its first one; equal rows go on counting."""
+        """Return a stage's rows and its first one's number, which goes on if rows stay alike."""
         kind = self.schedule.row_kind(stage)
         if stage == 0:
             return self.make(*kind, 0), 0

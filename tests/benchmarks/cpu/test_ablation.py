@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.compiled import h200, recipe_bytes
 from benchmarks.cpu import python_sources as sources
-from benchmarks.cpu.ablation import Options, changes_of
+from benchmarks.cpu.ablation import Options, changes_of, proxy_of
 from benchmarks.cpu.pieces import ADDITIONS, BUILT_IN, CPU, GPU, PIECES
 from benchmarks.cpu.proxy_runs import last_record, on_bytes
 from nanogpt.data.shards import read_shard
@@ -42,6 +42,16 @@ def test_the_compiled_benchmarks_name_pieces_that_there_are():
     for hp in {case[0] for case in cases}:
         hp.check()
     assert len({case[0] for case in cases}) > len(recipe_bytes.INGREDIENTS)
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_a_tiny_run_is_valid(gpu, monkeypatch):
+    monkeypatch.setattr(sources, "python_sources", lambda: ("a.bin", "b.bin"))
+    tiny = Options(gpu=gpu, tiny=True)
+    proxy = proxy_of(tiny)
+    assert proxy.model.num_layers == proxy.num_steps == 1
+    for hp, _ in changes_of(proxy, tiny).values():
+        hp.check()
 
 
 def test_a_piece_that_a_run_does_not_have_is_not_left_out():
