@@ -200,6 +200,9 @@ def _become(main, arguments, cwd, environment, ignored, limit, output, errors):
     finally:  # as when Python exits, which multiprocessing skips
         threading._shutdown()
         atexit._run_exitfuncs()
+        # Newer forkservers forget what imported modules registered. Without JAX's shutdown, the
+        # first process would exit, and with it the service that others may still be waiting for.
+        jax.distributed.shutdown()
 
 
 def wait_until(true):

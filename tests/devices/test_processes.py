@@ -104,7 +104,7 @@ def test_two_processes_train_as_one_does_even_where_one_cannot_save_and_the_firs
         wait_until(Path("runs/a/checkpoints/00000005/manifest.json").exists)
         two.allow(2000)
         statuses = [one.end(), end.result()]
-    assert statuses == [2, 2], (one.stderr, two.stderr)
+    assert statuses == [2, 2], one.stderr + two.stderr
     failed = "The checkpoint of step {} was not written: File too large (process 1); "
     warnings = [line for line in one.lines if line.startswith("WARNING")]
     for step, warning in zip((10, 13), warnings, strict=True):
@@ -217,7 +217,7 @@ def test_processes_that_were_started_differently_all_say_so(place, cache, what, 
         ThreadPoolExecutor() as threads,
     ):
         ends = [threads.submit(process.end) for process in (one, two)]
-        assert [end.result() for end in ends] == [2, 2], (one.stderr, two.stderr)
+        assert [end.result() for end in ends] == [2, 2], one.stderr + two.stderr
     for process in (one, two):
         assert process.stderr.startswith(told)
         assert len(process.stderr.splitlines()) == 1
@@ -231,7 +231,7 @@ def test_when_one_is_told_to_end_all_save_after_the_same_step(straight, place, c
         one.read_until("step 4/")
         two.send(signal.SIGTERM)
         statuses = [one.end(), end.result()]
-    assert statuses == [143, 143], (one.stderr, two.stderr)
+    assert statuses == [143, 143], one.stderr + two.stderr
     (last,) = (line for line in one.lines if "weights and metrics are in" in line)
     step = int(last.split()[1])
     assert 4 <= step < 900
