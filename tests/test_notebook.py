@@ -1,4 +1,4 @@
-"""The whole notebook on a CPU, and once more, as after an interrupted session."""
+"""The notebook on a CPU: a session that is cut while it trains, and the next one."""
 
 import re
 from pathlib import Path
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 )
 PARAMETERS = f"""
 REPOSITORY, MINUTES, SHARDS = "", 0.01, 0
-OPTIONS = "{" ".join(SMALL)} --preset laptop"
+OPTIONS = "{" ".join(SMALL)} --preset laptop --checkpoint-every 3"
 """
 
 
@@ -35,21 +35,50 @@ def executed(folder, count=None):
     ]
 
 
-def test_it_trains_draws_writes_and_exports_and_goes_on_where_it_was(tmp_path, cache, monkeypatch):
-    for name in ("train_gpt.py", "sample.py", "export.py"):
-        (tmp_path / name).symlink_to(ROOT / name)
+# train_gpt.py, ended without warning once there is a checkpoint of the run, as a session may be.
+CUT = """
+import os, sys, threading, time
+from pathlib import Path
+
+def end():
+    while not any(Path("runs/notebook/checkpoints").glob("*/manifest.json")):
+        time.sleep(0.01)
+    os.kill(os.getpid(), 9)
+
+threading.Thread(target=end, daemon=True).start()
+sys.path.insert(0, "{root}")
+import train_gpt
+
+sys.exit(train_gpt.main())
+"""
+
+
+def test_it_trains_and_after_a_session_was_cut_goes_on_draws_writes_and_exports(
+    tmp_path, cache, monkeypatch
+):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+        for name in ("train_gpt.py", "sample.py", "export.py"):
+            (folder / name).symlink_to(ROOT / name)
     for name, value in settings(cache, devices=1).items():
         monkeypatch.setenv(name, value)
-    _, devices, place, data, steps, training, curve, text, export = executed(tmp_path)
+    (first / "train_gpt.py").unlink()
+    (first / "train_gpt.py").write_text(CUT.format(root=ROOT))
+    _, devices, place, data, steps, training = executed(first, 6)
     assert "CpuDevice" in devices
-    assert str(tmp_path / "runs") in place
+    assert str(first / "runs") in place
     assert data == ""
     count = int(re.search(r"^(\d+) steps take about 0.01 minutes$", steps, re.MULTILINE)[1])
     assert count >= 10
+    assert f"step {count}/{count} | val loss " not in training
+    # Only the runs are kept.
+    (first / "runs").rename(second / "runs")
+    *_, training, curve, text, export = executed(second)
+    begun = int(re.search(r"resuming runs/notebook after step (\d+)", training)[1])
+    assert 0 < begun < count
     assert f"step {count}/{count} | val loss " in training
     assert "image/png" in curve
     assert text.startswith("The") and len(text) > T
     assert "model" in export
-    assert (tmp_path / "runs" / "notebook" / "model" / "model.safetensors").exists()
-    *_, again = executed(tmp_path, 6)
-    assert f"has already finished its {count} steps" in again
+    assert (second / "runs" / "notebook" / "model" / "model.safetensors").exists()
