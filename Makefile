@@ -3,6 +3,7 @@
 # make lint      set everything up and check style and types
 # make shapes    run the numeric tests with every shape annotation checked
 # make others    run the other tests that depend most on JAX
+# make compiled  run the tests that compile for GPUs and TPUs, on a CPU
 # make help      print this
 #
 # ARGS go to train_gpt.py or pytest:    make train ARGS="--preset laptop --num-steps 100"
@@ -27,8 +28,12 @@ DEPENDENT = tests/model tests/devices tests/training tests/inference tests/test_
 # Of these, what is slow and not about JAX, or numeric.
 APART = $(NUMERIC) tests/devices/test_launchers.py tests/inference/test_playground.py \
 	tests/training/test_interruption.py tests/training/test_resume.py
+# Compilers have an environment of their own, since JAX looks for a TPU wherever libtpu is installed,
+# and the plugin for CUDA writes to standard error that it finds no driver.
+COMPILERS = $(VENV)-compilers
+COMPILING = cpu,dev,gpu-compiler,tpu-compiler
 
-.PHONY: train test lint shapes others help
+.PHONY: train test lint shapes others compiled help
 
 train: $(VENV)/ready-$(ACCELERATOR)
 	$(VENV)/bin/python train_gpt.py $(ARGS)
@@ -48,6 +53,11 @@ shapes: $(VENV)/ready-dev
 others: $(VENV)/ready-dev
 	$(VENV)/bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder \
 		$(DEPENDENT) $(APART:%=--ignore %) $(ARGS)
+
+compiled:
+	@$(MAKE) VENV=$(COMPILERS) ACCELERATOR=$(COMPILING) $(COMPILERS)/ready-$(COMPILING)
+	$(COMPILERS)/bin/python -m pytest -n 2 --dist loadfile \
+		tests/benchmarks/compiled/test_h200.py tests/benchmarks/compiled/test_tpu.py $(ARGS)
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
