@@ -110,7 +110,7 @@ def schedules(form: Form, folder: Path) -> dict[str, Schedule]:
             **{f"block_{name}": form.block for name in names}, use_fused_bwd_kernel=True
         )
         if form.fused
-        else blocks(T, form.block)
+        else blocks(form.block)
     )
     mask = splash.MultiHeadMask([band(T, 640 if form.windows else None)])
     attend = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)

@@ -42,6 +42,8 @@ class Options:
     """Stages, counted from 1; by default the last one of each preset."""
     shard_params: bool = False
     """Shard parameters, as with train_gpt.py's option."""
+    heads: int | None = None
+    """Number of attention heads, instead of the preset's."""
     tiny: bool = False
     """Use a model of one layer on one v5e: to test this script."""
 
@@ -74,6 +76,9 @@ def measure(options: Options) -> None:
         if preset not in PRESETS:
             raise Mistake(f"There is no preset {preset}: choose from {', '.join(PRESETS)}.")
         hp = replace(PRESETS[preset], shard_params=options.shard_params)
+        if options.heads:
+            hp = replace(hp, model=replace(hp.model, num_heads=options.heads))
+            hp.check()
         if options.tiny:
             hp = replace(hp, model=replace(hp.model, num_layers=1))
         for name in options.slices:
@@ -111,6 +116,7 @@ def lines_of(plan: "Plan", chip: str, stage: int) -> list[dict[str, Any]]:
             "chip": chip,
             "devices": plan.num_devices,
             "preset": plan.hp.preset,
+            "heads": plan.hp.model.num_heads,
             "stage": stage + 1,
             "shard_params": plan.shard_params,
             "program": name,
@@ -187,7 +193,7 @@ def predicted(
 def attention_bundles(plan: "Plan", chip: str, stage: int, saved: list[dict]) -> int:
     """Return the fewest bundles that splash attention executes per device and step."""
     from benchmarks.compiled.splash_bundles import Schedule, executed
-    from nanogpt.model.kernels.splash_attention import blocks
+    from nanogpt.model.kernels.splash_attention import block
 
     config, T = plan.stages[stage].model, plan.stages[stage].row_length
     Ng, R = plan.shape(stage)
@@ -196,7 +202,7 @@ def attention_bundles(plan: "Plan", chip: str, stage: int, saved: list[dict]) ->
         pairs = 2 if layer in config.layers(config.paired_heads) else 1
         window = config.window(layer)
         form = {"chip": chip, "windows": window is not None, "fused": False}
-        form["block"] = blocks(T * pairs).block_q
+        form["block"] = block(T * pairs, window, pairs)
         kernels = next(each for each in saved if form.items() <= each.items())
         named = {name: Schedule(**kernels[name]) for name in ("fwd", "dq", "dkv")}
         again = {"fwd": named["fwd"]} if plan.kernels.rematerialize else {}

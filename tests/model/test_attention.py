@@ -23,7 +23,7 @@ from nanogpt.model.attention import (
     reference_attention,
     visible,
 )
-from nanogpt.model.kernels.splash_attention import band, blocks
+from nanogpt.model.kernels.splash_attention import band, block, blocks
 
 
 def some_qkv(B=2, T=11, N=3, H=8, dtype="float32"):
@@ -120,9 +120,20 @@ def test_splash_attention_and_its_gradients_equal_the_reference(window, separate
         np.testing.assert_allclose(got, expected, atol=2e-4)
 
 
-@pytest.mark.parametrize(("T", "size"), [(16_384, 512), (1024, 512), (1280, 256), (384, 128)])
-def test_splash_attention_takes_the_largest_blocks_that_divide_a_row(T, size):
-    sizes = blocks(T)
+@pytest.mark.parametrize(
+    ("T", "window", "group", "size"),
+    [
+        (16_384, 384, 1, 512),
+        (16_384, 128, 1, 256),
+        (32_768, 128, 256, 512),
+        (1024, None, 1, 512),
+        (1280, None, 1, 256),
+        (384, 384, 1, 128),
+    ],
+)
+def test_splash_attention_takes_blocks_that_suit_row_and_window(T, window, group, size):
+    assert block(T, window, group) == size
+    sizes = blocks(size)
     assert sizes.has_backward_blocks and not sizes.use_fused_bwd_kernel
     assert {n for name, n in asdict(sizes).items() if name.startswith("block_")} == {size}
 

@@ -29,11 +29,12 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     T, N = q.shape[1:3]
+    sizes = blocks(block(T, window, group))
     on_tpu, on_cpu = (
         jax.vmap(
             splash.make_splash_mha(
                 splash.MultiHeadMask([band(T, window, group)] * N),
-                block_sizes=blocks(T),
+                block_sizes=sizes,
                 head_shards=1,
                 q_seq_shards=1,
                 interpret=interpret,
@@ -47,15 +48,22 @@ def splash_attention(
     return out.swapaxes(1, 2)
 
 
-def blocks(T: int, size: int = 512) -> "splash.BlockSizes":
-    """Return blocks of `size` queries and keys, or of the largest smaller power of two dividing T.
+def block(T: int, window: int | None, group: int = 1) -> int:
+    """Return the size of blocks of queries and keys, a power of two that divides T.
 
-    JAX's default of 128 takes up to three times as long, and its fused backward pass writes the
-    queries' gradient once for each block of keys: see the counts in benchmarks/README.md.
+    JAX's default of 128 takes up to four times as long: see the counts in benchmarks/README.md.
+    Paired heads alternate in groups of 256 tokens, so that smaller blocks would skip no more.
+    """
+    return gcd(T, 256 if window is not None and window <= 128 and group == 1 else 512)
+
+
+def blocks(b: int) -> "splash.BlockSizes":
+    """Return blocks of b queries and keys, with two kernels for the backward pass.
+
+    JAX's fused one writes the queries' gradient once for each block of keys.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    b = gcd(T, size)
     return splash.BlockSizes(
         block_q=b, block_kv=b, block_q_dkv=b, block_kv_dkv=b, block_q_dq=b, block_kv_dq=b
     )
