@@ -24,7 +24,7 @@ from nanogpt.adam import Adam, AdamGroups
 from nanogpt.optim.muon import scale_by_muon
 
 # Adam's epsilon, for gradients of losses that are summed over the tokens of a step. (modded-nanogpt
-# uses 1e-10 for an eighth of such a sum.)
+# uses 1e-10 for an eighth of such a sum, of two steps where Adam updates every second one.)
 EPSILON = 8e-10
 
 Path = tuple[jax.tree_util.DictKey, ...]
