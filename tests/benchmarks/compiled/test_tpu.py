@@ -244,7 +244,8 @@ def test_products_of_a_single_micro_batch_read_each_layer_s_matrix_by_itself():
         program.computations[x.computation][name].shape for x in products for name in x.operands
     }
     assert any(shape.startswith("bf16[256,512]") for shape in shapes)
-    assert not [shape for shape in shapes if shape.startswith("bf16[5,")]
+    # A stack that is loaded as a whole, ahead, is in S(1), the vector memory.
+    assert not [x for x in shapes if x.startswith("bf16[5,") and "S(1)" not in x]
 
 
 @pytest.mark.parametrize("name", RUNS)
