@@ -63,6 +63,9 @@ def test_it_trains_and_after_a_session_was_cut_goes_on_draws_writes_and_exports(
             (folder / name).symlink_to(ROOT / name)
     for name, value in settings(cache, devices=1).items():
         monkeypatch.setenv(name, value)
+    for name in ("notebook", "trial"):  # cut off before there was anything to resume from
+        (first / "runs" / name).mkdir(parents=True)
+        (first / "runs" / name / "config.json").write_text("{}")
     (first / "train_gpt.py").unlink()
     (first / "train_gpt.py").write_text(CUT.format(root=ROOT))
     _, devices, place, data, steps, training = executed(first, 6)

@@ -1,6 +1,6 @@
 """A NumPy program of a model, with its settings and without the tricks it does not use.
 
-Each function returns pieces of its code, in order; those that the model does not use are falsy.
+Its code is made of pieces, in order; those that the model does not use are falsy.
 """
 
 from textwrap import fill
