@@ -44,6 +44,11 @@ def pytest_collection_finish():
     gc.set_threshold(100_000, 50, 100)
 
 
+def pytest_sessionfinish():
+    """Leave what there is to the operating system: pytest would collect garbage five times."""
+    gc.freeze()
+
+
 def with_every_trick():
     """A model small enough to differentiate in a test, with every trick but the next one's."""
     from nanogpt.config import GPTConfig

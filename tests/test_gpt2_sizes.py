@@ -14,7 +14,7 @@ from nanogpt.adam import Adam
 from nanogpt.devices.hardware import flops_per_token, training_flops
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.training.plan import optimizer_of
-from nanogpt.training.step import graph_of, init_params
+from nanogpt.training.step import graph_of, init_params, param_shapes
 from train_gpt import PRESETS, at_width
 
 SIZES = {  # layers, heads, width: Radford et al., 2019, table 2; heads: OpenAI's hparams.json
@@ -34,7 +34,7 @@ V = 50304  # GPT-2's 50257 in a multiple of 128
 
 def counts(model):
     """Return the size of each parameter, from shapes only."""
-    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    params = param_shapes(model)
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {".".join(key.key for key in path): leaf.size for path, leaf in leaves}
 

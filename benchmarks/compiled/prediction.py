@@ -11,7 +11,7 @@ from nanogpt.devices.hardware import PEAK_FLOPS, flops_per_token
 from nanogpt.optim.groups import group
 from nanogpt.optim.muon import POLAR_EXPRESS
 from nanogpt.optim.sharing import GROUP
-from nanogpt.training.step import init_params
+from nanogpt.training.step import param_shapes
 from train_gpt import PRESETS
 
 SIZES = {
@@ -46,7 +46,7 @@ UTILIZATION = 0.45  # ASSUMED fraction of peak FLOP/s, in forward, backward and 
 
 def muon_flops(size: str, devices: int) -> float:
     """Return Muon's FLOPs on the busiest device, counting each of its groups as a full one."""
-    shapes = jax.eval_shape(lambda: init_params(SIZES[size].model, jax.random.key(0)))
+    shapes = param_shapes(SIZES[size].model)
     stacks: Counter = Counter()
     for path, leaf in jax.tree.leaves_with_path(shapes):
         if group(path, leaf) == "muon":

@@ -16,7 +16,7 @@ from nanogpt.devices.hardware import PEAK_BANDWIDTH, PEAK_FLOPS, flops_per_token
 from nanogpt.optim.groups import group
 from nanogpt.optim.heads import apart
 from nanogpt.optim.muon import POLAR_EXPRESS
-from nanogpt.training.step import init_params
+from nanogpt.training.step import param_shapes
 from train_gpt import Hyperparameters
 
 DIRECTIONS = ("forward", "d-input", "d-weight")
@@ -48,7 +48,7 @@ def products(config: GPTConfig) -> dict[str, tuple[int, int, int]]:
 
 def parameter_shapes(config: GPTConfig, groups: set[str]) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the shapes of the parameters in these optimizer groups, by name."""
-    shapes = jax.eval_shape(partial(init_params, config), jax.random.key(0))
+    shapes = param_shapes(config)
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): x
         for path, x in jax.tree_util.tree_leaves_with_path(shapes)

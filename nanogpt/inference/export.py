@@ -31,7 +31,7 @@ from nanogpt.data.find import why_no_file
 from nanogpt.files import cannot_write, found_in, read_json
 from nanogpt.inference.huggingface import CLASSES, EXPORT_AGAIN, check_kind
 from nanogpt.training.resume import refuse_earlier_version
-from nanogpt.training.step import Params, init_params
+from nanogpt.training.step import Params, param_shapes
 
 ARRAYS, CONFIG, NOTE = "model.safetensors", "config.json", "MODEL.md"
 INDEX = f"{ARRAYS}.index.json"
@@ -159,5 +159,5 @@ def named(params: Params) -> dict[str, jax.Array]:
 
 def shapes_of(model: GPTConfig) -> dict[str, str]:
     """Return the dtype and shape of each array of a model, in the notation of safetensors."""
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    shapes = param_shapes(model)
     return {name: f"F32{list(a.shape)}" for name, a in named(shapes).items()}

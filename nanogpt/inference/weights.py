@@ -116,12 +116,11 @@ def load_run(folder: Path, mesh: "Mesh") -> "tuple[RunSettings, nnx.GraphDef, Pa
 
     Raises ConfigError if the folder is not that of a run with a checkpoint.
     """
-    import jax
 
     from nanogpt.devices.mesh import REPLICATED, shapes_on
     from nanogpt.inference.export import is_exported
     from nanogpt.training.checkpoint import checkpoint_in, load_params, run_of
-    from nanogpt.training.step import graph_of, init_params
+    from nanogpt.training.step import graph_of, param_shapes
 
     if is_exported(folder):
         raise ConfigError(
@@ -142,7 +141,7 @@ def load_run(folder: Path, mesh: "Mesh") -> "tuple[RunSettings, nnx.GraphDef, Pa
     model = schedule.used(hp.model, schedule.stage(min(checkpoint.step, schedule.num_steps)))
     with found_in(config, RESTORE):
         model.check()
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    shapes = param_shapes(model)
     params = load_params(checkpoint, shapes_on(mesh, REPLICATED, shapes))
     return hp, graph_of(model), params, checkpoint
 

@@ -9,7 +9,7 @@ from nanogpt.config import Kernels
 from nanogpt.devices.hardware import activation_bytes
 from nanogpt.devices.sharding import ROUNDED, num_parts
 from nanogpt.model.parameters import is_table
-from nanogpt.training.step import init_params
+from nanogpt.training.step import param_shapes
 
 if TYPE_CHECKING:
     from optax import GradientTransformation
@@ -56,11 +56,8 @@ def sizes_of(
     Raises ConfigError if an array cannot be sharded evenly.
     """
 
-    def init(key: jax.Array) -> tuple:
-        params = init_params(hp.model, key)
-        return params, optimizer.init(params)
-
-    params, optimizer_state = jax.eval_shape(init, jax.random.key(0))
+    params = param_shapes(hp.model)
+    optimizer_state = jax.eval_shape(optimizer.init, params)
     state = device_state = working = 0
     for path, array in jax.tree.leaves_with_path((params, optimizer_state)):
         num_bytes = array.size * array.dtype.itemsize

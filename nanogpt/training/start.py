@@ -3,11 +3,9 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 from flax.traverse_util import flatten_dict
 
 from nanogpt.checks import ConfigError
@@ -17,7 +15,7 @@ from nanogpt.training.checkpoint import Checkpoint, check_model, newest_checkpoi
 from nanogpt.training.plan import Plan
 from nanogpt.training.records import validation_losses
 from nanogpt.training.resume import CHANGEABLE, PLACES, check_same_data
-from nanogpt.training.step import init_params
+from nanogpt.training.step import param_shapes
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def where_to_begin(plan: Plan, folder: Path, say: Callable[[str], None]) -> Star
                 f"{checkpoint.folder} is from another run, with {name} {saved[name]} instead of "
                 f"{current[name]}: restore the run's own checkpoint, or delete this one."
             )
-    check_model(checkpoint, jax.eval_shape(partial(init_params, hp.model), jax.random.key(0)))
+    check_model(checkpoint, param_shapes(hp.model))
     start = Start(checkpoint)
     if start.unvalidated:
         step = checkpoint.step

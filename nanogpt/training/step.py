@@ -16,7 +16,7 @@ its own, and the reduction of its gradient overlaps with the backward pass of ea
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ class TrainState:
     loss_variance: Float[Array, ""]
 
 
+@cache
 def graph_of(config: GPTConfig, kernels: Kernels = XLA) -> nnx.GraphDef:
     """Return the model without its arrays; `nnx.merge(graph, params)` is the whole model."""
     return nnx.graphdef(nnx.eval_shape(lambda: GPT(config, kernels, rngs=nnx.Rngs(0))))
@@ -56,6 +57,12 @@ def init_params(config: GPTConfig, key: Key[Array, ""]) -> Params:
     """Return the initial parameters of a model, float32, as a nested dict."""
     params = nnx.to_pure_dict(nnx.state(GPT(config, rngs=nnx.Rngs(key))))
     return optax.tree.cast(params, jnp.float32)  # not weakly typed, like those after any step
+
+
+@cache
+def param_shapes(config: GPTConfig) -> Params:
+    """Return the shapes and dtypes of a model's parameters, without computing any."""
+    return jax.eval_shape(partial(init_params, config), jax.random.key(0))
 
 
 def make_init(
@@ -98,9 +105,8 @@ def make_train_step(
     state. Nor does one with a loss more than `skip_spikes` standard deviations above recent ones,
     unless `skip_spikes` is 0. `dtype` is that of the forward and backward pass.
 
-    Metrics are scalars: `loss`, the mean over the batch in nats per token before the update,
-    `grad_norm`, `spike`, how many standard deviations the loss is above recent ones (0 in the
-    first steps), and `applied`, whether the update was made.
+    Metrics are scalars: `loss`, the batch's mean in nats per token before the update, `grad_norm`,
+    `spike`, standard deviations from recent losses (0 at first), and `applied`: was it updated?
     """
 
     def train_step(

@@ -22,7 +22,7 @@ from nanogpt.devices.hardware import (
     row_fits,
     utilization,
 )
-from nanogpt.training.step import graph_of, init_params
+from nanogpt.training.step import graph_of, param_shapes
 from train_gpt import PRESETS
 
 
@@ -57,7 +57,7 @@ def test_flops_equal_a_count_over_every_weight_and_every_visible_pair(windows, m
         bigram_buckets=50,
     )
     T = 29
-    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    params = param_shapes(config)
     names = [("attention", "qkv"), ("attention", "out"), ("mlp", "up"), ("mlp", "down")]
     matrices = [params["head"], *(params[kind][name] for kind, name in names)]
     weights = sum(np.prod(m.shape) for m in matrices)
@@ -95,7 +95,7 @@ def test_flops_are_those_that_xla_counts_in_the_loss_and_its_gradient(shape):
     def loss(params, rows):
         return nnx.merge(graph, params).loss(rows[:, :-1], rows[:, 1:])[0].mean()
 
-    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    params = param_shapes(config)
     rows = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
     lowered = jax.jit(jax.value_and_grad(loss)).lower(params, rows)
     counted = lowered.cost_analysis()["flops"] / (B * T)
@@ -245,7 +245,7 @@ def test_layers_computed_again_keep_what_is_reckoned_and_no_more(change):
             **change,
         )
         graph = graph_of(config, Kernels(rematerialize=True))
-        params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+        params = param_shapes(config)
         rows = jax.ShapeDtypeStruct((B, T + 1), jnp.int32)
 
         def pullback(params, rows):

@@ -21,10 +21,10 @@ from nanogpt.optim.groups import make_optimizer
 from nanogpt.training.step import (
     TrainState,
     graph_of,
-    init_params,
     make_eval_step,
     make_init,
     make_train_step,
+    param_shapes,
 )
 from tests.training.test_step import (
     RATES,
@@ -152,7 +152,7 @@ def test_the_gradient_of_each_parameter_is_that_of_one_device():
     # With random parameters, since many initial ones are zero.
     config = replace(CONFIG, skips=((0, 2),), value_gate=False)
     mesh, rows = make_mesh(2, 4), some_rows(1)[0]
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    shapes = param_shapes(config)
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda p: random.normal(0, 0.3, p.shape).astype("f4"), shapes)
 
@@ -216,7 +216,7 @@ def test_without_shard_params_what_heads_and_mlps_share_and_what_is_large_in_ada
 
 
 def test_layouts_name_every_large_parameter():
-    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+    shapes = param_shapes(CONFIG)
     for path, spec in jax.tree.leaves_with_path(
         specs(shapes, make_mesh(2), shard_params=True), is_leaf=lambda x: isinstance(x, P)
     ):
@@ -231,7 +231,7 @@ def test_layouts_name_every_large_parameter():
 
 
 def test_tables_that_are_sent_in_bfloat16_are_rounded_to_it_wherever_they_are_used():
-    shapes = jax.eval_shape(lambda: init_params(NEW, jax.random.key(0)))
+    shapes = param_shapes(NEW)
     random = np.random.default_rng(0)
     params = jax.tree.map(lambda p: random.normal(0, 0.3, p.shape).astype("f4"), shapes)
     step = make_eval_step(graph_of(NEW), mesh := make_mesh(1), "bfloat16")
@@ -321,7 +321,7 @@ def test_heads_that_read_whole_value_embeddings_are_not_split(changed):
 
 
 def test_what_cannot_be_divided_is_named():
-    shapes = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))
+    shapes = param_shapes(CONFIG)
     with pytest.raises(ConfigError, match=r"128 rows or columns of embed .* data=3: .* shard_par"):
         shardings({"embed": shapes["embed"]}, make_mesh(3), shard_params=True)
     whole = shardings(shapes, make_mesh(3), shard_params=False)

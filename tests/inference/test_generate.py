@@ -16,7 +16,7 @@ from nanogpt.inference.generate import CHUNK, generate
 from nanogpt.inference.sampling import Sampling
 from nanogpt.model.context import Cache, Next, Prompts
 from nanogpt.model.rotary import rotation
-from nanogpt.training.step import graph_of, init_params
+from nanogpt.training.step import graph_of, init_params, param_shapes
 from tests.conftest import like_the_speedrun, with_every_trick
 
 CONTEXT = 20  # between the windows of 8 and 24 that the layers have in turn
@@ -44,7 +44,7 @@ MODELS = {
 def made_up(config):
     """Return a model's graph and parameters, none of them zero as some are before training."""
     random = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    shapes = param_shapes(config)
     arrays = jax.tree.map(lambda p: np.float32(random.normal(0, 0.3, p.shape)), shapes)
     return graph_of(config), jax.device_put(arrays)
 

@@ -16,14 +16,14 @@ from nanogpt.model.context import Rows
 from nanogpt.model.gpt import GPT, Attention, norm
 from nanogpt.model.kernels.relu_squared import relu_squared
 from nanogpt.model.parameters import compute_copy
-from nanogpt.training.step import graph_of, init_params
+from nanogpt.training.step import graph_of, init_params, param_shapes
 from tests.conftest import like_the_speedrun, with_every_trick
 from tests.model.test_bigrams import bucket_of, signs_of
 
 
 def alive(config, seed=0):
     """Return random parameters, so that none is at its initial zero."""
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    shapes = param_shapes(config)
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: 0.4 * rng.standard_normal(leaf.shape, "f4"), shapes)
 

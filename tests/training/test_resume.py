@@ -172,14 +172,14 @@ def test_a_number_of_steps_that_moves_a_stage_which_has_been_trained_is_refused(
     staged, place, cache
 ):
     straight = staged.folder
-    run = died_after(15, straight, place)
+    run = died_after(12, straight, place)
     metrics, whole = (run / "metrics.jsonl").read_bytes(), contents(run / "checkpoints")
     process, status, errors = resume(run, cache, "--num-steps", "56")
     assert (status, process.lines) == (2, [])
-    # 9 steps of 128 tokens and 6 of 384; of 56 steps, the first 18 have 128.
+    # 9 steps of 128 tokens and 3 of 384; of 56 steps, the first 18 have 128.
     assert errors == (
         "num_steps cannot change to 56 while runs/a is resumed: its stages would have had "
-        "1,920 tokens by now instead of 3,456.\n"
+        "1,536 tokens by now instead of 2,304.\n"
     )
     assert (run / "metrics.jsonl").read_bytes() == metrics
     assert contents(run / "checkpoints") == whole
