@@ -13,7 +13,7 @@ import nanogpt  # noqa: F401  (explains what to do if packages are missing)
 import os
 import sys
 from dataclasses import asdict, dataclass, fields, replace
-from functools import cache, partial
+from functools import partial
 from typing import Annotated, Literal
 
 import tyro
@@ -394,7 +394,7 @@ PRESETS |= {
 def main(arguments: list[str] | None = None) -> int:
     """Parse the arguments, train, and return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    override = cache(partial(parse, Hyperparameters, arguments))
+    override = partial(parse, Hyperparameters, arguments)
     help_only = {"-h", "--help"} & set(arguments)
     given = parse(Hyperparameters, [x for x in arguments if x not in help_only])
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # JAX's own default is 0.75

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
+from functools import cache
 from io import TextIOWrapper
 from typing import Any, TypeVar
 
@@ -70,12 +71,17 @@ def parse(options: type[Options], arguments: Sequence[str] | None, **settings: A
             raise SystemExit(2)
     try:
         try:
-            return tyro.cli(options, args=arguments, **settings)
+            return _parsed(options, tuple(arguments), **settings)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # the reader of the help, such as `head`, has ended
         discard_output()
         raise SystemExit(0) from None
+
+
+@cache  # the settings of training take a tenth of a second, and start from several defaults
+def _parsed(options: type[Options], arguments: tuple[str, ...], **settings: Any) -> Options:
+    return tyro.cli(options, args=arguments, **settings)
 
 
 def print_result(text: str) -> int:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, fields, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,6 +31,7 @@ from nanogpt.training import saving
 from nanogpt.training.checkpoint import CheckpointError, load_state, newest_checkpoint
 from nanogpt.training.saving import Checkpoints
 from nanogpt.training.step import TrainState, make_init
+from tests.conftest import with_every_trick
 from tests.training.test_step import some_optimizer
 from train_gpt import PRESETS
 
@@ -40,13 +42,14 @@ def say_nothing_is_wrong(line):
     raise AssertionError(line)
 
 
-@pytest.fixture
-def shapes(tiny):
+@pytest.fixture(scope="module")
+def shapes():
     """The shapes of a state with the real optimizer, by number of devices."""
 
+    @cache
     def shapes(devices):
         mesh = make_mesh(devices)
-        init = make_init(tiny, some_optimizer(), mesh)
+        init = make_init(with_every_trick(), some_optimizer(), mesh)
         return shapes_on(mesh, REPLICATED, jax.eval_shape(init, jax.random.key(0)))
 
     return shapes
