@@ -261,7 +261,7 @@ def test_rows_of_documents_by_hand(tmp_path):
 @pytest.mark.parametrize("max_document", [1, 2, 9, 1000])
 def test_rows_of_documents_are_those_of_a_reading_token_by_token(tmp_path, T, max_document):
     lengths = []
-    for seed in range(10):
+    for seed in range(3):
         files = write_documents(tmp_path, seed)
         expected = aligned_rows(map(raw, files), T, max_document)
         lengths.append(len(expected))
@@ -328,10 +328,10 @@ def test_a_token_beyond_the_vocabulary_in_a_row_of_documents_is_located(tmp_path
 @pytest.mark.parametrize("max_document", [None, 9])
 def test_an_epoch_that_starts_at_a_row_is_the_same_epoch_turned_round(tmp_path, max_document):
     files = write_documents(tmp_path, seed=3)
-    rows = aligned(files, T, max_document)
+    rows = aligned(files, 20, max_document)
     in_order = all_of(rows)
     for number in range(len(rows)):
-        turned = aligned(files, T, max_document, start=rows.offset(number))
+        turned = aligned(files, 20, max_document, start=rows.offset(number))
         np.testing.assert_array_equal(all_of(turned), np.roll(in_order, -number, axis=0))
         assert turned.offset(len(rows)) == rows.offset(number)  # where the epoch ends
     assert rows.offset(len(rows)) == 0
@@ -350,7 +350,7 @@ def test_longer_rows_go_on_in_the_tokens_where_the_shorter_ones_ended(files):
     assert beginnings == [0, 2 * T, 5 * T + 3]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(2))
 def test_longer_rows_go_on_with_the_documents_that_the_shorter_ones_left(tmp_path, seed):
     files = write_documents(tmp_path, seed)
     short = aligned(files, 8, 12)
@@ -369,7 +369,7 @@ def test_longer_rows_go_on_with_the_documents_that_the_shorter_ones_left(tmp_pat
 
 def test_rows_of_documents_go_on_from_an_offset_within_a_document(tmp_path):
     files = write_documents(tmp_path, seed=4)
-    for start in range(0, 940, 13):
+    for start in range(0, 940, 31):
         read = all_of(aligned(files, 8, 12, start=start)).tolist()
         assert read == aligned_rows(pieces_from(files, start), 8, 12)
 

@@ -16,6 +16,7 @@ from nanogpt.model.softcap import Softcap, softcap
 
 CAP = Softcap(6.0, 6.0, 0.0)
 TILTED = Softcap(5.0, 8.0, 2.0)
+HIGHEST = Softcap(40.0, 32.0, -5.0)
 ONE, THREE = (1.0,), (1.0, 0.5, 0.25)  # weights of the targets of a token
 D, V = 16, 37
 WAYS = [(kernel, fp8) for kernel in ("xla", "pallas") for fp8 in (False, True)]
@@ -56,14 +57,14 @@ def some_targets(shape, K, ids=V):
     # Of several targets some may be missing, or equal.
     targets[0, 3, 1:] = targets[1, 0, :-1] = -1
     targets[1, 1, 1:] = targets[1, 1, 0]
-    return jnp.asarray(targets)
+    return targets
 
 
-def some_inputs(dtype, spread=1.0, K=1):
+def some_inputs(dtype, spread=1.0, K=3):
     """Return features, a head and targets; bfloat16 represents the logits exactly."""
     rng = np.random.default_rng(0)
-    features = jnp.asarray(rng.choice([-1.0, -0.5, 0.5, 1.0], (3, 5, D)), dtype)
-    head = jnp.asarray(rng.integers(-5, 6, (D, V)) / 8 * spread, dtype)
+    features = rng.choice([-1.0, -0.5, 0.5, 1.0], (3, 5, D)).astype(dtype)
+    head = (rng.integers(-5, 6, (D, V)) / 8 * spread).astype(dtype)
     return features, head, some_targets((3, 5), K)
 
 
@@ -82,20 +83,25 @@ def factors():
     return np.random.default_rng(2).uniform(0.5, 2.0, (3, 5)).astype("f4")
 
 
-def losses_and_gradients(features, head, targets, cap=CAP, factors=1.0, **way):
+@partial(jax.jit, static_argnames=("cap", "kernel", "fp8"))
+def program(features, head, targets, weights, factors, *, cap, **way):
+    pair_of = partial(linear_cross_entropy, targets=targets, cap=cap, weights=weights, **way)
+    (objective, loss), pullback = jax.vjp(pair_of, features, head)
+    return objective, loss, *pullback((factors, 100 * jnp.ones_like(loss)))
+
+
+def losses_and_gradients(features, head, targets, weights=THREE, factors=1.0, cap=CAP, **way):
     """Return objective, loss, and the gradients of the sum of objective * factors.
 
-    The loss is only for the log: a gradient with respect to it must have no effect.
+    The loss is only for the log: a gradient with respect to it must have no effect. The weights
+    change from step to step, so they are an input of the program.
     """
+    above = np.broadcast_to(np.float32(factors), targets.shape[:-1])
+    return program(features, head, targets, weights, above, cap=cap, **way)
 
-    @jax.jit
-    def run(features, head):
-        pair_of = partial(linear_cross_entropy, targets=targets, cap=cap, **way)
-        (objective, loss), pullback = jax.vjp(pair_of, features, head)
-        above = jnp.broadcast_to(jnp.asarray(factors, "float32"), objective.shape)
-        return objective, loss, *pullback((above, 100 * jnp.ones_like(loss)))
 
-    return run(features, head)
+# What validation computes.
+undifferentiated = jax.jit(linear_cross_entropy, static_argnames=("cap", "weights", "kernel"))
 
 
 def assert_near(got, want, tolerance):
@@ -114,29 +120,22 @@ def relative_error(got, want):
 @pytest.mark.parametrize(("dtype", "rounding"), [("float32", 2e-6), ("bfloat16", 2**-7)])
 @pytest.mark.parametrize(
     ("cap", "spread", "weights"),
-    [
-        (CAP, 1, ONE),
-        (CAP, 1024, ONE),
-        (TILTED, 1, THREE),
-        (Softcap(40.0, 40.0, -5.0), 16, THREE),
-    ],
+    [(CAP, 1, ONE), (CAP, 1024, ONE), (HIGHEST, 1, THREE), (HIGHEST, 16, THREE)],
 )
 def test_losses_and_gradients_equal_float64_and_its_finite_differences(
     cap, spread, weights, dtype, rounding, kernel
 ):
-    features, head, targets = some_inputs(dtype, spread, len(weights))
+    inputs = features, head, _ = some_inputs(dtype, spread, len(weights))
     objective, loss, dfeatures, dhead = losses_and_gradients(
-        features, head, targets, cap, factors(), weights=weights, kernel=kernel
+        *inputs, weights, factors(), cap, kernel=kernel
     )
 
     want, want_dfeatures, want_dhead = expected(dtype, cap, spread, weights)
     dtypes = (jnp.float32, jnp.float32, features.dtype, head.dtype)
     assert (objective.dtype, loss.dtype, dfeatures.dtype, dhead.dtype) == dtypes
     # bfloat16 rounds gradients, but not the losses.
-    undifferentiated = linear_cross_entropy(
-        features, head, targets, cap, weights=weights, kernel=kernel
-    )
-    for got_objective, got_loss in ((objective, loss), undifferentiated):
+    others = undifferentiated(*inputs, cap=cap, weights=weights, kernel=kernel)
+    for got_objective, got_loss in ((objective, loss), others):
         np.testing.assert_allclose(got_objective, want @ np.array(weights), rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(got_loss, want[..., 0], rtol=1e-5, atol=1e-5)
         assert weights != ONE or np.array_equal(got_objective, got_loss)
@@ -144,146 +143,111 @@ def test_losses_and_gradients_equal_float64_and_its_finite_differences(
     assert_near(dhead, want_dhead, rounding)
 
 
-@pytest.mark.parametrize(("tokens", "ids"), [(7, 1), (7, 15), (1, 16), (7, 48), (1, 61)])
-def test_the_kernel_agrees_with_xla_for_any_number_of_tokens_and_ids(tokens, ids):
+@pytest.mark.parametrize(("tokens", "ids"), [(7, 1), (7, 15), (1, 48)])
+def test_the_kernel_reads_any_number_of_tokens_and_ids(tokens, ids):
     rng = np.random.default_rng(ids)
-    features = jnp.asarray(rng.standard_normal((tokens, D)), "float32")
-    head = jnp.asarray(rng.standard_normal((D, ids)), "float32")
-    targets = jnp.asarray(rng.integers(0, ids, (tokens, 3)))
-    ours, theirs = (
-        losses_and_gradients(features, head, targets, TILTED, weights=THREE, kernel=kernel)
-        for kernel in ("pallas", "xla")
-    )
-    for our, their in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(our, their, rtol=1e-5, atol=1e-5)
+    x, w = rng.standard_normal((tokens, D), "f4"), rng.standard_normal((D, ids), "f4")
+    targets = rng.integers(0, ids, (tokens, 3))
+    objective, _, *gradients = losses_and_gradients(x, w, targets, cap=TILTED, kernel="pallas")
+    x, w = x.astype("f8"), w.astype("f8")
+    want = numpy_losses(x @ w, targets, TILTED) @ np.array(THREE)
+    np.testing.assert_allclose(objective, want, rtol=1e-5, atol=1e-5)
+    dlogits = numpy_gradient(x @ w, targets, TILTED, THREE)
+    for got, exact in zip(gradients, (dlogits @ w.T, x.T @ dlogits), strict=True):
+        np.testing.assert_allclose(got, exact, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("weights", [ONE, THREE])
 @pytest.mark.parametrize(("kernel", "fp8"), WAYS)
-def test_a_token_without_a_target_costs_nothing_and_teaches_nothing(kernel, fp8, weights):
-    features, head, targets = some_inputs("float32", K=len(weights))
-    run = partial(losses_and_gradients, weights=weights, kernel=kernel, fp8=fp8)
-    objective, loss, dfeatures, dhead = run(features, head, targets)
+def test_a_token_without_a_target_costs_nothing_and_teaches_nothing(kernel, fp8):
+    features, head, targets = some_inputs("float32")
+    run = partial(losses_and_gradients, kernel=kernel, fp8=fp8)
+    objective, loss, dfeatures, dhead = map(np.asarray, run(features, head, targets))
     assert np.array_equal(loss == 0, targets[..., 0] < 0)
     without = np.all(targets < 0, axis=-1)
     assert without.sum() == 3
     assert not np.any(objective[without]) and not np.any(dfeatures[without])
-    assert np.all(objective[~without]) and np.all(jnp.any(dfeatures[~without], axis=-1))
-    *_, dhead_of_the_others = run(features[~without], head, targets[~without])
+    assert np.all(objective[~without]) and np.all(np.any(dfeatures[~without], axis=-1))
+    features[without] = 0  # then they could not teach anything
+    *_, dhead_of_the_others = run(features, head, targets)
     assert_near(dhead, dhead_of_the_others, 1e-6)
 
 
 @pytest.mark.parametrize(("kernel", "fp8"), WAYS)
 def test_targets_whose_weight_has_fallen_to_zero_are_as_if_they_were_not_there(kernel, fp8):
-    features, head, targets = some_inputs("float32", K=3)
-    targets = targets.at[0, 2].set(jnp.array([-1, -1, 5]))  # a token with no other target
+    features, head, targets = some_inputs("float32")
+    targets[0, 2] = -1, -1, 5  # a token with no other target
     run = partial(losses_and_gradients, features, head, kernel=kernel, fp8=fp8)
-    three = run(targets, weights=(1.0, 0.5, 0.0))
-    two = run(targets[..., :2], weights=(1.0, 0.5))
+    three = run(targets, (1.0, 0.5, 0.0))
+    targets[..., 2] = -1
+    two = run(targets, (1.0, 0.5, 0.0))
     for got, want in zip(three, two, strict=True):
         assert np.isfinite(got).all()
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("kernel", "fp8"), WAYS)
-def test_weights_may_change_from_step_to_step_without_another_program(kernel, fp8):
-    features, head, targets = some_inputs("float32", K=3)
-
-    @jax.jit
-    def step(weights):
-        def total(features, head, weights):
-            how = {"weights": weights, "kernel": kernel, "fp8": fp8}
-            return linear_cross_entropy(features, head, targets, CAP, **how)[0].sum()
-
-        return jax.value_and_grad(total, (0, 1))(features, head, weights)
-
-    for weights in (THREE, (0.3, 2.0, 0.0), (1, 1, 1)):
-        objective, gradients = step(tuple(map(jnp.float32, weights)))
-        want, _, *want_gradients = losses_and_gradients(
-            features, head, targets, weights=weights, kernel=kernel, fp8=fp8
-        )
-        np.testing.assert_allclose(objective, want.sum(), rtol=1e-5)
-        for got, expected in zip(gradients, want_gradients, strict=True):
-            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
-    assert step._cache_size() == 1
-
-
 @pytest.mark.parametrize("weights", [ONE, (1.0, 0.5), (1.0, 0.5, 0.25, 0.125)])
 def test_weights_that_do_not_fit_the_targets_are_refused(weights):
     with pytest.raises(ValueError, match=r"^weights must be 3 numbers, .* not \(1\.0,"):
-        linear_cross_entropy(*some_inputs("float32", K=3), CAP, weights=weights)
+        undifferentiated(*some_inputs("float32"), cap=CAP, weights=weights)
 
 
 def test_a_softcap_can_be_the_sigmoid_of_the_speedrun():
-    features, head, targets = some_inputs("float32", spread=16)
+    features, head, targets = some_inputs("float32", spread=16, K=1)
     logits = np.asarray(features, "f8") @ np.asarray(head, "f8")
     assert logits.min() < -30 and logits.max() > 30
     capped = 23 / (1 + np.exp(-(logits + 5) / 7.5))
     log_p = capped - np.log(np.exp(capped).sum(axis=-1, keepdims=True))
     want = -np.take_along_axis(log_p, np.maximum(targets, 0), axis=-1)
-    _, loss = linear_cross_entropy(features, head, targets, Softcap(11.5, 15.0, 5.0))
+    _, loss = undifferentiated(features, head, targets, cap=Softcap(11.5, 15.0, 5.0))
     np.testing.assert_allclose(loss, np.where(targets < 0, 0.0, want)[..., 0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("weights", [ONE, THREE])
-def test_impossible_ids_have_no_probability_whatever_their_logits(weights):
+def test_impossible_ids_have_no_probability_whatever_their_logits():
     features, _, _ = some_inputs("float32")
     rng, ids = np.random.default_rng(3), 40
-    head = jnp.asarray(rng.standard_normal((D, ids)), "float32")
-    targets = some_targets((3, 5), len(weights), ids)
+    head = rng.standard_normal((D, ids), "f4")
+    targets = some_targets((3, 5), 3, ids)
     impossible = rng.random((3, 5, ids)) < 0.5
     np.put_along_axis(impossible, np.maximum(targets, 0), False, axis=-1)
-    mask = jnp.asarray(np.packbits(impossible, axis=-1, bitorder="little"))
-    objective, loss = linear_cross_entropy(
-        features, head, targets, CAP, weights=weights, kernel="pallas", impossible=mask
+    mask = np.packbits(impossible, axis=-1, bitorder="little")
+    objective, loss = undifferentiated(
+        features, head, targets, cap=CAP, weights=THREE, kernel="pallas", impossible=mask
     )
     logits = np.asarray(features, "f8") @ np.asarray(head, "f8")
     capped = np.where(impossible, -np.inf, CAP.bound * np.tanh(logits / CAP.width))
     log_p = capped - np.log(np.exp(capped).sum(axis=-1, keepdims=True))
     want = np.where(targets < 0, 0, -np.take_along_axis(log_p, np.maximum(targets, 0), axis=-1))
-    np.testing.assert_allclose(objective, want @ np.array(weights), rtol=1e-5)
+    np.testing.assert_allclose(objective, want @ np.array(THREE), rtol=1e-5)
     np.testing.assert_allclose(loss, want[..., 0], rtol=1e-5)
 
 
-def wide_inputs(K):
-    """Return RMS-normalized features and a head as large as after training; bfloat16."""
-    rng = np.random.default_rng(3)
+def test_8_bit_floats_err_by_their_rounding_and_no_more():
+    # RMS-normalized features and a head as large as after training.
+    rng, cap = np.random.default_rng(3), Softcap(11.5, 15.0, 5.0)
     features = rng.standard_normal((6, 32, 64))
     features /= np.sqrt(np.mean(features**2, axis=-1, keepdims=True))
-    head = 0.1 * rng.standard_normal((64, 300))
-    targets = some_targets((6, 32), K)
-    return jnp.asarray(features, "bfloat16"), jnp.asarray(head, "bfloat16"), targets
+    features = features.astype(jnp.bfloat16)
+    head = (0.1 * rng.standard_normal((64, 100))).astype(jnp.bfloat16)
+    targets = some_targets((6, 32), 3, 100)
+    factors = rng.uniform(0, 1e-4, (6, 32)).astype("f4")
 
-
-@pytest.mark.parametrize(
-    ("kernel", "cap", "weights"),
-    [("xla", Softcap(15.0, 15.0, 0.0), ONE), ("pallas", Softcap(11.5, 15.0, 5.0), THREE)],
-)
-def test_8_bit_floats_err_by_their_rounding_and_no_more(kernel, cap, weights):
-    features, head, targets = wide_inputs(len(weights))
-    factors = np.random.default_rng(4).uniform(0, 1e-4, (6, 32)).astype("f4")
-
-    def run(**way):
-        _, *found = losses_and_gradients(
-            features, head, targets, cap, factors, weights=weights, **way
-        )
-        return found
-
-    x, w = np.asarray(features, "f8"), np.asarray(head, "f8")
+    x, w = features.astype("f8"), head.astype("f8")
     want = numpy_losses(x @ w, targets, cap)[..., 0]
-    dlogits = factors[..., None] * numpy_gradient(x @ w, targets, cap, weights)
-    want_gradients = dlogits @ w.T, x.reshape(-1, 64).T @ dlogits.reshape(-1, 300)
+    dlogits = factors[..., None] * numpy_gradient(x @ w, targets, cap, THREE)
+    want_gradients = dlogits @ w.T, x.reshape(-1, 64).T @ dlogits.reshape(-1, 100)
 
-    loss, *gradients = run(kernel=kernel, fp8=True)
-    assert np.abs(loss - want).max() < 0.1 and abs(np.mean(loss - want)) < 0.005
-    plain, *plain_gradients = run(kernel=kernel)
-    assert np.abs(loss - want).max() > 4 * np.abs(plain - want).max()
-    # e4m3 rounds by up to 2^-4 and e5m2 by up to 2^-3, about half as much on average.
-    for got, unrounded, exact in zip(gradients, plain_gradients, want_gradients, strict=True):
-        assert got.dtype == jnp.bfloat16
-        assert 0.01 < relative_error(got, exact) < 0.08
-        assert relative_error(unrounded, exact) < 0.005
-    for got, same in zip(gradients, run(kernel="xla", fp8=True)[1:], strict=True):
+    run = partial(losses_and_gradients, features, head, targets, factors=factors, cap=cap)
+    _, plain, *plain_gradients = run(kernel="pallas")
+    by_xla, by_pallas = (run(kernel=kernel, fp8=True)[1:] for kernel in ("xla", "pallas"))
+    for losses, *gradients in (by_xla, by_pallas):
+        assert np.abs(losses - want).max() < 0.1 and abs(np.mean(losses - want)) < 0.005
+        assert np.abs(losses - want).max() > 4 * np.abs(plain - want).max()
+        # e4m3 rounds by up to 2^-4 and e5m2 by up to 2^-3, about half as much on average.
+        for got, unrounded, exact in zip(gradients, plain_gradients, want_gradients, strict=True):
+            assert got.dtype == jnp.bfloat16
+            assert 0.01 < relative_error(got, exact) < 0.08
+            assert relative_error(unrounded, exact) < 0.005
+    for got, same in zip(by_pallas[1:], by_xla[1:], strict=True):
         assert relative_error(got, same) < 0.003
 
 
@@ -300,15 +264,13 @@ def equations(jaxpr, name):
 
 
 def training_jaxpr(kernel, fp8):
-    features, head, targets = some_inputs("bfloat16", K=3)
-
-    def mean_objective(features, head):
+    def mean_objective(features, head, targets):
         objective, _ = linear_cross_entropy(
             features, head, targets, CAP, weights=THREE, kernel=kernel, fp8=fp8
         )
         return objective.mean()
 
-    return jax.make_jaxpr(jax.grad(mean_objective, (0, 1)))(features, head).jaxpr
+    return jax.make_jaxpr(jax.grad(mean_objective, (0, 1)))(*some_inputs("bfloat16")).jaxpr
 
 
 @pytest.mark.parametrize("kernel", ["xla", "pallas"])
@@ -331,8 +293,8 @@ def test_the_products_are_of_8_bit_floats_if_asked_and_only_then(kernel):
 
 def test_too_large_weights_and_features_saturate_in_8_bits():
     features, head, targets = some_inputs("float32")
-    head, features = head.at[3, 5].set(100.0), features.at[1, 1, 3].set(-1e6)
-    bounded = jnp.clip(features, -28.0, 28.0), jnp.clip(head, -1.75, 1.75), targets
+    head[3, 5], features[1, 1, 3] = 100.0, -1e6
+    bounded = np.clip(features, -28.0, 28.0), np.clip(head, -1.75, 1.75), targets
     same = losses_and_gradients(*bounded, fp8=True)
     for got, want in zip(
         losses_and_gradients(features, head, targets, fp8=True), same, strict=True
@@ -345,8 +307,7 @@ def test_too_large_weights_and_features_saturate_in_8_bits():
 
 @pytest.mark.parametrize("size", [0.0, 1e-9, 1e9])
 def test_8_bit_gradients_follow_the_size_of_what_comes_from_above(size):
-    features, head, targets = some_inputs("float32")
-    run = partial(losses_and_gradients, features, head, targets, CAP, fp8=True)
+    run = partial(losses_and_gradients, *some_inputs("float32"), THREE, fp8=True)
     _, _, *gradients = run(factors())
     _, _, *sized = run(size * factors())
     for got, one in zip(sized, gradients, strict=True):
@@ -355,7 +316,7 @@ def test_8_bit_gradients_follow_the_size_of_what_comes_from_above(size):
 
 @pytest.mark.parametrize("kernel", ["xla", "pallas"])
 def test_8_bit_gradients_follow_the_size_of_the_weights(kernel):
-    run = partial(losses_and_gradients, *some_inputs("float32", K=3), kernel=kernel, fp8=True)
+    run = partial(losses_and_gradients, *some_inputs("float32"), kernel=kernel, fp8=True)
     _, _, *gradients = run(weights=THREE)
     _, _, *sized = run(weights=(8.0, 4.0, 2.0))
     for got, one in zip(sized, gradients, strict=True):
@@ -363,12 +324,12 @@ def test_8_bit_gradients_follow_the_size_of_the_weights(kernel):
 
 
 def test_8_bit_gradients_of_too_many_ids_for_32_bit_addresses_are_made_in_parts(monkeypatch):
-    inputs = some_inputs("float32", K=3)
-    run = partial(losses_and_gradients, *inputs, weights=THREE, kernel="pallas", fp8=True)
-    whole = run()
-    limit = 4 * V
+    inputs, way = some_inputs("float32"), {"kernel": "pallas", "fp8": True}
+    whole = losses_and_gradients(*inputs, **way)
+    limit = 8 * V
     monkeypatch.setattr(cross_entropy, "MAX_8BIT_ELEMENTS", limit)
-    for part, full in zip(run(), whole, strict=True):
+    in_parts = jax.jit(partial(program.__wrapped__, cap=CAP, **way))
+    for part, full in zip(in_parts(*inputs, THREE, np.ones((3, 5), "f4")), whole, strict=True):
         assert_near(part, full, 1e-6)
 
     calls = equations(training_jaxpr("pallas", True), "pallas_call")
@@ -379,10 +340,16 @@ def test_8_bit_gradients_of_too_many_ids_for_32_bit_addresses_are_made_in_parts(
 
 def kept_for_the_backward_pass(loss_of):
     """Return shapes and dtypes of a small head's residuals, stored for the backward pass."""
-    features = jnp.ones((64, 16), "bfloat16")
-    head = jnp.ones((16, 256), "bfloat16")
-    targets = jnp.arange(192).reshape(64, 3)
-    _, pullback = jax.vjp(lambda x, head: loss_of(x, head, targets), features, head)
+    shapes = [(64, 16), (16, 256), (64, 3)]
+    args = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in zip(shapes, ("bfloat16", "bfloat16", "int32"), strict=True)
+    ]
+
+    def pullback_of(features, head, targets):
+        return jax.vjp(lambda x, head: loss_of(x, head, targets), features, head)[1]
+
+    pullback = jax.eval_shape(pullback_of, *args)
     return {(leaf.dtype.name, leaf.shape) for leaf in jax.tree.leaves(pullback)}
 
 
@@ -422,23 +389,22 @@ def on_devices(mesh, kernel, fp8):
         return jax.lax.psum((objective.sum(), loss.sum()), "data")
 
     over = partial(jax.shard_map, mesh=mesh, in_specs=(P("data"), P(), P("data")))
-    return jax.jit(over(train, out_specs=(P(), P(), P("data")))), jax.jit(
-        over(evaluate, out_specs=P())
-    )
+    return over(train, out_specs=(P(), P(), P("data"))), over(evaluate, out_specs=P())
 
 
 @pytest.mark.parametrize(("kernel", "fp8"), WAYS)
 def test_devices_that_share_the_tokens_get_the_gradients_of_one(kernel, fp8, monkeypatch):
     monkeypatch.undo()  # JAX cannot interpret a kernel inside shard_map; CPUs use XLA instead
     rng = np.random.default_rng(5)
-    features = jnp.asarray(rng.standard_normal((16, 3, D)), "float32")
-    head = jnp.asarray(0.3 * rng.standard_normal((D, V)), "float32")
-    args = features, head, jnp.asarray(rng.integers(-1, V, (16, 3, 3)))
+    features = rng.standard_normal((16, 3, D), "f4")
+    head = np.float32(0.3) * rng.standard_normal((D, V), "f4")
+    args = features, head, rng.integers(-1, V, (16, 3, 3))
     runs = []
     for count in (1, 8):
         mesh = jax.make_mesh((count,), ("data",), (AxisType.Auto,), devices=jax.devices()[:count])
         train, evaluate = on_devices(mesh, kernel, fp8)
-        runs.append((*train(*args), *evaluate(*args)))
+        both = jax.jit(lambda *args, t=train, e=evaluate: (*t(*args), *e(*args)))
+        runs.append(both(*args))
     for one, many in zip(*runs, strict=True):
         np.testing.assert_allclose(many, one, rtol=1e-5, atol=1e-7)
     mean_objective, _, _, total, _ = runs[0]
@@ -446,7 +412,8 @@ def test_devices_that_share_the_tokens_get_the_gradients_of_one(kernel, fp8, mon
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_nvidia_gpus_get_the_kernel_which_writes_over_the_logits_where_it_fits(fp8):
+def test_nvidia_gpus_get_the_kernel_which_writes_over_the_logits_where_it_fits(fp8, monkeypatch):
+    monkeypatch.undo()  # fewer, larger blocks of ids
     device = AbstractDevice("NVIDIA H200", num_cores=132, platform="gpu")
     mesh = AbstractMesh((8,), ("data",), (AxisType.Auto,), abstract_device=device)
     shapes = [(64, D), (D, 1152), (64, 3)]
@@ -456,7 +423,7 @@ def test_nvidia_gpus_get_the_kernel_which_writes_over_the_logits_where_it_fits(f
     ]
     with jax.sharding.use_abstract_mesh(mesh):
         train, evaluate = (
-            function.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+            jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
             for function in on_devices(mesh, "pallas", fp8)
         )
     (call,) = [line for line in train.splitlines() if "gpu.triton" in line]

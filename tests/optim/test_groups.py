@@ -3,9 +3,9 @@
 import re
 from collections import defaultdict
 from dataclasses import fields, replace
+from functools import cache
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -82,25 +82,30 @@ def optimizer_with(**changed):
     return make_optimizer(**(settings | changed))
 
 
+@cache
+def programs_with(**changed):
+    """Return an optimizer's compiled functions, the same for all tests with its settings."""
+    optimizer = optimizer_with(**changed)
+    return jax.jit(optimizer.init), jax.jit(optimizer.update)
+
+
 def nested(by_name):
     """Return parameters as the model has them, where "last_layer.down" is one of "last_layer"."""
     return unflatten_dict(by_name, sep=".")
 
 
-def init(optimizer, params):
-    return optimizer.init(jax.tree.map(jnp.asarray, nested(params)))
-
-
-def updates_of(optimizer, gradients, params, rates=None, momenta=None):
-    """Return the updates of successive steps, and the last state."""
-    state, update, updates = init(optimizer, params), jax.jit(optimizer.update), []
+def updates_of(gradients, params, rates=None, momenta=None, **changed):
+    """Return the updates of successive steps, and the states before and after them."""
+    init, update = programs_with(**changed)
+    before = state = init(nested(params))
+    updates, programs = [], update._cache_size()
     rates, momenta = rates or [1.0] * len(gradients), momenta or [0.9] * len(gradients)
     for gradient, rate, momentum in zip(gradients, rates, momenta, strict=True):
-        now = {"rate": jnp.float32(rate), "momentum": jnp.float32(momentum)}
+        now = {"rate": np.float32(rate), "momentum": np.float32(momentum)}
         moved, state = update(nested(gradient), state, nested(params), **now)
-        updates.append(flatten_dict(moved, sep="."))
-    assert update._cache_size() == 1  # one program for all rates and momenta
-    return updates, state
+        updates.append({name: np.asarray(u) for name, u in flatten_dict(moved, sep=".").items()})
+    assert update._cache_size() <= programs + 1  # one program for all rates and momenta
+    return updates, before, state
 
 
 def adam_of_kingma_and_ba(gradients, rate):
@@ -178,8 +183,8 @@ def test_few_rates_may_serve_all_groups():
 
 def test_every_group_follows_the_rate():
     params, gradients = some(0), some(1)
-    (full,), _ = updates_of(optimizer_with(), [gradients], params)
-    (half, eighth), _ = updates_of(optimizer_with(), [gradients] * 2, params, [0.5, 0.125])
+    (full,), *_ = updates_of([gradients], params)
+    (half, eighth), *_ = updates_of([gradients] * 2, params, [0.5, 0.125])
     for name in SHAPES:
         np.testing.assert_allclose(half[name], 0.5 * full[name], rtol=1e-6, err_msg=name)
         # With a constant gradient each rule repeats the same update.
@@ -189,18 +194,19 @@ def test_every_group_follows_the_rate():
 # Adam
 
 
-@pytest.mark.parametrize("name", BY_ADAM)
-def test_the_first_step_of_adam_moves_by_the_rate_of_the_group_against_the_gradient(name):
+def test_the_first_step_of_adam_moves_by_the_rate_of_the_group_against_the_gradient():
     gradients = some(1)
     # For any size of the gradient: that of a rare token is 1e-9 of a batch's loss.
     gradients = {key: 1e-6 * (g + np.sign(g)) for key, g in gradients.items()}
-    (moved,), _ = updates_of(optimizer_with(), [gradients], some(0))
-    np.testing.assert_allclose(moved[name], -RATES[name] * np.sign(gradients[name]), rtol=1e-3)
+    (moved,), *_ = updates_of([gradients], some(0))
+    for name in BY_ADAM:
+        expected = -RATES[name] * np.sign(gradients[name])
+        np.testing.assert_allclose(moved[name], expected, rtol=1e-3, err_msg=name)
 
 
 def test_later_steps_of_adam_are_those_of_kingma_and_ba():
     gradients = [some(seed) for seed in range(1, 6)]
-    updates, _ = updates_of(optimizer_with(), gradients, some(0))
+    updates, *_ = updates_of(gradients, some(0))
     for name in BY_ADAM:
         expected = adam_of_kingma_and_ba([g[name].astype("f8") for g in gradients], RATES[name])
         found = [moved[name] for moved in updates]
@@ -209,12 +215,8 @@ def test_later_steps_of_adam_are_those_of_kingma_and_ba():
 
 def test_the_state_keeps_its_structure_shapes_and_dtypes():
     # Checkpoints, donation, and skipping a bad batch rely on this.
-    params, optimizer = some(0), optimizer_with()
-    _, after = updates_of(optimizer, [some(1)], params)
-    before, after = (
-        jax.tree.map(lambda x: (x.shape, x.dtype), state)
-        for state in (init(optimizer, params), after)
-    )
+    _, *states = updates_of([some(1)], some(0))
+    before, after = (jax.tree.map(lambda x: (x.shape, x.dtype), state) for state in states)
     assert before == after
 
 
@@ -223,7 +225,7 @@ def test_the_state_keeps_its_structure_shapes_and_dtypes():
 
 def test_matrices_move_by_muons_rate_along_orthogonal_directions():
     gradients = some(1)
-    (moved,), _ = updates_of(optimizer_with(), [gradients], some(0))
+    (moved,), *_ = updates_of([gradients], some(0))
     # In the first step each output changes by the same amount: the rate times
     # sqrt(outputs / inputs) times sqrt(inputs / outputs).
     np.testing.assert_allclose(np.linalg.norm(moved["up"], axis=1) / RATES["up"], 1, rtol=0.15)
@@ -237,7 +239,7 @@ def test_matrices_move_by_muons_rate_along_orthogonal_directions():
 def test_the_momentum_is_that_of_each_step():
     gradients = [some(seed) for seed in range(1, 5)]
     decays = [0.85, 0.875, 0.95, 0.9]
-    _, state = updates_of(optimizer_with(), gradients, some(0), momenta=decays)
+    _, _, state = updates_of(gradients, some(0), momenta=decays)
     mean = 0.0
     for gradient, decay in zip(gradients, decays, strict=True):
         mean = decay * mean + (1 - decay) * gradient["up"].astype("f8")
@@ -250,38 +252,34 @@ def test_the_momentum_is_that_of_each_step():
 
 
 def test_cautious_decay_shrinks_only_weights_that_the_update_brings_nearer_to_zero():
-    updates = {"w": jnp.array([0.2, -0.2, 0.2, -0.2, 0.0, 0.2], "f4")}
-    weights = {"w": jnp.array([3.0, -3.0, -3.0, 3.0, 3.0, 0.0], "f4")}
+    updates = {"w": np.array([0.2, -0.2, 0.2, -0.2, 0.0, 0.2], "f4")}
+    weights = {"w": np.array([3.0, -3.0, -3.0, 3.0, 3.0, 0.0], "f4")}
     rule = cautious_decay(0.1)
-    found, _ = rule.update(updates, rule.init(weights), weights, rate=0.5)
+    found, _ = jax.jit(rule.update)(updates, rule.init(weights), weights, rate=0.5)
     # 0.1 * 0.5 * 3 = 0.15 more if both have the same sign.
     np.testing.assert_allclose(found["w"], [0.35, -0.35, 0.2, -0.2, 0, 0.2], rtol=1e-6)
 
 
+DECAYING = {
+    "weight_decay": 3.0,
+    "adam": replace(GROUPS, tables=Adam(RATES["value_embed"], BETAS, 2.0)),
+}
+
+
 @pytest.mark.parametrize("rate", [1.0, 0.5])
-def test_weight_decay_goes_with_the_squares_of_rate_and_shape_and_is_of_matrices_only(rate):
+def test_weight_decay_goes_with_the_square_of_the_rate_and_is_that_of_matrices_and_of_each_group(
+    rate,
+):
     params, gradients = some(0), [some(1)]
-    (without,), _ = updates_of(optimizer_with(), gradients, params, [rate])
-    (decayed,), _ = updates_of(optimizer_with(weight_decay=3.0), gradients, params, [rate])
-    w, u = params["up"].astype("f8"), -np.asarray(without["up"], "f8")
+    (without,), *_ = updates_of(gradients, params, [rate])
+    (decayed,), *_ = updates_of(gradients, params, [rate], **DECAYING)
     # For a matrix [8, 12] also with the factor of its shape, as in modded-nanogpt (2025-11-29).
-    shape = (12 / 8) ** 0.5
-    expected = -shape * (rate * RATES["up"]) ** 2 * 3.0 * np.where(u * w > 0, w, 0)
-    np.testing.assert_allclose(decayed["up"] - without["up"], expected, atol=1e-7)
-    for name in BY_ADAM:
+    for name, strength in {"up": (12 / 8) ** 0.5 * 3.0, "value_embed": 2.0}.items():
+        w, u = params[name].astype("f8"), -without[name].astype("f8")
+        expected = -strength * (rate * RATES[name]) ** 2 * np.where(u * w > 0, w, 0)
+        np.testing.assert_allclose(decayed[name] - without[name], expected, atol=1e-7)
+    for name in SHAPES.keys() - {"up", "value_embed"}:
         np.testing.assert_array_equal(decayed[name], without[name])
-
-
-def test_cautious_decay_of_adam_is_that_of_each_group():
-    params, gradients = some(0), [some(1)]
-    decaying = replace(GROUPS, tables=Adam(RATES["value_embed"], BETAS, 2.0))
-    (without,), _ = updates_of(optimizer_with(), gradients, params, [0.5])
-    (decayed,), _ = updates_of(optimizer_with(adam=decaying), gradients, params, [0.5])
-    w, u = params["value_embed"].astype("f8"), -np.asarray(without["value_embed"], "f8")
-    expected = -((0.5 * RATES["value_embed"]) ** 2) * 2.0 * np.where(u * w > 0, w, 0)
-    found = decayed["value_embed"] - without["value_embed"]
-    np.testing.assert_allclose(found, expected, atol=1e-7)
-    np.testing.assert_array_equal(decayed["embed"], without["embed"])
 
 
 # Groups that runs of earlier versions do not have
@@ -298,20 +296,20 @@ def names_of_adams_groups(state):
 def test_later_groups_with_the_settings_of_the_scalars_are_trained_and_kept_with_them():
     gradients, params = [some(seed) for seed in range(1, 4)], some(0)
     alike = AdamGroups.alike(tables=0.2, head=0.1, others=0.04, betas=BETAS)
-    together, state = updates_of(optimizer_with(adam=alike), gradients, params)
+    together, state, _ = updates_of(gradients, params, adam=alike)
     before = {"embedding", "head", "tables", "gates", "smear_gate", "skip_gate", "shortcuts"}
     assert names_of_adams_groups(state) == {*before, "scalars"}
 
     later = {"stream", "additions", "connections", "connection_biases"}
     later |= {"dynamic_gates", "dynamic_gate_biases"}
     others = {name: Adam(0.04, BETAS, 1e-30) for name in later}
-    apart, state = updates_of(optimizer_with(adam=replace(alike, **others)), gradients, params)
+    apart, state, _ = updates_of(gradients, params, adam=replace(alike, **others))
     assert names_of_adams_groups(state) == {*before, "scalars", *later}
     for moved, expected in zip(together, apart, strict=True):
         for name in BY_ADAM:
             np.testing.assert_allclose(moved[name], expected[name], rtol=1e-6, err_msg=name)
-    one_apart = replace(alike, stream=Adam(0.05, BETAS))
-    _, state = updates_of(optimizer_with(adam=one_apart), gradients, params)
+    one_apart = optimizer_with(adam=replace(alike, stream=Adam(0.05, BETAS)))
+    state = jax.eval_shape(one_apart.init, nested(params))
     assert names_of_adams_groups(state) == {*before, "scalars", "stream"}
 
 
@@ -323,8 +321,8 @@ def test_heads_apart_move_apart_only_among_queries_and_keys():
     gradients, params = (
         {name: random.standard_normal((2, 3, 8, 8), "f4") for name in ("qkv", "up")} for _ in "gp"
     )
-    (apart,), _ = updates_of(optimizer_with(head_groups=2), [gradients], params)
-    (whole,), _ = updates_of(optimizer_with(), [gradients], params)
+    (apart,), *_ = updates_of([gradients], params, head_groups=2)
+    (whole,), *_ = updates_of([gradients], params)
     differs = abs(apart["qkv"] - whole["qkv"]).max(axis=(0, 2, 3)) > 0.1 * RATES["up"]
     assert differs.tolist() == [True, True, False]
     np.testing.assert_array_equal(apart["up"], whole["up"])
@@ -338,8 +336,8 @@ def test_heads_apart_move_apart_only_among_queries_and_keys():
 
 def test_adam_acts_at_every_second_step_on_the_mean_of_both_gradients():
     gradients = [some(seed) for seed in range(1, 7)]
-    updates, _ = updates_of(optimizer_with(adam_every=2), gradients, some(0))
-    each_step, _ = updates_of(optimizer_with(), gradients, some(0))
+    updates, *_ = updates_of(gradients, some(0), adam_every=2)
+    each_step, *_ = updates_of(gradients, some(0))
     for name in BY_ADAM:
         both = [
             (a[name] + b[name].astype("f8")) / 2
@@ -360,9 +358,7 @@ def test_matrices_out_of_the_mlps_move_by_their_factor_and_wide_ones_by_the_root
     shapes = {"up": (1, 8, 32), "down": (1, 32, 8), "out": (1, 8, 8)}
     rng = np.random.default_rng(0)
     gradients, params = ({n: rng.standard_normal(s, "f4") for n, s in shapes.items()} for _ in "gp")
-    (moved,), _ = updates_of(
-        optimizer_with(mlp_out_factor=4.0, neuron_decay=None), [gradients], params
-    )
+    (moved,), *_ = updates_of([gradients], params, mlp_out_factor=4.0, neuron_decay=None)
     # Orthogonal directions have singular values of about one, times the rate and the factor.
     for name, factor in {"up": 2.0, "down": 4.0, "out": 1.0}.items():
         sizes = np.linalg.svd(np.asarray(moved[name][0], "f8"), compute_uv=False)
@@ -371,6 +367,6 @@ def test_matrices_out_of_the_mlps_move_by_their_factor_and_wide_ones_by_the_root
 
 def test_without_a_gradient_nothing_moves():
     still = jax.tree.map(np.zeros_like, some(0))
-    (moved,), _ = updates_of(optimizer_with(weight_decay=3.0), [still], some(0))
+    (moved,), *_ = updates_of([still], some(0), **DECAYING)
     for name in SHAPES:
         np.testing.assert_array_equal(moved[name], 0, err_msg=name)

@@ -104,22 +104,22 @@ def test_a_matrix_comes_near_the_orthogonal_factor_of_its_decomposition(I, O):  
 
 
 def test_zero_stays_zero():
-    np.testing.assert_array_equal(orthogonalize(jnp.zeros((2, 8, 8))), 0)
+    np.testing.assert_array_equal(jax.jit(orthogonalize)(np.zeros((2, 8, 8), "f4")), 0)
 
 
 def test_bfloat16_comes_close_to_float32():
     x = np.random.default_rng(0).standard_normal((6, 32, 48)).astype("f4")
     exact, rough = jax.jit(lambda x: (orthogonalize(x), orthogonalize(x, jnp.bfloat16)))(x)
     assert rough.dtype == jnp.float32
-    error = jnp.linalg.norm(rough - exact) / jnp.linalg.norm(exact)
+    error = np.linalg.norm(rough - exact) / np.linalg.norm(exact)
     assert 1e-2 < error < 0.1  # twenty roundings of 0.4%, but not zero
 
 
 # Momentum and neurons
 
 
-def init(muon):
-    return muon.init(jax.tree.map(jnp.asarray, gradients_at(99)))
+muon = scale_by_muon(neuron_decay=0.9)
+init, update = jax.jit(muon.init), jax.jit(muon.update)  # one program for all momenta
 
 
 def normalized_by_neuron(update, mean_square):
@@ -135,13 +135,12 @@ def normalized_by_neuron(update, mean_square):
 
 def test_updates_are_nesterovs_momentum_orthogonalized_and_normalized_by_neuron():
     decays = [0.5, 0.6, 0.9, 0.9]
-    muon = scale_by_muon(neuron_decay=0.9)
-    state, update = init(muon), jax.jit(muon.update)
+    state = init(gradients_at(0))
     mean = {name: np.zeros(shape) for name, shape in SHAPES.items()}
     neurons = {name: np.zeros((*shape[:-2], max(shape[-2:]))) for name, shape in SHAPES.items()}
     for step, decay in enumerate(decays):
         gradients = gradients_at(step)
-        updates, state = update(gradients, state, momentum=jnp.float32(decay))
+        updates, state = update(gradients, state, momentum=decay)
         for name, (*stack, _, _) in SHAPES.items():
             gradient = gradients[name].astype("f8")
             mean[name] = decay * mean[name] + (1 - decay) * gradient
@@ -150,12 +149,11 @@ def test_updates_are_nesterovs_momentum_orthogonalized_and_normalized_by_neuron(
                 expected[index] = normalized_by_neuron(expected[index], neurons[name][index])
             np.testing.assert_allclose(updates[name], expected, atol=3e-3, err_msg=name)
             np.testing.assert_allclose(state.momentum[name], mean[name], atol=1e-6, err_msg=name)
-    assert update._cache_size() == 1  # one program for all momenta
+    assert update._cache_size() == 1
 
 
 def test_without_a_gradient_nothing_moves_and_the_first_one_moves_by_the_usual_norm():
-    muon = scale_by_muon()
-    update, state = jax.jit(muon.update), init(muon)
+    state = init(gradients_at(0))
     # Training starts like this before projections that are initially zero.
     zeros = jax.tree.map(np.zeros_like, gradients_at(0))
     for _ in range(2):
@@ -174,9 +172,8 @@ def test_a_neuron_without_a_gradient_stays_and_the_others_move():
     gradients = gradients_at(0)
     gradients["up"][..., 7] = 0  # an output
     gradients["down"][..., 7, :] = 0  # an input
-    muon = scale_by_muon()
-    updates, _ = jax.jit(muon.update)(gradients, init(muon), momentum=0.9)
-    for neurons in (updates["up"].mT, updates["down"]):
+    updates, _ = update(gradients, init(gradients), momentum=0.9)
+    for neurons in (np.asarray(updates["up"]).mT, np.asarray(updates["down"])):
         sizes = np.linalg.norm(neurons, axis=-1)
         np.testing.assert_allclose(sizes[:, 7], 0, atol=1e-3)
         # After the first step all are of the same size.
@@ -187,21 +184,14 @@ def test_a_neuron_without_a_gradient_stays_and_the_others_move():
 
 
 @pytest.mark.parametrize(
-    ("devices", "dtype", "head_groups"),
-    [
-        (3, "float32", 1),
-        (8, "float32", 1),
-        (3, "bfloat16", 1),
-        (8, "bfloat16", 1),
-        (3, "float32", 4),
-    ],
+    ("devices", "dtype", "head_groups"), [(3, "float32", 4), (8, "bfloat16", 1)]
 )
 def test_devices_share_the_work_and_give_the_updates_of_one_to_the_bit(dtype, devices, head_groups):
     def run(mesh):
         muon = scale_by_muon(head_groups=head_groups, dtype=jnp.dtype(dtype), mesh=mesh)
         everywhere = NamedSharding(mesh or make_mesh(1), REPLICATED)
         update = jax.jit(muon.update)
-        state = jax.jit(muon.init)(jax.device_put(gradients_at(0), everywhere))
+        state = jax.jit(muon.init, out_shardings=everywhere)(gradients_at(0))
         for step in range(2):
             gradients = jax.device_put(gradients_at(step), everywhere)
             updates, state = update(gradients, state, momentum=0.9)

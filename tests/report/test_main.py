@@ -8,10 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt.report import page
+from nanogpt.report import page, picture
 from nanogpt.report.__main__ import main, report
 from tests.report.test_curves import failure, records, write
 from tests.report.test_page import Page
+
+
+@pytest.fixture(autouse=True)
+def one_panel(monkeypatch):
+    """Draw one panel instead of all: they take longest."""
+    monkeypatch.setattr(picture, "PANELS", picture.PANELS[:1])
 
 
 @pytest.mark.parametrize(
@@ -25,7 +31,6 @@ from tests.report.test_page import Page
 )
 def test_files_are_written_where_they_are_asked_for(tmp_path, monkeypatch, capsys, out, made):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(page, "panels_for", lambda runs: ())  # they take longest
     write(Path("runs/a"), records(20))
     assert main(["runs/a", *out]) == 0
     assert capsys.readouterr().out.split() == made
@@ -71,8 +76,9 @@ def test_neither_pyplot_nor_jax_is_loaded_and_matplotlib_is_left_as_it_was(tmp_p
     program = f"""if True:
         import sys, matplotlib
         before = dict(matplotlib.rcParams)
-        from nanogpt.report.__main__ import main
-        main([{str(folder)!r}])
+        from nanogpt.report import __main__, picture
+        picture.PANELS = (("step", "grad_norm"),)
+        __main__.main([{str(folder)!r}])
         assert dict(matplotlib.rcParams) == before
         print(*sorted({{"matplotlib.pyplot", "jax"}} & set(sys.modules)), sep=",")
     """

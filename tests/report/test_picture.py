@@ -82,7 +82,7 @@ def test_a_run_that_diverged_is_drawn_up_to_there_and_squashes_no_other(tmp_path
 def test_a_run_of_which_nothing_is_finite_is_drawn_as_nothing(tmp_path):
     folder = write(tmp_path / "run", [{"step": 1, "train_loss": float("nan"), "grad_norm": 0.0}])
     assert not drawn([folder], "step", "train_loss").lines
-    assert report([folder], tmp_path / "out")
+    assert report([folder], tmp_path / "out.html")
 
 
 @pytest.mark.parametrize(("most", "scale"), [(9.0, "linear"), (11.0, "log")])
@@ -136,11 +136,11 @@ def test_the_trainers_picture_lies_in_the_runs_folder(tmp_path):
 
 
 def test_of_a_long_run_some_points_are_drawn_and_its_extremes_among_them(tmp_path):
-    step = np.arange(1, 30_001)
+    step = np.arange(1, 9_001)
     loss = 3 + 8 / step**0.5 + np.random.default_rng(0).normal(size=step.size) / 10
-    loss[12_345], loss[23_456] = 9.0, 0.5
+    loss[1_234], loss[4_567] = 9.0, 0.5
     line = '{{"step": {}, "tokens": {}, "train_loss": {!r}, "time_s": {}, "grad_norm": 1.0}}\n'
-    folder = write(tmp_path / "run", [])
+    folder = write(tmp_path / "run", [], "bytes")
     with (folder / "metrics.jsonl").open("w") as file:
         file.writelines(
             line.format(s, 1000 * s, y, s / 10) for s, y in zip(step, loss.tolist(), strict=True)
@@ -149,9 +149,9 @@ def test_of_a_long_run_some_points_are_drawn_and_its_extremes_among_them(tmp_pat
     for each in (raw, median):
         assert len(each.get_xdata()) <= 800
         assert set(np.diff(each.get_xdata()) > 0) == {True}
-        assert each.get_xdata()[0] == 1 and each.get_xdata()[-1] == 30_000
+        assert each.get_xdata()[0] == 1 and each.get_xdata()[-1] == 9_000
     np.testing.assert_array_equal(raw.get_ydata(), loss[raw.get_xdata().astype(int) - 1])
-    assert {12_346, 23_457} <= set(raw.get_xdata())
+    assert {1_235, 4_568} <= set(raw.get_xdata())
     for file in report([folder], tmp_path):
         assert file.stat().st_size < 300_000
 
