@@ -60,7 +60,7 @@ def init_params(config: GPTConfig, key: Key[Array, ""]) -> Params:
 
 
 @cache
-def param_shapes(config: GPTConfig) -> Params:
+def param_shapes(config: GPTConfig) -> PyTree[jax.ShapeDtypeStruct]:
     """Return the shapes and dtypes of a model's parameters, without computing any."""
     return jax.eval_shape(partial(init_params, config), jax.random.key(0))
 
