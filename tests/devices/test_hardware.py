@@ -76,16 +76,12 @@ def test_flops_equal_a_count_over_every_weight_and_every_visible_pair(windows, m
 @pytest.mark.parametrize(
     "shape",
     [
-        {"value_embeddings": 0, "smear": False, "attention_gate": False},  # GPT-2 small's
-        {  # the speedrun's
-            "num_layers": 11,
-            "mlp_only": (6,),
-            "paired_heads": (0, 2, 5, 9),
-            "key_offset": (3, 10),
-            "skips": ((3, 6),),
-            "backout": 7,
-        },
-        {"num_layers": 4, "num_heads": 8, "width": 1024, "mlp_width": 2048, "vocab_size": 1000},
+        # GPT-2 small's, with fewer layers.
+        {"num_layers": 2, "value_embeddings": 0, "smear": False, "attention_gate": False},
+        # With the speedrun's tricks.
+        {"num_layers": 3, "num_heads": 8, "width": 1024, "mlp_width": 2048, "vocab_size": 1000}
+        | {"mlp_only": (1,), "paired_heads": (0,), "key_offset": (2,), "skips": ((0, 1),)}
+        | {"backout": 1},
     ],
 )
 def test_flops_are_those_that_xla_counts_in_the_loss_and_its_gradient(shape):
@@ -229,7 +225,7 @@ def test_a_layer_without_attention_needs_memory_for_its_mlp_only():
     assert of_mlp == 2 * (4 * 768 + 2 * 3072)
 
 
-@pytest.mark.parametrize("change", [{}, {"mlp_only": (1, 4)}, {"value_embeddings": 2}])
+@pytest.mark.parametrize("change", [{}, {"mlp_only": (1,)}, {"value_embeddings": 2}])
 def test_layers_computed_again_keep_what_is_reckoned_and_no_more(change):
     """The estimate, compared with what JAX stores for the backward pass, layer by layer."""
     T, B = 64, 4
@@ -262,7 +258,7 @@ def test_layers_computed_again_keep_what_is_reckoned_and_no_more(change):
         of_stream = sum(leaf.size * 4 for leaf in leaves if leaf.shape == (B, T, 64))
         return of_stream / (B * T), activation_bytes(config, T, "float32", False, True)
 
-    more, reckoned = np.array(kept(12)) - np.array(kept(6))
+    more, reckoned = np.array(kept(5)) - np.array(kept(3))
     assert more == pytest.approx(reckoned, rel=0.01)
 
 

@@ -1,7 +1,7 @@
 """The model, compared with a second one in NumPy and with the formulas of its tricks."""
 
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from math import erf
 
@@ -17,7 +17,7 @@ from nanogpt.model.gpt import GPT, Attention, norm
 from nanogpt.model.kernels.relu_squared import relu_squared
 from nanogpt.model.parameters import compute_copy
 from nanogpt.training.step import graph_of, init_params, param_shapes
-from tests.conftest import like_the_speedrun, with_every_trick
+from tests.conftest import like_the_speedrun
 from tests.model.test_bigrams import bucket_of, signs_of
 
 
@@ -362,26 +362,53 @@ BARE = GPTConfig(
 )
 
 
+B, T = 2, 14
+WEIGHTS = (0.5, 2.0, 0.25)  # of the losses of the next tokens
+LEARNING = (EVERY_TRICK, SPEEDRUN, DYNAMIC)  # together they have every trick
+
+
+@cache
+def compiled(config, rematerialize=False):
+    """Return a program that several tests run: it gives the objective and other outputs of a model.
+
+    For those in LEARNING also gradients, and the arrays that are stored for the backward pass.
+    """
+
+    def outputs(params, tokens, targets):
+        model = nnx.merge(graph_of(config, Kernels(rematerialize=rematerialize)), params)
+        features = model.features(tokens)
+        model.features = lambda tokens: features  # not to compute them thrice
+        objective, losses = model.loss(tokens, targets, WEIGHTS)
+        return objective, (losses, features, model(tokens))
+
+    def outputs_and_gradients(params, tokens, targets):
+        of_params = partial(outputs, tokens=tokens, targets=targets)
+        objective, pullback, others = jax.vjp(of_params, params, has_aux=True)
+        return objective, others, *pullback(jnp.ones_like(objective)), jax.tree.leaves(pullback)
+
+    return jax.jit(outputs_and_gradients if config in LEARNING else outputs)
+
+
 @pytest.mark.parametrize(
-    ("config", "weights"),
+    "config",
     [
-        (EVERY_TRICK, (1.0, 0.5, 0.25)),
-        (VALUE_RESIDUAL, (1.0,)),
-        (OVERLAPPING, (0.5, 2.0)),
-        (SPEEDRUN, (1.0, 0.5, 0.25)),
-        (LATE, (1.0,)),
-        (replace(LATE, attention_source=None), (1.0,)),
-        (DYNAMIC, (1.0,)),
-        (replace(DYNAMIC, mlp_only=(2,), skips=((1, 3), (0, 2)), **ALL_CHOSEN), (1.0,)),
-        (BARE, (1.0,)),
+        EVERY_TRICK,
+        VALUE_RESIDUAL,
+        OVERLAPPING,
+        SPEEDRUN,
+        LATE,
+        replace(LATE, attention_source=None),
+        DYNAMIC,
+        replace(DYNAMIC, mlp_only=(2,), skips=((1, 3), (0, 2)), **ALL_CHOSEN),
+        BARE,
     ],
     ids=[
         *("every trick", "value residual", "overlapping", "speedrun", "late", "not late"),
         *("dynamic", "all chosen", "bare"),
     ],
 )
-def test_logits_and_losses_equal_a_float64_model_in_numpy(config, weights):
-    params, (B, T) = alive(config), (2, 13)
+def test_logits_and_losses_equal_a_float64_model_in_numpy(config):
+    params = alive(config)
     tokens, targets = (np.array(some_tokens(config, B, T, seed)) for seed in (0, 1))
     targets[1, 9] = -1
     if config.document_separator is not None:  # two documents in one row, three in the other
@@ -391,67 +418,66 @@ def test_logits_and_losses_equal_a_float64_model_in_numpy(config, weights):
     expected_objective, expected_loss = np.zeros((2, B, T))
     for b, t in np.ndindex(B, T):
         expected_loss[b, t] = -log_p[b, t, targets[b, t]] if targets[b, t] >= 0 else 0
-        for weight, target in zip(weights, targets[b, t:], strict=False):
+        for weight, target in zip(WEIGHTS, targets[b, t:], strict=False):
             expected_objective[b, t] -= weight * log_p[b, t, target] if target >= 0 else 0
 
-    model = build(config, params)
-    logits, (objective, losses) = jax.jit(
-        lambda tokens, targets: (model(tokens), model.loss(tokens, targets, weights))
-    )(tokens, targets)
-
+    objective, (losses, _, logits), *_ = compiled(config)(params, tokens, targets)
     assert logits.dtype == objective.dtype == losses.dtype == jnp.float32
     np.testing.assert_allclose(logits, expected, atol=5e-4)
     np.testing.assert_allclose(losses, expected_loss, atol=5e-4)
     np.testing.assert_allclose(objective, expected_objective, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("forwards", "named"),
-    [
-        (EVERY_TRICK, {"mlp_only": (-2,), "key_offset": (0, -1), "paired_heads": (-5, -3)}),
-        (SPEEDRUN, {"exclusive": (-5, 4), "gated": (1, -1), "composed": (-1,)}),
-    ],
-)
-def test_layers_may_be_counted_from_the_last_one_backwards(forwards, named):
-    backwards = replace(forwards, **named)
-    tokens, params = some_tokens(forwards, 1, 9), alive(forwards)
-    expected, found = (jax.jit(build(c, params))(tokens) for c in (forwards, backwards))
-    np.testing.assert_array_equal(found, expected)
+def test_layers_may_be_counted_from_the_last_one_backwards():
+    backwards = replace(
+        SPEEDRUN,
+        mlp_only=(-4,),
+        key_offset=(1, -1),
+        paired_heads=(-6, -3),
+        exclusive=(-5, 4),
+        gated=(1, -1),
+        composed=(-1,),
+    )
+    params, tokens = alive(SPEEDRUN), some_tokens(SPEEDRUN, B, T)
+    programs = {
+        str(jax.make_jaxpr(lambda params, c=config: build(c, params)(tokens))(params))
+        for config in (SPEEDRUN, backwards)
+    }
+    assert len(programs) == 1
 
 
 # Initialization
 
 
-@pytest.mark.parametrize(
-    ("vocab_size", "padded", "first_loss"), [(100, 128, 4.8520), (50257, 50304, 10.8258)]
+NEW = replace(EVERY_TRICK, residual_init=1.1)
+TIED = replace(
+    BARE,
+    vocab_size=1000,
+    num_layers=8,
+    num_heads=1,
+    width=16,
+    attention_init=1.0,
+    attention_out_init=0.3,
+    tied_head=True,
 )
-def test_a_new_model_gives_every_padded_id_the_same_probability(vocab_size, padded, first_loss):
-    config = GPTConfig(
-        vocab_size, num_layers=2, num_heads=1, width=12, mlp_width=8, value_embeddings=1
-    )
-    tokens = some_tokens(config, B=2, T=5)
-
-    @jax.jit
-    def new():
-        model = GPT(config, rngs=nnx.Rngs(0))
-        return model(tokens), model.loss(tokens, tokens)
-
-    logits, (objective, losses) = new()
-    assert logits.shape == (2, 5, padded)
-    np.testing.assert_array_equal(objective, losses)
-    np.testing.assert_allclose(losses, first_loss, atol=6e-5)
-    np.testing.assert_allclose(losses, np.log(padded), rtol=1e-6)
 
 
-def test_a_new_model_adds_nothing_to_the_stream_and_has_no_two_matrices_alike(tiny):
-    tokens = some_tokens(tiny, B=1, T=9)
+@cache
+def new_params(config):
+    return jax.jit(partial(init_params, config))(jax.random.key(0))
 
-    @jax.jit
-    def new(key):
-        params = init_params(tiny, key)
-        return params, nnx.merge(graph_of(tiny), params).features(tokens)
 
-    params, features = new(jax.random.key(0))
+def test_a_new_model_gives_every_padded_id_the_same_probability():
+    tokens = some_tokens(NEW, B, T)
+    _, (losses, _, logits), *_ = compiled(EVERY_TRICK)(new_params(NEW), tokens, tokens)
+    assert logits.shape == (B, T, 128)
+    np.testing.assert_allclose(losses, 4.8520, atol=6e-5)
+    np.testing.assert_allclose(losses, np.log(128), rtol=1e-6)
+
+
+def test_a_new_model_adds_nothing_to_the_stream_and_has_no_two_matrices_alike():
+    params, tokens = new_params(NEW), some_tokens(NEW, B, T)
+    _, (_, features, _), *_ = compiled(EVERY_TRICK)(params, tokens, tokens)
     # Every projection back to the stream starts at zero: the embedding passes through.
     x = np.asarray(params["embed"], "f8")[tokens]
     np.testing.assert_allclose(features, x / np.sqrt((x**2).mean(-1, keepdims=True)), atol=1e-5)
@@ -460,47 +486,44 @@ def test_a_new_model_adds_nothing_to_the_stream_and_has_no_two_matrices_alike(ti
         assert len(np.unique(flat[:, 0, 0])) == len(flat)
 
 
-def test_shares_and_gates_begin_as_in_the_speedrun(tiny):
-    def first(**how):
-        return jax.jit(partial(init_params, replace(tiny, **how)))(jax.random.key(0))
-
-    params = first(residual_init=1.1)
+def test_shares_and_gates_begin_as_in_the_speedrun():
+    params = new_params(NEW)
     numbers = {
-        "residual_shares": np.full(4, 1.1, "f4"),
-        "embedding_shares": np.zeros(4),
-        "bigram_shares": np.full(4, 0.1, "f4"),
-        "bigram_embed": np.zeros((128, 32)),
-        "value_embed": np.zeros((2, 128, 32)),
-        "value_gate": np.zeros((3, 12, 2)),
-        "skip_gate": np.zeros((1, 12, 1)),
-        "skips": [-1.5],
+        "residual_shares": np.full(5, 1.1, "f4"),
+        "embedding_shares": np.zeros(5),
+        "bigram_shares": np.full(5, 0.1, "f4"),
+        "bigram_embed": np.zeros((61, 48)),
+        "value_embed": np.zeros((3, 128, 48)),
+        "value_gate": np.zeros((4, 12, 4)),
+        "skip_gate": np.zeros((3, 12, 1)),
+        "skips": [-1.5] * 3,
         "backout": 0.5,
     }
     for name, expected in numbers.items():
         np.testing.assert_array_equal(params[name], expected, err_msg=name)
-    assert params["attention"]["own_share"].tolist() == [0.5] * 3
-    assert params["attention"]["out_share"].tolist() == [1.0] * 3
+    params = jax.tree.map(np.asarray, params)
+    assert params["attention"]["own_share"].tolist() == [0.5] * 4
+    assert params["attention"]["out_share"].tolist() == [1.0] * 4
     assert not params["attention"]["gate"].any() and not params["smear"]["gate"].any()
     assert params["smear"]["share"] == 0
 
-    narrow = first(bigram_width=5)  # and with signs
-    assert narrow["bigram_embed"].shape == (128, 5)
-    np.testing.assert_array_equal(narrow["bigram_shares"], np.full(4, 0.05, "f4"))
-
-    ungated = first(value_gate=False, skips=None)
-    assert ungated["attention"]["mixed_share"].tolist() == [0.5] * 3
-    assert ungated["skips"].tolist() == [1.0] * 2
-    assert "out_share" not in ungated["attention"]
-    assert not {"value_gate", "skip_gate"} & ungated.keys()
+    # Of narrow bigrams, which have signs, and without gates.
+    params = new_params(replace(NEW, bigram_width=5, value_gate=False, skips=None))
+    assert params["bigram_embed"].shape == (61, 5)
+    np.testing.assert_array_equal(params["bigram_shares"], np.full(5, 0.05, "f4"))
+    assert params["attention"]["mixed_share"].tolist() == [0.5] * 4
+    assert params["skips"].tolist() == [1.0] * 2
+    assert "out_share" not in params["attention"]
+    assert not {"value_gate", "skip_gate"} & params.keys()
 
 
 def test_late_attentions_and_dynamic_connections_begin_as_in_the_speedrun():
-    params = init_params(like_the_speedrun(), jax.random.key(0))
+    params = jax.tree.map(np.asarray, new_params(SPEEDRUN))
     numbers = {  # of all but the last layer
         "residual_shares": np.full((5, 2), 1.1**0.5, "f4"),
         "output_shares": np.ones((5, 2)),
-        "bigram_embed": np.zeros((128, 32)),
-        "value_gate": np.zeros((2, 12, 2)),
+        "bigram_embed": np.zeros((128, 48)),
+        "value_gate": np.zeros((2, 12, 4)),
         "skips": [-1.5],
     }
     assert not {"embedding_shares", "bigram_shares", "skip_gate"} & params.keys()
@@ -509,7 +532,7 @@ def test_late_attentions_and_dynamic_connections_begin_as_in_the_speedrun():
     assert "gate" not in params["attention"]
     params |= params["dynamic"]
     assert params["gate_scale"] == np.float32(0.1)
-    sizes = {"last_layer": 14, "before_head": 5, "early_gates": 8, "late_gates": 13}
+    sizes = {"last_layer": 14, "before_head": 5, "early_gates": 12, "late_gates": 21}
     for part, weights in sizes.items():
         assert not params[part]["down"].any() and params[part]["down"].shape == (64, weights)
     # Three sources of values and three of the stream, two gates, and the weights of all sums.
@@ -517,36 +540,30 @@ def test_late_attentions_and_dynamic_connections_begin_as_in_the_speedrun():
     np.testing.assert_allclose(0.1 * params["last_layer"]["bias"], last, rtol=1e-6)
     np.testing.assert_allclose(0.1 * params["before_head"]["bias"], [0, -0.5, 0, 0, 0], rtol=1e-6)
     tables = params["value_embed"]
-    assert tables.shape == (3, 128, 32)
+    assert tables.shape == (3, 128, 48)
     assert np.std(tables, axis=(1, 2)) == pytest.approx(0.01, rel=0.06)
     assert len(np.unique(tables)) > 0.99 * tables.size
 
 
-@pytest.mark.parametrize("spread", [1.0, 0.5])
-def test_first_matrices_are_uniform_and_those_of_attention_as_wide_as_the_model_says(spread):
-    config = replace(BARE, num_layers=8, num_heads=1, width=16, attention_init=spread)
-    config = replace(config, attention_out_init=spread / 3)
-    params = init_params(config, jax.random.key(0))
+def test_first_matrices_are_uniform_and_those_of_attention_as_wide_as_the_model_says():
+    params = jax.tree.map(np.asarray, new_params(TIED))
     for matrices, deviation in (
-        (params["attention"]["qkv"], spread / 4),
-        (params["attention"]["out"], spread / 12),
-        (params["mlp"]["up"], 1 / 8),
+        (params["attention"]["qkv"], 1 / 4),
+        (params["attention"]["out"], 0.3 / 4),
+        (params["mlp"]["up"], 0.5 / 4),
     ):
         assert matrices.std() == pytest.approx(deviation, rel=0.03)
         assert 1.7 < abs(matrices).max() / deviation <= 3**0.5
     # No two matrices are alike but for their size.
     first = [
         *params["attention"]["qkv"][:, :, 0, 0].ravel(),
-        *3 * params["attention"]["out"][:, 0, 0],
+        *params["attention"]["out"][:, 0, 0] / 0.3,
     ]
     assert np.diff(np.sort(first)).min() > 1e-6
 
 
 def test_a_tied_head_begins_as_the_embedding_and_both_are_small():
-    tied, apart = (
-        init_params(replace(BARE, vocab_size=1000, tied_head=tied), jax.random.key(0))
-        for tied in (True, False)
-    )
+    tied, apart = (jax.tree.map(np.asarray, new_params(config)) for config in (TIED, NEW))
     np.testing.assert_array_equal(tied["head"], tied["embed"].T)
     assert tied["embed"].std() == pytest.approx(0.005, rel=0.02)
     assert apart["embed"].std() == pytest.approx(1, rel=0.02)
@@ -556,69 +573,56 @@ def test_a_tied_head_begins_as_the_embedding_and_both_are_small():
 # Causality
 
 
-T = 14
-
-
 def influence(config):
     """For each token table: does position j (column) affect the output at position t (row)?
 
-    No token is repeated, so the gradient of a row of a table is the gradient of the one position
-    that looks it up.
+    No token is repeated, so a row of a table is looked up at one position only.
     """
     params = alive(config)
-    tokens = jnp.asarray(np.random.default_rng(1).permutation(config.vocab_size)[:T][None])
-    rows = {"embed": tokens[0], "value_embed": tokens[0]}
-    if config.bigram_buckets:
-        pairs = pairwise([0, *tokens[0].tolist()])
-        found = [bucket_of(token, before, config.bigram_buckets) for before, token in pairs]
-        assert len(set(found)) == T
-        rows["bigram_embed"] = np.array(found)
-    probe = np.random.default_rng(2).standard_normal(config.padded_vocab_size).astype("f4")
-
-    @jax.jacrev
-    def gradients(tables):
-        return build(config, params | tables)(tokens)[0] @ probe
-
-    found = jax.jit(gradients)({name: params[name] for name in rows})
-    return {
-        # value_embed has an axis of tables before the one of tokens
-        name: np.asarray(jnp.abs(found[name]).max(axis=-1))
-        .reshape(T, -1, params[name].shape[-2])
-        .max(axis=1)[:, row]
-        != 0
-        for name, row in rows.items()
-    }
+    tokens = np.random.default_rng(1).permutation(config.vocab_size)[:T]
+    pairs = pairwise([0, *tokens.tolist()])
+    found = [bucket_of(token, before, config.bigram_buckets) for before, token in pairs]
+    assert len(set(found)) == T
+    rows = {"embed": tokens, "value_embed": tokens, "bigram_embed": np.array(found)}
+    # The model with its own tables, and then with one row of one table changed.
+    tables = {name: np.repeat(params[name][None], 1 + len(rows) * T, axis=0) for name in rows}
+    for number, (name, row) in enumerate(rows.items()):
+        tables[name][1 + T * number + np.arange(T), ..., row, :] += 1
+    # One row at a time: the bits of a product may depend on its position in the batch.
+    logits = jax.jit(
+        lambda tables: jax.lax.map(
+            lambda own: build(config, params | own)(jnp.asarray(tokens[None]))[0], tables
+        )
+    )(tables)
+    differs = np.any(logits[1:] != logits[0], axis=-1)
+    return dict(zip(rows, differs.reshape(len(rows), T, T).swapaxes(1, 2), strict=True))
 
 
 @pytest.mark.parametrize(
     ("how", "reach", "bigram_reach", "value_reach"),
     [
-        ({}, T, T, T),
-        ({"windows": (5, 2)}, 4 + 1 + 4, 4 + 1 + 4, 4 + 1 + 4),
-        # Only the embedding is smeared.
-        ({"windows": (3, 2), "smear": True, "mlp_only": (1,)}, 1 + 2 + 0 + 2, 2 + 0 + 2, 2 + 0 + 2),
-        # Value embeddings are not in the keys of the layer they are added to.
-        ({"windows": (3, 2), "key_offset": (0, 1)}, 3 + 2 + 2, 3 + 2 + 2, 2 + 2 + 2),
+        # Only the embedding is smeared, and values that are looked up are in no key.
+        (
+            {"windows": (3, 2), "smear": True, "mlp_only": (1,), "key_offset": (0, 2)},
+            *(1 + 3 + 0 + 3, 3 + 0 + 3, 2 + 0 + 3),
+        ),
         # A token has two keys where heads are paired, and the first of them is its own place.
         ({"windows": (5, 2), "paired_heads": (0, 1)}, 2 + 1 + 4, 2 + 1 + 4, 2 + 1 + 4),
         # The second and the third layer both read what the first one put out.
-        ({"windows": (5, 2), "attention_source": 0}, 4 + 4, 4 + 4, 4 + 4),
-        ({"windows": (2, 5), "attention_source": 0}, 1 + 4, 1 + 4, 1 + 4),
+        (
+            {"windows": (2, 5), "bigram_width": 7, "attention_source": 0, "value_layers": (2, 0)},
+            *(1 + 4, 1 + 4, 1 + 4),
+        ),
         # In the values of the last one is also the stream, to which the second one has added.
-        ({"windows": (5, 2), "attention_source": 0, "dynamic": True}, 4 + 1 + 4, 9, 9),
         # Gates read their own token, and composed heads what the layer sees.
         (
             {"windows": (2, 5), "attention_source": 0, "dynamic": True, "exclusive": (0, 1, 2)}
             | {"gated": (0, 1, 2), "composed": (0, 2)},
             *(1 + 4 + 1, 1 + 4 + 1, 1 + 4 + 1),
         ),
-        (
-            {"windows": (5, 2), "bigram_width": 7, "attention_source": 1, "value_layers": (2, 0)},
-            *(4 + 1 + 4, 4 + 1 + 4, 4 + 1 + 4),
-        ),
     ],
 )
-def test_the_gradient_reaches_exactly_the_positions_that_may_be_seen(
+def test_what_is_looked_up_reaches_exactly_the_positions_that_may_see_it(
     how, reach, bigram_reach, value_reach
 ):
     # A window of w lets a layer look w - 1 tokens back, a key that is of two tokens 1 more, and
@@ -641,44 +645,38 @@ def test_the_gradient_reaches_exactly_the_positions_that_may_be_seen(
         np.testing.assert_array_equal(found[name], (back >= 0) & (back <= furthest), err_msg=name)
 
 
-@pytest.mark.parametrize("make", [with_every_trick, like_the_speedrun])
-def test_no_output_depends_on_a_later_token(make):
-    # By changing tokens, not by gradients: bigram buckets depend on integers, which have none.
-    config = make()
-    tokens = some_tokens(config, B=1, T=T)
-    changed = (tokens + np.eye(T, dtype=int)) % config.vocab_size  # row j has another token j
-    model = build(config, alive(config))
-    # One row at a time: the bits of a product may depend on its position in the batch.
-    logits = jax.jit(lambda rows: jax.lax.map(lambda row: model(row[None])[0], rows))(
-        np.concatenate([tokens, changed])
-    )
-    differs = np.asarray(jnp.any(logits[1:] != logits[0], axis=-1))
+def logits_of(config, rows):
+    """Return the logits of rows [n, T], one at a time: bits may depend on the place in a batch."""
+    run, params = compiled(config), alive(config)
+    both = (np.stack([row] * B) for row in rows)
+    return np.stack([run(params, tokens, tokens)[1][-1][0] for tokens in both])
+
+
+@pytest.mark.parametrize("config", [EVERY_TRICK, SPEEDRUN], ids=["every trick", "speedrun"])
+def test_no_output_depends_on_a_later_token(config):
+    # By changing tokens: bigram buckets depend on integers.
+    tokens = 5 + np.array(some_tokens(config, 1, T)) % 90  # a single document
+    changed = tokens + np.eye(T, dtype=int)  # row j has another token j
+    logits = logits_of(config, np.concatenate([tokens, changed]))
+    differs = np.any(logits[1:] != logits[0], axis=-1)
     np.testing.assert_array_equal(differs, np.triu(np.ones((T, T), bool)))
 
 
-@pytest.mark.parametrize(
-    "config",
-    [EVERY_TRICK, replace(EVERY_TRICK, paired_heads=(0, 1, 2, 4)), SPEEDRUN],
-    ids=["two layers paired", "all layers paired", "speedrun"],
-)
+@pytest.mark.parametrize("config", [EVERY_TRICK, SPEEDRUN], ids=["every trick", "speedrun"])
 def test_each_document_of_a_row_has_the_logits_that_it_has_alone(config):
-    separator = config.document_separator
-    # A row may begin in the middle of a document.
-    documents = [[9, 16, 33, 2], [separator, 7, 7, 50, 9, 12, 2], [separator, 33, 2, 8, 61, 40]]
-    row = jnp.array([[token for document in documents for token in document]])
-    params = alive(config)
+    def logits(begin):
+        """Return those of three documents in a row, and of each at the start of a row."""
+        # A row may begin in the middle of a document.
+        row = np.array([9, 16, 33, 2, begin, 7, 7, 50, 9, begin, 33, 2, 8, 61])
+        first, second, third = logits_of(config, [np.roll(row, -start) for start in (0, 4, 9)])
+        return first, np.concatenate([first[:4], second[:5], third[:5]])
 
-    @partial(jax.jit, static_argnums=0)
-    def logits(config, tokens):
-        return build(config, params)(tokens)[0]
-
-    together = logits(config, row)
-    alone = [logits(config, jnp.array([document])) for document in documents]
-    np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-4)
-    # Without a separator they would see each other.
-    mixed = logits(replace(config, document_separator=None), row)
-    differs = abs(mixed - together).max(axis=1) > 0.05
-    assert differs.tolist() == [False] * 4 + [True] * 13
+    together, alone = logits(config.document_separator)
+    np.testing.assert_allclose(together, alone, atol=1e-4)
+    # With another token instead of the separator they see each other.
+    together, alone = logits(3)
+    differs = abs(together - alone).max(axis=1) > 0.05
+    assert differs.tolist() == [False] * 4 + [True] * 10
 
 
 # The tricks one by one, compared with their formulas
@@ -707,20 +705,27 @@ def run_on_values(monkeypatch):
         monkeypatch.setattr(
             GPT, "attend", lambda self, past, layer, gates, *qkv: attend(*qkv, layer)
         )
-        features, values = jax.jit(lambda: (build(config, params).features(tokens), given))()
+        features, values = jax.jit(lambda params: (build(config, params).features(tokens), given))(
+            params
+        )
         return features, layers, values
 
     return run
 
 
 def test_before_moves_everything_one_token_on_but_not_into_another_document():
-    x, tokens = jnp.arange(1, 13).reshape(2, 3, 2), jnp.array([[8, 5, 9], [5, 7, 5]])
+    x, tokens = np.arange(1, 13).reshape(2, 3, 2), np.array([[8, 5, 9], [5, 7, 5]])
     for separator, kept in ((None, np.ones((2, 3))), (5, [[1, 0, 1], [1, 1, 0]])):
-        past = Rows(replace(BARE, document_separator=separator), tokens, "xla")
+        config = replace(BARE, document_separator=separator)
+        found = jax.jit(
+            lambda tokens, *arrays, c=config: [
+                Rows(c, tokens, "xla").before("a", x) for x in arrays
+            ]
+        )(tokens, x, x[..., 0])
         moved = np.array([[[0, 0], [1, 2], [3, 4]], [[0, 0], [7, 8], [9, 10]]])
         expected = moved * np.array(kept, int)[..., None]
-        np.testing.assert_array_equal(past.before("any", x), expected)
-        np.testing.assert_array_equal(past.before("other", x[..., 0]), expected[..., 0])
+        np.testing.assert_array_equal(found[0], expected)
+        np.testing.assert_array_equal(found[1], expected[..., 0])
 
 
 @pytest.mark.parametrize("gated", [True, False])
@@ -773,28 +778,34 @@ def test_attention_mixes_its_values_and_gates_what_each_head_takes(gated, values
         np.testing.assert_allclose(added, expected, atol=1e-3)
 
 
+@jax.jit
+def attention_by(shares, x, mixed_in, y):
+    """Return the values of an attention with an output y [T, N, H], and what it makes of y.
+
+    As it is, with these shares of exclusion, and with these gates.
+    """
+    layer = Attention(replace(BARE, num_heads=2, width=16), rngs=nnx.Rngs(0))
+    layer.out = nnx.Param(jnp.eye(16))
+    given = x[None], mixed_in[None], 1.0, lambda q, k, v: y[None], "xla"
+    each = (
+        layer(*given, exclusion, gate)
+        for exclusion, gate in ((None, None), (shares[None], None), (None, shares[None]))
+    )
+    (plain, values), (exclusive, _), (gated, _) = each
+    return [a[0].reshape(y.shape) for a in (values, plain, exclusive, gated)]
+
+
 def exclusive_attention(shares, x, mixed_in, y):
     """Return what is left of an attention's output y [T, N, H], and its values [T, N, H].
 
     Of an attention that is not exclusive, all of it is left, and of a gated one as much as its gate
     says.
     """
-    layer = Attention(replace(BARE, num_heads=2, width=16), rngs=nnx.Rngs(0))
-    layer.out = nnx.Param(jnp.eye(16))
-    given = (
-        jnp.asarray(x[None]),
-        jnp.asarray(mixed_in[None]),
-        1.0,
-        lambda q, k, v: jnp.asarray(y[None]),
-        "xla",
-    )
-    plain, _ = layer(*given)
-    np.testing.assert_allclose(plain[0].reshape(y.shape), y, rtol=1e-6)
-    shares = jnp.broadcast_to(jnp.asarray(shares, "f4"), (1, *y.shape[:2]))
-    exclusive, gated = layer(*given, exclusion=shares), layer(*given, None, 1.5 - shares)
-    expected = y * np.asarray(1.5 - shares)[0, ..., None]
-    np.testing.assert_allclose(gated[0][0].reshape(y.shape), expected, rtol=1e-5)
-    return (np.asarray(each[0].reshape(y.shape), "f8") for each in exclusive)
+    shares = np.broadcast_to(np.asarray(shares, "f4"), y.shape[:2])
+    v, plain, exclusive, gated = attention_by(shares, x, mixed_in, y)
+    np.testing.assert_allclose(plain, y, rtol=1e-6)
+    np.testing.assert_allclose(gated, y * shares[..., None], rtol=1e-5)
+    return np.asarray(exclusive, "f8"), np.asarray(v, "f8")
 
 
 def test_exclusive_attention_takes_away_a_share_of_its_part_along_the_tokens_own_value():
@@ -823,7 +834,6 @@ def test_with_a_large_share_the_output_is_orthogonal_to_the_tokens_own_value():
     np.testing.assert_array_equal(found, y)
 
 
-@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(
     ("num_layers", "count", "mlp_only", "tables"),
     [
@@ -839,15 +849,9 @@ def test_with_a_large_share_the_output_is_orthogonal_to_the_tokens_own_value():
     ],
 )
 def test_the_last_layers_and_but_for_the_first_table_the_first_have_value_embeddings(
-    num_layers, count, mlp_only, tables, gated
+    num_layers, count, mlp_only, tables
 ):
-    config = replace(
-        BARE,
-        num_layers=num_layers,
-        value_embeddings=count,
-        mlp_only=mlp_only,
-        value_gate=gated,
-    )
+    config = replace(BARE, num_layers=num_layers, value_embeddings=count, mlp_only=mlp_only)
     config.check()
     params, tokens = alive(config), some_tokens(config, B=1, T=4)
     assert all(leaf.size for leaf in jax.tree.leaves(params))
@@ -856,7 +860,7 @@ def test_the_last_layers_and_but_for_the_first_table_the_first_have_value_embedd
     assert list(found) == sorted(tables)
     for layer, table in tables.items():
         np.testing.assert_array_equal(found[layer], params["value_embed"][table][tokens])
-    assert list(gates) == (sorted(tables) if gated else [])
+    assert list(gates) == sorted(tables)
     for number, layer in enumerate(gates):
         np.testing.assert_array_equal(gates[layer], params["value_gate"][number])
 
@@ -952,7 +956,7 @@ def test_skips_lead_from_layer_to_layer_and_may_be_gated_by_what_the_first_layer
         read = rms_norm(x)
         x = x + np.maximum(read @ p["mlp"]["up"][layer], 0) ** 2 @ p["mlp"]["down"][layer]
         outputs.append(x)
-    found = jax.jit(build(config, params).features)(tokens)
+    found = jax.jit(lambda params: build(config, params).features(tokens))(params)
     np.testing.assert_allclose(found, rms_norm(x), atol=1e-4)
 
 
@@ -964,7 +968,7 @@ def test_each_layer_reads_shares_of_the_stream_the_embedding_and_the_pairs_that_
     params["residual_shares"][:] = 1.1, 0.5, -2
     params["embedding_shares"][:] = 0.25, 0, 3
     params["bigram_shares"][:] = 0.1, 10, 0.7
-    tokens = jnp.array([[5, 9, 5]])
+    tokens = np.array([[5, 9, 5]])
     x0 = rms_norm(params["embed"].astype("f8")[tokens])
     hashed = [  # the pairs (nothing, 5), (5, 9) and (9, 5)
         (0x9E3779B1 * token ^ 0x85EBCA77 * last) % 2**32 for last, token in ((0, 5), (5, 9), (9, 5))
@@ -973,28 +977,30 @@ def test_each_layer_reads_shares_of_the_stream_the_embedding_and_the_pairs_that_
     expected = 1.35 * x0 + 0.1 * pairs
     expected = 0.5 * expected + 10 * pairs
     expected = -2 * expected + 3 * x0 + 0.7 * pairs
-    found = jax.jit(build(config, params).features)(tokens)
+    found = jax.jit(lambda params: build(config, params).features(jnp.asarray(tokens)))(params)
     np.testing.assert_allclose(found, rms_norm(expected), atol=1e-5)
 
 
-@pytest.fixture
-def seeing_attentions(monkeypatch):
-    """Returns a function of parameters: a model's features, and what q, k and v each attention got.
+@cache
+def seeing_attentions():
+    """Return a program, and parameters: features, and what q, k and v each attention got.
 
-    It is compiled once.
+    The model has dynamic connections, and late attentions from layer 4 on.
     """
+    config = replace(like_the_speedrun(), num_layers=7, skips=())
+    tokens, given, attend = some_tokens(config, B=1, T=6), {}, GPT.attend
 
-    def of_model(config, tokens):
-        given, attend = {}, GPT.attend
+    def seen(self, past, layer, gates, q, k, v):
+        given[layer] = q, k, v
+        return attend(self, past, layer, gates, q, k, v)
 
-        def seen(self, past, layer, gates, q, k, v):
-            given[layer] = q, k, v
-            return attend(self, past, layer, gates, q, k, v)
+    @jax.jit
+    def run(params):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(GPT, "attend", seen)
+            return build(config, params).features(tokens), given
 
-        monkeypatch.setattr(GPT, "attend", seen)
-        return jax.jit(lambda params: (build(config, params).features(tokens), given))
-
-    return of_model
+    return run, alive(config)
 
 
 def changed(params, name, layer, place=()):
@@ -1011,26 +1017,18 @@ def same(one, other):
     return [np.array_equal(a, b) for a, b in zip(one, other, strict=True)]
 
 
-@pytest.mark.parametrize("dynamic", [True, False])
-def test_late_attentions_do_not_see_what_layers_after_their_source_do_to_the_stream(
-    dynamic, seeing_attentions
-):
-    config = replace(like_the_speedrun(), num_layers=7, skips=(), dynamic=dynamic)
-    if not dynamic:
-        config = replace(config, exclusive=(), gated=(), composed=())
-    params, tokens = alive(config), some_tokens(config, B=1, T=6)
-    run = seeing_attentions(config, tokens)
+def test_late_attentions_do_not_see_what_layers_after_their_source_do_to_the_stream():
+    run, params = seeing_attentions()
     features, before = run(params)
     assert list(before) == [0, 1, 3, 4, 5, 6]
     # Of the gates of layers 2 to 6, two exclude, four gate heads, and pairs weigh embeddings and
     # bigrams of layers 3, 4 and 5.
-    late_gates = [("dynamic.late_gates.bias", n, ()) for n in (4 + 4, 4 + 3)]
-    late_shares = [("embedding_shares", 5, ()), ("bigram_shares", 4, ())]
     for name, layer, place in (
         ("mlp.down", 4, ()),
         ("attention.out", 4, ()),  # of layer 5, the fifth with attention
         ("residual_shares", 4, ()),
-        *(late_gates if dynamic else late_shares),
+        ("dynamic.late_gates.bias", 4 + 4, ()),
+        ("dynamic.late_gates.bias", 4 + 3, ()),
         ("output_shares", 5, (1,)),
     ):
         now, after = run(changed(params, name, layer, place))
@@ -1038,19 +1036,15 @@ def test_late_attentions_do_not_see_what_layers_after_their_source_do_to_the_str
         for late in (4, 5):
             assert same(after[late], before[late]) == [True] * 3, name
         # Into the values of dynamic connections goes the stream before them, too.
-        assert same(after[6], before[6]) == [True, True, not dynamic], name
+        assert same(after[6], before[6]) == [True, True, False], name
     # They all see what the source did last.
     _, after = run(changed(params, "mlp.down", 3))
     for late in (4, 5, 6):
         assert same(after[late], before[late]) == [False] * 3
 
 
-def test_attentions_up_to_the_source_of_late_ones_read_the_stream_before_embeddings_are_added(
-    seeing_attentions,
-):
-    config = replace(like_the_speedrun(), skips=())
-    params, tokens = alive(config), some_tokens(config, B=1, T=6)
-    run = seeing_attentions(config, tokens)
+def test_attentions_up_to_the_source_of_late_ones_read_the_stream_before_embeddings_are_added():
+    run, params = seeing_attentions()
     features, before = run(params)
     for name, *place in (
         ("residual_shares", 1, 0),
@@ -1073,7 +1067,7 @@ def test_with_late_attentions_the_stream_begins_with_the_first_share_of_the_bigr
     params["attention"]["out"][:] = params["mlp"]["down"][:] = 0
     params["residual_shares"][:] = [[2, 1.5], [0.5, -1]]
     params["embedding_shares"][:], params["bigram_shares"][:] = (0.3, 0.7), (0.4, 10)
-    found = jax.jit(build(config, params).features)(tokens)
+    found = jax.jit(lambda params: build(config, params).features(tokens))(params)
 
     embedded = params["embed"].astype("f8")[tokens[0]]
     smear = sigmoid(embedded[:, :12] @ params["smear"]["gate"]) * params["smear"]["share"]
@@ -1095,10 +1089,12 @@ def test_the_half_of_a_key_that_is_not_rotated_is_that_of_the_token_before():
     )
     tokens = some_tokens(config, B=1, T=5)
     q, k, v = fixed(3, 1, 5, 2, 8)
-    model, past = build(config, alive(config)), Rows(config, tokens, "xla")
     found = jax.jit(
-        lambda: [model.attend(past, layer, {}, *map(jnp.asarray, (q, k, v))) for layer in range(2)]
-    )()
+        lambda params, *qkv: [
+            build(config, params).attend(Rows(config, tokens, "xla"), layer, {}, *qkv)
+            for layer in range(2)
+        ]
+    )(alive(config), q, k, v)
 
     # Of 4 pairs (i, i + 4) two rotate, by 1 and 0.1 radians per token, and two do not.
     turn = np.exp(-1j * np.outer(np.arange(5), [1, 0.1, 0, 0]))[:, None]
@@ -1126,18 +1122,21 @@ def test_logits_are_those_of_a_rescaled_sigmoid_but_for_a_constant():
     z = features.astype("f8") @ params["head"]
     assert z.min() < -20 and z.max() > 20
     published = 23 * sigmoid((z + 5) / 7.5)
-    logits = build(config, params).logits(jnp.asarray(features))
+    logits = jax.jit(build(config, params).logits)(features)
     np.testing.assert_allclose(logits + 11.5, published, atol=1e-4)
 
 
 def test_the_tokens_after_the_next_are_scored_up_to_the_end_of_a_row():
     # All features are equal, so are the logits, and a loss depends only on its target.
-    params, tokens = alive(BARE), jnp.zeros((1, 5), int)
-    targets = jnp.array([[7, 8, -1, 9, 10]])
-    model = build(BARE, params)
-    logits, (objective, losses) = jax.jit(
-        lambda: (model(tokens)[0, 0], model.loss(tokens, targets, (1.0, 0.5, 0.25)))
-    )()
+    tokens, targets = np.zeros((1, 5), int), np.array([[7, 8, -1, 9, 10]])
+
+    @jax.jit
+    def run(params, tokens, targets):
+        model = build(BARE, params)
+        several = model.loss(tokens, targets, (1.0, 0.5, 0.25))
+        return model(tokens)[0, 0], several, model.loss(tokens, targets)
+
+    logits, (objective, losses), of_next = run(alive(BARE), tokens, targets)
     logits = np.asarray(logits, "f8")
     cost = dict(enumerate(np.log(np.exp(logits).sum()) - logits)) | {-1: 0.0}
     expected = [
@@ -1148,7 +1147,8 @@ def test_the_tokens_after_the_next_are_scored_up_to_the_end_of_a_row():
         cost[10],
     ]
     np.testing.assert_allclose(objective[0], expected, atol=1e-5)
-    np.testing.assert_allclose(losses[0], [cost[t] for t in targets[0].tolist()], atol=1e-5)
+    for each in (losses, *of_next):
+        np.testing.assert_allclose(each[0], [cost[t] for t in targets[0].tolist()], atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -1156,19 +1156,7 @@ def test_the_tokens_after_the_next_are_scored_up_to_the_end_of_a_row():
     [
         # In layers without attention, nothing is mixed into the stream.
         (EVERY_TRICK, {f"{x}_shares": [3] for x in ("residual", "embedding", "bigram")}),
-        (
-            VALUE_RESIDUAL,
-            {"residual_shares": [0], "embedding_shares": [0], "attention.mixed_share": [0]},
-        ),
-        (OVERLAPPING, {}),
-        (replace(OVERLAPPING, value_embeddings=1), {"attention.mixed_share": [0, 1]}),
-        (
-            SPEEDRUN,
-            {
-                "residual_shares": [(2, 0)],
-                "output_shares": [(2, 0)],
-            },
-        ),
+        (SPEEDRUN, {"residual_shares": [(2, 0)], "output_shares": [(2, 0)]}),
         (
             DYNAMIC,
             {
@@ -1178,28 +1166,26 @@ def test_the_tokens_after_the_next_are_scored_up_to_the_end_of_a_row():
             },
         ),
     ],
-    ids=["every trick", "value residual", "overlapping", "one table", "speedrun", "dynamic"],
+    ids=["every trick", "speedrun", "dynamic"],
 )
 def test_every_parameter_learns_but_shares_of_what_is_not_there(config, idle):
-    params, tokens = alive(config), some_tokens(config, B=2, T=T)
-    gradients = jax.jit(
-        jax.grad(lambda params: build(config, params).loss(tokens, tokens)[0].mean())
-    )(params)
-    for path, gradient in jax.tree_util.tree_leaves_with_path(gradients):
+    tokens = some_tokens(config, B, T)
+    *_, gradients, _ = compiled(config)(alive(config), tokens, tokens)
+    for path, gradient in jax.tree_util.tree_leaves_with_path(jax.device_get(gradients)):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         # Every share and gate, and each output of every matrix and table; an MLP's neuron may not.
         if gradient.ndim > 1 and not name.endswith("_shares"):
             within = (-2, -1) if name.startswith("mlp") else -2
             gradient = gradient.any(axis=within, keepdims=True)
         places = [[*np.ravel(place)] for place in idle.get(name, [])]
-        assert np.argwhere(np.asarray(gradient) == 0).tolist() == places, name
+        assert np.argwhere(gradient == 0).tolist() == places, name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_gradient_of_relu_squared_is_that_of_its_formula_and_keeps_one_array(dtype):
     rng = np.random.default_rng(0)
-    x, above = (jnp.asarray(rng.standard_normal(500), dtype) for _ in range(2))
-    out, pullback = jax.vjp(relu_squared, x)
+    x, above = rng.standard_normal((2, 500)).astype(dtype)
+    out, pullback = jax.vjp(jax.jit(relu_squared), x)
     exact = np.maximum(np.asarray(x, "f8"), 0)
     rounding = {"float32": 3e-7, "bfloat16": 2**-7}[dtype]
     assert out.dtype == dtype
@@ -1211,29 +1197,19 @@ def test_the_gradient_of_relu_squared_is_that_of_its_formula_and_keeps_one_array
     assert [leaf.shape for leaf in jax.tree.leaves(pullback)] == [(500,)]
 
 
-@pytest.mark.parametrize("config", [EVERY_TRICK, VALUE_RESIDUAL, DYNAMIC])
+@pytest.mark.parametrize("config", [EVERY_TRICK, DYNAMIC], ids=["every trick", "dynamic"])
 def test_layers_computed_again_have_the_same_losses_and_gradients_and_keep_less(config):
-    params, tokens = alive(config), some_tokens(config, B=2, T=T)
-
-    def loss(again, params):
-        graph = graph_of(config, Kernels(rematerialize=again))
-        return nnx.merge(graph, params).loss(tokens, tokens)[0].mean()
-
-    (kept, (found, gradients)), (again, (again_found, again_gradients)) = (
-        (
-            jax.eval_shape(lambda p, r=rematerialize: jax.vjp(partial(loss, r), p)[1], params),
-            jax.jit(jax.value_and_grad(partial(loss, rematerialize)))(params),
-        )
-        for rematerialize in (False, True)
+    params, tokens = alive(config), some_tokens(config, B, T)
+    (found, *_, gradients, kept), (again_found, *_, again_gradients, again) = (
+        run(params, tokens, tokens) for run in (compiled(config), compiled(config, True))
     )
-    assert again_found == pytest.approx(float(found), rel=1e-6)
+    np.testing.assert_allclose(again_found, found, rtol=1e-6)
     for one, other in zip(*map(jax.tree.leaves, (gradients, again_gradients)), strict=True):
         assert relative_error(other, one) < 1e-5
     # No scores, a number per query and key, are stored for the backward pass.
 
-    def scores(pullback):
-        shapes = [leaf.shape for leaf in jax.tree.leaves(pullback)]
-        return [shape for shape in shapes if sum(n in (T, 2 * T) for n in shape) == 2]
+    def scores(kept):
+        return [each for each in kept if sum(n in (T, 2 * T) for n in each.shape) == 2]
 
     assert len(scores(kept)) >= config.num_attentions
     assert not scores(again)
@@ -1243,7 +1219,7 @@ def test_norm_gives_a_mean_square_of_one_to_all_but_the_smallest():
     x = np.random.default_rng(0).standard_normal((6, 64))
     x = (x * [[0], [1e-4], [1e-3], [1], [9], [1e4]]).astype("f4")
     mean_square = np.mean(np.square(x, dtype="f8"), axis=-1)
-    found = np.mean(np.square(norm(jnp.asarray(x))), axis=-1)
+    found = np.mean(np.square(jax.jit(norm)(x)), axis=-1)
     np.testing.assert_allclose(found, mean_square / (mean_square + 2**-23), rtol=1e-4)
     assert found[1] < 0.2 and (found[3:] > 0.999).all()
 
@@ -1253,19 +1229,21 @@ def test_norm_gives_a_mean_square_of_one_to_all_but_the_smallest():
 
 @pytest.mark.parametrize("config", [EVERY_TRICK, SPEEDRUN], ids=["every trick", "speedrun"])
 def test_in_bfloat16_the_model_agrees_with_float32_to_the_accuracy_of_bfloat16(config):
-    params, tokens = alive(config), some_tokens(config, B=2, T=T)
+    params, tokens = alive(config), some_tokens(config, B, T)
     if config.dynamic:  # near their beginning: if the stream nearly cancels, errors grow
-        new = init_params(config, jax.random.key(0))["dynamic"]
+        new = dict(new_params(config)["dynamic"])
         for name in ("last_layer", "before_head", "early_gates", "late_gates"):
-            new[name]["down"] = 0.2 * params["dynamic"][name]["down"]
+            new[name] = new[name] | {"down": 0.2 * params["dynamic"][name]["down"]}
         params["dynamic"] = new
 
-    @partial(jax.jit, static_argnums=0)
-    def run(dtype, params):
-        model = build(config, compute_copy(params, dtype))
-        return model.features(tokens), model(tokens)
+    @jax.jit
+    def run(params):
+        model = build(config, compute_copy(params, "bfloat16"))
+        features = model.features(tokens)
+        return features, model.logits(features)
 
-    exact, rough = run("float32", params), run("bfloat16", params)
+    _, (_, *exact), *_ = compiled(config)(params, tokens, tokens)
+    rough = run(params)
     assert [array.dtype for array in rough] == ["bfloat16", "float32"]
     for found, expected in zip(rough, exact, strict=True):
         # bfloat16 rounds to 8 bits, 0.4%: the error is a few of these, but not zero.
@@ -1274,16 +1252,17 @@ def test_in_bfloat16_the_model_agrees_with_float32_to_the_accuracy_of_bfloat16(c
 
 def test_the_gradient_of_a_frequent_token_is_summed_in_float32():
     # In bfloat16 a sum of 2048 equal terms stops growing at a few hundred.
-    tokens = jnp.zeros((8, 256), int)
-    params = alive(BARE)
+    tokens, one = np.zeros((8, 256), int), np.full((8, 256), -1)
+    one[0, 0] = 0
 
-    @partial(jax.jit, static_argnums=0)
-    def gradient(dtype, params):
+    @jax.jit
+    def gradient(params, tokens, targets):
         def loss(params):
-            return build(BARE, compute_copy(params, dtype)).loss(tokens, tokens)[0].sum()
+            return build(BARE, compute_copy(params, "bfloat16")).loss(tokens, targets)[0].sum()
 
         return jax.grad(loss)(params)["embed"]
 
-    exact, rough = gradient("float32", params), gradient("bfloat16", params)
+    # They are equal because the features of equal tokens are.
+    exact, rough = (gradient(alive(BARE), tokens, targets) for targets in (one, tokens))
     assert rough.dtype == jnp.float32
-    assert relative_error(rough, exact) < 0.05
+    assert relative_error(rough, 2048 * exact) < 0.05

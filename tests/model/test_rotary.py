@@ -3,6 +3,7 @@
 from itertools import pairwise
 from math import log, pi
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -101,16 +102,18 @@ def test_the_windows_in_use_do_not_change_rotations():
 # The rotation itself
 
 
-def angles(x, speed):
-    """Rotate all positions of x, one by one."""
-    return turned(jnp.arange(x.shape[1])[None], x.shape[1], speed)[:, :, None]
+def rotated(x, speed, tpu=False):
+    """Return x with all of its positions rotated, one by one."""
+    T = x.shape[1]
+    angles = jax.jit(lambda: turned(jnp.arange(T)[None], T, speed)[:, :, None])
+    return np.asarray(jax.jit(lambda x: rotary(x, angles(), tpu))(x))
 
 
 @pytest.mark.parametrize("count", [1, 200, 256, 257, 70_000, 2**31])
 def test_angles_are_those_of_a_product_in_float64_however_far_the_place_is(count):
     speed = np.array([1.0, 0.3, 0.0002, 0])
     places = np.unique(np.linspace(0, count - 1, 50).astype(int))
-    found = turned(jnp.array([places, places[::-1]]), count, speed)
+    found = jax.jit(lambda places: turned(places, count, speed))(np.array([places, places[::-1]]))
     assert found.dtype == "float32"
     expected = np.exp(1j * places[:, None] * speed)
     np.testing.assert_allclose(np.exp(1j * np.asarray(found[0], "f8")), expected, atol=5e-6)
@@ -121,7 +124,7 @@ def test_angles_are_those_of_a_product_in_float64_however_far_the_place_is(count
 def test_rotary_multiplies_pairs_as_complex_numbers_with_those_of_the_unit_circle(tpu):
     H, T, speed = 16, 9, np.array([1.0, 0.3, 0.07, 0.002, 0, 0, 0, 0])
     x = np.random.default_rng(0).standard_normal((2, T, 3, H)).astype("f4")
-    turned = np.asarray(rotary(jnp.asarray(x), angles(x, speed), tpu))
+    turned = rotated(x, speed, tpu)
     assert turned.dtype == np.float32
     z, found = (a[..., : H // 2] + 1j * a[..., H // 2 :] for a in (x.astype("f8"), turned))
     circle = np.exp(-1j * np.outer(np.arange(T), speed))[:, None]
@@ -132,19 +135,20 @@ def test_rotary_multiplies_pairs_as_complex_numbers_with_those_of_the_unit_circl
 
 @pytest.mark.parametrize("tpu", [False, True])
 def test_heads_have_the_places_of_a_token_in_turn(tpu):
-    x = jnp.asarray(np.random.default_rng(0).standard_normal((1, 5, 6, 8)), "float32")
-    angle = turned(jnp.arange(10)[None], 10, np.array([1.0, 0.3, 0.07, 0.0])).reshape(1, 5, 2, 4)
-    found = rotary(x, angle, tpu)
+    x = np.random.default_rng(0).standard_normal((1, 5, 6, 8)).astype("f4")
+    angle = np.outer(np.arange(10), [1.0, 0.3, 0.07, 0.0]).reshape(1, 5, 2, 4).astype("f4")
+    turned = jax.jit(rotary, static_argnums=2)(x, angle, tpu)
+    z, found = (a[..., :4] + 1j * a[..., 4:] for a in (x, np.asarray(turned)))
     for head in range(6):
-        alone = rotary(x[:, :, head : head + 1], angle[:, :, head % 2 : head % 2 + 1])
-        np.testing.assert_allclose(found[:, :, head], alone[:, :, 0], atol=1e-6)
+        expected = z[:, :, head] * np.exp(-1j * angle[:, :, head % 2])
+        np.testing.assert_allclose(found[:, :, head], expected, atol=1e-6)
 
 
 def test_positions_are_exact_far_into_a_row_though_the_model_computes_in_bfloat16():
     # Angles must not be rounded: at position 4095 those in bfloat16 would be off by up to 16.
     T, speed = 4096, np.array([1.0, 0.01])
-    x = jnp.tile(jnp.array([1, 1, 0, 0], "bfloat16"), (1, T, 1, 1))
-    turned = np.asarray(rotary(x, angles(x, speed)).astype("float32"))[0, :, 0]
+    x = np.tile(np.array([1, 1, 0, 0], "bfloat16"), (1, T, 1, 1))
+    turned = rotated(x, speed)[0, :, 0].astype("float32")
     angle = np.outer(np.arange(T), speed)
     np.testing.assert_allclose(turned, np.hstack([np.cos(angle), -np.sin(angle)]), atol=0.01)
 
@@ -152,8 +156,8 @@ def test_positions_are_exact_far_into_a_row_though_the_model_computes_in_bfloat1
 def test_a_score_depends_on_the_distance_of_query_and_key_alone():
     q, k = np.random.default_rng(0).standard_normal((2, 16)).astype("f4")
     speed, _ = rotation(model(rope_base=50.0))
-    everywhere = [jnp.tile(x, (1, 12, 1, 1)) for x in (q, k)]
-    turned_q, turned_k = (np.asarray(rotary(x, angles(x, speed)))[0, :, 0] for x in everywhere)
+    both = np.tile(np.stack([q, k]), (1, 12, 1, 1))
+    turned_q, turned_k = rotated(both, speed)[0].swapaxes(0, 1)
     scores = turned_q @ turned_k.T
     for distance in range(-11, 12):
         diagonal = np.diagonal(scores, distance)

@@ -24,11 +24,11 @@ from train_gpt import PRESETS
 def some_settings(seed):
     """Draw settings of a small model until they are accepted.
 
-    The first has a single layer, and every second one dynamic connections.
+    The first has a single layer, and those of odd seeds dynamic connections.
     """
     draw = random.Random(seed)
     while True:
-        L, N = draw.choice((1, 1, 2, 3, 4)) if seed else 1, draw.choice((1, 2, 3))
+        L, N = draw.choice((1, 3)) if seed else 1, draw.choice((1, 2, 3))
 
         def some(*layers, draw=draw):
             return tuple(layer for layer in layers if draw.random() < 0.3)
@@ -84,7 +84,7 @@ def some_settings(seed):
         return hp
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, 24, 27, 37])  # together they have nearly every choice
 def test_a_model_that_is_accepted_can_be_trained_saved_resumed_exported_and_sampled(seed, tmp_path):
     """Training is only traced, for its shapes; the saved state is random, compared bit for bit."""
     hp, mesh, draw = some_settings(seed), make_mesh(1), np.random.default_rng(seed)
@@ -112,7 +112,7 @@ def test_a_model_that_is_accepted_can_be_trained_saved_resumed_exported_and_samp
     save_model(out, hp.model, state.params, settings, {})
     _, exported, params, _ = load_model(out, mesh)
     assert bits(params) == bits(state.params)
-    if seed < 2:  # a program is compiled for it
+    if seed in (0, 27):  # a program is compiled for it
         zeros, texts = jax.tree.map(np.zeros_like, params), ["ab", ""]
         how = {"num_tokens": 3, "context": hp.sequence_length, "sampling": Sampling()}
         assert len([*write(exported, zeros, ByteTokenizer(), texts, **how)]) == 3 * len(texts)
