@@ -10,7 +10,7 @@ token pairs are hashed by our functions, and the heads of a pair are neighbors.
 import json
 import zlib
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from math import prod
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from nanogpt.training.step import (
     init_params,
     make_eval_step,
     make_train_step,
+    param_shapes,
 )
 from train_gpt import PRESETS
 
@@ -122,13 +123,12 @@ def numbers(name, shape):
 
 def first_params():
     """Generate the record's parameters in our form: q and k are rotated in halves."""
-    init = jax.jit(lambda: init_params(TINY.model, jax.random.key(0)))
-    params = jax.tree.map(np.asarray, init())
-    params = traverse_util.flatten_dict(params, sep=".")
-    for name, array in params.items():
-        if name in SPREAD:
-            params[name] = numbers(name, array.shape)
-    params["head"] = params["embed"].T
+    flat = partial(traverse_util.flatten_dict, sep=".")
+    shapes = flat(param_shapes(TINY.model))
+    known = {name: numbers(name, shapes[name].shape) for name in SPREAD}
+    # In one program, so that random numbers which nothing reads are not computed.
+    init = jax.jit(lambda known: flat(init_params(TINY.model, jax.random.key(0))) | known)
+    params = jax.device_get(init(known | {"head": known["embed"].T}))
     # The record turns neighbors in a head of 24, (0, 1), (2, 3), ..., and we (0, 12), (1, 13), ...
     qkv = params["attention.qkv"].reshape(10, 3, 96, 4, 12, 2)
     by_halves = qkv[:, :2].swapaxes(-2, -1).reshape(10, 2, 96, 96)
@@ -161,7 +161,7 @@ def twelve_steps(folder):
         return make_train_step(graph, optimizer, mesh, "float32", tied_head=tied)
 
     start = first_params()
-    params = traverse_util.unflatten_dict(jax.tree.map(jnp.asarray, start), sep=".")
+    params = traverse_util.unflatten_dict(start, sep=".")
     moments = jax.jit(optimizer.init)(params)
     state = TrainState(np.int32(0), params, moments, *np.zeros((2,), "f4"))
     state = jax.device_put(state, NamedSharding(mesh, REPLICATED))  # as the steps return it

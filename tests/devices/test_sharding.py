@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from math import prod
 
 import jax
@@ -13,16 +13,14 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from nanogpt.adam import AdamGroups
 from nanogpt.config import ConfigError, GPTConfig, Kernels, mesh_axes
 from nanogpt.devices.mesh import BATCH, ROWS, make_mesh
 from nanogpt.devices.sharding import ROUNDED, check_shared, shardings, specs
-from nanogpt.optim.groups import make_optimizer
+from nanogpt.optim.muon import scale_by_muon
 from nanogpt.training.step import (
     TrainState,
     graph_of,
     make_eval_step,
-    make_init,
     make_train_step,
     param_shapes,
 )
@@ -30,9 +28,11 @@ from tests.training.test_step import (
     RATES,
     T,
     collectives,
-    copied,
+    first_state,
     placed,
+    some_optimizer,
     some_rows,
+    state_on,
     train_plainly,
 )
 
@@ -52,109 +52,85 @@ CONFIG = GPTConfig(
     paired_heads=(2,),
     backout=1,
 )
-# What came later, the last two for data parallelism only.
-LATE = {"backout": None, "attention_source": 0, "exclusive": (0,), "bigram_width": 16}
-NEW = replace(CONFIG, **LATE, skips=((0, 2),), value_layers=(0, 2), dynamic=True)
+UNGATED = replace(CONFIG, skips=((0, 2),), value_gate=False)
+# What came later, without tables and within documents, or for data parallelism only.
+LATE = replace(CONFIG, backout=None, attention_source=0, bigram_width=16)
+FOR_DATA = {"skips": ((0, 2),), "value_layers": (0, 2), "dynamic": True, "exclusive": (0,)}
+WITHIN, NEW = replace(LATE, value_embeddings=0, document_separator=3), replace(LATE, **FOR_DATA)
 WEIGHTS = (1.0, 0.5)
 TABLES = ("embed", "value_embed", "bigram_embed")
-
-
-def optimizer_on(mesh, shard_params, head_groups):
-    return make_optimizer(
-        learning_rate=0.05,
-        weight_decay=1.0,
-        adam=AdamGroups.alike(tables=0.15, head=0.008, others=0.04, betas=(0.8, 0.95)),
-        head_groups=head_groups,
-        mesh=mesh,
-        shard_params=shard_params,
-    )
 
 
 def weighted(rates):
     return rates._replace(target_weights=WEIGHTS)
 
 
+def parts_of(tree):
+    """Return the shape of a device's part of each array."""
+    return [leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(tree)]
+
+
+def random_params(config):
+    """Return parameters of which none is zero, as many initial ones are."""
+    random = np.random.default_rng(0)
+    return jax.tree.map(lambda p: random.normal(0, 0.3, p.shape).astype("f4"), param_shapes(config))
+
+
+def graph_on(mesh, config):
+    return graph_of(config, Kernels(tensor_parallel=mesh.shape["model"] > 1))
+
+
 @cache
-def compiled(data, model=1, shard_params=False, micro_batches=1, config=CONFIG, head_groups=1):
+def compiled(data, model=1, shard_params=False, micro_batches=1, config=CONFIG):
     """Return a step, its initial state, and its mesh."""
     mesh = make_mesh(data, model)
-    optimizer = optimizer_on(mesh, shard_params, head_groups)
-    state = make_init(config, optimizer, mesh, shard_params)(jax.random.key(0))
-    graph = graph_of(config, Kernels(tensor_parallel=model > 1))
+    optimizer = some_optimizer(mesh=mesh, shard_params=shard_params)
+    state = state_on(mesh, first_state(config), shard_params)
+    graph = graph_on(mesh, config)
     train_step = make_train_step(graph, optimizer, mesh, "float32", shard_params=shard_params)
     batch = placed(mesh, BATCH, some_rows(1).reshape(micro_batches, -1, T + 1))
     return train_step.lower(state, batch, weighted(RATES[0])).compile(), state, mesh
-
-
-def train(data, model=1, shard_params=False, micro_batches=1, **more):
-    """Return the metrics of every step, and the last state."""
-    step, state, mesh = compiled(data, model, shard_params, micro_batches, **more)
-    state, metrics = copied(state), []
-    for rows, rates in zip(some_rows(), RATES, strict=True):
-        batch = placed(mesh, BATCH, rows.reshape(micro_batches, -1, T + 1))
-        state, found = step(state, batch, weighted(rates))
-        metrics.append((float(found["loss"]), float(found["grad_norm"])))
-    return np.array(metrics), state
-
-
-@cache
-def alone():
-    """Return the evaluation on one device."""
-    return make_eval_step(graph_of(CONFIG), make_mesh(1), "float32")
 
 
 # The same losses
 
 
 @pytest.mark.parametrize(
-    ("data", "model", "shard_params", "micro_batches"),
-    [
-        (4, 1, True, 2),
-        (2, 4, False, 2),
-        (4, 2, True, 1),
-    ],
+    ("data", "model", "shard_params", "micro_batches"), [(4, 1, True, 2), (2, 4, False, 2)]
 )
 def test_losses_and_gradients_are_those_of_one_device(data, model, shard_params, micro_batches):
-    plain = train_plainly(WEIGHTS, CONFIG)
-    metrics, state = train(data, model, shard_params, micro_batches)
-    np.testing.assert_allclose(metrics, plain, rtol=1e-5)
-    assert np.ptp(metrics[:, 0]) > 0.1
+    step, state, mesh = compiled(data, model, shard_params, micro_batches)
+    before, metrics = parts_of(state), []
+    state = state_on(mesh, state, shard_params)
+    for rows, rates in zip(some_rows(), RATES, strict=True):
+        batch = placed(mesh, BATCH, rows.reshape(micro_batches, -1, T + 1))
+        state, found = step(state, batch, weighted(rates))
+        metrics.append((float(found["loss"]), float(found["grad_norm"])))
+    np.testing.assert_allclose(metrics, train_plainly(WEIGHTS, CONFIG), rtol=1e-5)
+    assert np.ptp(metrics, axis=0)[0] > 0.1
+    assert parts_of(state) == before
 
-    # So is the loss on other rows, some of which end early.
-    rows = some_rows(1, seed=5)[0]
+
+def test_the_loss_of_rows_that_end_early_is_that_of_one_device():
+    params, rows = random_params(CONFIG), some_rows(1, seed=5)[0]
     rows[2, 9:] = -1
-    mesh, graph = make_mesh(data, model), graph_of(CONFIG, Kernels(tensor_parallel=model > 1))
     V = CONFIG.padded_vocab_size  # some ids cannot follow some others
     mask = np.random.default_rng(6).integers(0, 256, (V, V // 8), np.uint8)
-    found = make_eval_step(graph, mesh, "float32", shard_params)(
-        state.params, placed(mesh, ROWS, rows), mask
-    )
-    whole = jax.tree.map(np.asarray, state.params)
-    expected = alone()(whole, placed(make_mesh(1), ROWS, rows), mask)
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+    def loss(mesh, shard_params):
+        step = make_eval_step(graph_on(mesh, CONFIG), mesh, "float32", shard_params)
+        return step(state_on(mesh, params, shard_params), placed(mesh, ROWS, rows), mask)
+
+    np.testing.assert_allclose(loss(make_mesh(4, 2), True), loss(make_mesh(1), False), rtol=1e-5)
 
 
-def test_without_tables_and_within_documents_late_and_exclusive_attentions_are_shared_like_others():
-    config = replace(CONFIG, value_embeddings=0, document_separator=3, **LATE)
-    metrics, _ = train(2, 4, config=config)
-    np.testing.assert_allclose(metrics, train_plainly(WEIGHTS, config), rtol=1e-5)
-
-
-def test_dynamic_connections_and_groups_of_heads_do_not_depend_on_shards():
-    sharded, _ = train(4, 1, True, config=NEW, head_groups=4)
-    plain, _ = train(1, config=NEW, head_groups=4)
-    np.testing.assert_allclose(sharded[:2], plain[:2], rtol=1e-5)
-    # Then Adam has made full-size steps of gradients that are rounding errors, those of gates.
-    np.testing.assert_allclose(sharded, plain, rtol=2e-3)
-
-
-def test_the_gradient_of_each_parameter_is_that_of_one_device():
-    # With random parameters, since many initial ones are zero.
-    config = replace(CONFIG, skips=((0, 2),), value_gate=False)
-    mesh, rows = make_mesh(2, 4), some_rows(1)[0]
-    shapes = param_shapes(config)
-    random = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: random.normal(0, 0.3, p.shape).astype("f4"), shapes)
+@pytest.mark.parametrize(
+    ("config", "data", "model", "shard_params"),
+    [(UNGATED, 4, 2, True), (WITHIN, 2, 4, False), (NEW, 4, 1, True)],
+    ids=["skips without gates", "late attentions within documents", "dynamic connections"],
+)
+def test_the_gradient_of_each_parameter_is_that_of_one_device(config, data, model, shard_params):
+    params, mesh, rows = random_params(config), make_mesh(data, model), some_rows(1)[0]
 
     def loss(params):
         model = nnx.merge(graph_of(config), params)
@@ -165,11 +141,13 @@ def test_the_gradient_of_each_parameter_is_that_of_one_device():
         lambda params: optax.EmptyState(),
         lambda gradients, state, params, **_: (optax.tree.sub(gradients, params), state),
     )
-    state = TrainState(jnp.int32(0), params, optax.EmptyState(), *jnp.zeros(2))
-    state = jax.device_put(state, shardings(state, mesh, shard_params=True))
-    graph = graph_of(config, Kernels(tensor_parallel=True))
-    step = make_train_step(graph, in_its_place, mesh, "float32", shard_params=True)
-    state, _ = step(state, placed(mesh, BATCH, rows[None]), weighted(RATES[0]))
+    state = TrainState(np.int32(0), params, optax.EmptyState(), *np.zeros(2, "f4"))
+    step = make_train_step(
+        graph_on(mesh, config), in_its_place, mesh, "float32", shard_params=shard_params
+    )
+    state, _ = step(
+        state_on(mesh, state, shard_params), placed(mesh, BATCH, rows[None]), weighted(RATES[0])
+    )
     for (path, found), want in zip(
         jax.tree.leaves_with_path(state.params), jax.tree.leaves(expected), strict=True
     ):
@@ -178,11 +156,24 @@ def test_the_gradient_of_each_parameter_is_that_of_one_device():
         np.testing.assert_allclose(found, want, atol=1e-4 * size + 1e-6, err_msg=name)
 
 
+def test_muon_by_groups_of_heads_does_not_depend_on_shards():
+    random = np.random.default_rng(0).standard_normal
+    whole = {"attention": {"qkv": random((2, 3, 32, 32), "f4"), "out": random((2, 32, 32), "f4")}}
+
+    def updates(gradients, **how):
+        muon = scale_by_muon(head_groups=4, **how)
+        return jax.jit(lambda g: muon.update(g, muon.init(g), momentum=0.9)[0])(gradients)
+
+    parts = state_on(mesh := make_mesh(4, 2), whole, shard_params=True)
+    shared, plain = updates(parts, mesh=mesh, shard_params=True), updates(whole)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), shared, plain)
+
+
 # Which device holds what
 
 
 def test_each_device_holds_its_part_of_parameters_and_of_the_optimizers_state():
-    _, state = train(4, 2, True)
+    state = state_on(make_mesh(4, 2), first_state(CONFIG), shard_params=True)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     shares = {
         jax.tree_util.keystr(path): leaf.nbytes / leaf.addressable_shards[0].data.nbytes
@@ -231,9 +222,7 @@ def test_layouts_name_every_large_parameter():
 
 
 def test_tables_that_are_sent_in_bfloat16_are_rounded_to_it_wherever_they_are_used():
-    shapes = param_shapes(NEW)
-    random = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: random.normal(0, 0.3, p.shape).astype("f4"), shapes)
+    params = random_params(NEW)
     step = make_eval_step(graph_of(NEW), mesh := make_mesh(1), "bfloat16")
 
     def loss(*rounded):

@@ -5,7 +5,6 @@ import os
 import struct
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -166,8 +165,8 @@ def expected(items, model):
 def model(tiny_config):
     random = np.random.default_rng(1)
     shapes = param_shapes(tiny_config)
-    params = jax.tree.map(lambda p: jnp.float32(random.normal(0, 0.3, p.shape)), shapes)
-    return graph_of(tiny_config), params
+    params = jax.tree.map(lambda p: np.float32(random.normal(0, 0.3, p.shape)), shapes)
+    return graph_of(tiny_config), jax.device_put(params)
 
 
 @pytest.fixture(scope="module")

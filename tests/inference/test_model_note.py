@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from flax import traverse_util
+from flax import nnx, traverse_util
 
 from nanogpt.inference.export import save_model
 from nanogpt.inference.model_note import note
+from nanogpt.training.step import graph_of, param_shapes
 from tests.model import test_gpt as test_model
 
 TOKENS = np.random.default_rng(0).integers(0, 256, (2, 21))
@@ -35,6 +36,7 @@ SPEEDRUN = replace(  # composed heads also share less than a window, and their o
     composed=(1, -1),
     composed_window=9,
 )
+ALONE = replace(test_model.BARE, num_layers=3, attention_source=0, dynamic=True, skips=())
 CONFIGS = {
     "every trick": EVERY_TRICK,
     "the speedrun": SPEEDRUN,
@@ -42,39 +44,35 @@ CONFIGS = {
         EVERY_TRICK, value_embeddings=2, value_layers=(4, 1), windows=()
     ),
     "value tables of their own without gates": test_model.LATE,
-    "documents do not end": replace(EVERY_TRICK, document_separator=None),
-    "an attention source and narrow bigrams": replace(
-        EVERY_TRICK, attention_source=1, backout=None, bigram_width=7
+    "documents do not end, and a U-net and value tables without gates": replace(
+        EVERY_TRICK, document_separator=None, skips=None, value_gate=False
     ),
-    "an attention source without bigrams": replace(
-        EVERY_TRICK, attention_source=0, bigram_buckets=0, skips=None
+    "an attention source, narrow bigrams and one table": replace(
+        EVERY_TRICK, attention_source=1, backout=None, bigram_width=7, value_embeddings=1
     ),
-    "dynamic with the first values": replace(SPEEDRUN, value_embeddings=0, value_layers=()),
-    "dynamic U-net with shared tables without gates": replace(
-        SPEEDRUN, value_embeddings=3, value_layers=(), value_gate=False, skips=None
+    "an attention source without bigrams, and a table for most layers": replace(
+        EVERY_TRICK,
+        **{"attention_source": 0, "bigram_buckets": 0, "skips": None},
+        **{"value_embeddings": 4, "mlp_only": (1,)},
     ),
-    "dynamic with the only table": replace(SPEEDRUN, value_embeddings=1, value_layers=(5,)),
-    "dynamic without a table, bigrams, skips or backout": replace(
+    "no table and no skips": replace(EVERY_TRICK, value_embeddings=1, mlp_only=(-1,), skips=()),
+    "dynamic U-net with shared tables without gates and bigrams without signs": replace(
         SPEEDRUN,
-        **{"value_embeddings": 2, "value_layers": (0, 1), "skips": (), "backout": None},
-        **{"bigram_buckets": 0, "bigram_width": None},
+        **{"value_embeddings": 3, "value_layers": (), "value_gate": False},
+        **{"skips": None, "bigram_width": None},
     ),
-    "dynamic with all kinds of gates and narrow bigrams": replace(
-        SPEEDRUN, attention_gate=True, bigram_width=7, document_separator=None
+    "dynamic with all kinds of gates, the only table and narrow bigrams": replace(
+        SPEEDRUN,
+        **{"attention_gate": True, "value_embeddings": 1, "value_layers": (5,)},
+        **{"bigram_width": 7, "document_separator": None},
     ),
-    "dynamic with bigrams without signs": replace(SPEEDRUN, bigram_width=None),
-    "dynamic connections and shares alone": replace(
-        test_model.BARE, num_layers=3, attention_source=0, dynamic=True, skips=()
-    ),
+    "dynamic connections and shares alone": ALONE,
+    "dynamic with a table for one layer": replace(ALONE, value_embeddings=1, value_layers=(0,)),
     "composed heads without windows and documents": replace(
         test_model.BARE,
         **{"num_layers": 4, "attention_source": 2, "dynamic": True, "mlp_only": (1,)},
         **{"composed": (0, 3), "composed_window": 4},
     ),
-    "a U-net and value tables without gates": replace(EVERY_TRICK, skips=None, value_gate=False),
-    "a table for most layers": replace(EVERY_TRICK, value_embeddings=4, mlp_only=(1,)),
-    "one table and no skips": replace(EVERY_TRICK, value_embeddings=1, skips=()),
-    "no layer with a table": replace(EVERY_TRICK, value_embeddings=1, mlp_only=(-1,)),
     "value residual": test_model.VALUE_RESIDUAL,
     "overlapping": test_model.OVERLAPPING,
     "bare": test_model.BARE,
@@ -118,7 +116,8 @@ def test_the_program_in_the_note_is_the_model_with_whatever_tricks_it_has(
     exec(program, names)
     tokens = TOKENS % config.vocab_size
     tokens[0, 7] = tokens[1, 0] = 4  # a separator, where there is one
-    expected = jax.jit(test_model.build(config, params))(tokens)
+    graph = graph_of(config)
+    expected = jax.jit(lambda params, tokens: nnx.merge(graph, params)(tokens))(params, tokens)
     for row, logits in zip(tokens, expected, strict=True):
         np.testing.assert_allclose(names["logits"](row), logits, atol=2e-4)
 
@@ -126,7 +125,7 @@ def test_the_program_in_the_note_is_the_model_with_whatever_tricks_it_has(
 @pytest.mark.parametrize("config", [EVERY_TRICK, SPEEDRUN], ids=["every trick", "the speedrun"])
 def test_the_note_names_every_array_with_its_shape_and_where_it_comes_from(config):
     config = replace(config, vocab_size=50257)
-    params = alive(config)
+    params = param_shapes(config)
     text = note(config, SETTINGS | {"tokenizer": "gpt2"}, params)
     for name, array in traverse_util.flatten_dict(params, sep=".").items():
         assert f"| `{name}` | {list(array.shape)} | " in text
