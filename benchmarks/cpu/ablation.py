@@ -100,8 +100,8 @@ def proxy_of(options: Options) -> "Hyperparameters":
     if options.num_steps is not None:
         proxy = replace(proxy, num_steps=options.num_steps)
     if options.tiny:
-        thin = {"width": 32, "mlp_width": 64, "bigram_buckets": 64}
-        one = {"num_layers": 1, "value_embeddings": 1, "vocab_size": proxy.model.vocab_size}
+        thin = {"width": 32, "mlp_width": 64, "bigram_buckets": 0, "smear": False}
+        one = {"num_layers": 1, "value_embeddings": 0, "vocab_size": proxy.model.vocab_size}
         model = replace(CPU.model, **thin, **one)
         proxy = replace(proxy, num_steps=1, stages=proxy.stages[:1], val_tokens=1024, model=model)
     if options.gpu:

@@ -41,16 +41,21 @@ CONTEXT, BATCH = 64, 12  # as in nanoGPT's configuration
 
 @dataclass(frozen=True)
 class Size:
-    """The number of training steps of each side, and of validation tokens."""
+    """The number of training steps of each side, of validation tokens, and our other arguments."""
 
     their_layers: int
     their_steps: int
     our_steps: int
     val_tokens: int  # a multiple of 256 rows of CONTEXT
+    ours: str = ""
 
 
 FULL = Size(their_layers=4, their_steps=2000, our_steps=220, val_tokens=262_144)
-TINY = Size(their_layers=1, their_steps=2, our_steps=2, val_tokens=256 * CONTEXT)
+TINY = Size(
+    *(1, 2, 2, 256 * CONTEXT),
+    ours="--model.num-layers 1 --model.width 32 --model.mlp-width 64 --model.value-embeddings 0 "
+    "--model.bigram-buckets 0",
+)
 
 
 @dataclass(frozen=True)
@@ -142,8 +147,9 @@ def our_arguments(size: Size) -> str:
         "--model.num-layers 2 --model.width 128 --model.mlp-width 512 "
         "--model.attention-scale 0.2 --model.bigram-buckets 4096 --model.no-smear "
         "--model.no-attention-gate --model.key-offset --model.paired-heads "
-        f"--neuron-decay None --val-loss-every 0 --val-tokens {size.val_tokens} --sample-tokens 0"
-    )
+        f"--neuron-decay None --val-loss-every 0 --val-tokens {size.val_tokens} --sample-tokens 0 "
+        f"{size.ours}"
+    ).rstrip()
 
 
 def run_ours(arguments: str, folder: Path) -> Result:

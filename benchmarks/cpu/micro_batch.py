@@ -21,7 +21,8 @@ ROWS = 32  # rows per step
 SIZES = (32, 16, 8, 4, 2)  # rows per micro-batch
 WARM_UP = 10  # steps
 TINY = (
-    "--sequence-length 32 --total-batch-size 1024 --model.num-layers 1 --model.value-embeddings 1"
+    "--sequence-length 8 --total-batch-size 256 --model.num-layers 1 --model.width 32 "
+    "--model.mlp-width 64 --model.value-embeddings 0 --model.bigram-buckets 0"
 )
 
 

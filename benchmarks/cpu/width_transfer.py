@@ -32,7 +32,7 @@ class Options:
     """Train small models of two widths with multiples of the learning rates."""
 
     tiny: bool = False
-    """Train one layer for one step, without multiples: a test of this script only."""
+    """Train one layer of one width for a step, without multiples: a test of this script only."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,21 +45,22 @@ def compare(options: Options) -> None:
     from benchmarks.cpu.proxy_runs import final_losses
 
     num_steps, val_tokens, times = (1, 1024, TINY_TIMES) if options.tiny else (150, 65_536, TIMES)
+    widths = WIDTHS[:1] if options.tiny else WIDTHS
     base = base_of(num_steps, val_tokens, num_layers=1 if options.tiny else 2)
     runs = {
         (name, factor, width): (with_rate(base, width, name, factor), None)
-        for width in reversed(WIDTHS)  # the longest first
+        for width in reversed(widths)  # the longest first
         for name, factors in times.items()
         for factor in factors
     }
     losses = final_losses(runs, own_core=True)
-    losses |= {("head", 1, width): losses["matrices", 1, width] for width in WIDTHS}
-    print(f"| rate | times | {' | '.join(f'width {width}' for width in WIDTHS)} |")
-    print("|---" * (2 + len(WIDTHS)) + "|")
+    losses |= {("head", 1, width): losses["matrices", 1, width] for width in widths}
+    print(f"| rate | times | {' | '.join(f'width {width}' for width in widths)} |")
+    print("|---" * (2 + len(widths)) + "|")
     table = {name: {} for name in times}
     for name, factor in sorted({(name, factor) for name, factor, _ in losses}):
-        row = [losses[name, factor, width] for width in WIDTHS]
-        table[name][factor] = dict(zip(WIDTHS, row, strict=True))
+        row = [losses[name, factor, width] for width in widths]
+        table[name][factor] = dict(zip(widths, row, strict=True))
         print(f"| {name} | {factor:g} | {' | '.join(f'{loss:.4f}' for loss in row)} |")
     figures = {"tokens": base.schedule.tokens(num_steps), "losses": table}
     save("width_transfer", figures, options.tiny)

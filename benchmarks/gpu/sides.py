@@ -37,8 +37,8 @@ class Size:
 FULL = Size(tokens_per_step=524_288, sequence_length=1024, warm_up=5, steps=20)
 TINY = Size(
     *(128, 2, 1, 2),
-    ours="--batch-size 64 --model.num-layers 1 --model.num-heads 2 --model.width 64 "
-    "--model.mlp-width 256",
+    ours="--batch-size 64 --dtype float32 --model.num-layers 1 --model.num-heads 2 "
+    "--model.width 16 --model.mlp-width 64",
     pytorch="--layers 2 --heads 2 --width 64",
 )
 

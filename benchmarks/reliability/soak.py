@@ -33,7 +33,7 @@ WEIGHTS = (2, 2, 5, 2, 4)  # relative frequency of each phase
 EVERY = 10  # steps between checkpoints
 TINY = (
     "--batch-size 8 --sequence-length 32 --total-batch-size 512 --val-tokens 8192 "
-    "--model.num-layers 2 --model.num-heads 2 --model.width 32 --model.mlp-width 64 "
+    "--model.num-layers 1 --model.num-heads 2 --model.width 32 --model.mlp-width 64 "
     "--model.value-embeddings 1 --model.bigram-buckets 64"
 )
 

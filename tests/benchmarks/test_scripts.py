@@ -26,6 +26,7 @@ TESTED_ELSEWHERE = {
     "benchmarks.compiled.scaling": "compiled/test_scaling.py",
     "benchmarks.cpu.depths": "cpu/test_depths.py",
     "benchmarks.cpu.tokenize_text": "cpu/test_tokenize_text.py",
+    "benchmarks.cpu.width_transfer": "cpu/test_ablation.py",
     "benchmarks.gpu.first_light": "gpu/test_first_light.py",
     "benchmarks.gpu.step": "gpu/test_step.py",
     "benchmarks.gpu.against_pytorch": "gpu/test_against_pytorch.py",

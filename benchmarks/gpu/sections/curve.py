@@ -35,7 +35,7 @@ class Size:
 
 def jobs(context: Context) -> Iterator[Job]:
     """Yield both sides, for as many steps as the time allows."""
-    size = Size(128, 2, 64, 128, 4, TINY.ours, TINY.pytorch) if context.tiny else size_for(context)
+    size = Size(128, 2, 64, 128, 2, TINY.ours, TINY.pytorch) if context.tiny else size_for(context)
     yield "train_gpt.py, baseline", partial(ours, size, context.tiny)
     yield "GPT-2 small in PyTorch", partial(pytorch, size, context.tiny)
 

@@ -22,9 +22,9 @@ from train_gpt import Hyperparameters
 
 STEPS = 60
 TINY_RUN = (
-    "--preset laptop --dtype float32 --tokenizer bytes --sample-tokens 0 --batch-size 2 "
-    "--sequence-length 32 --total-batch-size 64 --model.num-layers 1 --model.width 32 "
-    "--model.mlp-width 64 --model.bigram-buckets 128 --model.value-embeddings 1"
+    "--preset baseline --dtype float32 --tokenizer bytes --batch-size 2 --sequence-length 32 "
+    "--total-batch-size 64 --model.vocab-size 256 --model.num-layers 1 --model.num-heads 2 "
+    "--model.width 32 --model.mlp-width 64"
 )
 STALL = 1.5  # a step that takes this many times its stage's median waited for the host
 

@@ -1,18 +1,20 @@
 """The ablation: what each of its runs leaves out, and one small enough for a test."""
 
+import json
 from itertools import product
 
 import numpy as np
 import pytest
 
+from benchmarks import results
 from benchmarks.compiled import h200, recipe_bytes
 from benchmarks.cpu import python_sources as sources
+from benchmarks.cpu import width_transfer
 from benchmarks.cpu.ablation import Options, changes_of, proxy_of
 from benchmarks.cpu.pieces import ADDITIONS, BUILT_IN, CPU, GPU, PIECES
-from benchmarks.cpu.proxy_runs import last_record, on_bytes
 from nanogpt.data.shards import read_shard
 from nanogpt.optim import muon
-from nanogpt.schedule import Schedule, Stage
+from nanogpt.schedule import Schedule
 from nanogpt.training.step import param_shapes
 from tests.programs import run_to_end
 
@@ -64,12 +66,14 @@ def test_a_piece_that_a_run_does_not_have_is_not_left_out():
     assert not any(name.startswith("with ") for name in gpu)
 
 
-def test_a_run_ends_with_the_loss_of_its_validation():
-    """An untrained model's loss on bytes is ln 256."""
-    shape = {"num_layers": 1, "num_heads": 2, "width": 32, "mlp_width": 64}
-    how = {"num_steps": 1, "total_batch_size": 4096, "val_tokens": 1024}
-    hp = on_bytes("baseline", shape, stages=(Stage(rate=1e-6),), **how)
-    assert last_record(hp, None, None)["val_loss"] == pytest.approx(np.log(256), abs=1e-4)
+def test_a_run_ends_with_the_loss_of_its_validation(forked, monkeypatch, tmp_path):
+    """An untrained model's loss on bytes is ln 256; that of its validation is after a step."""
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
+    assert width_transfer.main(["--tiny"]) == 0
+    losses = json.loads((tmp_path / "width_transfer_tiny.json").read_text())["losses"]
+    assert losses["matrices"] == losses["head"]
+    assert np.log(256) - 0.3 < losses["head"]["1"]["32"] < np.log(256) - 0.01
 
 
 VALUES = {

@@ -33,7 +33,7 @@ class Forked(Process):
 def alone(tmp_path, monkeypatch):
     """Use one device, as on a laptop, and another folder for the figures."""
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "1")
-    monkeypatch.setattr(soak, "EVERY", 3)
+    monkeypatch.setattr(soak, "EVERY", 8)
     for module in (soak, killing):
         monkeypatch.setattr(module, "VALIDATE", 6)
     monkeypatch.setattr(killing, "subprocess", SimpleNamespace(PIPE=-1, STDOUT=-2, Popen=Forked))
