@@ -76,7 +76,8 @@ def first_state(config=CONFIG):
 
 def state_on(mesh, state, shard_params=False):
     """Return a copy of a state on a mesh, which a step may consume."""
-    return jax.device_put(state, shardings(state, mesh, shard_params), may_alias=False)
+    places = shardings(jax.eval_shape(lambda: state), mesh, shard_params)
+    return jax.device_put(state, places, may_alias=False)
 
 
 @cache
