@@ -61,7 +61,7 @@ def init_params(config: GPTConfig, key: Key[Array, ""]) -> Params:
 
 @cache
 def param_shapes(config: GPTConfig) -> PyTree[jax.ShapeDtypeStruct]:
-    """Return the shapes and dtypes of a model's parameters, without computing any."""
+    """Return the shapes and dtypes of a model's parameters; all callers share them."""
     return jax.eval_shape(partial(init_params, config), jax.random.key(0))
 
 

@@ -80,6 +80,7 @@ VALUES = {
     "YaRN": lambda: Schedule.model(GPU.schedule, GPU.model, 2).rotary_windows,
     "Polar Express": lambda: len(set(muon.POLAR_EXPRESS)),
     "share of what attentions add": lambda: (
+        # not from the cache: the second time the piece is taken out
         "out_share" in param_shapes.__wrapped__(CPU.model)["attention"]
     ),
 }
