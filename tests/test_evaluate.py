@@ -29,6 +29,7 @@ from nanogpt.inference import hellaswag
 from nanogpt.inference.hellaswag import FILE, REPOSITORY, REVISION, Item
 from nanogpt.inference.weights import load_run
 from tests.inference.test_hellaswag import file_of
+from tests.programs import run_to_end
 from tests.run_folders import mean_loss
 from tests.small_runs import VAL_TOKENS, T, some_documents
 
@@ -429,29 +430,29 @@ def test_ctrl_c_is_no_traceback(base, capsys, monkeypatch):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def on_a_full_disk(arguments):
+    """Run it with a console that cannot be written."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    return evaluate.main(arguments)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a disk that is always full")
-def test_it_is_a_script_that_runs_from_anywhere_and_a_console_that_cannot_be_written_ends_no_work(
-    base, tmp_path
-):
+def test_a_console_that_cannot_be_written_ends_no_work(base, tmp_path, cache):
     (base / "evaluation.json").unlink(missing_ok=True)
-    script = [sys.executable, Path(evaluate.__file__).resolve(), base]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            script, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300
-        )
+    done = run_to_end([base], tmp_path, cache, main=on_a_full_disk)
     assert (done.returncode, done.stderr) == (0, "")
     kept = json.loads((base / "evaluation.json").read_text())
     assert kept.keys() >= {"val_loss", "bits_per_byte"}
 
 
-def test_help_and_mistakes_need_no_jax(tmp_path):
-    code = (
-        "import sys, evaluate; sys.exit(10 * evaluate.main(sys.argv[1:]) + ('jax' in sys.modules))"
-    )
+def test_it_is_a_script_that_runs_from_anywhere_and_tells_mistakes_without_jax(tmp_path):
     script = Path(evaluate.__file__).resolve()
-    command = [sys.executable, "-c", code, str(tmp_path), "--batch-size", "0"]
-    done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stderr) == (20, "batch_size must be at least 1, not 0.\n")
+    command = [sys.executable, "-X", "importtime", script, tmp_path, "--batch-size", "0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    *imported, told = done.stderr.splitlines()
+    assert (done.returncode, told) == (2, "batch_size must be at least 1, not 0.")
+    loaded = {line.split("|")[-1].strip() for line in imported}
+    assert "tyro" in loaded and "jax" not in loaded
 
 
 @pytest.mark.parametrize("missing", ["everything", "checkpoints"])

@@ -1,6 +1,7 @@
 """Continuing a prompt with a small run, and messages about mistakes."""
 
 import importlib
+import io
 import json
 import os
 import re
@@ -71,19 +72,21 @@ def test_a_prompt_comes_from_a_file_as_well(run, text, tmp_path):
     assert by_file == text(run, "--prompt", "def f(x):\r\n\té")
 
 
-def test_it_is_a_script_that_runs_anywhere_with_any_input_and_terminal(run, text, tmp_path):
-    script = [sys.executable, Path(sample.__file__).resolve(), run, "--max-new-tokens", "12"]
-    done = subprocess.run(
-        [*script, "--prompt-file", "-"],
-        input="def f(x):\r\n\té".encode(),
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONIOENCODING": "ascii"},
-        capture_output=True,
-        timeout=300,
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
-    written = text(run, "--prompt", "def f(x):\r\n\té")
-    assert done.stdout == written.encode("ascii", "replace")  # no error
+def test_a_prompt_comes_from_any_input_and_is_shown_on_any_terminal(run, text, monkeypatch):
+    prompt, shown = "def f(x):\r\n\té", io.BytesIO()
+    with monkeypatch.context() as terminal:
+        terminal.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode()), "ascii"))
+        terminal.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+        assert sample.main([str(run), "--max-new-tokens", "12", "--prompt-file", "-"]) == 0
+        sys.stdout.flush()
+        written = shown.getvalue()
+    assert written == text(run, "--prompt", prompt).encode("ascii", "replace")  # no error
+
+
+def test_it_is_a_script_that_runs_anywhere(tmp_path):
+    script = [sys.executable, Path(sample.__file__).resolve(), "--stop", ""]
+    done = subprocess.run([*script, tmp_path], cwd=tmp_path, capture_output=True, timeout=60)
+    assert done.returncode == 2 and b"stop must not be empty" in done.stderr
 
 
 def test_several_samples_come_under_their_headings_and_the_first_is_that_of_one(run, text):

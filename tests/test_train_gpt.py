@@ -14,6 +14,7 @@ from dataclasses import asdict, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -339,47 +340,20 @@ def test_a_dry_run_refuses_what_the_run_would_refuse(base, cache, tmp_path, monk
 # Runs that must agree
 
 
-def test_devices_and_accumulation_do_not_change_the_losses_however_long_they_validate(
-    base, tmp_path_factory
-):
-    """On as many batches as the laptop preset has, CPU devices could wait for each other in
-    different programs."""
-    laptop = PRESETS["laptop"]
-    batches = laptop.val_tokens // (laptop.sequence_length * laptop.batch_size * 2)
-    tokens = f"{batches * 2 * 2 * T}"  # of two rows on each of two devices
-    arguments = ["--batch-size", "2", "--val-loss-every", "0", "--val-tokens", tokens]
-    run = trained(tmp_path_factory, "on_two", *arguments, devices=2)
-    assert re.search(r"\| 2 x .* = 2$", run.console[0])
-    np.testing.assert_allclose(run.column("train_loss"), base.column("train_loss"), rtol=1e-5)
-    # On far more tokens, which the run has not seen either.
-    assert run.metrics[-1]["val_loss"] == pytest.approx(base.metrics[-1]["val_loss"], abs=0.5)
-
-
 def with_memory_for_the_third_attempt(arguments):
     """The main job, whose first two programs for the training step fail when they run."""
     make, attempts = nanogpt.training.programs.make_train_step, []
 
+    def out_of_memory(state, batch, rates):
+        jax.tree.map(lambda x: x.delete(), state)  # it was donated
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
     def make_train_step(*arguments):
-        train_step, number = make(*arguments), len(attempts)
-        attempts.append(number)
-
-        class Lowered:
-            def __init__(self, *inputs):
-                self.lowered = train_step.lower(*inputs)
-
-            def compile(self):
-                compiled = self.lowered.compile()
-
-                def run(state, batch, rates):
-                    if number < 2:
-                        jax.tree.map(lambda x: x.delete(), state)  # it was donated
-                        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
-                    return compiled(state, batch, rates)
-
-                run.memory_analysis = compiled.memory_analysis
-                return run
-
-        return type("Step", (), {"lower": staticmethod(Lowered)})
+        attempts.append(arguments)
+        if len(attempts) > 2:
+            return make(*arguments)
+        lowered = SimpleNamespace(compile=lambda: out_of_memory)
+        return SimpleNamespace(lower=lambda *inputs: lowered)
 
     nanogpt.training.programs.make_train_step = make_train_step
     return train_gpt.main(arguments)
@@ -438,6 +412,20 @@ def test_processes_that_would_use_different_attention_kernels_are_refused(cache,
 
 
 LITTLE = 0.78e6  # bytes; beside the state a row of 32 tokens needs 9,216 for each of them
+SHARDED, RECOMPUTED = ", parameters sharded | ", "layers are recomputed in the backward pass"
+
+
+@pytest.mark.parametrize(
+    ("memory", "devices", "sharded", "recomputed"),
+    [(1e6, 8, False, False), (LITTLE, 8, True, False), (LITTLE, 1, False, True)],
+)
+def test_where_not_even_a_row_fits_devices_shard_or_layers_are_computed_again(
+    cache, monkeypatch, memory, devices, sharded, recomputed
+):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    first, *later = heading_of(cache, monkeypatch, memory, "--batch-size", "None")
+    assert f"| {devices} x " in first
+    assert (SHARDED in first, f"{RECOMPUTED} to save memory" in later) == (sharded, recomputed)
 
 
 def with_little_memory_and_a_broken_matplotlib(arguments):
@@ -446,26 +434,23 @@ def with_little_memory_and_a_broken_matplotlib(arguments):
     return train_gpt.main(arguments)
 
 
-def test_where_not_even_a_row_fits_devices_shard_or_layers_are_computed_again_and_losses_stay(
-    base, cache, tmp_path_factory, monkeypatch
+def test_devices_that_share_and_compute_again_leave_the_losses_however_long_they_validate(
+    base, tmp_path_factory
 ):
-    told = "layers are recomputed in the backward pass to save memory"
-    arguments = ["--batch-size", "None"]
-    sharded = ", parameters sharded | "
-    heading = heading_of(cache, monkeypatch, 1e6, *arguments)
-    assert sharded not in heading[0] and told not in heading
-    for devices in (1, 8):
-        run = trained(
-            tmp_path_factory,
-            f"little_{devices}",
-            *arguments,
-            main=with_little_memory_and_a_broken_matplotlib,
-            devices=devices,
-        )
-        assert (sharded in run.console[0], told in run.log) == (devices > 1, devices == 1)
-        assert any(line.startswith("WARNING: could not plot the loss: ") for line in run.console)
-        losses = run.column("train_loss")
-        assert losses == pytest.approx(base.column("train_loss"), rel=1e-5)
+    """On as many batches as the laptop preset has, CPU devices could wait for each other in
+    different programs."""
+    laptop = PRESETS["laptop"]
+    batches = laptop.val_tokens // (laptop.sequence_length * laptop.batch_size * 2)
+    tokens = f"{batches * 2 * T}"  # of a row on each of two devices
+    arguments = ["--batch-size", "None", "--val-loss-every", "0", "--val-tokens", tokens]
+    main = with_little_memory_and_a_broken_matplotlib
+    run = trained(tmp_path_factory, "on_two", *arguments, main=main, devices=2)
+    assert re.search(rf"\| 2 x .*{re.escape(SHARDED)}.* = 4$", run.console[0])
+    assert f"{RECOMPUTED} to save memory" in run.log
+    assert any(line.startswith("WARNING: could not plot the loss: ") for line in run.console)
+    np.testing.assert_allclose(run.column("train_loss"), base.column("train_loss"), rtol=1e-5)
+    # On far more tokens, which the run has not seen either.
+    assert run.metrics[-1]["val_loss"] == pytest.approx(base.metrics[-1]["val_loss"], abs=0.5)
 
 
 def test_fineweb_shards_are_read_in_order_each_token_once(tmp_path, tmp_path_factory):
