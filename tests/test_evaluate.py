@@ -22,7 +22,7 @@ from scipy.special import log_softmax
 import evaluate
 import export
 import nanogpt.devices.mesh
-from nanogpt.data.shards import write_shard
+from nanogpt.data.shards import read_shard, write_shard
 from nanogpt.data.tokenizer import ByteTokenizer, GPT2Tokenizer
 from nanogpt.devices.mesh import make_mesh
 from nanogpt.inference import hellaswag
@@ -31,7 +31,7 @@ from nanogpt.inference.weights import load_run
 from tests.inference.test_hellaswag import file_of
 from tests.programs import run_to_end
 from tests.run_folders import mean_loss
-from tests.small_runs import VAL_TOKENS, T, some_documents
+from tests.small_runs import STAGED_VAL_TOKENS, VAL_TOKENS, T, shared_folder
 
 needs_gpt2 = pytest.mark.skipif(
     "TIKTOKEN_CACHE_DIR" not in os.environ,
@@ -92,11 +92,6 @@ def test_the_loss_is_the_one_that_training_logged_last(base, capsys):
     assert lines[1].startswith(f"step 6 | bits per byte {found['bits_per_byte']:.4f} | ")
 
 
-def test_the_loss_is_that_of_the_last_stage_with_its_slower_rotations(staged):
-    found = results(staged)
-    assert (found["step"], found["val_loss"]) == (28, pytest.approx(logged(staged, 28), abs=1e-5))
-
-
 def test_a_checkpoint_of_the_first_stage_can_be_named_and_the_results_are_kept_with_its_run(
     staged, capsys
 ):
@@ -109,14 +104,17 @@ def test_a_checkpoint_of_the_first_stage_can_be_named_and_the_results_are_kept_w
         assert re.fullmatch(rf".*{wrong} {why}.*: give another.*\n", capsys.readouterr().err)
 
 
-def test_an_exported_model_has_the_loss_of_its_run(staged, tmp_path, capsys):
-    shards = tmp_path / "val.bin"
-    write_shard(shards, some_documents(2000, 5))
-    expected = results(staged, "--val-files", shards, "--val-tokens", 1999)["val_loss"]
+def test_the_loss_is_that_of_the_last_stage_and_an_exported_model_has_it_too(
+    staged, tmp_path, tmp_path_factory, capsys
+):
+    run = results(staged)  # with the slower rotations
+    assert (run["step"], run["val_loss"]) == (28, pytest.approx(logged(staged, 28), abs=1e-5))
+    tokens = read_shard(shared_folder(tmp_path_factory) / "documents" / "val.bin")
+    write_shard(tmp_path / "val.bin", tokens[: STAGED_VAL_TOKENS + 1])
     assert export.main([str(staged), "--out", str(tmp_path / "gpt")]) == 0
-    found = results(tmp_path / "gpt", "--val-files", shards)  # all that there are
-    assert (found["step"], found["val_tokens"]) == (28, 1999)
-    assert found["val_loss"] == pytest.approx(expected, abs=1e-6)
+    found = results(tmp_path / "gpt", "--val-files", tmp_path / "val.bin")  # all that there are
+    assert (found["step"], found["val_tokens"]) == (28, STAGED_VAL_TOKENS)
+    assert found["val_loss"] == pytest.approx(run["val_loss"], abs=1e-6)
     config = json.loads((tmp_path / "gpt" / "config.json").read_text())
     (tmp_path / "gpt" / "config.json").write_text(json.dumps(config | {"tokenizer": "gpt2"}))
     capsys.readouterr()

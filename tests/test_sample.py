@@ -66,21 +66,18 @@ def test_at_temperature_zero_and_with_one_choice_the_seed_does_not_matter(run, t
     assert len({*cold, *one}) == 1
 
 
-def test_a_prompt_comes_from_a_file_as_well(run, text, tmp_path):
-    (tmp_path / "prompt.txt").write_bytes("def f(x):\r\n\té".encode())
-    by_file = text(run, "--prompt-file", tmp_path / "prompt.txt")
-    assert by_file == text(run, "--prompt", "def f(x):\r\n\té")
-
-
-def test_a_prompt_comes_from_any_input_and_is_shown_on_any_terminal(run, text, monkeypatch):
+def test_a_prompt_comes_from_a_file_or_any_input_and_is_shown_on_any_terminal(
+    run, text, tmp_path, monkeypatch
+):
     prompt, shown = "def f(x):\r\n\té", io.BytesIO()
-    with monkeypatch.context() as terminal:
-        terminal.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode()), "ascii"))
-        terminal.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
-        assert sample.main([str(run), "--max-new-tokens", "12", "--prompt-file", "-"]) == 0
-        sys.stdout.flush()
-        written = shown.getvalue()
-    assert written == text(run, "--prompt", prompt).encode("ascii", "replace")  # no error
+    written = text(run, "--prompt", prompt)
+    (tmp_path / "prompt.txt").write_bytes(prompt.encode())
+    assert text(run, "--prompt-file", tmp_path / "prompt.txt") == written
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode()), "ascii"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, "ascii"))
+    assert sample.main([str(run), "--max-new-tokens", "12", "--prompt-file", "-"]) == 0
+    sys.stdout.flush()
+    assert shown.getvalue() == written.encode("ascii", "replace")  # no error
 
 
 def test_it_is_a_script_that_runs_anywhere(tmp_path):

@@ -102,12 +102,10 @@ def test_steps_schedule_and_optimizer_begin_anew(first, tuned):
     assert same.mean() > 0.99  # the others have almost no gradient
 
 
-def test_an_exported_model_begins_the_same_run_on_another_number_of_devices(
-    exported, tuned, place, monkeypatch, cache
-):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    one_row_each = [*SMALL, *TUNED, "--batch-size", "1"]
-    assert train_gpt.main(["--init-from", str(exported), *one_row_each]) == 0
+def test_an_exported_model_begins_the_same_run_on_two_devices(exported, tuned, place, cache):
+    arguments = [*SMALL, *TUNED, "--checkpoint-every", "0"]
+    done = run_to_end(["--init-from", exported, *arguments], place, cache, devices=2)
+    assert (done.returncode, done.stderr) == (0, "")
     for ours, theirs in zip(records(place / "runs" / "tuned"), records(tuned), strict=True):
         assert ours.keys() == theirs.keys()
         for name in ours.keys() & {"train_loss", "val_loss"}:

@@ -4,8 +4,6 @@ import gzip
 import inspect
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -14,8 +12,8 @@ import pytest
 from jax.profiler import ProfileData
 
 from nanogpt.config import ConfigError
-from nanogpt.runs import profile as module
 from nanogpt.runs.profile import Op, Trace, ops_in, origins, steps_of, table_of
+from tests.programs import Process
 
 PRODUCTS = 40  # in a step; enough that it is not finished when its dispatch returns
 
@@ -28,9 +26,13 @@ def make_step(x):
     return jax.lax.scan(lambda x, _: (layer(x), None), x, length=PRODUCTS)[0]
 
 
+def compiled():
+    return jax.jit(make_step).lower(jnp.ones((256, 256))).compile()
+
+
 @pytest.fixture(scope="module")
 def program():
-    return jax.jit(make_step).lower(jnp.ones((256, 256))).compile()
+    return compiled()
 
 
 class Clock:
@@ -147,36 +149,18 @@ def test_what_else_traces_already_is_left_alone_and_costs_a_line(tmp_path, progr
     assert len(said) == 1 and said[0].startswith("WARNING: tracing could not start at step 2: ")
 
 
-def test_a_full_disk_costs_a_line_and_not_the_run(tmp_path):
-    script = """
-import resource, sys
-from pathlib import Path
-import jax, jax.numpy as jnp
-from nanogpt.runs.profile import Trace
+def some_steps(arguments):
+    """Trace two of seven steps into a folder, and print what is said."""
+    said, *_ = train(Path(arguments[0]), range(1, 3), compiled())
+    print(*said, "all steps made", sep="\n")
 
-class Clock:
-    def spent(self, seconds, what): pass
 
-x = jnp.ones((8, 8))
-program = jax.jit(lambda x: jnp.tanh(x @ x)).lower(x).compile()
-resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-with Trace(Path(sys.argv[1]), range(1, 3), print) as trace:
-    for step in range(1, 5):
-        trace.begin(step, program, x, Clock())
-        x = program(x)
-        trace.end(step, x, Clock())
-print("all steps made")
-"""
-    run = subprocess.run(
-        [sys.executable, "-c", script, tmp_path],
-        cwd=Path(module.__file__).parents[2],
-        text=True,
-        capture_output=True,
-        timeout=100,
-    )
-    warning, end = run.stdout.splitlines()
+def test_a_full_disk_costs_a_line_and_not_the_run(tmp_path, cache):
+    with Process([tmp_path], tmp_path, cache, limit=100, main=some_steps) as process:
+        assert process.end() == 0, process.stderr
+    warning, end = process.output.splitlines()
     assert warning.startswith(f"WARNING: the trace of steps 1 to 2 cannot be written to {tmp_path}")
-    assert (end, run.returncode) == ("all steps made", 0), run.stderr
+    assert end == "all steps made"
 
 
 def made(*planes):
