@@ -151,19 +151,19 @@ def test_a_run_may_lie_in_a_folder_called_checkpoints(run, tmp_path):
             load_run(one.with_name(wrong), make_mesh(1))
 
 
-def test_minutes_are_counted_from_the_last_save(tmp_path, state, monkeypatch):
+def test_minutes_are_counted_from_the_last_save(tmp_path, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: now))
     with Checkpoints(tmp_path, 1, say_nothing_is_wrong) as checkpoints:
         now += 90
         assert checkpoints.minutes == 1.5
-        checkpoints.save(state(10), {"tokens": 1})
+        checkpoints.save(small_state(10), {"tokens": 1})
         assert checkpoints.minutes == 0
         now += 60
         assert checkpoints.minutes == 1
 
 
-def test_the_best_checkpoint_stays_besides_the_newest_ones_if_asked_for(tmp_path, state):
+def test_the_best_checkpoint_stays_besides_the_newest_ones_if_asked_for(tmp_path):
     def losses(**of):
         lines = [{"step": int(step[1:]), "val_loss": loss} for step, loss in of.items()]
         (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -171,13 +171,13 @@ def test_the_best_checkpoint_stays_besides_the_newest_ones_if_asked_for(tmp_path
     with Checkpoints(tmp_path, 1, say_nothing_is_wrong, keep_best=True) as checkpoints:
         for step, of in {10: {}, 20: {"s10": 2.0}, 30: {"s10": 2.0, "s20": 3.0}}.items():
             losses(**of)  # nothing is known about the saved step yet
-            checkpoints.save(state(step), {"tokens": 1})
+            checkpoints.save(small_state(step), {"tokens": 1})
             checkpoints.wait()
         assert saves(tmp_path) == ["00000010", "00000030"]
         losses(s10=2.0, s20=3.0, s30=1.0)
-        checkpoints.save(state(40), {"tokens": 1})
+        checkpoints.save(small_state(40), {"tokens": 1})
     assert saves(tmp_path) == ["00000030", "00000040"]
-    save(tmp_path, state, 50, keep=1)
+    save(tmp_path, small_state, 50, keep=1)
     assert saves(tmp_path) == ["00000050"]
 
 
@@ -209,30 +209,35 @@ def simple_state(step, size):
     return TrainState(**{f.name: known.get(f.name, np.float32(step)) for f in fields(TrainState)})
 
 
-def test_a_save_waits_for_the_one_before_and_not_for_its_own_end(tmp_path, state, monkeypatch):
+def small_state(step):
+    """Return a state of few arrays, for what depends on no other."""
+    return jax.device_put(simple_state(step, 9))
+
+
+def test_a_save_waits_for_the_one_before_and_not_for_its_own_end(tmp_path, monkeypatch):
     may_write, write = threading.Event(), saving._write_manifest
     monkeypatch.setattr(saving, "_write_manifest", lambda *a: may_write.wait(60) and write(*a))
     checkpoints = Checkpoints(tmp_path, 2, say_nothing_is_wrong)
-    checkpoints.save(state(1), {})
+    checkpoints.save(small_state(1), {})
     with pytest.raises(CheckpointError):
         newest_checkpoint(tmp_path, print)  # not yet
     threading.Timer(0.3, may_write.set).start()
-    checkpoints.save(state(2), {})
+    checkpoints.save(small_state(2), {})
     assert newest_checkpoint(tmp_path, print).step >= 1
     checkpoints.wait()
     assert saves(tmp_path) == ["00000001", "00000002"]
 
 
-def test_facts_are_those_of_the_moment_of_the_save(tmp_path, state):
+def test_facts_are_those_of_the_moment_of_the_save(tmp_path):
     facts = {"tokens": 1}
     with Checkpoints(tmp_path, 1, say_nothing_is_wrong) as checkpoints:
-        checkpoints.save(state(1), facts)
+        checkpoints.save(small_state(1), facts)
         facts["tokens"] = 2
     assert newest_checkpoint(tmp_path, print).facts == {"tokens": 1}
 
 
-def test_the_newest_are_kept(tmp_path, state):
-    save(tmp_path, state, 8, 9, 10, 11, keep=2)
+def test_the_newest_are_kept(tmp_path):
+    save(tmp_path, small_state, 8, 9, 10, 11, keep=2)
     assert saves(tmp_path) == ["00000010", "00000011"]
 
 
@@ -277,18 +282,18 @@ def test_what_is_no_checkpoint_is_not_deleted(run, state):
     assert saves(run) == ["00000020-best", "00000040", "notes.txt"]
 
 
-def test_the_same_step_is_not_saved_twice_unless_it_failed(tmp_path, state, monkeypatch):
+def test_the_same_step_is_not_saved_twice_unless_it_failed(tmp_path, monkeypatch):
     told, written, write = [], [], saving._write_manifest
     monkeypatch.setattr(
         saving, "_write_manifest", lambda *a: written.append(a[1]["step"]) or write(*a)
     )
     with Checkpoints(tmp_path, 2, told.append) as checkpoints:
-        checkpoints.save(state(1), {})
-        checkpoints.save(state(1), {})
+        checkpoints.save(small_state(1), {})
+        checkpoints.save(small_state(1), {})
         with monkeypatch.context() as full:
             full.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 0))
-            checkpoints.save(state(2), {})
-        checkpoints.save(state(2), {})
+            checkpoints.save(small_state(2), {})
+        checkpoints.save(small_state(2), {})
     assert written == [1, 2]
     assert len(told) == 1
 
@@ -565,17 +570,17 @@ def test_where_space_lacks_older_ones_make_way_for_the_new_but_for_the_newest(
     assert saves(run) == ["00000030", "00000040"]
 
 
-def test_training_goes_on_after_a_failed_save_and_only_the_last_one_is_an_error(tmp_path, state):
+def test_training_goes_on_after_a_failed_save_and_only_the_last_one_is_an_error(tmp_path):
     told = []
     (tmp_path / "checkpoints").write_text("a file where the folder should be")
     with Checkpoints(tmp_path, 2, told.append) as checkpoints:
-        checkpoints.save(state(1), {})
+        checkpoints.save(small_state(1), {})
         assert len(told) == 1
         assert "step 1 was not written: " in told[0] and "File exists" in told[0]
         with pytest.raises(CheckpointError, match="step 1 was not written"):
             checkpoints.wait()
         (tmp_path / "checkpoints").unlink()
-        checkpoints.save(state(2), {})
+        checkpoints.save(small_state(2), {})
         checkpoints.wait()
     assert newest_checkpoint(tmp_path, say_nothing_is_wrong).step == 2
 
@@ -688,7 +693,7 @@ def test_whenever_a_save_is_killed_a_good_checkpoint_remains(tmp_path, cache):
         leftovers += sum(isinstance(module.examined(folder), str) for folder in folders)
     assert leftovers  # otherwise no save was interrupted, and this test shows nothing
     with Checkpoints(tmp_path, 2, say_nothing_is_wrong) as checkpoints:
-        checkpoints.save(jax.device_put(simple_state(step + 1, 9)), {})
+        checkpoints.save(small_state(step + 1), {})
     assert saves(tmp_path) == [f"{step:08}", f"{step + 1:08}"]
 
 
