@@ -12,11 +12,12 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import results
-from benchmarks.gpu import loop, measurement, parts, rows, step
+from benchmarks.gpu import loop, measurement, parts, rows, step, variants
 from benchmarks.gpu.floors import attention_row, floors, loss_row, orthogonalization_flops
 from benchmarks.gpu.loop import check_agreement, looped
 from benchmarks.gpu.parts import part_jobs
 from benchmarks.gpu.rows import Unmeasured
+from benchmarks.gpu.sections.presets import TINY_SPEEDRUN
 from benchmarks.gpu.step import COLUMNS, main
 from benchmarks.gpu.variants import FULL, TINY, Variant, stage_alone, variants_of
 from benchmarks.gpu.whole_step import measure_step
@@ -25,6 +26,11 @@ from nanogpt.devices.hardware import PEAK_BANDWIDTH, PEAK_FLOPS
 
 SIZE = replace(TINY, hp=stage_alone(TINY.hp, 2))
 BASE = Variant("xla", 2)
+# The model that is compiled: a plain layer of each window, of which the wider pairs heads.
+PLAIN = replace(TINY_SPEEDRUN.model, num_layers=2, paired_heads=(0,))
+WINDOWS = tuple(replace(stage, windows=(48, 16)) for stage in TINY.hp.stages)
+SMALL = replace(TINY, hp=replace(TINY.hp, stages=WINDOWS, model=PLAIN))
+SMALL_SIZE = replace(SMALL, hp=stage_alone(SMALL.hp, 2))
 PARTS = ["products of the layers", "products with the head", "attention", "loss", "optimizer"]
 # The rows that are compiled here, of each kind a few; each takes seconds, or tenths of one.
 COMPILED = {
@@ -41,38 +47,36 @@ MEASURED = COMPILED | {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A tiny run: the figures it saved, its output, its folder, and the texts of its loops."""
-    folder, printed, texts, texts_of = tmp_path_factory.mktemp("step"), StringIO(), [], {}
+    """A tiny run: the figures it saved, with the texts of its loops, its output and its folder."""
+    folder, printed, texts = tmp_path_factory.mktemp("step"), StringIO(), []
 
     def some_variants(base):
         return {row: variants_of(base)[row] for row in COMPILED["steps"]}
 
     def some_jobs(size, kernel):
         return [
-            (section, row, partial(measure_and_read, (section, row), measure))
+            (section, row, partial(measure_and_read, measure))
             for section, row, measure in part_jobs(size, kernel)
             if row in COMPILED[section]
         ]
 
-    def measure_and_read(name, measure):
-        found = measure()
-        texts_of[name] = texts.pop()
-        return found
+    def measure_and_read(measure):
+        return measure() | {"text": texts.pop()}
 
     def looped_and_read(work, rounds):
-        advance = looped(work, rounds)
+        advance, compiled = looped(work, rounds), []
 
-        def first(carry):
-            compiled = advance.lower(carry).compile()
-            texts.append(compiled.as_text())
-            calls.append(compiled)
-            return compiled(carry)
+        def call(carry):
+            if not compiled:
+                compiled.append(advance.lower(carry).compile())
+                texts.append(compiled[0].as_text())
+            return compiled[0](carry)
 
-        calls = []
-        return lambda carry: calls[0](carry) if calls else first(carry)
+        return call
 
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed):
         patch.setattr(results, "FOLDER", folder)
+        patch.setattr(variants, "TINY", SMALL)
         patch.setattr(measurement, "variants_of", some_variants)
         patch.setattr(measurement, "part_jobs", some_jobs)
         patch.setattr(loop, "looped", looped_and_read)
@@ -80,7 +84,7 @@ def run(tmp_path_factory):
         patch.setattr(rows.gc, "collect", lambda: None)  # takes as long as the rest of a tiny row
         assert main(["--tiny", "--trace", str(folder / "trace")]) == 0
     figures = json.loads((folder / "gpu_step_stage_3_tiny.json").read_text())
-    return figures, printed.getvalue(), folder, texts_of
+    return figures, printed.getvalue(), folder
 
 
 @pytest.fixture
@@ -120,14 +124,14 @@ def pretend(monkeypatch, tmp_path):
 
 
 def test_a_variant_changes_one_thing_of_the_base():
-    variants = variants_of(BASE)
-    assert set(variants) == {
+    found = variants_of(BASE)
+    assert set(found) == {
         *("base", "1 rows", "4 rows", "Adam for all", "plain Muon", "FP8 head", "pallas loss"),
         *("pallas attention", "without document mask", "without document mask, cudnn"),
     }
     changed = {
         row: {name for name in vars(BASE) if getattr(variant, name) != getattr(BASE, name)}
-        for row, variant in variants.items()
+        for row, variant in found.items()
     }
     assert changed.pop("without document mask, cudnn") == {"document_mask", "attention"}
     assert changed.pop("base") == set()
@@ -178,8 +182,9 @@ def test_the_base_trains_and_computes_the_same_again(run):
     assert steps["base"]["variant"] == vars(BASE) | {"target_weights": [1.0]}
 
 
-def test_the_tables_show_every_row(run):
-    figures, printed, *_ = run
+def test_the_tables_show_every_row_and_the_trace_is_written(run):
+    figures, printed, folder = run
+    assert list((folder / "trace").rglob("*.xplane.pb"))
     tables = re.split(r"^(\w+) +ms\b.*\n", printed, flags=re.MULTILINE)
     for section, table in zip(tables[1::2], tables[2::2], strict=True):
         for row, found in figures[section].items():
@@ -187,10 +192,6 @@ def test_the_tables_show_every_row(run):
             assert found.get("failed", "") in line
     assert len(tables) == 1 + 2 * 6
     assert "nan" not in printed
-
-
-def test_the_trace_is_written(run):
-    assert list((run[2] / "trace").rglob("*.xplane.pb"))
 
 
 # The loop: nothing is eliminated or hoisted out of it.
@@ -223,7 +224,7 @@ def dots(text: str) -> tuple[int, int]:
     ],
 )
 def test_every_round_makes_all_products(run, section, row, products):
-    inside, in_all = dots(run[3][section, row])
+    inside, in_all = dots(run[0][section][row]["text"])
     assert inside == in_all >= products
 
 
@@ -408,4 +409,4 @@ def test_a_kernel_that_disagrees_is_not_timed():
 def test_a_step_whose_loss_is_not_the_bases_is_not_timed(run):
     wanted = run[0]["steps"]["base"]["last_loss"] + 1
     with pytest.raises(Unmeasured, match=rf"^After 3 steps its loss .* the base's {wanted:.2f}\.$"):
-        measure_step(SIZE, {"base": {"ms": 1.0, "last_loss": wanted}}, BASE)
+        measure_step(SMALL_SIZE, {"base": {"ms": 1.0, "last_loss": wanted}}, BASE)
