@@ -26,6 +26,7 @@ from tests.small_runs import RUN
 LAUNCH = Path(SCRIPT).parent / "launch"
 SLURM = ("munged", "slurmctld", "slurmd", "sbatch", "srun")
 WITHOUT_GPUS = ("--ntasks-per-node=2", "--gpus-per-node=0")
+ARGUMENTS = (*RUN, "--batch-size", "4", "--checkpoint-every", "0")  # saved at the end, and if told
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_open_mpi_starts_them_without_any_argument(straight, checkout):
         "OMPI_MCA_rmaps_base_oversubscribe": "1",
     }
     done = subprocess.run(
-        ["launch/mpirun.sh", "2", *RUN, "--batch-size", "4", "--run-name", "a"],
+        ["launch/mpirun.sh", "2", *ARGUMENTS, "--run-name", "a"],
         env=os.environ | allowed,
         capture_output=True,
         text=True,
@@ -181,26 +182,19 @@ def test_a_slurm_job_that_is_told_to_end_saves_and_comes_back_and_goes_on_to_the
 ):
     folder = tmp_path_factory.mktemp("slurm")  # a socket's path is limited to 107 characters
     with slurm(folder) as env:
-        told = subprocess.run(
-            [
-                *("sbatch", "--parsable", *WITHOUT_GPUS, "--output=job.log"),
-                *("launch/slurm.sbatch", *RUN, "--batch-size", "4"),
-            ],
-            env=env,
-            capture_output=True,
-            text=True,
-        )
-        assert told.returncode == 0, told.stderr
-        job = told.stdout.strip()
-        run = Path(f"runs/slurm-{job}.0")
+        submit = "sbatch", "--parsable", *WITHOUT_GPUS, "--output=job.log", "launch/slurm.sbatch"
+        job = subprocess.check_output([*submit, *ARGUMENTS], env=env, text=True).strip()
+        run, log = Path(f"runs/slurm-{job}.0"), Path("job.log")
         # Paused at its first step, so that it does not end before the signal.
         wait_until(lambda: (run / "metrics.jsonl").exists() and losses(run))
         first = int((run / "holder").read_text().split()[1])
         os.kill(first, signal.SIGSTOP)
         asked(env, "scancel", "--signal=TERM", job)  # as --signal does before the time limit
+        # The other process tells it; JAX looks only once a second.
+        wait_until(lambda: "SIGTERM caught" in log.read_text())
         os.kill(first, signal.SIGCONT)
         wait_until(lambda: pause() or not asked(env, "squeue", "--noheader", f"--jobs={job}"))
-    log = Path("job.log").read_text()
+    log = log.read_text()
     assert "2 x cpu in 2 processes" in log
     assert f"Interrupted. Resume with: python3 train_gpt.py --resume {run}" in log
     assert f"resuming {run}" in log
