@@ -167,7 +167,7 @@ def twelve_steps(folder):
     state = jax.device_put(state, NamedSharding(mesh, REPLICATED))  # as the steps return it
     order, losses = RowOrder(rows, schedule, shuffle=False), []
     for step, its in enumerate(RECORD["steps"], start=1):
-        batch = train_batch(*order(step), (8, 1))
+        batch = train_batch(*order(step), (1, 8))
         rates = Rates(its["rate"], its["momentum"], tuple(its["target_weights"]))
         state, metrics = program(schedule.stage(step))(state, batch, rates)
         losses.append(float(metrics["loss"]))
