@@ -132,7 +132,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def staged(tmp_path_factory):
-    """A run of the speedrun in all its stages."""
+    """A run of the speedrun in stages."""
     from tests.small_runs import staged_run
 
     return staged_run(tmp_path_factory)

@@ -222,7 +222,7 @@ def test_the_speedrun_takes_its_tokens_and_rates_from_one_stage_after_the_other(
     counts = np.diff([0, *STAGE_ENDS])
     tokens = np.repeat([384 * stage.batch for stage in STAGED_STAGES], counts)
     np.testing.assert_allclose(staged.column("tokens"), np.cumsum(tokens))
-    np.testing.assert_allclose(np.diff(staged.column("tokens"))[[0, 10]], [128, 384])
+    np.testing.assert_allclose(np.diff(staged.column("tokens"))[[0, -1]], [128, 384])
     # Rates are constant, then decay linearly to 0.15.
     updates, end = np.arange(STAGED_STEPS), STAGED_STEPS * (1 - hp.hold_fraction)
     begin = end * (1 - hp.cooldown_fraction)
@@ -234,13 +234,13 @@ def test_the_speedrun_takes_its_tokens_and_rates_from_one_stage_after_the_other(
 def test_the_speedrun_learns_and_validates_in_every_stage(staged):
     losses = staged.column("train_loss")
     assert losses[0] == pytest.approx(math.log(256), abs=0.01)  # the head is small, but not zero
-    assert losses[-1] < losses[0] - 1
+    assert losses[-1] < losses[0] - 0.5
     validated = {r["step"]: r["val_loss"] for r in staged.metrics if "val_loss" in r}
     assert [*validated] == [3, 6, 9, 12, 15, 18, 21, 24, 27, 28]
     assert all(one > other for one, other in pairwise(validated.values()))
 
 
-@pytest.mark.parametrize(("step", "stage"), [(6, 0), (28, 2)])
+@pytest.mark.parametrize(("step", "stage"), [(6, 0), (28, 1)])
 def test_weights_of_a_stage_are_loaded_with_its_windows_and_rotations(
     staged, tmp_path, tmp_path_factory, step, stage
 ):

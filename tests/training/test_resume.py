@@ -136,7 +136,7 @@ def test_a_run_goes_on_with_another_number_of_devices_on_the_same_tokens(straigh
 def test_a_run_stopped_in_the_validation_that_ends_a_stage_goes_on_with_the_next_to_the_same_end(
     staged, place, cache
 ):
-    straight, end = staged.folder, STAGE_ENDS[1]
+    straight, end = staged.folder, STAGE_ENDS[0]
     hp = json.loads((straight / "config.json").read_text())
     run = died_after(end - 3, straight, place)
     # So many tokens that the signal arrives during the validation.
@@ -171,15 +171,14 @@ def test_a_run_goes_on_from_one_stage_through_the_next_on_another_number_of_devi
 def test_a_number_of_steps_that_moves_a_stage_which_has_been_trained_is_refused(
     staged, place, cache
 ):
-    straight = staged.folder
-    run = died_after(12, straight, place)
+    run = shutil.copytree(staged.folder, place / "runs" / "a")
     metrics, whole = (run / "metrics.jsonl").read_bytes(), contents(run / "checkpoints")
     process, status, errors = resume(run, cache, "--num-steps", "56")
     assert (status, process.lines) == (2, [])
-    # 9 steps of 128 tokens and 3 of 384; of 56 steps, the first 18 have 128.
+    # 27 steps of 128 tokens and one of 384; of 56 steps, the first 54 have 128.
     assert errors == (
         "num_steps cannot change to 56 while runs/a is resumed: its stages would have had "
-        "1,536 tokens by now instead of 2,304.\n"
+        "3,584 tokens by now instead of 3,840.\n"
     )
     assert (run / "metrics.jsonl").read_bytes() == metrics
     assert contents(run / "checkpoints") == whole
