@@ -181,7 +181,8 @@ def test_one_that_is_killed_or_cannot_begin_ends_all_and_the_run_goes_on_from_wh
     for save in whole:
         assert isinstance(examined(save), Checkpoint)
     # Then the first is lost, and the run goes on on a single device.
-    with processes(["--resume", "runs/a"], place, cache) as ((one, two), (end,)):
+    last = ["--resume", "runs/a", "--checkpoint-every", "0"]
+    with processes(last, place, cache) as ((one, two), (end,)):
         one.read_until("step 9/")
         assert f"resuming runs/a after step {max(int(x.name) for x in whole)}" in one.lines
         one.send(signal.SIGKILL)
