@@ -51,14 +51,15 @@ STAGED_STAGES = [replace(FIRST, share=27), replace(LAST, share=1, split_head=Tru
 STAGED_DOCUMENTS = 20  # most tokens of a document in the first stage
 STAGE_ENDS = [27, 28]
 
-# A run that is killed, resumed and otherwise tested, on its own shards. As in runs of earlier
-# versions, all scalars have the same settings.
+# A run that is killed, resumed and otherwise tested, on its own shards, of a plain model, which is
+# compiled sooner. As in runs of earlier versions, all scalars have the same settings.
 LONGER, EVERY = 13, 5
 DATA = ["--train-files", "train_*.bin", "--val-files", "val.bin"]
 RUN = [
     *("--preset", "laptop", *SMALL, *DATA, "--num-steps", f"{LONGER}"),
     *("--checkpoint-every", f"{EVERY}", "--keep-checkpoints", "9"),
-    *("--model.num-heads", "4"),  # which two devices share, in pairs too
+    *("--model.value-embeddings", "0", "--model.bigram-buckets", "0", "--model.key-offset"),
+    "--model.paired-heads",
     *(f"--adam.{name.replace('_', '-')}.learning-rate=1e-5" for name in AdamGroups.LATER),
 ]
 
