@@ -254,6 +254,8 @@ def test_weights_of_a_stage_are_loaded_with_its_windows_and_rotations(
     config = nnx.merge(graph, params).config
     assert config.windows == (stages[stage].validation_windows or stages[stage].windows)
     assert config.rotary_windows == tuple(max(each.windows) for each in stages[: stage + 1])
+    # The head is tied to the embedding until the stage that splits them.
+    assert np.array_equal(params["head"], params["embed"].T) == (stage == 0)
     # The documents one by one have the loss that the run computed for all of them; with other
     # rotations, or across documents, the loss differs.
     file = shared_folder(tmp_path_factory) / "documents/val.bin"
